@@ -1,0 +1,36 @@
+"""Neural-network layers on PyTorch as pure functions with explicit parameter trees.
+
+Every gradient is written by hand and held to autograd by property tests; see README.md.
+"""
+
+from funcnet.combinators import Sequential
+from funcnet.gradients import value_and_grad
+from funcnet.keys import Key, bernoulli, fold_in, key, normal, split, uniform
+from funcnet.layer import Layer
+from funcnet.layers import Conv2d, ReLU, Sigmoid, Upsample2d, UpsampleConv2d
+from funcnet.losses import MSE, Loss
+from funcnet.optimizers import SGD, SGDState
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MSE",
+    "SGD",
+    "Conv2d",
+    "Key",
+    "Layer",
+    "Loss",
+    "ReLU",
+    "SGDState",
+    "Sequential",
+    "Sigmoid",
+    "Upsample2d",
+    "UpsampleConv2d",
+    "bernoulli",
+    "fold_in",
+    "key",
+    "normal",
+    "split",
+    "uniform",
+    "value_and_grad",
+]

@@ -1,0 +1,178 @@
+"""Explicit randomness: immutable keys instead of a global generator.
+
+A key is 128 bits. New keys are derived from old ones by a cryptographic hash, so that any two keys
+reached in different ways are different for all practical purposes; numbers are drawn from a key by
+NumPy's counter-based Philox generator (Salmon et al., "Parallel random numbers: as easy as
+1, 2, 3", 2011), always on the CPU, so that a key means the same numbers on every device.
+
+    >>> import funcnet as fn
+    >>> weights_key, noise_key = fn.split(fn.key(0))
+    >>> fn.uniform(weights_key, (2, 3)).shape
+    torch.Size([2, 3])
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_KEY_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A source of random numbers that is a value: immutable, hashable, picklable. Made by `key`."""
+
+    data: int
+
+    def __post_init__(self) -> None:
+        if not (type(self.data) is int and 0 <= self.data < 2 ** (8 * _KEY_BYTES)):
+            raise ValueError(f"Key: expected an int in [0, 2**128), got {self.data!r}")
+
+    def __repr__(self) -> str:
+        return f"Key(0x{self.data:032x})"
+
+
+def key(seed: int) -> Key:
+    """The key of a seed, an int in [0, 2⁶⁴).
+
+    Raises TypeError or ValueError for anything else.
+
+    >>> key(0) == key(0), key(0) == key(1)
+    (True, False)
+    """
+    return _derive("seed", 0, _uint64("key", "seed", seed))
+
+
+def split(key: Key, num: int = 2) -> tuple[Key, ...]:
+    """`num` new keys, all different. `split(key, 3)` starts with the keys of `split(key, 2)`.
+
+    Raises ValueError if `num` is negative.
+
+    >>> first, second = split(key(0))
+    >>> len(set(split(first, 5)) | {second})
+    6
+    """
+    data = _key_data("split", key)
+    return tuple(_derive("split", data, i) for i in range(_uint64("split", "num", num)))
+
+
+def fold_in(key: Key, data: int) -> Key:
+    """The key for item number `data` (a step, a layer), an int in [0, 2⁶⁴).
+
+    >>> fold_in(key(0), 7) == fold_in(key(0), 7)
+    True
+    """
+    return _derive("fold_in", _key_data("fold_in", key), _uint64("fold_in", "data", data))
+
+
+def uniform(
+    key: Key,
+    shape: Sequence[int],
+    low: float = 0.0,
+    high: float = 1.0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Numbers drawn evenly from [low, high); float32 on the CPU unless told otherwise.
+
+    Raises ValueError unless low ≤ high, TypeError for a dtype that is not floating.
+
+    >>> bool((uniform(key(0), (1000,), -1.0, 1.0).abs() <= 1).all())
+    True
+    """
+    if not low <= high:
+        raise ValueError(f"uniform: expected low <= high, got low={low}, high={high}")
+    dtype, draw_dtype = _dtypes("uniform", dtype)
+    unit = _generator("uniform", key).random(_sizes("uniform", shape), draw_dtype)
+    x = (torch.from_numpy(np.asarray(unit)) * (high - low) + low).to(dtype)
+    # Rounding may reach the upper end, which the half-open interval excludes.
+    return torch.where(x < high, x, low).to(dtype=dtype, device=_device(device))
+
+
+def normal(
+    key: Key,
+    shape: Sequence[int],
+    mean: float = 0.0,
+    std: float = 1.0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Numbers from the normal distribution N(mean, std²); float32 on the CPU unless told otherwise.
+
+    Raises ValueError unless std ≥ 0, TypeError for a dtype that is not floating.
+
+    >>> normal(key(0), (2, 3), dtype=torch.float64).dtype
+    torch.float64
+    """
+    if not std >= 0:
+        raise ValueError(f"normal: expected std >= 0, got {std}")
+    dtype, draw_dtype = _dtypes("normal", dtype)
+    standard = _generator("normal", key).standard_normal(_sizes("normal", shape), draw_dtype)
+    x = torch.from_numpy(np.asarray(standard)).mul_(std).add_(mean)
+    return x.to(dtype=dtype, device=_device(device))
+
+
+def bernoulli(
+    key: Key, p: float, shape: Sequence[int], device: torch.device | str | None = None
+) -> Tensor:
+    """A bool tensor, each entry True with probability p.
+
+    Raises ValueError unless 0 ≤ p ≤ 1.
+
+    >>> bernoulli(key(0), 1.0, (3,))
+    tensor([True, True, True])
+    """
+    if not 0 <= p <= 1:
+        raise ValueError(f"bernoulli: expected a probability p in [0, 1], got {p}")
+    unit = _generator("bernoulli", key).random(_sizes("bernoulli", shape))
+    return torch.from_numpy(np.asarray(unit < p)).to(_device(device))
+
+
+def _derive(purpose: str, data: int, item: int) -> Key:
+    message = data.to_bytes(_KEY_BYTES, "little") + item.to_bytes(8, "little")
+    digest = blake2b(message, digest_size=_KEY_BYTES, person=purpose.encode()).digest()
+    return Key(int.from_bytes(digest, "little"))
+
+
+def _generator(who: str, key: Key) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=_key_data(who, key)))
+
+
+def _key_data(who: str, key: Key) -> int:
+    if not isinstance(key, Key):
+        raise TypeError(f"{who}: expected a key made by funcnet.key(seed), got {key!r}")
+    return key.data
+
+
+def _uint64(who: str, name: str, value: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{who}: expected {name} to be an int, got {value!r}")
+    value = operator.index(value)
+    if not 0 <= value < 2**64:
+        raise ValueError(f"{who}: expected {name} in [0, 2**64), got {value}")
+    return value
+
+
+def _sizes(who: str, shape: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(shape, Sequence) or isinstance(shape, str):
+        raise TypeError(f"{who}: expected shape to be a sequence of ints, got {shape!r}")
+    return tuple(_uint64(who, "every size in shape", size) for size in shape)
+
+
+def _dtypes(who: str, dtype: torch.dtype | None) -> tuple[torch.dtype, type[np.floating]]:
+    """The dtype to return and the one to draw in: float64 for float64, else float32."""
+    dtype = torch.float32 if dtype is None else dtype
+    if not dtype.is_floating_point:
+        raise TypeError(f"{who}: expected a floating-point dtype, got {dtype}")
+    return dtype, np.float64 if dtype == torch.float64 else np.float32
+
+
+def _device(device: torch.device | str | None) -> torch.device | str:
+    return "cpu" if device is None else device

@@ -1,0 +1,58 @@
+"""Nearest upsampling by s, then a convolution with k taps, as one transposed convolution.
+
+With padding p before, source pixel i reaches output e through all taps that see one of its copies:
+
+    y[e] = Σ_i E[e − s·i + k − 1 − p] · x[i],    E[u] = Σ_{t : 0 ≤ u − (k−1) + t < s} w_t,
+
+a transposed convolution of stride s whose kernel E, the taps convolved with a block of s ones, has
+k + s − 1 entries. One library call each way, which accumulates in the library's own precision:
+float32 for half-precision inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from funcnet.layers import native
+from funcnet.layers.geometry import Pair, Window
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Pair, window: Window) -> Tensor:
+    """y (N, O, H′, W′) of x (N, C, H, W) upsampled by `scale`, and weight (O, C, kh, kw)."""
+    y = F.conv_transpose2d(native.layout(x), _kernel(weight, scale), stride=scale)
+    y = F.pad(y, _crop(window))
+    return y if bias is None else y + bias[:, None, None]
+
+
+def gradients(
+    x: Tensor, weight: Tensor, grad: Tensor, scale: Pair, window: Window, input_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(dweight, dx); dx is None without `input_grad`."""
+    whole = F.pad(grad, tuple(-side for side in _crop(window)))
+    dkernel, dx = native.kernel_gradients(
+        native.layout(x), _kernel(weight, scale), whole, input_grad, stride=scale, transposed=True
+    )
+    rows, columns = (_sums(weight, axis, scale) for axis in (0, 1))
+    return torch.einsum("ut,vr,couv->octr", rows, columns, dkernel), dx
+
+
+def _kernel(weight: Tensor, scale: Pair) -> Tensor:
+    """E (C, O, kh + s_h − 1, kw + s_w − 1) of weight (O, C, kh, kw)."""
+    rows, columns = (_sums(weight, axis, scale) for axis in (0, 1))
+    return torch.einsum("ut,vr,octr->couv", rows, columns, weight).contiguous()
+
+
+def _sums(weight: Tensor, axis: int, scale: Pair) -> Tensor:
+    """(k + s − 1, k), 1 where E[u] sums tap t."""
+    taps, s = weight.shape[2 + axis], scale[axis]
+    both = [[int(0 <= u - (taps - 1) + t < s) for t in range(taps)] for u in range(taps + s - 1)]
+    return torch.tensor(both, dtype=weight.dtype, device=weight.device)
+
+
+def _crop(window: Window) -> tuple[int, int, int, int]:
+    """What padding p adds to each side of the whole result, k−1 entries too large on either."""
+    height, width = window.kernel_size
+    left, right, top, bottom = window.flat_sides
+    return left - width + 1, right - width + 1, top - height + 1, bottom - height + 1

@@ -1,0 +1,147 @@
+"""Nearest-neighbour upsampling followed by a convolution, in one layer.
+
+`low_resolution.py` and `transposed.py` are two exact ways that never make the upsampled picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from funcnet.keys import Key
+from funcnet.layer import Layer, Shape, Tree, as_int, as_pair, as_shape, check_grad, source
+from funcnet.layers import low_resolution, transposed
+from funcnet.layers.conv import Conv2d, Method, check_kernel, check_options, init_kernel
+from funcnet.layers.geometry import Padding, Pair, Window, as_padding, padding_sides, pair
+from funcnet.layers.upsample import Upsample2d
+
+
+@dataclass(frozen=True, repr=False)
+class UpsampleConv2d(Layer):
+    """`Upsample2d(scale)`, then `Conv2d(out_channels, kernel_size, padding=padding)`.
+
+    `kernel_size`, `scale` and `padding` are ints or pairs (height, width); `padding` may also be
+    "same" (y as large as the upsampled picture) or "valid" (none). `method="unfold"` does one after
+    the other; "auto" never makes the upsampled picture. On the CPU it does the convolution at low
+    resolution, with kh·kw products a source pixel whatever the scale; in half precision, whose
+    sums must be accumulated in float32, and on other devices, where the number of calls counts
+    most, it is a single transposed convolution. All give the same numbers.
+
+    Shapes: x (N, C, H, W); y (N, O, H′, W′) with O = out_channels, H′ = s_h·H + 2p − kh + 1.
+    Parameters: {"weight": (O, C, kh, kw), "bias": (O,)}, those of the convolution.
+
+    Raises ValueError or TypeError for hyperparameters, shapes, dtypes and devices that do not fit.
+    Upsampling and convolving against checkerboard artefacts: Odena et al., "Deconvolution and
+    checkerboard artifacts", Distill, 2016.
+
+    >>> import funcnet as fn
+    >>> layer = fn.UpsampleConv2d(3)
+    >>> params = layer.init(fn.key(0), (8, 16, 16))
+    >>> layer.apply(params, torch.zeros(2, 8, 16, 16)).shape
+    torch.Size([2, 3, 32, 32])
+    """
+
+    _owns_results: ClassVar[bool] = True
+
+    out_channels: int
+    kernel_size: int | Pair = 3
+    scale: int | Pair = 2
+    padding: Padding = "same"
+    bias: bool = True
+    method: Method = "auto"
+
+    def __post_init__(self) -> None:
+        fixed = {
+            "out_channels": as_int("UpsampleConv2d", "out_channels", self.out_channels, 1),
+            "kernel_size": as_pair("UpsampleConv2d", "kernel_size", self.kernel_size, 1),
+            "scale": as_pair("UpsampleConv2d", "scale", self.scale, 1),
+            "padding": as_padding("UpsampleConv2d", self.padding),
+        }
+        for name, value in fixed.items():
+            object.__setattr__(self, name, value)
+        check_options("UpsampleConv2d", self.bias, self.method)
+
+    def init(
+        self,
+        key: Key,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tree:
+        """{"weight", "bias"} for examples of shape (C, H, W)."""
+        self.out_shape(shape)
+        weight_shape = (self.out_channels, shape[0], *self._window.kernel_size)
+        return init_kernel(key, weight_shape, self.bias, dtype, device)
+
+    def out_shape(self, shape: Sequence[int]) -> Shape:
+        """(O, H′, W′) of (C, H, W)."""
+        channels, *size = as_shape(self, shape, rank=3)
+        if channels < 1:
+            raise ValueError(f"{self}: expected at least 1 channel, got {channels}")
+        return self.out_channels, *self._out_size(size)
+
+    def fwd(self, params: Tree, x: Tensor, *, key: Key | None = None) -> tuple[Tensor, Tensor]:
+        """(y, x)."""
+        window = self._window
+        check_kernel(self, params, x, window, self.bias)
+        self._out_size(x.shape[2:])
+        if self.method == "unfold":
+            upsample, conv = self._two_steps
+            return conv.apply(params, upsample.apply((), x)), x
+        fused = _fused(x)
+        return fused.convolve(x, params["weight"], params.get("bias"), pair(self.scale), window), x
+
+    def bwd(
+        self, params: Tree, residuals: Tensor, grad: Tensor, *, input_grad: bool = True
+    ) -> tuple[Tree, Tensor | None]:
+        """({"weight": dweight, "bias": dbias}, dx)."""
+        x, window = residuals, self._window
+        check_kernel(self, params, x, window, self.bias)
+        check_grad(self, grad, (len(x), self.out_channels, *self._out_size(x.shape[2:])), x)
+        if self.method == "unfold":
+            upsample, conv = self._two_steps
+            upsampled, kept = upsample.fwd((), x)
+            dparams, dx = conv.vjp(params, upsampled, grad, input_grad=input_grad)
+            return dparams, None if dx is None else upsample.bwd((), kept, dx)[1]
+        dweight, dx = _fused(x).gradients(
+            x, params["weight"], grad, pair(self.scale), window, input_grad
+        )
+        dparams = {"weight": dweight}
+        if self.bias:
+            dparams["bias"] = grad.sum((0, 2, 3))
+        return dparams, dx
+
+    @property
+    def _window(self) -> Window:
+        """That of the convolution."""
+        kernel_size = pair(self.kernel_size)
+        return Window(kernel_size, sides=padding_sides(self.padding, kernel_size))
+
+    @property
+    def _two_steps(self) -> tuple[Upsample2d, Conv2d]:
+        conv = Conv2d(
+            self.out_channels,
+            self.kernel_size,
+            padding=self.padding,
+            bias=self.bias,
+            method=self.method,
+        )
+        return Upsample2d(self.scale), conv
+
+    def _out_size(self, size: Sequence[int]) -> Pair:
+        scale = pair(self.scale)
+        return self._window.count(self, (scale[0] * size[0], scale[1] * size[1]))
+
+    def __repr__(self) -> str:
+        return source(self)
+
+
+def _fused(x: Tensor) -> Any:
+    """The way that is fastest, and right, for tensors like x."""
+    exact = x.dtype in (torch.float32, torch.float64)
+    return low_resolution if exact and x.device.type == "cpu" else transposed

@@ -1,0 +1,194 @@
+"""Optimisers: steps that map over parameter trees, any that `optree` accepts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import optree
+import torch
+from torch import Tensor
+
+from funcnet.layer import Tree, source
+
+Schedule: TypeAlias = Callable[[int], float]
+"""The learning rate as a function of the number of steps taken, which starts at 0."""
+
+
+class SGDState(NamedTuple):
+    """What `SGD` carries from step to step: the number of steps taken, and the velocities."""
+
+    step: Tensor
+    momentum: Tree
+
+
+@dataclass(frozen=True, repr=False)
+class SGD:
+    """Stochastic gradient descent, step for step the numbers of `torch.optim.SGD`:
+
+        g ← −g if maximize;  g ← g + weight_decay · p
+        v ← g at the first step, then momentum · v + (1 − dampening) · g
+        p ← p − lr · (g + momentum · v if nesterov, v if momentum ≠ 0, else g)
+
+    `lr` is a number or a function of the number of steps taken, an int that starts at 0 (a
+    0-dimensional tensor where it is not known: under torch.func.vmap over states, and under
+    torch.compile). The step is pure and differentiable; `step_` writes into the tensors of params
+    and of the state instead, and returns them.
+
+    Raises ValueError or TypeError for numbers out of range (NaN is), and, before anything is
+    changed, for trees that do not match.
+    https://docs.pytorch.org/docs/stable/generated/torch.optim.SGD.html
+
+    >>> sgd = SGD(0.1, momentum=0.9)
+    >>> params = {"weight": torch.tensor([1.0])}
+    >>> state = sgd.init(params)
+    >>> params, state = sgd.step(params, {"weight": torch.tensor([2.0])}, state)
+    >>> params, int(state.step)
+    ({'weight': tensor([0.8000])}, 1)
+    """
+
+    lr: float | Schedule
+    momentum: float = 0.0
+    dampening: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    maximize: bool = False
+
+    def __post_init__(self) -> None:
+        if not callable(self.lr):
+            _check_number("lr", self.lr)
+        _check_number("momentum", self.momentum)
+        _check_number("weight_decay", self.weight_decay)
+        if not isinstance(self.dampening, (int, float)) or self.dampening != self.dampening:
+            raise ValueError(f"SGD: expected dampening to be a number, got {self.dampening!r}")
+        if self.nesterov and not (self.momentum > 0 and self.dampening == 0):
+            raise ValueError(
+                "SGD: expected momentum > 0 and dampening 0 with nesterov=True, "
+                f"got momentum={self.momentum}, dampening={self.dampening}"
+            )
+
+    def init(self, params: Tree) -> SGDState:
+        """No steps taken, all velocities 0 (none are kept without momentum)."""
+        velocities = optree.tree_map(torch.zeros_like, params) if self.momentum else ()
+        return SGDState(torch.zeros((), dtype=torch.int64, device="cpu"), velocities)
+
+    def step(self, params: Tree, grads: Tree, state: SGDState) -> tuple[Tree, SGDState]:
+        """(new params, new state); nothing is written to what came in."""
+        return self._step(params, grads, state, write=False)
+
+    @torch.no_grad()
+    def step_(self, params: Tree, grads: Tree, state: SGDState) -> tuple[Tree, SGDState]:
+        """(params, new state): `step`, written into the tensors of params and of the velocities."""
+        return self._step(params, grads, state, write=True)
+
+    def _step(
+        self, params: Tree, grads: Tree, state: SGDState, write: bool
+    ) -> tuple[Tree, SGDState]:
+        ps, structure = optree.tree_flatten(params)
+        gs = self._leaves("grads", grads, ps, structure)
+        vs = self._leaves("velocities", state.momentum, ps, structure) if self.momentum else ps
+        if write:
+            self._check_writable(ps, vs)
+        count = _concrete(state.step)
+        lr = self._lr(count)
+        updated = [
+            self._update(p, g, v, lr, count, write) for p, g, v in zip(ps, gs, vs, strict=True)
+        ]
+        new_params = structure.unflatten([p for p, _ in updated])
+        velocities = structure.unflatten([v for _, v in updated]) if self.momentum else ()
+        return params if write else new_params, SGDState(state.step + 1, velocities)
+
+    def _update(
+        self, p: Tensor, g: Tensor, v: Tensor, lr: float | Tensor, count: int | Tensor, write: bool
+    ) -> tuple[Tensor, Tensor]:
+        """(p, v) after the step."""
+        if self.maximize:
+            g = -g
+        if self.weight_decay:
+            g = g.add(p, alpha=self.weight_decay)
+        if self.momentum:
+            v = v.mul_(self.momentum) if write else v * self.momentum
+            v = _add(v, g, self._share_of_gradient(count), write)
+            g = g.add(v, alpha=self.momentum) if self.nesterov else v
+        return _add(p, g, -lr, write), v
+
+    def _share_of_gradient(self, count: int | Tensor) -> float | Tensor:
+        """1 − dampening, but 1 at the first step."""
+        if not self.dampening:
+            return 1.0
+        if isinstance(count, int):
+            return 1.0 if count == 0 else 1.0 - self.dampening
+        return 1.0 - self.dampening * (count > 0).double()
+
+    def _lr(self, count: int | Tensor) -> float | Tensor:
+        if not callable(self.lr):
+            return self.lr
+        lr = self.lr(count)  # type: ignore[arg-type]
+        if not isinstance(lr, Tensor):
+            _check_number("lr(step)", lr)
+        return lr
+
+    def _leaves(
+        self, name: str, tree: Tree, ps: list[Tensor], structure: optree.PyTreeSpec
+    ) -> list[Tensor]:
+        """The leaves of a tree that must match params."""
+        leaves, other = optree.tree_flatten(tree)
+        if other != structure:
+            raise ValueError(
+                f"{self}: expected {name} with the structure of params, {structure}, got {other}"
+            )
+        for i, (leaf, p) in enumerate(zip(leaves, ps, strict=True)):
+            if not isinstance(p, Tensor) or not isinstance(leaf, Tensor):
+                raise TypeError(
+                    f"{self}: expected tensors at {structure.accessors()[i].codify('params')} "
+                    f"and in {name}, got {type(p).__name__} and {type(leaf).__name__}"
+                )
+            if (leaf.shape, leaf.dtype, leaf.device) != (p.shape, p.dtype, p.device):
+                raise ValueError(
+                    f"{self}: expected {structure.accessors()[i].codify(name)} like params, "
+                    f"{_describe(p)}, got {_describe(leaf)}"
+                )
+        return leaves
+
+    def _check_writable(self, *trees: list[Tensor]) -> None:
+        for tensor in (leaf for leaves in trees for leaf in leaves):
+            if any(
+                n > 1 and stride == 0
+                for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
+            ):
+                raise ValueError(
+                    f"{self}: expected tensors that can be written to, got an expanded one of "
+                    f"shape {tuple(tensor.shape)} and stride {tensor.stride()}"
+                )
+
+    def __repr__(self) -> str:
+        return source(self)
+
+
+def _add(x: Tensor, y: Tensor, alpha: float | Tensor, write: bool) -> Tensor:
+    """x + alpha · y, into x if `write`."""
+    if isinstance(alpha, Tensor):
+        y, alpha = alpha.to(y.dtype) * y, 1.0
+    return x.add_(y, alpha=alpha) if write else x.add(y, alpha=alpha)
+
+
+def _concrete(step: Tensor) -> int | Tensor:
+    """The number of steps as an int, if it is one number that is known."""
+    if torch.compiler.is_compiling():
+        return step
+    try:
+        return int(step)
+    except RuntimeError:  # torch.func.vmap over states
+        return step
+
+
+def _check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"SGD: expected {name} to be a number, got {value!r}")
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"SGD: expected {name} to be finite and >= 0, got {value}")
+
+
+def _describe(x: Tensor) -> str:
+    return f"{tuple(x.shape)} {x.dtype} on {x.device}"

@@ -1,0 +1,28 @@
+"""`python -m funcnet inspect FILE` prints what a file of `funcnet.save` holds."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from funcnet.checkpoint import CheckpointError, inspect
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; 0 if all went well, 1 for a file that cannot be read."""
+    parser = argparse.ArgumentParser(prog="python -m funcnet", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("inspect", help="print names, dtypes, shapes, network, metadata")
+    command.add_argument("file", metavar="FILE")
+    file = parser.parse_args(arguments).file
+    try:
+        print(inspect(file))
+    except (CheckpointError, OSError) as error:
+        print(f"funcnet inspect: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

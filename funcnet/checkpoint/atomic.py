@@ -1,0 +1,149 @@
+"""Replacing a file so that after a crash at any instant there is the old one or the new one, whole.
+
+The new file is written beside the old under a name of its own, `.NAME.0123456789abcdef.tmp`, made
+durable, and renamed. While it is written it is locked (flock). A lock ends with the process that
+holds it, so a temporary file that is not locked is what a killed process has left, and the next
+save removes it. Two processes that save to one path write two files; the last rename wins.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows, where a file that is open cannot be removed: that serves as its lock
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A new, empty file to write, which replaces the one at `path` when the block ends well.
+
+    A symbolic link stays, and the file that it points to is replaced. The new file has the old
+    one's mode, or the umask's. If anything is raised, the old file is as it was and nothing is left
+    behind.
+
+    Raises OSError (FileNotFoundError, PermissionError, IsADirectoryError, …) with the path.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        mode = _mode_to_keep(target)
+        _clear_abandoned(target)
+        temporary, file = _create(target, mode)
+        try:
+            with file:
+                yield file
+                if mode is not None:
+                    os.chmod(temporary, mode)
+                _flush_to_disk(file)
+                if fcntl is None:
+                    file.close()  # Windows renames no open file
+                os.replace(temporary, target)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                temporary.unlink()
+            raise
+        _flush_folder(target.parent)
+    except OSError as error:
+        # Also those without a path, like "no space left"; the number chooses the subclass.
+        raise OSError(error.errno, f"save: {error.strerror}", str(path)) from error
+
+
+def _mode_to_keep(target: Path) -> int | None:
+    """The permissions of the file to replace, None if there is none."""
+    try:
+        status = target.stat()
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "expected the path of a file, got that of a folder")
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "expected the path of a regular file, got another kind")
+    # Renaming does not ask for it, but who write-protects a file wants to keep it.
+    if not os.access(target, os.W_OK):
+        raise PermissionError(errno.EACCES, "the file is write-protected")
+    return stat.S_IMODE(status.st_mode) & 0o777
+
+
+def _create(target: Path, mode: int | None) -> tuple[Path, BinaryIO]:
+    """A new file beside `target`, locked."""
+    while True:
+        # 32 characters of the name: a long name must not become too long.
+        temporary = target.with_name(f".{target.name[:32]}.{secrets.token_hex(8)}.tmp")
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        # The kernel applies the umask.
+        descriptor = os.open(temporary, flags, 0o666 if mode is None else mode)
+        file = os.fdopen(descriptor, "w+b", buffering=0)
+        try:
+            locked = _try_lock(file)
+        except OSError:
+            locked = True  # some network file systems have no locks; nor do they clear what is left
+        # Before it is locked it looks abandoned: another save may be removing it.
+        if locked and _is_at(file, temporary):
+            return temporary, file
+        file.close()
+        temporary.unlink(missing_ok=True)
+
+
+def _clear_abandoned(target: Path) -> None:
+    abandoned = re.compile(rf"\.{re.escape(target.name[:32])}\.[0-9a-f]{{16}}\.tmp")
+    with suppress(OSError):  # of a folder that may be written but not listed
+        for entry in os.scandir(target.parent):
+            if abandoned.fullmatch(entry.name):
+                with suppress(OSError):
+                    _remove_unless_locked(Path(entry.path))
+
+
+def _remove_unless_locked(path: Path) -> None:
+    if fcntl is None:
+        path.unlink()
+        return
+    with path.open("r+b") as file:
+        if _try_lock(file) and _is_at(file, path):
+            path.unlink()
+
+
+def _try_lock(file: BinaryIO) -> bool:
+    if fcntl is not None:
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    """Whether the open file is still the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _flush_to_disk(file: BinaryIO) -> None:
+    if fcntl is not None and hasattr(
+        fcntl, "F_FULLFSYNC"
+    ):  # macOS: fsync stops at the drive's cache
+        with suppress(OSError):  # which not every file system knows
+            fcntl.fcntl(file.fileno(), fcntl.F_FULLFSYNC)
+            return
+    os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    if fcntl is None:
+        return  # Windows opens no folder
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -26,12 +26,13 @@ from typing import Any, BinaryIO, Literal, TypeAlias, overload
 import torch
 from torch import Tensor
 
-from funcnet.checkpoint import compare, container, structure
+from funcnet.checkpoint import compare, structure
 from funcnet.checkpoint.atomic import replacing
-from funcnet.checkpoint.container import Header, Writer, read_header
 from funcnet.checkpoint.errors import CheckpointError
 from funcnet.checkpoint.inspection import Inspection
+from funcnet.checkpoint.reading import Header, read_header, read_tensors
 from funcnet.checkpoint.storable import check_metadata, check_storable
+from funcnet.checkpoint.writing import Writer
 from funcnet.layer import Layer, Tree
 
 __all__ = ["CheckpointError", "Inspection", "inspect", "load", "load_model", "save", "save_model"]
@@ -230,7 +231,7 @@ def _read_tensors(
     size = sum(entry.stop - entry.start for entry in header.entries.values())
     mapped = size >= MAPPED_FROM if mmap is None else mmap
     tensors = {}
-    for name, tensor in container.read_tensors(file, header, mapped=mapped):
+    for name, tensor in read_tensors(file, header, mapped=mapped):
         converted = dtype if tensor.is_floating_point() else None
         tensors[name] = tensor.to(device="cpu" if device is None else device, dtype=converted)
     return tensors
@@ -273,7 +274,7 @@ def _opened(path: _Path) -> Iterator[BinaryIO]:
     try:
         if os.path.isdir(path):  # which Windows cannot open
             raise CheckpointError("expected a file, got a folder")
-        with open(os.open(path, flags), "rb", buffering=0) as file:
+        with open(os.open(path, flags), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise CheckpointError("expected a regular file, got another kind")
             yield file

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from funcnet.checkpoint.container import Header
+from funcnet.checkpoint.reading import Header
 from funcnet.checkpoint.structure import children, decode, is_tensor, kind_of, parts
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from funcnet.checkpoint.container import can_hold
-from funcnet.checkpoint.structure import MAX_DEPTH
-
-_MAX_RANK = 64
+from funcnet.checkpoint.container import DTYPE_NAMES, MAX_RANK, PAIRED
+from funcnet.checkpoint.structure import INT64, MAX_DEPTH, check_text
 
 
 def check_storable(tensors: Mapping[str, Tensor]) -> None:
@@ -39,9 +38,11 @@ def check_metadata(metadata: Any, name: str = "metadata", depth: int = 0) -> Non
         for i, value in enumerate(metadata):
             check_metadata(value, f"{name}[{i}]", depth + 1)
     elif type(metadata) is str:
-        metadata.encode()  # UnicodeEncodeError is a ValueError
+        check_text(f"{name}: expected a text", metadata)
     elif type(metadata) is float and not math.isfinite(metadata):
         raise ValueError(f"{name}: expected a number that JSON has, got {metadata}")
+    elif type(metadata) is int and metadata not in INT64:
+        raise ValueError(f"{name}: expected a number of 64 bits, got {metadata:#x}")
     elif metadata is not None and type(metadata) not in (bool, int, float):
         raise TypeError(
             f"{name}: expected a dict, list, str, int, float, bool or None, "
@@ -54,14 +55,16 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: expected a plain tensor, got a {type(tensor).__name__}")
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         raise TypeError(f"{name}: expected a tensor with values, got one inside torch.func")
-    if not can_hold(tensor.dtype) or tensor.is_quantized:
+    if tensor.dtype not in DTYPE_NAMES or tensor.is_quantized:
         raise TypeError(f"{name}: expected a dtype that safetensors stores, got {tensor.dtype}")
     if tensor.layout != torch.strided or tensor.is_nested:
         raise TypeError(f"{name}: expected a dense tensor, got one of {tensor.layout}")
     if tensor.device.type == "meta":
         raise ValueError(f"{name}: expected a tensor with values, got one on the meta device")
-    if tensor.dim() > _MAX_RANK:
-        raise ValueError(f"{name}: expected at most {_MAX_RANK} dimensions, got {tensor.dim()}")
+    if tensor.dtype in PAIRED and tensor.dim() == 0:
+        raise ValueError(f"{name}: expected a dimension along which pairs lie, got shape ()")
+    if tensor.dim() > MAX_RANK:
+        raise ValueError(f"{name}: expected at most {MAX_RANK} dimensions, got {tensor.dim()}")
     if not tensor.is_leaf:
         raise ValueError(
             f"{name}: expected values only, got a tensor in an autograd graph; detach() it first"
@@ -73,46 +76,48 @@ def _check_untied(tensors: Mapping[str, Tensor]) -> None:
     by_storage = defaultdict(list)
     for name, tensor in tensors.items():
         if tensor.numel():
-            storage = tensor.untyped_storage()
-            by_storage[tensor.device, storage.data_ptr()].append(name)
+            by_storage[tensor.device, tensor.untyped_storage().data_ptr()].append(name)
     for names in by_storage.values():
-        if len(names) > 1:
-            _check_apart({name: tensors[name] for name in names})
+        if _may_share(views := {name: tensors[name] for name in names}):
+            _check_apart(views)
 
 
-def _check_apart(tensors: dict[str, Tensor]) -> None:
-    """Refuse views of one storage that overlap; those that lie side by side are no trouble."""
-    owner = _Owners(max(_end(tensor) for tensor in tensors.values()))
-    for number, (name, tensor) in enumerate(tensors.items()):
-        other = owner.take(tensor, number)
-        if other is not None:
+def _may_share(views: dict[str, Tensor]) -> bool:
+    """Whether the spans of memory that views of one storage lie in overlap."""
+    spans = sorted(_span(view) for view in views.values())
+    return any(start < end for (_, end), (start, _) in pairwise(spans))
+
+
+def _span(view: Tensor) -> tuple[int, int]:
+    """The first byte of its storage that a tensor has, and the one after its last."""
+    start = int(view.storage_offset())
+    steps = sum((size - 1) * step for size, step in zip(view.shape, view.stride(), strict=True))
+    return start * view.itemsize, (start + steps + 1) * view.itemsize
+
+
+def _check_apart(views: dict[str, Tensor]) -> None:
+    """Refuse views that have a byte in common; those that interleave, like columns, do not."""
+    unit = min(view.itemsize for view in views.values())
+    taken = torch.zeros(max(_span(view)[1] for view in views.values()) // unit, dtype=torch.bool)
+    for name, view in views.items():
+        if _within(taken, unit, view).any():
             raise ValueError(
                 f"{name}: expected memory of its own, got a tensor that shares memory with "
-                f"{list(tensors)[other]}; clone() one of them"
+                f"{_first_sharing(name, views, unit, len(taken))}; clone() one of them"
             )
+        _within(taken, unit, view).fill_(True)
 
 
-class _Owners:
-    """Which tensor each byte of a storage belongs to."""
-
-    def __init__(self, size: int) -> None:
-        self._owner = torch.full((size,), -1, dtype=torch.int32)
-
-    def take(self, tensor: Tensor, number: int) -> int | None:
-        """Mark a tensor's bytes; the number of another that has one of them, if any."""
-        itemsize = tensor.dtype.itemsize
-        bytes_of = self._owner.as_strided(
-            (*tensor.shape, itemsize),
-            (*(stride * itemsize for stride in tensor.stride()), 1),
-            tensor.storage_offset() * itemsize,
-        )
-        other = int(bytes_of.max())
-        # An expanded tensor has a byte many times, so it is not filled but put.
-        bytes_of.copy_(torch.tensor(number, dtype=torch.int32).expand(bytes_of.shape))
-        return None if other < 0 else other
+def _first_sharing(name: str, views: dict[str, Tensor], unit: int, size: int) -> str:
+    wanted = torch.zeros(size, dtype=torch.bool)
+    _within(wanted, unit, views[name]).fill_(True)
+    return next(other for other in views if _within(wanted, unit, views[other]).any())
 
 
-def _end(tensor: Tensor) -> int:
-    """One past the last byte of its storage that a tensor reaches."""
-    reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return (int(tensor.storage_offset()) + reach + 1) * tensor.dtype.itemsize
+def _within(marks: Tensor, unit: int, view: Tensor) -> Tensor:
+    """The marks of a view's memory, of which there is one for each `unit` bytes of the storage."""
+    width = view.itemsize // unit
+    # Along an expanded dimension the memory is the same.
+    sizes = [1 if step == 0 else size for size, step in zip(view.shape, view.stride(), strict=True)]
+    steps = [step * width for step in view.stride()]
+    return marks.as_strided([*sizes, width], [*steps, 1], int(view.storage_offset()) * width)

@@ -41,7 +41,7 @@ _LIMITS = (
     f"at most {MAX_NODES} nodes, one inside another at most {MAX_DEPTH} deep, "
     f"whose names are at most {MAX_NAME_SIZE} characters"
 )
-_INT64 = range(-(2**63), 2**63)
+INT64 = range(-(2**63), 2**63)
 _SEQUENCES: dict[str, Callable[[Any], Any]] = {"list": list, "tuple": tuple}
 _MAPPINGS: dict[str, Callable[[Any], Any]] = {"dict": dict, "OrderedDict": OrderedDict}
 
@@ -116,7 +116,7 @@ def children(json: Json, name: str) -> list[tuple[trees.Key, Json]] | None:
             return [(key, child) for key, child in json[kind]]
     elif _is_leaf(kind, json):
         return None
-    raise CheckpointError(f"{label(name)}: expected a node of a tree, got {_short(json)}")
+    raise CheckpointError(f"{label(name)}: expected a node of a tree, got {shorten(repr(json))}")
 
 
 def kind_of(json: Json) -> str:
@@ -132,7 +132,16 @@ def kind_of(json: Json) -> str:
 
 def label(name: str) -> str:
     """How messages call a leaf or node: by its name, but the root has none."""
-    return name or "the tree"
+    return shorten(name, 1000) or "the tree"
+
+
+def shorten(text: str, limit: int = 80) -> str:
+    """The beginning of a text, for messages about what may be very long.
+
+    >>> shorten("0123456789", 5)
+    '0123…'
+    """
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 class _Encoder:
@@ -175,7 +184,7 @@ class _Encoder:
         self._name_size += len(name)
         if depth > MAX_DEPTH or self._nodes > MAX_NODES or self._name_size > MAX_NAME_SIZE:
             raise ValueError(
-                f"{_short(label(name))}: expected a tree of {_LIMITS}, "
+                f"{label(name)}: expected a tree of {_LIMITS}, "
                 "got a larger one, or one that contains itself"
             )
 
@@ -184,10 +193,10 @@ def _encode_scalar(value: Any, name: str) -> Json:
     if value is None or type(value) is bool:
         return value
     if type(value) is str:
-        _check_text("a text", value, name)
+        check_text(f"{label(name)}: expected a text", value)
         return value
     if type(value) is int:
-        return value if value in _INT64 else {"int": hex(value)}
+        return value if value in INT64 else {"int": hex(value)}
     if type(value) is float:
         return value if math.isfinite(value) else {"float": struct.pack(">d", value).hex()}
     raise TypeError(
@@ -204,18 +213,17 @@ def _check_key(key: Any, name: str) -> None:
             f"got {key!r} of type {type(key).__name__}"
         )
     if isinstance(key, str):
-        _check_text("every key", key, name)
-    elif key not in _INT64:
+        check_text(f"{label(name)}: expected every key to be a text", key)
+    elif key not in INT64:
         raise ValueError(f"{label(name)}: expected every int key to fit in 64 bits, got {key:#x}")
 
 
-def _check_text(what: str, text: str, name: str) -> None:
+def check_text(expected: str, text: str) -> None:
+    """Refuse, by ValueError, half of a surrogate pair: safetensors readers take UTF-8 only."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(
-            f"{label(name)}: expected {what} that UTF-8 can encode, got {text!r}"
-        ) from None
+        raise ValueError(f"{expected} that UTF-8 can encode, got {shorten(repr(text))}") from None
 
 
 def _check_rebuilds(node: Any, name: str) -> None:
@@ -262,18 +270,20 @@ def _decode_class(class_name: str, fields: dict[str, Any], name: str) -> Any:
     cls = trees.class_named(class_name)
     if cls is None:
         raise CheckpointError(
-            f"{label(name)}: expected a class known by name, got {class_name[:200]!r}: "
+            f"{label(name)}: expected a class known by name, got {shorten(class_name)!r}: "
             "give it to funcnet.register_node before loading"
         )
     if list(fields) != trees.field_names(cls):
         raise CheckpointError(
             f"{label(name)}: expected the fields of {class_name}, "
-            f"{', '.join(trees.field_names(cls))}, got {_short(', '.join(fields))}"
+            f"{', '.join(trees.field_names(cls))}, got {shorten(', '.join(fields))}"
         )
     try:
         return trees.build(cls, fields)
     except Exception as error:
-        raise CheckpointError(f"{label(name)}: {class_name} refused its fields: {error}") from error
+        raise CheckpointError(
+            f"{label(name)}: {class_name} refused its fields: {shorten(str(error), 400)}"
+        ) from error
 
 
 def _decode_tensor(json: Json, kind: str, tensor: Callable[[str], Tensor]) -> Tensor:
@@ -319,10 +329,5 @@ def _is_leaf(kind: str, json: Json) -> bool:
 
 def _are_items(items: list[Any]) -> bool:
     keys = [item[0] for item in items if isinstance(item, list) and len(item) == 2]
-    are_keys = all(type(key) is str or (type(key) is int and key in _INT64) for key in keys)
+    are_keys = all(type(key) is str or (type(key) is int and key in INT64) for key in keys)
     return len(keys) == len(items) and are_keys and len(set(keys)) == len(keys)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:79] + "…"

@@ -1,0 +1,66 @@
+"""Training steps and inference of funcnet and of others, side by side: python examples/benchmark.
+
+See `python examples/benchmark --help`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import agreement
+import torch
+from contenders import entries
+from networks import Network, all_networks
+from problem import Problem
+from report import Row
+from timing import side_by_side
+
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in agreement.TOLERANCE}
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="benchmark", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer networks, shorter runs")
+    parser.add_argument("--device", default="cpu", type=torch.device)
+    parser.add_argument("--threads", default=2, type=int, help="CPU threads (default 2)")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--batch", nargs="+", type=int, help="in the place of each network's own")
+    parser.add_argument("--networks", nargs="+", help="names, or parts of names")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    parser.add_argument("--out", default=Path("runs/benchmark"), type=Path)
+    return parser.parse_args()
+
+
+def chosen(options: argparse.Namespace) -> list[tuple[Network, int]]:
+    """The networks and batch sizes to run."""
+    return [
+        (network, batch)
+        for network in all_networks()
+        if not options.networks or any(part in network.name for part in options.networks)
+        for batch in options.batch or (network.quick_batches if options.quick else network.batches)
+    ]
+
+
+def main() -> None:
+    """Check, time, report."""
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    seconds = 0.3 if options.quick else 0.6
+    for network, batch in chosen(options):
+        problem = Problem(network, batch, DTYPES[options.dtype], options.device)
+        contenders = {
+            name: entry(problem) for name, entry in entries(not options.no_compile).items()
+        }
+        agreement.check(problem, contenders)
+        for mode in ("train", "infer"):
+            functions = {name: getattr(c, mode) for name, c in contenders.items()}
+            if network.is_layer and mode == "train":
+                del functions["funcnet pure"]
+            times = side_by_side(functions, seconds, options.device)
+            print(Row(network.name, batch, mode, times), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Before anything is timed: all contenders must compute the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from contenders import Contender, torch_nn
+from problem import Problem
+from torch import Tensor
+
+_STEPS = 3
+
+TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-4,
+    torch.bfloat16: 5e-2,
+    torch.float16: 1e-2,
+}
+"""Of each tensor's change, in the Euclidean norm."""
+
+
+class Disagreement(AssertionError):
+    """Two contenders compute different numbers."""
+
+
+def check(problem: Problem, contenders: Mapping[str, Contender]) -> None:
+    """Hold outputs, losses and states after a few steps to torch.nn and autograd in float64.
+
+    Raises Disagreement, with the contender and the size of the difference.
+    """
+    reference = torch_nn(replace(problem, dtype=torch.float64), torch.contiguous_format)
+    start = [] if problem.network.is_layer else _copies(reference)
+    expected = _run(reference)
+    for name, contender in contenders.items():
+        for i, (actual, wanted) in enumerate(zip(_run(contender), expected, strict=True)):
+            state = i - _STEPS - 1  # the states come after the output and the losses
+            before = start[state] if start and state >= 0 else torch.zeros(())
+            _check_tensor(f"{problem.network.name}: {name}", actual, wanted, before, problem.dtype)
+
+
+def _run(contender: Contender) -> list[Tensor]:
+    """The output, the loss of each step, and the state after the last."""
+    results = [contender.infer(), *(contender.train() for _ in range(_STEPS))]
+    return [result.detach().double().cpu() for result in results] + _copies(contender)
+
+
+def _copies(contender: Contender) -> list[Tensor]:
+    return [tensor.detach().double().cpu().clone() for tensor in contender.state()]
+
+
+def _check_tensor(
+    who: str, actual: Tensor, wanted: Tensor, before: Tensor, dtype: torch.dtype
+) -> None:
+    """The change since `before` must agree, but for the rounding of the values themselves."""
+    difference = torch.linalg.vector_norm(actual - wanted)
+    change = torch.linalg.vector_norm(wanted - before)
+    rounding = torch.finfo(dtype).eps * torch.linalg.vector_norm(wanted)
+    allowed = TOLERANCE[dtype] * change + _STEPS * rounding
+    if not (actual.shape == wanted.shape and difference <= allowed):
+        raise Disagreement(
+            f"{who}: expected {tuple(wanted.shape)} to within {allowed:.1e}, "
+            f"got {tuple(actual.shape)} that differs by {difference:.1e}"
+        )

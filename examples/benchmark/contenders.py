@@ -1,0 +1,141 @@
+"""Those who take part: the same training step and the same inference, each as its users write it.
+
+Each makes weights, optimizer state and data of its own, so that none disturbs another, and gets its
+data in the memory layout it is best with; only funcnet is handed whole networks' data in PyTorch's
+default layout, and converts it within the time that is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from problem import LEARNING_RATE, MOMENTUM, Problem
+from torch import Tensor, nn
+from translate import leaves, to_torch
+
+import funcnet as fn
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What can be timed.
+
+    `train` does one training step and returns the loss, `infer` returns the output. `state` is what
+    the steps have made of it, in PyTorch's order and layouts: the parameters, or for a layer on its
+    own the last gradients with respect to x and parameters.
+    """
+
+    train: Callable[[], Any]
+    infer: Callable[[], Any]
+    state: Callable[[], list[Tensor]]
+
+
+Entry = Callable[[Problem], Contender]
+
+
+def entries(compiled: bool) -> dict[str, Entry]:
+    """All contenders by name; ours come first."""
+    torch_entries = {
+        "torch.nn": lambda problem: torch_nn(problem, torch.contiguous_format),
+        "torch.nn channels_last": lambda problem: torch_nn(problem, torch.channels_last),
+    }
+    if compiled:
+        torch_entries["torch.compile"] = lambda problem: torch_nn(
+            problem, torch.channels_last, torch.compile
+        )
+    return {"funcnet": funcnet_in_place, "funcnet pure": funcnet_pure, **torch_entries}
+
+
+def funcnet_in_place(problem: Problem) -> Contender:
+    """`value_and_grad` and `SGD.step_`."""
+    return _funcnet(problem, "step_")
+
+
+def funcnet_pure(problem: Problem) -> Contender:
+    """`value_and_grad` and the pure `SGD.step`, which makes new trees."""
+    return _funcnet(problem, "step")
+
+
+def _funcnet(problem: Problem, step_name: str) -> Contender:
+    net, params = problem.network.net, problem.params()
+    x, target = problem.x(), problem.target()
+    if problem.network.is_layer:
+        return _funcnet_layer(net, params, x, target)
+    sgd = fn.SGD(LEARNING_RATE, MOMENTUM)
+    step, loss_and_grads = getattr(sgd, step_name), fn.value_and_grad(net, fn.MSE())
+    state = sgd.init(params)
+
+    def train() -> Tensor:
+        nonlocal params, state
+        loss, grads = loss_and_grads(params, x, target)
+        params, state = step(params, grads, state)
+        return loss
+
+    return Contender(
+        train,
+        lambda: net.apply(params, x),
+        lambda: [leaf for tree in params for leaf in leaves(tree)],
+    )
+
+
+def _funcnet_layer(net: fn.Sequential, params: Any, x: Tensor, grad: Tensor) -> Contender:
+    layer, (layer_params,) = net[0], params
+    x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))
+    last: list[Tensor] = []
+
+    def train() -> Tensor:
+        y, residuals = layer.fwd(layer_params, x)
+        dparams, dx = layer.bwd(layer_params, residuals, grad)
+        last[:] = [dx, *leaves(dparams)]
+        return y
+
+    return Contender(train, lambda: layer.apply(layer_params, x), lambda: last)
+
+
+def torch_nn(
+    problem: Problem,
+    layout: torch.memory_format,
+    compiler: Callable[[Any], Any] = lambda function: function,
+) -> Contender:
+    """torch.nn, autograd and torch.optim.SGD, perhaps compiled."""
+    model = to_torch(problem.network.net, problem.params(), problem.network.shape)
+    model = model.to(memory_format=layout)
+    x = problem.x().contiguous(memory_format=layout)
+    target = problem.target().contiguous(memory_format=layout)
+    predict = torch.inference_mode()(compiler(model))
+    if problem.network.is_layer:
+        train, state = _torch_layer(compiler(model), list(model.parameters()), x, target)
+        return Contender(train, lambda: predict(x), state)
+    loss_of = compiler(lambda x, target: nn.functional.mse_loss(model(x), target))
+    optimizer = fastest_sgd(list(model.parameters()))
+
+    def train() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_of(x, target)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return Contender(train, lambda: predict(x), lambda: [p.detach() for p in model.parameters()])
+
+
+def _torch_layer(
+    model: Callable[[Tensor], Tensor], params: list[nn.Parameter], x: Tensor, grad: Tensor
+) -> tuple[Callable[[], Tensor], Callable[[], list[Tensor]]]:
+    leaf = x.detach().requires_grad_()
+    last: list[Tensor] = []
+
+    def train() -> Tensor:
+        y = model(leaf)
+        last[:] = torch.autograd.grad(y, [leaf, *params], grad)
+        return y.detach()
+
+    return train, lambda: last
+
+
+def fastest_sgd(params: list[nn.Parameter]) -> torch.optim.SGD:
+    """torch.optim.SGD in the fastest of its implementations here."""
+    return torch.optim.SGD(params, LEARNING_RATE, MOMENTUM, fused=True)

@@ -1,0 +1,47 @@
+"""What every contender is given: a network, its weights, and one batch of data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import optree
+import torch
+from networks import Network
+from torch import Tensor
+
+import funcnet as fn
+from funcnet.layer import Tree
+
+LEARNING_RATE = 0.01
+MOMENTUM = 0.9
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A network at one batch size. Data and weights are made anew, and alike, for each contender."""
+
+    network: Network
+    batch: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def params(self) -> Tree:
+        """The weights to start from, of a scale (He et al., 2015) that no depth makes vanish."""
+        params = self.network.net.init(fn.key(0), self.network.shape)
+        return optree.tree_map(lambda leaf: self._own(leaf * math.sqrt(6)), params)
+
+    def x(self) -> Tensor:
+        """The inputs, in PyTorch's default layout."""
+        return self._normal(1, self.network.shape)
+
+    def target(self) -> Tensor:
+        """What the outputs should be; for a layer, the gradient that comes back to it."""
+        return self._normal(2, self.network.net.out_shape(self.network.shape))
+
+    def _normal(self, seed: int, shape: tuple[int, ...]) -> Tensor:
+        return self._own(fn.normal(fn.key(seed), (self.batch, *shape)))
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        """In this dtype, rounded to what bfloat16 can hold: the same numbers in every dtype."""
+        return tensor.bfloat16().to(dtype=self.dtype, device=self.device)

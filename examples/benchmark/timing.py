@@ -1,0 +1,98 @@
+"""Times of several functions side by side.
+
+Machines drift: clocks change, neighbours come and go. So the functions take turns, a slice of time
+each, round by round, and what is reported of each is its median over rounds.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+Function = Callable[[], Any]
+
+_SLICE = 0.02
+"""Seconds that a function runs in its turn, at least."""
+
+_LEAST_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds a call: median and quartiles over the rounds."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+
+def side_by_side(
+    functions: Mapping[str, Function], seconds: float, device: torch.device
+) -> dict[str, Times]:
+    """Times of each function, which runs for `seconds` or more in all."""
+    calls = {name: _calls_a_slice(function, device) for name, function in functions.items()}
+    quickest = min(n * duration for n, duration in calls.values())
+    rounds = max(_LEAST_ROUNDS, math.ceil(seconds / quickest))
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    with _no_garbage_collection():
+        for _ in range(rounds):
+            for name, function in functions.items():
+                n = calls[name][0]
+                if n > 1:
+                    function()  # the caches hold another's data
+                samples[name].append(_duration(function, n, device))
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def _calls_a_slice(function: Function, device: torch.device) -> tuple[int, float]:
+    """How many calls fill a slice, and what one takes, after a few calls to warm up."""
+    for _ in range(2):
+        function()
+    duration = min(_duration(function, 1, device) for _ in range(2))
+    return max(1, math.ceil(_SLICE / duration)), duration
+
+
+def _duration(function: Function, calls: int, device: torch.device) -> float:
+    """Seconds a call, on average over `calls`."""
+    if device.type == "cuda":
+        return _cuda_duration(function, calls)
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - start) / calls
+
+
+def _cuda_duration(function: Function, calls: int) -> float:
+    """The same, as the device's own clock saw it."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(calls):
+        function()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end)) / 1e3 / calls
+
+
+def _summary(values: list[float]) -> Times:
+    low, _, high = quantiles(values, n=4)
+    return Times(median(values), low, high, len(values))
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -13,6 +13,7 @@ import torch
 from contenders import entries
 from networks import Network, all_networks
 from problem import Problem
+from profiling import print_profile
 from report import Row
 from timing import side_by_side
 
@@ -29,6 +30,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", nargs="+", type=int, help="in the place of each network's own")
     parser.add_argument("--networks", nargs="+", help="names, or parts of names")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    parser.add_argument("--profile", action="store_true", help="where funcnet's time goes; no race")
     parser.add_argument("--out", default=Path("runs/benchmark"), type=Path)
     return parser.parse_args()
 
@@ -43,10 +45,21 @@ def chosen(options: argparse.Namespace) -> list[tuple[Network, int]]:
     ]
 
 
+def profile_all(options: argparse.Namespace) -> None:
+    """Profiles of the networks asked for; of the denoiser at batch 64 by default."""
+    options.networks = options.networks or ["denoiser"]
+    options.batch = options.batch or [64]
+    for network, batch in chosen(options):
+        print_profile(Problem(network, batch, DTYPES[options.dtype], options.device))
+
+
 def main() -> None:
     """Check, time, report."""
     options = arguments()
     torch.set_num_threads(options.threads)
+    if options.profile:
+        profile_all(options)
+        return
     seconds = 0.3 if options.quick else 0.6
     for network, batch in chosen(options):
         problem = Problem(network, batch, DTYPES[options.dtype], options.device)

@@ -21,14 +21,14 @@ TOLERANCE = {
 """Of each tensor's change, in the Euclidean norm."""
 
 
-class Disagreement(AssertionError):
+class DisagreementError(AssertionError):
     """Two contenders compute different numbers."""
 
 
 def check(problem: Problem, contenders: Mapping[str, Contender]) -> None:
     """Hold outputs, losses and states after a few steps to torch.nn and autograd in float64.
 
-    Raises Disagreement, with the contender and the size of the difference.
+    Raises DisagreementError, with the contender and the size of the difference.
     """
     reference = torch_nn(replace(problem, dtype=torch.float64), torch.contiguous_format)
     start = [] if problem.network.is_layer else _copies(reference)
@@ -59,7 +59,7 @@ def _check_tensor(
     rounding = torch.finfo(dtype).eps * torch.linalg.vector_norm(wanted)
     allowed = TOLERANCE[dtype] * change + _STEPS * rounding
     if not (actual.shape == wanted.shape and difference <= allowed):
-        raise Disagreement(
+        raise DisagreementError(
             f"{who}: expected {tuple(wanted.shape)} to within {allowed:.1e}, "
             f"got {tuple(actual.shape)} that differs by {difference:.1e}"
         )

@@ -19,7 +19,7 @@ MOMENTUM = 0.9
 
 @dataclass(frozen=True)
 class Problem:
-    """A network at one batch size. Data and weights are made anew, and alike, for each contender."""
+    """A network at one batch size. Each contender gets data and weights of its own, all alike."""
 
     network: Network
     batch: int

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from funcnet.checkpoint.errors import CheckpointError
 from funcnet.checkpoint.reading import Header
 from funcnet.checkpoint.structure import children, decode, is_tensor, kind_of, parts
+from funcnet.layer import Layer
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,13 +46,17 @@ class Inspection:
         return {name: entry.dtype for name, entry in self._header.entries.items()}
 
     @property
-    def architecture(self) -> Any:
+    def architecture(self) -> Layer | None:
         """The network of a file that `save_model` wrote, else None.
 
         Raises CheckpointError if a class is not known here, or refuses its fields.
         """
-        json = self._header.architecture
-        return None if json is None else decode(json, dict[str, torch.Tensor]().__getitem__)
+        if self._header.architecture is None:
+            return None
+        net = decode(self._header.architecture, dict[str, torch.Tensor]().__getitem__)
+        if not isinstance(net, Layer):
+            raise CheckpointError(f"the network: expected a layer, got {type(net).__name__}")
+        return net
 
     @property
     def metadata(self) -> dict[str, Any]:

@@ -125,12 +125,12 @@ def _read_head(file: BinaryIO, file_size: int) -> bytes:
 def _kind_of_file(head: bytes) -> str:
     if not head:
         return "an empty one"
-    if PREFIX.startswith(head[8:]):
-        return "the first bytes of one, or of something else: it may be truncated"
     if head[:2] == b"PK":
         return "a zip archive, perhaps of torch.save"
     if head[:1] == b"\x80":
         return "a pickle"
+    if PREFIX.startswith(head[8:]):
+        return "the first bytes of one, or of something else: it may be truncated"
     if head[8:9] == b"{":
         return "a safetensors file that funcnet did not write, or one whose first bytes are damaged"
     return "something else, or one whose first bytes are damaged"
@@ -165,7 +165,7 @@ def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
 def _int64(digits: str) -> int:
     # Time to read a number grows with the square of its digits.
     if len(digits) > 20:
-        raise ValueError(f"{shorten(digits)} is not a number of 64 bits")
+        raise ValueError(f"a number of more than 64 bits: {shorten(digits)}")
     return int(digits)
 
 

@@ -1,0 +1,207 @@
+"""What is saved comes back as it was, in the same bytes everywhere, for every reader."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_trees import DTYPES, Average, Moments, bits, same, trees
+from hypothesis import given
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import funcnet as fn
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One file for all examples: they also replace each other."""
+    return tmp_path_factory.mktemp("checkpoint") / "tree.safetensors"
+
+
+@given(tree=trees())
+def test_a_tree_comes_back_as_it_was(tree: Any, path: Path) -> None:
+    fn.save(path, tree)
+    for mmap in (False, True):
+        assert same(fn.load(path, mmap=mmap), tree)
+    assert same(fn.load(path, like=tree), tree)
+    assert os.listdir(path.parent) == [path.name]
+
+
+@given(tree=trees())
+def test_the_same_tree_gives_the_same_bytes(tree: Any, path: Path) -> None:
+    fn.save(path, tree)
+    first = path.read_bytes()
+    fn.save(path, fn.load(path))
+    assert path.read_bytes() == first
+
+
+@given(tree=trees())
+def test_safetensors_reads_the_same_tensors(tree: Any, path: Path) -> None:
+    fn.save(path, tree)
+    info = fn.inspect(path)
+    tensors = load_file(path)
+    assert tensors.keys() == info.shapes.keys() == info.dtypes.keys()
+    for name, tensor in tensors.items():
+        assert (tensor.shape, tensor.dtype) == (info.shapes[name], info.dtypes[name])
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["format"] == "pt"
+    leaves = [leaf for leaf in _leaves(tree) if isinstance(leaf, torch.Tensor)]
+    assert sorted(map(bits, leaves)) == sorted(map(bits, tensors.values()))
+
+
+def _leaves(node: Any) -> list[Any]:
+    from funcnet.tree import children
+
+    items = children(node)
+    return [node] if items is None else [leaf for _, child in items for leaf in _leaves(child)]
+
+
+def test_bytes_are_the_same_in_every_process(tmp_path: Path) -> None:
+    script = (
+        "import sys, torch, funcnet as fn\n"
+        "net = fn.Sequential(fn.Conv2d(4, 3), fn.ReLU(), fn.Conv2d(2, 3))\n"
+        "params = net.init(fn.key(0), (3, 8, 8))\n"
+        "fn.save_model(sys.argv[1], net, params, metadata={'b': 1, 'a': [2.5, None]})\n"
+    )
+    for seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", script, str(tmp_path / seed)]
+        subprocess.run(command, check=True, env=environment)
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_of_safetensors(dtype: torch.dtype, tmp_path: Path) -> None:
+    every_byte = torch.arange(256, dtype=torch.uint8)
+    tensor = (every_byte % 2 if dtype == torch.bool else every_byte).view(dtype)
+    fn.save(tmp_path / "t", tensor)
+    assert same(fn.load(tmp_path / "t"), tensor)
+
+
+def test_every_bit_of_a_float_comes_back(tmp_path: Path) -> None:
+    patterns = [0x7FC00001, 0x7F800001, 0xFFFFFFFF, 0x80000000, 0x00000001, 0x807FFFFF, 0xFF800000]
+    raw = torch.tensor(patterns, dtype=torch.int64).to(torch.uint32)
+    tensor = raw.view(torch.float32).reshape(7, 1).expand(7, 2).t()  # the NaNs are copied, too
+    fn.save(tmp_path / "t", tensor)
+    assert bits(fn.load(tmp_path / "t")) == bits(tensor)
+
+
+def test_python_values_come_back_exactly(tmp_path: Path) -> None:
+    tree = [0, -1, 2**63, -(10**5000), True, False, "", "a\0b", 0.1, -0.0, 5e-324, 1e308]
+    tree += [math.inf, -math.inf, math.nan, -math.nan]
+    fn.save(tmp_path / "t", tree)
+    assert same(fn.load(tmp_path / "t"), tree)
+
+
+def test_containers_come_back_as_they_were(tmp_path: Path) -> None:
+    tree = {
+        "tuple": (),
+        "list": [],
+        "dict": {},
+        "ordered": OrderedDict(),
+        "ordered, in its order": OrderedDict(z=1, a=2),
+        1: "int key",
+        "1": "str key",
+        "namedtuple": Moments({}, None),
+        "dataclass": Average(0.9, [torch.ones(1)]),
+    }
+    fn.save(tmp_path / "t", tree)
+    back = fn.load(tmp_path / "t")
+    assert same(back, tree)
+    assert list(back) == list(tree)
+
+
+def test_a_whole_state_of_training_comes_back(tmp_path: Path) -> None:
+    net = fn.Sequential(fn.Conv2d(4, 3), fn.ReLU())
+    params = net.init(fn.key(0), (3, 8, 8))
+    sgd = fn.SGD(0.1, momentum=0.9)
+    state = {"params": params, "state": sgd.init(params), "key": fn.key(3), "epoch": 7, "net": net}
+    state |= {"sgd": sgd, "loss": fn.MSE(), "history": [{"loss": 0.1 + 0.2, "psnr": math.inf}]}
+    fn.save(tmp_path / "t", state)
+    assert same(fn.load(tmp_path / "t"), state)
+
+
+def test_conjugated_and_negated_views_are_resolved(tmp_path: Path) -> None:
+    z = torch.tensor([1 + 2j, 3 - 4j])
+    tree = [z.conj(), z.clone().conj().imag]
+    fn.save(tmp_path / "t", tree)
+    assert [x.tolist() for x in fn.load(tmp_path / "t")] == [[1 - 2j, 3 + 4j], [-2.0, 4.0]]
+
+
+def test_views_of_one_storage_that_do_not_overlap_are_no_trouble(tmp_path: Path) -> None:
+    table = torch.arange(12.0).reshape(3, 4)
+    tree = [list(table[:2].unbind(1)), table[2], torch.empty(0), torch.empty(0)]
+    fn.save(tmp_path / "t", tree)
+    assert same(fn.load(tmp_path / "t"), tree)
+
+
+def test_what_is_loaded_is_ones_own(tmp_path: Path) -> None:
+    fn.save(tmp_path / "t", [torch.zeros(1000), torch.zeros(1000)])
+    before = (tmp_path / "t").read_bytes()
+    for mmap in (False, True):
+        first, second = fn.load(tmp_path / "t", mmap=mmap)
+        first += 1
+        assert not second.any()
+        fn.save(tmp_path / "u", [first, second])  # they are not tied
+    assert (tmp_path / "t").read_bytes() == before
+
+
+def test_a_small_file_may_be_overwritten_in_place_after_loading(tmp_path: Path) -> None:
+    fn.save(tmp_path / "t", torch.ones(100_000))
+    tensor = fn.load(tmp_path / "t")
+    (tmp_path / "t").write_bytes(b"")
+    assert tensor.sum() == 100_000
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_loaded_tensors_are_aligned_like_those_of_torch(mmap: bool, tmp_path: Path) -> None:
+    # Matrix products may round differently at another alignment, and resuming must not.
+    fn.save(
+        tmp_path / "t", {"odd": torch.ones(3), "w": torch.ones(64), "b": torch.ones(5).double()}
+    )
+    for tensor in fn.load(tmp_path / "t", mmap=mmap).values():
+        assert tensor.data_ptr() % 64 == 0
+
+
+def test_blocks_of_large_tensors(tmp_path: Path) -> None:
+    tree = {"large": torch.arange(3 * 2**20 + 1), "small": torch.ones(3)}  # 24 MiB and a bit
+    fn.save(tmp_path / "t", tree)
+    for mmap in (False, True):
+        back = fn.load(tmp_path / "t", mmap=mmap)
+        assert torch.equal(back["large"], tree["large"])
+    data = bytearray((tmp_path / "t").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "t").write_bytes(data)
+    with pytest.raises(fn.CheckpointError, match=r"large: .* damaged in 1 of its 7 blocks"):
+        fn.load(tmp_path / "t")
+
+
+def test_models_come_back(tmp_path: Path) -> None:
+    net = fn.Sequential(
+        fn.Conv2d(8, 2, stride=2),
+        fn.Sequential(),
+        fn.UpsampleConv2d(3, method="unfold"),
+        fn.Sequential(fn.Upsample2d((1, 2)), fn.Sigmoid()),
+    )
+    params = net.init(fn.key(1), (3, 8, 8))
+    fn.save_model(tmp_path / "m", net, params, metadata={"epoch": 3})
+    again, again_params = fn.load_model(tmp_path / "m")
+    assert again == net
+    assert same(again_params, params)
+    assert same(fn.load(tmp_path / "m"), params)
+    x = fn.uniform(fn.key(2), (2, 3, 8, 8))
+    assert torch.equal(again.apply(again_params, x), net.apply(params, x))
+
+
+def test_paths_of_any_kind(tmp_path: Path) -> None:
+    for path in (str(tmp_path / "a"), tmp_path / "ü ж.safetensors", tmp_path / ("n" * 255)):
+        fn.save(path, (1,))
+        assert fn.load(path) == (1,)

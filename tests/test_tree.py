@@ -1,0 +1,143 @@
+"""Names of leaves, and classes known by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import optree
+import pytest
+import torch
+from checkpoint_trees import Average, Moments, texts
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils import _pytree
+
+import funcnet as fn
+from funcnet import tree as trees
+
+Keys = st.recursive(
+    st.none(),
+    lambda children: (
+        st.dictionaries(texts() | st.integers(-2, 2), children, max_size=4)
+        | st.lists(children, max_size=3)
+    ),
+    max_leaves=20,
+)
+
+
+def names(tree: Any, name: str = "") -> list[str]:
+    items = trees.children(tree)
+    if items is None:
+        return [name]
+    below = trees.child_names(name, [key for key, _ in items])
+    return [
+        leaf for child, (_, node) in zip(below, items, strict=True) for leaf in names(node, child)
+    ]
+
+
+@given(Keys)
+def test_no_two_leaves_have_one_name(tree: Any) -> None:
+    found = names(tree)
+    assert len(set(found)) == len(found)
+    assert "__metadata__" not in found
+
+
+def test_names_are_those_of_torch_nn() -> None:
+    module = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 2), torch.nn.ReLU(), torch.nn.Conv2d(4, 4, 2)
+    )
+    net = fn.Sequential(fn.Conv2d(4, 2), fn.ReLU(), fn.Conv2d(4, 2))
+    assert names(net.init(fn.key(0), (3, 8, 8))) == list(module.state_dict())
+
+
+def test_names_of_awkward_keys() -> None:
+    tree = {"a.b": 0, "a": {"b": 0}, "": 0, 1: 0, "1": 0, "50%": 0, "__metadata__": 0, "x": [(0,)]}
+    expected = ["a%2Eb", "a.b", "%", "1%", "1", "50%25", "__metadata__%", "x.0.0"]
+    assert names(tree) == expected
+
+
+def test_a_registered_dataclass_is_a_node_everywhere() -> None:
+    average = Average(0.5, {"w": torch.ones(2)})
+    for tree_map in (optree.tree_map, _pytree.tree_map):
+        doubled = tree_map(lambda x: 2 * x, average)
+        assert type(doubled) is Average
+        assert doubled.decay == 1.0
+        assert torch.equal(doubled.mean["w"], torch.full((2,), 2.0))
+    assert trees.children(Moments(1, 2)) == [("first", 1), ("second", 2)]
+
+
+def test_a_registered_layer_stays_a_leaf_of_pytrees() -> None:
+    @fn.register_node
+    @dataclass(frozen=True)
+    class Twice(fn.Layer):
+        factor: int = 2
+
+        def init(self, key: Any, shape: Any, *, dtype: Any = None, device: Any = None) -> Any:
+            return ()
+
+        def out_shape(self, shape: Any) -> Any:
+            return tuple(shape)
+
+        def fwd(self, params: Any, x: Any, *, key: Any = None) -> Any:
+            return self.factor * x, ()
+
+        def bwd(self, params: Any, residuals: Any, grad: Any, *, input_grad: bool = True) -> Any:
+            return (), self.factor * grad
+
+    assert optree.tree_leaves({"net": Twice()}) == [Twice()]
+    assert trees.children(Twice()) == [("factor", 2)]
+
+
+def test_registering_again_is_harmless() -> None:
+    assert fn.register_node(Moments) is Moments
+
+
+def test_a_class_that_is_defined_again_replaces_the_old_one() -> None:
+    def define() -> type:
+        class Again(NamedTuple):
+            x: int
+
+        return fn.register_node(Again)
+
+    old, new = define(), define()
+    assert trees.is_known(new)
+    assert not trees.is_known(old)
+
+
+def test_another_class_of_the_same_name_is_refused() -> None:
+    class Moments(NamedTuple):
+        x: int
+
+    with pytest.raises(ValueError, match=r"register_node: expected a name that no other class has"):
+        fn.register_node(Moments)
+
+    class Conv2d(NamedTuple):
+        x: int
+
+    with pytest.raises(ValueError, match=r"Conv2d is funcnet\.layers\.conv\.Conv2d already"):
+        fn.register_node(Conv2d)
+
+
+@dataclass
+class Mutable:
+    x: int
+
+
+@dataclass(frozen=True)
+class Demanding:
+    x: int = field(init=False)
+
+    def __init__(self, other: int) -> None:
+        object.__setattr__(self, "x", other)
+
+
+@pytest.mark.parametrize("cls", [int, tuple, dict, Mutable, Mutable(1), torch.Tensor, "Moments"])
+def test_what_is_no_namedtuple_or_frozen_dataclass_is_refused(cls: Any) -> None:
+    with pytest.raises(TypeError, match="expected a namedtuple or frozen dataclass"):
+        fn.register_node(cls)
+
+
+def test_a_constructor_that_wants_more_than_fields_is_refused() -> None:
+    with pytest.raises(TypeError, match="got one that wants other"):
+        fn.register_node(Demanding)

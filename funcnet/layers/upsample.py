@@ -75,8 +75,8 @@ class Upsample2d(Layer):
         rows, columns = pair(self.scale)
         pixels = x.permute(0, 2, 3, 1)[:, :, None, :, None]  # (N, H, 1, W, 1, C): copied whole
         blocks = pixels.expand(-1, -1, rows, -1, columns, -1)
-        y = blocks.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
-        y = y.clone() if rows * columns == 1 else y
+        copies = blocks.clone(memory_format=torch.contiguous_format)  # flatten may make a view
+        y = copies.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
         return y, x.new_zeros(()).expand(x.shape)
 
     def bwd(

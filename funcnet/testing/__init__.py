@@ -1,0 +1,28 @@
+"""Verification of gradients: those of funcnet's own layers, and of anybody's.
+
+    from funcnet.testing import GradientMismatch, check_vjp, strategies
+
+`check_vjp(layer, params, x)` holds a layer, network or loss to its gradient and its contract;
+`strategies` draws layers, inputs that fit them, networks and trees for Hypothesis, and is imported
+when it is first used, since Hypothesis comes with `pip install funcnet[test]` only.
+`python -m funcnet.testing` checks every layer in many random cases and prints a table.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from funcnet.testing.check_vjp import check_vjp
+from funcnet.testing.errors import GradientMismatch
+
+if TYPE_CHECKING:
+    from funcnet.testing import strategies
+
+__all__ = ["GradientMismatch", "check_vjp", "strategies"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "strategies":
+        return importlib.import_module("funcnet.testing.strategies")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

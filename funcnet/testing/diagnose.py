@@ -1,0 +1,162 @@
+"""A guess at what went wrong: which transform of the right gradient gives the wrong one."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from funcnet.testing.case import Case
+from funcnet.testing.mathematics import Finding
+from funcnet.testing.oracles import autograd_gradients
+
+_ALIKE = 1e-6
+
+
+def guess(finding: Finding) -> str | None:
+    """What explains a wrong leaf, in words; None if nothing simple does."""
+    wrong = finding.gradients[finding.leaf]
+    right = finding.reference
+    if _ignores_grad(finding.case, finding.leaf, wrong):
+        return "it does not depend on grad"
+    if right is None or not (wrong.isfinite().all() and right.isfinite().all()):
+        return None
+    if not wrong.any():
+        return "it is zero: is it computed at all?"
+    for explanation, candidate in _transforms(finding, right):
+        if _alike(wrong, candidate):
+            return explanation
+    return _factor(finding.case, wrong, right) or _omitted(finding)
+
+
+def where(finding: Finding) -> str:
+    """The part of the leaf that holds all wrong entries, as an index; "" if it is all of it."""
+    bad = wrong_entries(finding)
+    if bad is None or bad.ndim == 0 or not bad.any():
+        return ""
+    places = bad.nonzero()
+    parts = []
+    for low, high, size in zip(
+        places.amin(0).tolist(), places.amax(0).tolist(), bad.shape, strict=True
+    ):
+        whole = (low, high) == (0, size - 1)
+        parts.append(":" if whole else str(low) if low == high else f"{low}:{high + 1}")
+    return "" if set(parts) == {":"} else f"[{', '.join(parts)}]"
+
+
+def wrong_entries(finding: Finding) -> Tensor | None:
+    """Which entries of the leaf are wrong, where there is something to compare all with."""
+    right = finding.reference
+    if right is None:
+        return None
+    wrong = finding.gradients[finding.leaf]
+    floor = 0.0 if finding.floor is None else finding.floor
+    return ~((wrong - right).abs() <= 1e-6 * right.abs() + floor) & (wrong != right)
+
+
+def _transforms(finding: Finding, right: Tensor) -> Iterator[tuple[str, Tensor]]:
+    yield "the sign is wrong", -right
+    yield from _over_part_of_the_batch(finding)
+    axes = range(right.ndim)
+    for i, j in itertools.combinations(axes, 2):
+        if right.shape[i] == right.shape[j] > 1:
+            yield f"axes {i} and {j} are transposed", right.transpose(i, j)
+    for count in (1, 2, 3):
+        for some in itertools.combinations(axes, count):
+            if all(right.shape[axis] > 1 for axis in some):
+                yield f"it is flipped along {_axes(some)}", right.flip(some)
+    for axis in axes:
+        for step in range(1, min(right.shape[axis], 4)):
+            for shift in (step, -step):
+                rolled = right.roll(shift, axis)
+                yield f"it is shifted by {shift} along axis {axis}", rolled
+                edge = slice(0, shift) if shift > 0 else slice(shift, None)
+                cut = rolled.clone()
+                cut[(slice(None),) * axis + (edge,)] = 0
+                yield f"it is shifted by {shift} along axis {axis}", cut
+
+
+def _over_part_of_the_batch(finding: Finding) -> Iterator[tuple[str, Tensor]]:
+    case = finding.case
+    if case.is_loss or case.grad.ndim < 1 or len(case.grad) < 2:
+        return
+    for which, name in ((0, "first"), (len(case.grad) - 1, "last")):
+        grad = torch.zeros_like(case.grad)
+        grad[which] = case.grad[which]
+        part = autograd_gradients(case.at(case.leaves, grad))
+        if part is not None:
+            yield (
+                f"only the {name} example counts: the sum over the batch is missing",
+                part[finding.leaf],
+            )
+
+
+def _ignores_grad(case: Case, leaf: int, wrong: Tensor) -> bool:
+    """Whether it stays the same with another grad."""
+    other = case.at(case.leaves, -3 * case.grad).gradients()[leaf]
+    return bool(wrong.any()) and _alike(other, wrong)
+
+
+def _factor(case: Case, wrong: Tensor, right: Tensor) -> str | None:
+    """A factor that all entries, or those along one axis, are off by."""
+    where_right = right != 0
+    if not where_right.any():
+        return None
+    factor = float((wrong * right).sum() / right.square().sum())
+    if _alike(wrong, factor * right):
+        shape = case.grad.shape
+        batch = shape[0] if shape and not case.is_loss else 1
+        positions = case.grad[0, 0].numel() if case.grad.ndim > 2 else 1
+        for divisor, what in (
+            (batch, "a mean over the batch instead of a sum"),
+            (positions, "a mean over positions instead of a sum"),
+            (batch * positions, "a mean over batch and positions instead of a sum"),
+            (case.grad.numel(), "divided by the number of entries"),
+        ):
+            if divisor > 1 and abs(factor * divisor - 1) < _ALIKE:
+                return f"it is too small by a factor of {divisor}: {what}"
+            if divisor > 1 and abs(factor / divisor - 1) < _ALIKE:
+                return f"it is too large by a factor of {divisor}: a sum instead of a mean?"
+        return f"a factor of {factor:.6g} is wrong"
+    for axis in range(wrong.ndim):
+        others = [i for i in range(wrong.ndim) if i != axis]
+        if wrong.shape[axis] > 1 and others:
+            top = (wrong * right).sum(others, keepdim=True)
+            factors = top / right.square().sum(others, keepdim=True).clamp(min=1e-300)
+            if right.numel() > 2 * factors.numel() and _alike(wrong, factors * right):
+                return f"factors along axis {axis} are wrong: {_numbers(factors.flatten())}"
+    return None
+
+
+def _omitted(finding: Finding) -> str | None:
+    bad = wrong_entries(finding)
+    wrong, right = finding.gradients[finding.leaf], finding.reference
+    if bad is None or right is None or not bad.any():
+        return None
+    if not wrong[bad].any():
+        return "the wrong entries are all zero: a part is left out"
+    off = (wrong - right)[bad]
+    if _alike(wrong[bad], -right[bad]):
+        return "the sign of the wrong entries is wrong"
+    ratio = wrong[bad] / right[bad]
+    if len(ratio) > 1 and _alike(ratio, ratio[0].expand_as(ratio)):
+        return f"the wrong entries are off by a factor of {float(ratio[0]):.6g}"
+    if len(off) > 1 and _alike(off, off[0].expand_as(off)):
+        return f"{float(off[0]):.6g} is added to the wrong entries"
+    return None
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or not b.any():
+        return False
+    return bool(((a - b).abs() <= _ALIKE * b.abs() + 1e-10 * b.abs().max()).all())
+
+
+def _axes(axes: tuple[int, ...]) -> str:
+    return f"axis {axes[0]}" if len(axes) == 1 else "axes " + ", ".join(map(str, axes))
+
+
+def _numbers(x: Tensor) -> str:
+    return ", ".join(f"{value:.4g}" for value in x[:6].tolist()) + (", …" if len(x) > 6 else "")

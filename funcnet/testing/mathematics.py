@@ -1,0 +1,281 @@
+"""Whether the gradient is the derivative of `apply`, in float64.
+
+An entry is called wrong only where a numeric derivative refutes it. Autograd, exact but blind to
+what it cannot follow, says where to look; where it does not exist, or is itself refuted, numeric
+derivatives look everywhere in a small leaf, and along random directions in a large one, which are
+halved until an entry is found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from funcnet.testing.case import Case, Leaves, signed
+from funcnet.testing.oracles import Line, autograd_gradients, slope, taylor_slope
+from funcnet.testing.rounding import allowance, gradient_moves, value_moves
+
+_EPSILON = torch.finfo(torch.float64).eps
+_SUSPECTS = 12
+_WITH_AUTOGRAD, _ALONE = 200, 6000  # evaluations of apply that single entries may cost
+_WORK = 2**23  # entries that all those evaluations may compute
+
+
+@dataclass
+class Errors:
+    """The worst relative error found against each oracle, and the worst Taylor slope."""
+
+    autograd: float = 0.0
+    differences: float = 0.0
+    taylor: float = math.inf
+    working: float = 0.0
+
+    def merge(self, other: Errors) -> None:
+        self.autograd = max(self.autograd, other.autograd)
+        self.differences = max(self.differences, other.differences)
+        self.taylor = min(self.taylor, other.taylor)
+        self.working = max(self.working, other.working)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A wrong entry: of which leaf, where in it, and what there is to compare it with."""
+
+    case: Case
+    leaf: int
+    index: tuple[int, ...]
+    gradients: Leaves
+    numeric: float
+    reference: Tensor | None = None
+    floor: Tensor | None = None
+    taylor: float | None = None
+    oracle: str = "central differences"
+
+    @property
+    def analytic(self) -> float:
+        return float(self.gradients[self.leaf][self.index])
+
+
+def find_wrong(case: Case, rtol: float, atol: float, errors: Errors) -> Finding | None:
+    """The first wrong entry at a float64 case, or at a point beside it, away from ties."""
+    return _Judge(case, rtol, atol, errors).find(thorough=False) or _Judge(
+        moved(case), rtol, atol, errors
+    ).find(thorough=True)
+
+
+def find_wrong_at(case: Case, rtol: float, atol: float, errors: Errors) -> Finding | None:
+    """The first wrong entry at a float64 case that autograd gives away."""
+    return _Judge(case, rtol, atol, errors).find(thorough=False)
+
+
+def moved(case: Case) -> Case:
+    """A point beside the case. Entries keep their sign; zeros move, unless f is undefined there."""
+    still = case.apply().isfinite().all()
+
+    def beside(leaf: Tensor, seed: int, zeros: float) -> Tensor:
+        if not (leaf.is_floating_point() and leaf.isfinite().all()):
+            return leaf
+        noise = signed(leaf.shape, seed).to(leaf).clamp(-3, 3)
+        away = zeros * scale_of(leaf) * noise
+        return torch.where(leaf == 0, away, leaf * (1 + 0.02 * noise))
+
+    for zeros in (0.02, 0.0):
+        leaves = [beside(leaf, 7 + i, zeros) for i, leaf in enumerate(case.leaves)]
+        there = case.at(leaves)
+        if not still or there.apply().isfinite().all():
+            return there
+    return case
+
+
+def scale_of(leaf: Tensor) -> float:
+    """The root of the mean square of a leaf's finite entries; 1 if that is 0."""
+    finite = leaf[leaf.isfinite()]
+    largest = float(finite.abs().max()) if finite.numel() else 0.0
+    return largest * float((finite / largest).square().mean().sqrt()) if largest else 1.0
+
+
+class _Judge:
+    """The oracles at one float64 point."""
+
+    def __init__(self, case: Case, rtol: float, atol: float, errors: Errors) -> None:
+        self.case, self.rtol, self.atol, self.errors = case, rtol, atol, errors
+        self.gradients = case.gradients()
+        self.noise = value_moves(case, _EPSILON)
+        self.finite = bool(case.apply().isfinite().all())
+        self.autograd = autograd_gradients(case)
+        moves = gradient_moves(case, _EPSILON)
+        if self.autograd is not None:
+            theirs = gradient_moves(case, _EPSILON, 2, by=_autograd)
+            moves = [torch.maximum(a, b) for a, b in zip(moves, theirs, strict=True)]
+        self.floors = [allowance(move, torch.float64) for move in moves]
+        work = case.apply().numel() + sum(leaf.numel() for leaf in case.leaves)
+        self.most = max(_WORK // max(work, 1), 48)
+
+    def find(self, thorough: bool) -> Finding | None:
+        if self.autograd is not None:
+            found = self._against_autograd(self.autograd)
+            if found is not None:
+                return found
+        if not self.finite or not (thorough or self.autograd is None):
+            return None
+        return self._along_directions() or self._entry_by_entry()
+
+    def _against_autograd(self, references: Leaves) -> Finding | None:
+        suspects: list[tuple[float, int, int]] = []
+        for i, (ours, theirs) in enumerate(zip(self.gradients, references, strict=True)):
+            excess = self._excess(ours, theirs, self.floors[i])
+            if excess.numel():
+                self.errors.autograd = max(self.errors.autograd, _relative(ours, theirs))
+            worst = excess.flatten().topk(min(_SUSPECTS, excess.numel()))
+            suspects += [
+                (ratio, i, position)
+                for ratio, position in zip(
+                    worst.values.tolist(), worst.indices.tolist(), strict=True
+                )
+                if ratio > 1
+            ]
+        for _, i, position in sorted(suspects, reverse=True)[: 2 * _SUSPECTS]:
+            mine = float(self.gradients[i].flatten()[position])
+            other = float(references[i].flatten()[position])
+            if not (self.finite and math.isfinite(mine)):
+                return self._finding(i, position, other)
+            found = slope(self._entry(i, position))
+            slack = self.rtol * abs(found.value) + self.atol
+            if found.refutes(mine, slack):
+                right = not found.refutes(other, slack)
+                return self._finding(i, position, other if right else found.value)
+            if found.refutes(other, slack):
+                self.autograd = None  # it cannot follow what apply does
+                break
+        return None
+        return None
+
+    def _excess(self, ours: Tensor, theirs: Tensor, floor: Tensor) -> Tensor:
+        """How many times what is allowed ours is off; 0 where theirs is not finite."""
+        off = (ours - theirs).abs() / (floor + self.atol + self.rtol * theirs.abs())
+        off = torch.where(ours == theirs, torch.zeros_like(off), off)
+        off = torch.where(ours.isfinite(), off, torch.full_like(off, math.inf))
+        return torch.where(theirs.isfinite(), off, torch.zeros_like(off))
+
+    def _along_directions(self) -> Finding | None:
+        for i, gradient in enumerate(self.gradients):
+            leaf = self.case.leaves[i]
+            if not leaf.is_floating_point() or not leaf.isfinite().all() or not leaf.numel():
+                continue
+            for trial in range(1 if self.autograd is not None else 3):
+                v = signed(leaf.shape, 31 * i + trial).to(leaf) * scale_of(leaf)
+                taylor = self._refuted(i, v, gradient, record=True)
+                if taylor is not None:
+                    return self._halve(i, v, taylor)
+        return None
+
+    def _refuted(self, i: int, v: Tensor, gradient: Tensor, record: bool = False) -> float | None:
+        """The Taylor slope along v if the gradient is wrong there."""
+        line = self._line(i, v)
+        terms = gradient * v
+        derivative, norm = float(terms.sum()), float(terms.norm())
+        numeric = slope(line)
+        taylor = taylor_slope(line, derivative)
+        if record and norm > 0 and not numeric.jump and numeric.error <= 1e-6 * norm:
+            error = abs(derivative - numeric.value) / norm
+            self.errors.differences = max(self.errors.differences, error)
+        slack = 1e-3 * self.rtol * norm + self.atol * float(v.norm())
+        slack += float((self.floors[i] * v).norm())
+        if not numeric.refutes(derivative, slack):
+            if record and taylor is not None and not numeric.jump:
+                self.errors.taylor = min(self.errors.taylor, taylor)
+            return None
+        # Far from every kink a wrong derivative shows in Taylor's remainder too.
+        return taylor if taylor is not None and taylor < 1.5 else None
+
+    def _halve(self, i: int, v: Tensor, taylor: float) -> Finding:
+        """One wrong entry of a leaf whose gradient is wrong along v."""
+        gradient = self.gradients[i]
+        positions = v.flatten().nonzero().flatten()
+        while len(positions) > 1:
+            for half in positions.tensor_split(2):
+                part = torch.zeros_like(v).flatten()
+                part[half] = v.flatten()[half]
+                if self._refuted(i, part.reshape(v.shape), gradient) is not None:
+                    positions = half
+                    break
+            else:
+                break  # neither half is wrong enough alone
+        some = positions[:_SUSPECTS].tolist()
+        numeric = {position: slope(self._entry(i, position)).value for position in some}
+        ours = gradient.flatten().tolist()
+        worst = max(some, key=lambda position: abs(numeric[position] - ours[position]))
+        return self._finding(i, worst, numeric[worst], taylor)
+
+    def _entry_by_entry(self) -> Finding | None:
+        """The full Jacobian where it is small, some entries of every leaf where it is large."""
+        budget = min(self.most, _ALONE if self.autograd is None else _WITH_AUTOGRAD)
+        for i, position in self._some_entries():
+            line = self._entry(i, position)
+            found = slope(line)
+            budget -= line.evaluations
+            ours = float(self.gradients[i].flatten()[position])
+            floor = float(self.floors[i].flatten()[position])
+            if found.refutes(ours, self.rtol * abs(found.value) + self.atol + floor):
+                return self._finding(i, position, found.value)
+            if budget <= 0:
+                break
+        return None
+
+    def _some_entries(self) -> Iterator[tuple[int, int]]:
+        """(leaf, position) of all entries, the leaves in turn, each in a random order."""
+        orders = []
+        for i, leaf in enumerate(self.case.leaves):
+            generator = torch.Generator().manual_seed(i)
+            count = leaf.numel() if leaf.is_floating_point() and leaf.isfinite().all() else 0
+            orders.append(torch.randperm(count, generator=generator)[: self.most].tolist())
+        for turn in range(max(map(len, orders), default=0)):
+            for i, order in enumerate(orders):
+                if turn < len(order):
+                    yield i, order[turn]
+
+    def _entry(self, i: int, position: int) -> Line:
+        """The line along which one entry moves, by steps of its size."""
+        leaf = self.case.leaves[i].flatten()
+        size = max(abs(float(leaf[position])), scale_of(leaf))
+        v = torch.zeros_like(leaf)
+        v[position] = size
+        return self._line(i, v.reshape(self.case.leaves[i].shape), size)
+
+    def _line(self, i: int, v: Tensor, length: float = 1.0) -> Line:
+        direction: list[Tensor | None] = [None] * len(self.case.leaves)
+        direction[i] = v
+        return Line(self.case, direction, self.noise, length)
+
+    def _finding(
+        self, i: int, position: int, numeric: float, taylor: float | None = None
+    ) -> Finding:
+        index = unravel(position, self.gradients[i].shape)
+        reference = None if self.autograd is None else self.autograd[i]
+        return Finding(
+            self.case, i, index, self.gradients, numeric, reference, self.floors[i], taylor
+        )
+
+
+def unravel(position: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The index of an entry, given its position in the flattened tensor."""
+    return (
+        tuple(int(i) for i in torch.unravel_index(torch.tensor(position), shape)) if shape else ()
+    )
+
+
+def _relative(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference, relative to the largest entry."""
+    both = ours.isfinite() & theirs.isfinite()
+    ours, theirs = ours[both], theirs[both]
+    size = float(theirs.abs().max()) if theirs.numel() else 0.0
+    return float((ours - theirs).abs().max()) / size if size else 0.0
+
+
+def _autograd(case: Case) -> Leaves:
+    """Autograd's gradients where they are known to exist."""
+    return autograd_gradients(case) or case.gradients()

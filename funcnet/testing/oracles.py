@@ -1,0 +1,167 @@
+"""What judges a gradient: autograd, central differences, and how fast Taylor's remainder falls.
+
+All of it in float64. For φ(h) = ⟨grad, f(u + h·v)⟩ along a direction v, with φ′ = ⟨gradient, v⟩:
+
+    central difference    (φ(h) − φ(−h)) / 2h = φ′ + O(h²), exact for any h if f is affine along v,
+                          extrapolated to h → 0 otherwise (Ridders, "Accurate computation of F′(x)
+                          and F′(x)F″(x)", Advances in Engineering Software, 1982)
+    Taylor's remainder    φ(h) − φ(0) − h·φ′ falls as h² if φ′ is right and as h if it is wrong,
+                          whatever the steps are
+    a kink nearby         (f(h) − 2f(0) + f(−h)) / h falls with h where f is smooth; what stays is
+                          the jump of the slope, and any slope between is a matter of choice.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from funcnet.testing.case import Case, Leaves
+
+_LEVELS = 9
+_FINEST = 2.0**-17
+_EPSILON = torch.finfo(torch.float64).eps
+
+
+def autograd_gradients(case: Case) -> Leaves | None:
+    """The gradients by autograd of `apply`; None where apply cannot be differentiated so."""
+    leaves = [leaf.detach().clone() for leaf in case.leaves]
+    inputs = [leaf.requires_grad_() for leaf in leaves if leaf.is_floating_point()]
+    try:
+        with torch.enable_grad():
+            y = case.at(leaves).apply()
+            if not y.requires_grad:
+                return None
+            found = iter(torch.autograd.grad(y, inputs, case.grad, allow_unused=True))
+    except (RuntimeError, NotImplementedError):
+        return None  # what apply does to its own memory, autograd may not follow
+    gradients = (next(found) if leaf.is_floating_point() else None for leaf in leaves)
+    return [
+        torch.zeros_like(leaf) if gradient is None else gradient.detach()
+        for leaf, gradient in zip(leaves, gradients, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Slope:
+    """A numeric derivative: its value, how exact it is, and how far the slope jumps at a kink."""
+
+    value: float
+    error: float
+    jump: float = 0.0
+
+    def tolerance(self) -> float:
+        """How far off a right derivative may be."""
+        return 8 * self.error + 0.505 * self.jump
+
+    def refutes(self, derivative: float, slack: float) -> bool:
+        """Whether a derivative is further off than this can be, and than `slack`."""
+        if not math.isfinite(self.value + self.error):
+            return False
+        return not abs(derivative - self.value) <= self.tolerance() + slack
+
+
+@dataclass
+class Line:
+    """y along a direction: one tensor a leaf, None for leaves that stay. `noise` is that of y.
+
+    Derivatives are by h · `length`, so that they can be by an entry while steps are of its size.
+    """
+
+    case: Case
+    direction: list[Tensor | None]
+    noise: Tensor
+    length: float = 1.0
+    evaluations: int = 0
+    _known: dict[float, Tensor] = field(default_factory=dict)
+
+    def y(self, h: float) -> Tensor:
+        if h not in self._known:
+            pairs = zip(self.case.leaves, self.direction, strict=True)
+            leaves = [leaf if v is None else leaf + h * v for leaf, v in pairs]
+            self._known[h] = self.case.at(leaves).apply()
+            self.evaluations += 1
+        return self._known[h]
+
+    def central(self, h: float) -> float:
+        """(φ(h) − φ(−h)) / 2h; what does not change cancels exactly before it is summed."""
+        return self._dot(self.y(h) - self.y(-h)) / (2 * h * self.length)
+
+    def rounding(self, h: float) -> float:
+        """The error of `central` that rounding y makes."""
+        return 4 * float((self.case.grad * self._changed(h)).norm()) / (h * self.length)
+
+    def jump(self, h: float) -> float:
+        """Σ |grad| · |jump of the slope|, over kinks within h."""
+        rest = (2 * self._bend(h / 2) - self._bend(h)).abs()
+        rest -= 16 * self._changed(h) / (h * self.length)
+        return float((self.case.grad.abs() * rest.clamp(min=0)).sum())
+
+    def bend(self, h: float) -> float:
+        """(φ(h) − 2φ(0) + φ(−h)) / h, that of each output taken positive."""
+        return float((self.case.grad * self._bend(h)).norm())
+
+    def remainder(self, h: float, derivative: float) -> float:
+        """φ(h) − φ(0) − h·derivative."""
+        return self._dot(self.y(h) - self.y(0.0)) - h * self.length * derivative
+
+    def _bend(self, h: float) -> Tensor:
+        return ((self.y(h) - self.y(0.0)) - (self.y(0.0) - self.y(-h))) / (h * self.length)
+
+    def _changed(self, h: float) -> Tensor:
+        """The noise of those entries of y that the direction reaches."""
+        reached = (self.y(h) != self.y(0.0)) | (self.y(-h) != self.y(0.0))
+        return torch.where(reached, self.noise, torch.zeros_like(self.noise))
+
+    def _dot(self, change: Tensor) -> float:
+        return float((self.case.grad * change).sum())
+
+
+def slope(line: Line) -> Slope:
+    """The derivative along a line: by large steps where f is affine, else by extrapolation."""
+    coarse, finer = line.central(1.0), line.central(0.25)
+    rounding = line.rounding(0.25)
+    if abs(coarse - finer) <= 2 * rounding and line.bend(1.0) <= 2 * rounding:
+        return Slope(coarse, rounding)
+    value, error = _ridders(line)
+    step = _FINEST
+    fine, blur = line.central(step), line.rounding(step)
+    return Slope(value, error + max(0.0, abs(value - fine) - blur), line.jump(step))
+
+
+def _ridders(line: Line) -> tuple[float, float]:
+    """(the derivative, its error): central differences extrapolated in all ways, the steadiest."""
+    steps = [4.0**-level for level in range(_LEVELS)]
+    table: list[float] = []
+    best, least = math.nan, math.inf
+    for level, h in enumerate(steps):
+        row = [line.central(h)]
+        blur = line.rounding(h)
+        for order in range(1, level + 1):
+            factor = 16.0**order
+            row.append((factor * row[order - 1] - table[order - 1]) / (factor - 1))
+            error = blur + max(abs(row[order] - row[order - 1]), abs(row[order] - table[order - 1]))
+            if error < least:
+                best, least = row[order], error
+        table = row
+    return best, least
+
+
+def taylor_slope(line: Line, derivative: float) -> float | None:
+    """The power of h with which Taylor's remainder falls: 2 for a right derivative, 1 for a wrong
+    one; None where the remainder is nothing but rounding.
+    """
+    sizes = []
+    for level in range(2 * _LEVELS):
+        h = 2.0**-level
+        size = abs(line.remainder(h, derivative))
+        rounding = line.rounding(h) + _EPSILON * abs(derivative)
+        if not size > 64 * h * line.length * rounding:
+            break
+        sizes.append(size)
+    if len(sizes) < 3:
+        return None
+    return math.log2(sizes[-3] / sizes[-1]) / 2

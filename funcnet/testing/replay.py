@@ -1,0 +1,113 @@
+"""The code that replays a case."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+import funcnet
+from funcnet.keys import key as make_key
+from funcnet.keys import normal
+from funcnet.testing.case import Case, LossCase
+
+_MOST_LITERAL = 400
+
+
+def snippet(case: Case, fails: Callable[[Case], bool]) -> str:
+    """Code that raises again. Tensors are drawn from keys if such ones fail too, the smallest batch
+    first; otherwise they are written out if they are few, and else taken from the exception.
+    """
+    drawn = None if isinstance(case, LossCase) or case.key is not None else _drawn(case, fails)
+    lines = ["import torch", "import funcnet as fn", "from funcnet.testing import check_vjp"]
+    lines += _import_of(case.layer)
+    lines.append(f"layer = {_source(case.layer)}")
+    if drawn is not None:
+        shape, dtype, device = tuple(drawn.x.shape), drawn.x.dtype, drawn.x.device
+        on = "" if device.type == "cpu" else f', device="{device}"'
+        lines += [
+            f"params = layer.init(fn.key(0), {shape[1:]}, dtype={dtype}{on})",
+            f"x = fn.normal(fn.key(1), {shape}, dtype={dtype}{on})",
+            "check_vjp(layer, params, x)",
+        ]
+    elif sum(x.numel() for x in case.inputs.values()) <= _MOST_LITERAL:
+        lines += _literally(case)
+    else:
+        lines += [
+            "# Too large to write out: catch the exception as `error`, and its tensors are",
+            "layer, params, x, grad = error.layer, error.params, error.x, error.grad",
+            "check_vjp(layer, x, error.target, grad=grad)"
+            if case.is_loss
+            else "check_vjp(layer, params, x, grad=grad, key=error.key)",
+        ]
+    return "\n".join(lines)
+
+
+def _drawn(case: Case, fails: Callable[[Case], bool]) -> Case | None:
+    """A failing case of the same shapes, drawn from keys."""
+    dtype, device = case.x.dtype, case.x.device
+    for count in sorted(
+        {min(1, len(case.x)), min(2, len(case.x)), len(case.x)} if case.x.ndim else ()
+    ):
+        shape = (count, *case.x.shape[1:])
+        try:
+            params = case.layer.init(make_key(0), shape[1:], dtype=dtype, device=device)
+            x = normal(make_key(1), shape, dtype=dtype, device=device)
+            grad = torch.zeros_like(case.layer.apply(params, x))
+            drawn = Case(case.layer, params, x, grad)
+            if optree.tree_structure(params) == optree.tree_structure(case.params) and fails(drawn):
+                return drawn
+        except Exception:  # the user's init may be anything, and a snippet is only a service
+            continue
+    return None
+
+
+def _literally(case: Case) -> list[str]:
+    key = "" if case.key is None else f", key=fn.{case.key!r}"
+    lines = [f"x = {_literal(case.x)}"]
+    if isinstance(case, LossCase):
+        lines.append(f"target = {_literal(case.target)}")
+        arguments = "layer, x, target"
+    else:
+        lines.append(f"params = {_tree(case.params)}")
+        arguments = "layer, params, x"
+    lines.append(f"grad = {_literal(case.grad)}")
+    return [*lines, f"check_vjp({arguments}, grad=grad{key})"]
+
+
+def _tree(tree: Any) -> str:
+    """Code for plain containers of tensors."""
+    if isinstance(tree, Tensor):
+        return _literal(tree)
+    if type(tree) is dict:
+        return "{" + ", ".join(f"{k!r}: {_tree(v)}" for k, v in tree.items()) + "}"
+    if type(tree) is list:
+        return "[" + ", ".join(map(_tree, tree)) + "]"
+    if type(tree) is tuple:
+        return "(" + "".join(f"{_tree(v)}, " for v in tree).strip() + ")"
+    return "error.params  # of the exception"
+
+
+def _literal(x: Tensor) -> str:
+    values = re.sub(r"\b(inf|nan)\b", r"torch.\1", repr(x.tolist()))
+    shaped = f".reshape({tuple(x.shape)})" if not x.numel() else ""
+    return f"torch.tensor({values}, dtype={x.dtype}){shaped}"
+
+
+def _source(layer: Any) -> str:
+    """The layer's repr, without the function that its class may have been defined in."""
+    return re.sub(r"[\w.]*<locals>\.", "", repr(layer))
+
+
+def _import_of(layer: Any) -> list[str]:
+    named = set(re.findall(r"\w+", _source(layer))) & set(funcnet.__all__)
+    lines = [f"from funcnet import {', '.join(sorted(named))}"] if named else []
+    cls = type(layer)
+    importable = cls.__module__ != "__main__" and "<locals>" not in cls.__qualname__
+    if importable and not cls.__module__.startswith("funcnet."):
+        lines.append(f"from {cls.__module__} import {cls.__name__}")
+    return lines

@@ -6,11 +6,12 @@ See `python examples/benchmark --help`.
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import agreement
 import torch
-from contenders import entries
+from entries import PURE, entries
 from networks import Network, all_networks
 from problem import Problem
 from profiling import print_profile
@@ -30,6 +31,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", nargs="+", type=int, help="in the place of each network's own")
     parser.add_argument("--networks", nargs="+", help="names, or parts of names")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    parser.add_argument("--no-jax", action="store_true", help="without JAX")
     parser.add_argument("--profile", action="store_true", help="where funcnet's time goes; no race")
     parser.add_argument("--out", default=Path("runs/benchmark"), type=Path)
     return parser.parse_args()
@@ -57,20 +59,21 @@ def main() -> None:
     """Check, time, report."""
     options = arguments()
     torch.set_num_threads(options.threads)
+    os.environ["NPROC"] = str(options.threads)  # the size of JAX's pool of threads
     if options.profile:
         profile_all(options)
         return
     seconds = 0.3 if options.quick else 0.6
+    entered = entries(not options.no_compile, not options.no_jax)
     for network, batch in chosen(options):
         problem = Problem(network, batch, DTYPES[options.dtype], options.device)
-        contenders = {
-            name: entry(problem) for name, entry in entries(not options.no_compile).items()
-        }
+        torch.compiler.reset()
+        contenders = {name: entry(problem) for name, entry in entered.items()}
         agreement.check(problem, contenders)
         for mode in ("train", "infer"):
             functions = {name: getattr(c, mode) for name, c in contenders.items()}
             if network.is_layer and mode == "train":
-                del functions["funcnet pure"]
+                del functions[PURE]
             times = side_by_side(functions, seconds, options.device)
             print(Row(network.name, batch, mode, times), flush=True)
 

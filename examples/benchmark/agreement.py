@@ -14,11 +14,12 @@ _STEPS = 3
 
 TOLERANCE = {
     torch.float64: 1e-10,
-    torch.float32: 1e-4,
+    torch.float32: 2e-3,
     torch.bfloat16: 5e-2,
     torch.float16: 1e-2,
 }
-"""Of each tensor's change, in the Euclidean norm."""
+"""Of each tensor's change, in the Euclidean norm. The wide part of it is for a ReLU whose input
+rounds to the other side of 0: without such, float32 agrees to 2e-6."""
 
 
 class DisagreementError(AssertionError):
@@ -43,11 +44,12 @@ def check(problem: Problem, contenders: Mapping[str, Contender]) -> None:
 def _run(contender: Contender) -> list[Tensor]:
     """The output, the loss of each step, and the state after the last."""
     results = [contender.infer(), *(contender.train() for _ in range(_STEPS))]
-    return [result.detach().double().cpu() for result in results] + _copies(contender)
+    tensors = [contender.as_tensor(result) for result in results]
+    return [tensor.double().cpu() for tensor in tensors] + _copies(contender)
 
 
 def _copies(contender: Contender) -> list[Tensor]:
-    return [tensor.detach().double().cpu().clone() for tensor in contender.state()]
+    return [tensor.double().cpu().clone() for tensor in contender.state()]
 
 
 def _check_tensor(

@@ -1,4 +1,4 @@
-"""Those who take part: the same training step and the same inference, each as its users write it.
+"""The contenders: the same training step and the same inference, each as its users write it.
 
 Each makes weights, optimizer state and data of its own, so that none disturbs another, and gets its
 data in the memory layout it is best with; only funcnet is handed whole networks' data in PyTorch's
@@ -7,6 +7,7 @@ default layout, and converts it within the time that is measured.
 
 from __future__ import annotations
 
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,28 +26,14 @@ class Contender:
 
     `train` does one training step and returns the loss, `infer` returns the output. `state` is what
     the steps have made of it, in PyTorch's order and layouts: the parameters, or for a layer on its
-    own the last gradients with respect to x and parameters.
+    own the last gradients with respect to x and parameters (`train` then returns the output).
     """
 
     train: Callable[[], Any]
     infer: Callable[[], Any]
     state: Callable[[], list[Tensor]]
-
-
-Entry = Callable[[Problem], Contender]
-
-
-def entries(compiled: bool) -> dict[str, Entry]:
-    """All contenders by name; ours come first."""
-    torch_entries = {
-        "torch.nn": lambda problem: torch_nn(problem, torch.contiguous_format),
-        "torch.nn channels_last": lambda problem: torch_nn(problem, torch.channels_last),
-    }
-    if compiled:
-        torch_entries["torch.compile"] = lambda problem: torch_nn(
-            problem, torch.channels_last, torch.compile
-        )
-    return {"funcnet": funcnet_in_place, "funcnet pure": funcnet_pure, **torch_entries}
+    as_tensor: Callable[[Any], Tensor] = torch.as_tensor
+    """Of what `train` and `infer` return."""
 
 
 def funcnet_in_place(problem: Problem) -> Contender:
@@ -95,10 +82,14 @@ def _funcnet_layer(net: fn.Sequential, params: Any, x: Tensor, grad: Tensor) -> 
     return Contender(train, lambda: layer.apply(layer_params, x), lambda: last)
 
 
+def _as_it_is(function: Any) -> Any:
+    return function
+
+
 def torch_nn(
     problem: Problem,
     layout: torch.memory_format,
-    compiler: Callable[[Any], Any] = lambda function: function,
+    compiler: Callable[[Any], Any] = _as_it_is,
 ) -> Contender:
     """torch.nn, autograd and torch.optim.SGD, perhaps compiled."""
     model = to_torch(problem.network.net, problem.params(), problem.network.shape)
@@ -137,5 +128,17 @@ def _torch_layer(
 
 
 def fastest_sgd(params: list[nn.Parameter]) -> torch.optim.SGD:
-    """torch.optim.SGD in the fastest of its implementations here."""
-    return torch.optim.SGD(params, LEARNING_RATE, MOMENTUM, fused=True)
+    """torch.optim.SGD in the implementation that is fastest for these parameters, here and now."""
+    variants: list[dict[str, bool]] = [{"fused": True}, {"foreach": True}, {"foreach": False}]
+    best = min(variants, key=lambda variant: _sgd_seconds(params, variant))
+    return torch.optim.SGD(params, LEARNING_RATE, MOMENTUM, **best)
+
+
+def _sgd_seconds(params: list[nn.Parameter], variant: dict[str, bool]) -> float:
+    """The least time of a few steps on copies of params."""
+    copies = [torch.zeros_like(p).requires_grad_() for p in params]
+    for p in copies:
+        p.grad = torch.zeros_like(p)
+    optimizer = torch.optim.SGD(copies, LEARNING_RATE, MOMENTUM, **variant)
+    optimizer.step()
+    return min(timeit.repeat(optimizer.step, number=1, repeat=10))

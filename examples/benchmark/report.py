@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from entries import OURS
 from timing import Times
 
 
@@ -25,7 +26,7 @@ class Row:
     @property
     def ratio(self) -> float:
         """The fastest other's time over ours."""
-        return self.times[self.fastest].median / self.times["funcnet"].median
+        return self.times[self.fastest].median / self.times[OURS].median
 
     def __str__(self) -> str:
         head = f"{self.network:<22} {self.batch:>4} {self.mode:<6} {self.ratio:5.2f}×  "

@@ -35,7 +35,7 @@ def autograd_gradients(case: Case) -> Leaves | None:
             y = case.at(leaves).apply()
             if not y.requires_grad:
                 return None
-            found = iter(torch.autograd.grad(y, inputs, case.grad, allow_unused=True))
+            found = iter(torch.autograd.grad((y * case.grad).sum(), inputs, allow_unused=True))
     except (RuntimeError, NotImplementedError):
         return None  # what apply does to its own memory, autograd may not follow
     gradients = (next(found) if leaf.is_floating_point() else None for leaf in leaves)
@@ -154,14 +154,19 @@ def taylor_slope(line: Line, derivative: float) -> float | None:
     """The power of h with which Taylor's remainder falls: 2 for a right derivative, 1 for a wrong
     one; None where the remainder is nothing but rounding.
     """
-    sizes = []
+    sizes: list[float] = []
     for level in range(2 * _LEVELS):
         h = 2.0**-level
         size = abs(line.remainder(h, derivative))
-        rounding = line.rounding(h) + _EPSILON * abs(derivative)
-        if not size > 64 * h * line.length * rounding:
-            break
+        rounding = 64 * h * line.length * (line.rounding(h) + _EPSILON * abs(derivative))
+        if not size > rounding:
+            vanished = sizes and sizes[-1] > 64 * rounding
+            return math.inf if vanished else _power(sizes)
         sizes.append(size)
-    if len(sizes) < 3:
-        return None
-    return math.log2(sizes[-3] / sizes[-1]) / 2
+    return _power(sizes)
+
+
+def _power(sizes: list[float]) -> float | None:
+    """The power of h in sizes at halving steps, by the smallest of them."""
+    count = min(6, len(sizes) - 1)
+    return math.log2(sizes[-1 - count] / sizes[-1]) / count if count > 1 else None

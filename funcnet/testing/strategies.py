@@ -247,6 +247,8 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     >>> laid_out(torch.zeros(2, 3), "transposed").stride()
     (1, 2)
     """
+    if not x.ndim:
+        return x
     if layout == "channels_last":
         return x.contiguous(memory_format=torch.channels_last)
     if layout == "strided":
@@ -255,7 +257,7 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
         return x.permute(*reversed(range(x.ndim))).contiguous().permute(*reversed(range(x.ndim)))
     if layout == "offset":
         return torch.cat([x.new_full((1,), 7), x.flatten()])[1:].view(x.shape)
-    if layout == "expanded" and x.ndim:
+    if layout == "expanded":
         return x[..., :1].clone().expand(x.shape)
     return x
 

@@ -1,0 +1,137 @@
+"""`python -m funcnet.testing`: every layer in many random cases, and the worst errors found.
+
+A row is a layer in one dtype; its columns are the cases run and, over all of them,
+
+    autograd      the largest difference from autograd in float64, relative to the leaf's largest
+    differences   the same of central differences along random directions
+    taylor        the slowest power of the step with which Taylor's remainder fell (2 is right)
+    rounding      the largest difference of the dtype itself from float64
+
+A case that fails is shrunk, and its message is printed under the table; the exit status is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from funcnet.layers import ReLU, Sigmoid
+from funcnet.testing import strategies
+from funcnet.testing.check_vjp import inspect_vjp
+from funcnet.testing.mathematics import Errors
+
+_LAYERS: dict[str, strategies.Strategy[Any]] = {
+    "ReLU": st.just(ReLU()),
+    "Sigmoid": st.just(Sigmoid()),
+    "Upsample2d": strategies.upsample2d(),
+    "Conv2d": strategies.conv2d(),
+    "UpsampleConv2d": strategies.upsample_conv2d(),
+    "Sequential": strategies.networks(),
+    "MSE": strategies.losses(),
+}
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
+_HEADER = ("layer", "dtype", "cases", "autograd", "differences", "taylor", "rounding", "seconds")
+
+
+@dataclass
+class Score:
+    """What came of the random cases of one layer in one dtype."""
+
+    cases: int = 0
+    errors: Errors = field(default_factory=Errors)
+    seconds: float = 0.0
+    failure: Exception | None = None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    failures = []
+    print(_row(_HEADER), flush=True)
+    for name in options.layer or _LAYERS:
+        for dtype in options.dtype or ["float64", "float32"]:
+            score = run(name, getattr(torch, dtype), options.device, options.examples)
+            print(_row(_cells(name, dtype, score)), flush=True)
+            if score.failure is not None:
+                failures.append(score.failure)
+    for failure in failures:
+        print(f"\n{failure}")
+    return 1 if failures else 0
+
+
+def run(name: str, dtype: torch.dtype, device: str, examples: int) -> Score:
+    """`check_vjp` in many random cases of one layer."""
+    score = Score()
+    draw: Callable[..., Any] = strategies.loss_cases if name == "MSE" else strategies.cases
+    cases = draw(_LAYERS[name], dtypes=st.just(dtype), device=device)
+
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(cases)
+    def check(case: tuple[Any, Any, Any]) -> None:
+        score.cases += 1
+        score.errors.merge(inspect_vjp(*case))
+
+    start = time.perf_counter()
+    try:
+        check()
+    except Exception as failure:  # whatever it is, it belongs in the table
+        score.failure = failure
+    score.seconds = time.perf_counter() - start
+    return score
+
+
+def _cells(name: str, dtype: str, score: Score) -> tuple[str, ...]:
+    if score.failure is not None:
+        numbers = ["FAILED", "", "", ""]
+    else:
+        errors = score.errors
+        taylor = "exact" if math.isinf(errors.taylor) else f"{errors.taylor:.2f}"
+        rounding = "" if dtype == "float64" else f"{errors.working:.1e}"
+        numbers = [f"{errors.autograd:.1e}", f"{errors.differences:.1e}", taylor, rounding]
+    return (name, dtype, f"{score.cases:,}", *numbers, f"{score.seconds:.1f}")
+
+
+def _row(cells: Sequence[str]) -> str:
+    left, right = cells[:2], cells[2:]
+    return "".join(f"{cell:<16}" for cell in left) + "".join(f"{cell:>12}" for cell in right)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m funcnet.testing",
+        description="Check the gradient of every layer in many random cases.",
+    )
+    parser.add_argument(
+        "--examples", type=_positive, default=100, metavar="N", help="cases a layer (100)"
+    )
+    parser.add_argument("--layer", action="append", choices=_LAYERS, help="only this one (all)")
+    parser.add_argument(
+        "--dtype", action="append", choices=_DTYPES, help="only this one (float64 and float32)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, … (cpu)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of cases >= 1, got {text}")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,6 +3,15 @@
 Every gradient is written by hand and held to autograd by property tests; see README.md.
 """
 
+from funcnet import memory as _memory  # noqa: F401  (for what it does to the heap)
+from funcnet.checkpoint import (
+    CheckpointError,
+    inspect,
+    load,
+    load_model,
+    save,
+    save_model,
+)
 from funcnet.combinators import Sequential
 from funcnet.gradients import value_and_grad
 from funcnet.keys import Key, bernoulli, fold_in, key, normal, split, uniform
@@ -10,12 +19,14 @@ from funcnet.layer import Layer
 from funcnet.layers import Conv2d, ReLU, Sigmoid, Upsample2d, UpsampleConv2d
 from funcnet.losses import MSE, Loss
 from funcnet.optimizers import SGD, SGDState
+from funcnet.tree import register_node
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MSE",
     "SGD",
+    "CheckpointError",
     "Conv2d",
     "Key",
     "Layer",
@@ -28,8 +39,14 @@ __all__ = [
     "UpsampleConv2d",
     "bernoulli",
     "fold_in",
+    "inspect",
     "key",
+    "load",
+    "load_model",
     "normal",
+    "register_node",
+    "save",
+    "save_model",
     "split",
     "uniform",
     "value_and_grad",

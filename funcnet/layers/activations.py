@@ -22,6 +22,7 @@ from funcnet.layer import (
     check_tensor,
     source,
 )
+from funcnet.layers import inplace
 
 
 @dataclass(frozen=True, repr=False)
@@ -79,7 +80,9 @@ class Activation(Layer):
         self, params: Tree, residuals: Tensor, grad: Tensor, *, input_grad: bool = True
     ) -> tuple[Tree, Tensor | None]:
         """`bwd`, written over grad where that saves memory."""
-        return self.bwd(params, residuals, grad, input_grad=input_grad)
+        check_no_params(self, params)
+        check_grad(self, grad, residuals.shape, residuals)
+        return (), self._derivative_(residuals, grad) if input_grad else None
 
     def _value(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -90,6 +93,10 @@ class Activation(Layer):
 
     def _derivative(self, y: Tensor, grad: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def _derivative_(self, y: Tensor, grad: Tensor) -> Tensor:
+        """`_derivative`, written over grad where that is worth it."""
+        return self._derivative(y, grad)
 
 
 @dataclass(frozen=True, repr=False)
@@ -112,6 +119,9 @@ class ReLU(Activation):
     def _derivative(self, y: Tensor, grad: Tensor) -> Tensor:
         dx: Tensor = torch.ops.aten.threshold_backward(grad, y, 0)
         return dx
+
+    def _derivative_(self, y: Tensor, grad: Tensor) -> Tensor:
+        return inplace.relu_derivative(y, grad)
 
 
 @dataclass(frozen=True, repr=False)

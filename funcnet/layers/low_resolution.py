@@ -28,14 +28,16 @@ The upsampled picture is never made.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcnet.layers import native
+from funcnet.layers import inplace, native
 from funcnet.layers.geometry import Pair, Window
 
 _CHUNK_ENTRIES = 2**21
@@ -43,6 +45,10 @@ _CHUNK_ENTRIES = 2**21
 
 _LANES = 16
 """With fewer channels than a vector register has lanes, planes are added faster than pixels."""
+
+
+Term: TypeAlias = tuple[Tensor, int, int]
+"""(source, shift, sign): sign · source[i + shift], a term of a sum over i."""
 
 
 @dataclass(frozen=True)
@@ -84,14 +90,16 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Pair, window
     rows, columns = _axes(scale, window)
     height, width = window.count("convolve", (scale[0] * x.shape[2], scale[1] * x.shape[3]))
     kernel = _kernel(weight, rows, columns)
-    parts = []
-    for pixels in native.layout(x).chunk(_chunk_count(x, weight)):
+    y: Tensor | None = None
+    for part, pixels in _chunks(native.layout(x), weight):
         z = _layout(F.conv2d(pixels, kernel), len(weight))
         z = torch.unflatten(z, 1, (*window.kernel_size, -1))  # (n, kh, kw, O, H, W)
-        half = _spread(z, rows, scale[0], height, dim=-2)  # (n, kw, O, H′, W)
-        parts.append(_spread(half, columns, scale[1], width, dim=-1))
-    y = _join(parts)
-    return y if bias is None else y + bias[:, None, None]
+        half = _empty(z, (len(z), *z.shape[2:4], height, x.shape[3]))  # (n, kw, O, H′, W)
+        _spread(z, half, rows, scale[0], dim=-2)
+        y = _empty(z, (len(x), len(weight), height, width)) if y is None else y
+        _spread(half, y[part], columns, scale[1], dim=-1)
+    assert y is not None
+    return y if bias is None else inplace.add(y, bias[:, None, None])
 
 
 def gradients(
@@ -99,20 +107,25 @@ def gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """(dweight, dx); dx is None without `input_grad`."""
     rows, columns = _axes(scale, window)
-    height, width = x.shape[2:]
+    (kh, kw), (height, width) = window.kernel_size, x.shape[2:]
     kernel = _kernel(weight, rows, columns)
-    dkernels: list[Tensor] = []
-    dxs: list[Tensor] = []
-    count = _chunk_count(x, weight)
-    for pixels, dy in zip(native.layout(x).chunk(count), grad.chunk(count), strict=True):
-        half = _gather(_layout(dy, len(weight)), columns, scale[1], width, dim=-1)
-        z = _gather(half, rows, scale[0], height, dim=-2)  # (n, kh, kw, O, H, W)
-        dkernel, dx = native.kernel_gradients(pixels, kernel, z.flatten(1, 3), input_grad)
-        dkernels.append(dkernel)
-        if dx is not None:
-            dxs.append(dx)
-    dweight = _kernel_adjoint(sum(dkernels[1:], dkernels[0]), weight, rows, columns)
-    return dweight, _join(dxs) if input_grad else None
+    dkernel: Tensor | None = None
+    dx: Tensor | None = None
+    for part, pixels in _chunks(native.layout(x), weight):
+        dy = _layout(grad[part], len(weight))
+        half = _empty(dy, (len(dy), kw, *dy.shape[1:3], width))  # (n, kw, O, H′, W)
+        _gather(dy, half, columns, scale[1], dim=-1)
+        z = _empty(dy, (len(dy), kh, *half.shape[1:3], height, width))  # (n, kh, kw, O, H, W)
+        _gather(half, z, rows, scale[0], dim=-2)
+        dk, d = native.kernel_gradients(pixels, kernel, z.flatten(1, 3), input_grad)
+        dkernel = dk if dkernel is None else dkernel.add_(dk)
+        if d is None or len(d) == len(x):
+            dx = d
+        else:
+            dx = _empty(d, x.shape) if dx is None else dx
+            dx[part] = d
+    assert dkernel is not None
+    return _kernel_adjoint(dkernel, weight, rows, columns), dx
 
 
 def _axes(scale: Pair, window: Window) -> tuple[Axis, Axis]:
@@ -132,7 +145,10 @@ def _kernel(weight: Tensor, rows: Axis, columns: Axis) -> Tensor:
 def _kernel_adjoint(dkernel: Tensor, weight: Tensor, rows: Axis, columns: Axis) -> Tensor:
     """dweight (O, C, kh, kw) of dK."""
     sums = _sums(weight, rows, columns)
-    return (dkernel.reshape(len(sums), -1).t() @ sums).reshape(weight.shape)
+    dtaps = (sums.t() @ dkernel.reshape(len(sums), -1)).reshape(
+        *weight.shape[2:], *weight.shape[:2]
+    )
+    return dtaps.permute(2, 3, 0, 1).contiguous()
 
 
 def _sums(weight: Tensor, rows: Axis, columns: Axis) -> Tensor:
@@ -145,58 +161,70 @@ def _sums(weight: Tensor, rows: Axis, columns: Axis) -> Tensor:
     return torch.tensor(both, dtype=weight.dtype, device=weight.device)
 
 
-def _spread(z: Tensor, axis: Axis, scale: int, length: int, dim: int) -> Tensor:
-    """y (n, …), `length` long on `dim`, of columns z (n, k, …)."""
-    y = _empty_like(z[:, 0], length, dim)
-    steps = [(phase, column, shift, sign) for phase, column, shift, sign in axis.terms]
-    _add_up(_phases(y, scale, dim), [z[:, v] for v in range(z.shape[1])], steps, dim)
-    return y
+def _spread(z: Tensor, y: Tensor, axis: Axis, scale: int, dim: int) -> None:
+    """y (n, …) of columns z (n, k, …), one dimension of the sum."""
+    sums: list[list[Term]] = [[] for _ in range(scale)]
+    for phase, column, shift, sign in axis.terms:
+        sums[phase].append((z[:, column], shift, sign))
+    for phase, terms in enumerate(sums):
+        _add_up(_phase(y, phase, scale, dim), terms, dim)
 
 
-def _gather(y: Tensor, axis: Axis, scale: int, length: int, dim: int) -> Tensor:
-    """The adjoint of `_spread`: columns z (n, k, …), `length` long on `dim`, of y (n, …)."""
-    taps = len(axis.columns)
-    z = _empty_like(y[:, None].expand(-1, taps, *y.shape[1:]), length, dim)
-    steps = [(column, phase, -shift, sign) for phase, column, shift, sign in axis.terms]
-    _add_up([z[:, v] for v in range(taps)], _phases(y, scale, dim), steps, dim)
-    return z
+def _gather(y: Tensor, z: Tensor, axis: Axis, scale: int, dim: int) -> None:
+    """The adjoint of `_spread`: columns z (n, k, …) of y (n, …)."""
+    sums: list[list[Term]] = [[] for _ in axis.columns]
+    for phase, column, shift, sign in axis.terms:
+        sums[column].append((_phase(y, phase, scale, dim), -shift, sign))
+    for column, terms in enumerate(sums):
+        _add_up(z[:, column], terms, dim)
 
 
-def _phases(y: Tensor, scale: int, dim: int) -> list[Tensor]:
-    """y[a::scale] along `dim`, for each phase a."""
-    before = (slice(None),) * (y.ndim + dim)
-    indices = [(*before, slice(phase, None, scale)) for phase in range(scale)]
-    return [y[index] for index in indices]
+def _phase(y: Tensor, phase: int, scale: int, dim: int) -> Tensor:
+    """y[phase::scale] along `dim`."""
+    index = (*(slice(None),) * (y.ndim + dim), slice(phase, None, scale))
+    return y[index]
 
 
-def _add_up(
-    outs: Sequence[Tensor],
-    sources: Sequence[Tensor],
-    steps: Iterable[tuple[int, int, int, int]],
-    dim: int,
-) -> None:
-    """outs[o][i] = Σ sign · sources[v][i + shift] along `dim`, over steps (o, v, shift, sign)."""
-    written = set()
-    for o, v, shift, sign in steps:
-        out, source = outs[o], sources[v]
-        start = max(0, -shift)
-        count = min(out.shape[dim], source.shape[dim] - shift) - start
-        if o not in written and count < out.shape[dim]:
-            out.zero_()
-            written.add(o)
-        if count > 0:
-            out = out.narrow(dim, start, count)
-            source = source.narrow(dim, start + shift, count)
-            if o in written:
-                out.add_(source) if sign > 0 else out.sub_(source)
-            else:
-                out.copy_(source if sign > 0 else -source)
-        written.add(o)
+def _add_up(out: Tensor, terms: list[Term], dim: int) -> None:
+    """out[i] = Σ sign · source[i + shift] along `dim`, with 0 outside a source."""
+    length = out.shape[dim]
+    reach = [(-shift, source.shape[dim] - shift) for source, shift, _ in terms]
+    ends = {min(max(end, 0), length) for both in reach for end in both}
+    cuts = sorted(ends | {0, length})
+    for start, stop in pairwise(cuts):
+        here = [
+            (source.narrow(dim, start + shift, stop - start), sign)
+            for (source, shift, sign), (first, last) in zip(terms, reach, strict=True)
+            if first <= start and stop <= last
+        ]
+        _write_sum(out.narrow(dim, start, stop - start), here)
 
 
-def _chunk_count(x: Tensor, weight: Tensor) -> int:
-    entries = x.numel() // max(x.shape[1], 1) * weight.numel() // weight.shape[1]  # of z
-    return -(-entries // _CHUNK_ENTRIES) or 1
+def _write_sum(out: Tensor, terms: list[tuple[Tensor, int]]) -> None:
+    """out = Σ sign · source, in as few passes as there are pairs to add."""
+    if not terms:
+        out.zero_()
+        return
+    (first, sign), *rest = sorted(terms, key=lambda term: -term[1])
+    if sign > 0 and rest:
+        second, *rest = rest
+        inplace.add_into(out, first, *second)
+    else:
+        out.copy_(first)
+        if sign < 0:
+            out.neg_()
+    for source, sign in rest:
+        out.add_(source, alpha=sign)
+
+
+def _chunks(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Parts of the batch whose z has about `_CHUNK_ENTRIES` entries, and where they lie in it."""
+    pixels = x.shape[2] * x.shape[3]
+    columns = weight.numel() // weight.shape[1]
+    batch = max(1, _CHUNK_ENTRIES // (pixels * columns))
+    for start in range(0, max(len(x), 1), batch):
+        part = slice(start, start + batch)
+        yield part, x[part]
 
 
 def _layout(pictures: Tensor, out_channels: int) -> Tensor:
@@ -204,16 +232,10 @@ def _layout(pictures: Tensor, out_channels: int) -> Tensor:
     return pictures.contiguous() if out_channels < _LANES else native.layout(pictures)
 
 
-def _empty_like(pictures: Tensor, length: int, dim: int) -> Tensor:
-    """New memory in `_layout` for pictures (n, …, O, H, W), `length` long on `dim`."""
-    shape = list(pictures.shape)
-    shape[dim] = length
+def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """New memory for pictures (n, …, O, H, W), in the same format."""
     if shape[-3] < _LANES:
-        return pictures.new_empty(shape)
+        return like.new_empty(tuple(shape))
     batch, *channels, height, width = shape
     last = range(3, 3 + len(channels))
-    return pictures.new_empty((batch, height, width, *channels)).permute(0, *last, 1, 2)
-
-
-def _join(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return like.new_empty((batch, height, width, *channels)).permute(0, *last, 1, 2)

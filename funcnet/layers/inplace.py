@@ -1,0 +1,43 @@
+"""Work on memory that funcnet has just made itself, in one pass and without new memory.
+
+Such calls are an economy and no more: where torch refuses them (under torch.func.vmap, autograd or
+torch.compile), the same numbers come by way of new memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, written over x."""
+    try:
+        return x.add_(y)
+    except RuntimeError:
+        return x + y
+
+
+def add_into(out: Tensor, x: Tensor, y: Tensor, sign: int) -> None:
+    """out = x + sign · y."""
+    if not torch.compiler.is_compiling():
+        try:
+            torch.add(x, y, alpha=sign, out=out)
+            return
+        except RuntimeError:
+            pass
+    out.copy_(x).add_(y, alpha=sign)
+
+
+def relu_derivative(y: Tensor, grad: Tensor) -> Tensor:
+    """grad where y > 0, else 0, written over grad."""
+    kernel = torch.ops.aten.threshold_backward
+    dx: Tensor
+    if not torch.compiler.is_compiling():
+        try:
+            dx = kernel.grad_input(grad, y, 0, grad_input=grad)
+            return dx
+        except RuntimeError:
+            pass
+    dx = kernel(grad, y, 0)
+    return dx

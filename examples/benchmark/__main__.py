@@ -1,81 +1,119 @@
-"""Training steps and inference of funcnet and of others, side by side: python examples/benchmark.
+"""Training steps and inference of funcnet and of others, side by side.
 
-See `python examples/benchmark --help`.
+    python examples/benchmark            # all networks and batch sizes
+    python examples/benchmark --quick    # whole networks only, few batch sizes, shorter runs
+    python examples/benchmark --profile  # where funcnet's own time goes
+
+Writes report.md, results.json and plot.png under --out. Names for --networks may be parts of names.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from pathlib import Path
 
 import agreement
 import torch
-from entries import PURE, entries
-from networks import Network, all_networks
+from arithmetic import rates
+from entries import entries
+from memory import Memory, measure
+from networks import MEASURED, Network, all_networks
+from plot import save_plot
 from problem import Problem
 from profiling import print_profile
-from report import Row
-from timing import side_by_side
+from race import race
+from report import markdown
+from results import Results, machine
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in agreement.TOLERANCE}
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="benchmark", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--quick", action="store_true", help="fewer networks, shorter runs")
-    parser.add_argument("--device", default="cpu", type=torch.device)
+    parser.add_argument("--device", default=torch.device("cpu"), type=torch.device)
     parser.add_argument("--threads", default=2, type=int, help="CPU threads (default 2)")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--tf32", action="store_true", help="let GPUs round float32 to TF32")
     parser.add_argument("--batch", nargs="+", type=int, help="in the place of each network's own")
-    parser.add_argument("--networks", nargs="+", help="names, or parts of names")
+    parser.add_argument("--networks", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     parser.add_argument("--no-jax", action="store_true", help="without JAX")
-    parser.add_argument("--profile", action="store_true", help="where funcnet's time goes; no race")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
+    parser.add_argument("--profile", action="store_true", help="profile funcnet; no comparison")
     parser.add_argument("--out", default=Path("runs/benchmark"), type=Path)
     return parser.parse_args()
 
 
-def chosen(options: argparse.Namespace) -> list[tuple[Network, int]]:
+def configure(options: argparse.Namespace) -> None:
+    """The same threads and the same precision for all."""
+    torch.set_num_threads(options.threads)
+    torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = options.tf32
+    # JAX reads these when it is imported: the size of its pool of threads, precision, and memory.
+    os.environ["NPROC"] = str(options.threads)
+    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "tensorfloat32" if options.tf32 else "float32"
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+
+
+def chosen(options: argparse.Namespace) -> list[Problem]:
     """The networks and batch sizes to run."""
     return [
-        (network, batch)
+        Problem(network, batch, DTYPES[options.dtype], options.device)
         for network in all_networks()
-        if not options.networks or any(part in network.name for part in options.networks)
+        if _is_chosen(network, options)
         for batch in options.batch or (network.quick_batches if options.quick else network.batches)
     ]
 
 
-def profile_all(options: argparse.Namespace) -> None:
-    """Profiles of the networks asked for; of the denoiser at batch 64 by default."""
-    options.networks = options.networks or ["denoiser"]
-    options.batch = options.batch or [64]
-    for network, batch in chosen(options):
-        print_profile(Problem(network, batch, DTYPES[options.dtype], options.device))
+def _is_chosen(network: Network, options: argparse.Namespace) -> bool:
+    if options.networks:
+        return any(part in network.name for part in options.networks)
+    return not (options.quick and network.is_layer)
 
 
 def main() -> None:
-    """Check, time, report."""
+    """Measure and report, or profile."""
     options = arguments()
-    torch.set_num_threads(options.threads)
-    os.environ["NPROC"] = str(options.threads)  # the size of JAX's pool of threads
+    configure(options)
     if options.profile:
-        profile_all(options)
+        options.networks = options.networks or ["denoiser"]
+        options.batch = options.batch or [64]
+        for problem in chosen(options):
+            print_profile(problem)
         return
+    results = run(options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    report = markdown(results)
+    (options.out / "report.md").write_text(report, encoding="utf-8")
+    (options.out / "results.json").write_text(json.dumps(results.as_json(), indent=1))
+    save_plot(results, options.out / "plot.png")
+    print(f"\n{report}\nWritten to {options.out}: report.md, results.json, plot.png")
+
+
+def run(options: argparse.Namespace) -> Results:
+    """Measure everything that was asked for."""
+    dtype, device = DTYPES[options.dtype], options.device
+    entered = entries(device, not options.no_compile, not options.no_jax)
+    rate = rates(dtype, device)
     seconds = 0.3 if options.quick else 0.6
-    entered = entries(not options.no_compile, not options.no_jax)
-    for network, batch in chosen(options):
-        problem = Problem(network, batch, DTYPES[options.dtype], options.device)
-        torch.compiler.reset()
-        contenders = {name: entry(problem) for name, entry in entered.items()}
-        agreement.check(problem, contenders)
-        for mode in ("train", "infer"):
-            functions = {name: getattr(c, mode) for name, c in contenders.items()}
-            if network.is_layer and mode == "train":
-                del functions[PURE]
-            times = side_by_side(functions, seconds, options.device)
-            print(Row(network.name, batch, mode, times), flush=True)
+    tolerance = agreement.TF32_TOLERANCE if options.tf32 else agreement.TOLERANCE[dtype]
+    rows = [row for p in chosen(options) for row in race(p, entered, seconds, tolerance)]
+    memory = {} if options.no_memory else _memory(options, list(entered))
+    return Results(machine(device, dtype), rows, memory, rate)
+
+
+def _memory(options: argparse.Namespace, names: list[str]) -> dict[str, Memory]:
+    """Of each contender, where the run includes the denoiser at batch 64."""
+    problems = [p for p in chosen(options) if (p.network.name, p.batch) == MEASURED]
+    return {name: measure(name, problem) for problem in problems for name in names}
 
 
 if __name__ == "__main__":

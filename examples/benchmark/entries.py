@@ -9,15 +9,17 @@ from typing import Any, TypeAlias
 
 import torch
 from contenders import Contender, funcnet_in_place, funcnet_pure, torch_nn
+from cuda_graph import funcnet_graph
 from problem import Problem
 
 Entry: TypeAlias = Callable[[Problem], Contender]
 
 OURS = "funcnet"
 PURE = "funcnet, pure step"
+GRAPH = "funcnet, CUDA graph"
 
 
-def entries(compiled: bool, jax: bool) -> dict[str, Entry]:
+def entries(device: torch.device, compiled: bool = True, jax: bool = True) -> dict[str, Entry]:
     """Ours first; JAX's where it is installed."""
     chosen: dict[str, Entry] = {
         OURS: funcnet_in_place,
@@ -25,6 +27,8 @@ def entries(compiled: bool, jax: bool) -> dict[str, Entry]:
         "torch.nn": functools.partial(torch_nn, layout=torch.contiguous_format),
         "torch.nn channels_last": functools.partial(torch_nn, layout=torch.channels_last),
     }
+    if device.type == "cuda":
+        chosen[GRAPH] = funcnet_graph
     if compiled:
         # Inductor lays convolutions out in channels_last by itself, so it is handed that.
         chosen["torch.compile"] = functools.partial(

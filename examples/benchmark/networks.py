@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import funcnet as fn
 
+MEASURED = ("denoiser", 64)
+"""The network and batch size at which memory and arithmetic are looked at, too."""
+
 
 @dataclass(frozen=True)
 class Network:

@@ -1,33 +1,99 @@
-"""What was measured, as text."""
+"""The results as Markdown."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
-from entries import OURS
+from results import Results, Row
+from targets import targets
 from timing import Times
 
+_TITLES = {"train": "Training steps", "infer": "Inference"}
 
-@dataclass(frozen=True)
-class Row:
-    """The times of all contenders for one network, one batch size, and training or inference."""
+_METHOD = """\
+Times are medians in milliseconds, ± half the distance between the quartiles. In every round each
+contender runs for a slice of time in turn. The ratio is the fastest other contender's time over
+funcnet's. Before a network is timed, outputs, losses and updated parameters of all contenders are
+held to those of torch.nn in float64. Layers on their own are timed forward and backward, gradient of
+x included; whole networks forward, loss, backward and update."""
 
-    network: str
-    batch: int
-    mode: str
-    times: dict[str, Times]
 
-    @property
-    def fastest(self) -> str:
-        """The fastest contender that is not ours."""
-        others = (name for name in self.times if not name.startswith("funcnet"))
-        return min(others, key=lambda name: self.times[name].median)
+def markdown(results: Results) -> str:
+    """The whole report."""
+    sections = [
+        "# Benchmark",
+        ", ".join(f"{key}: {value}" for key, value in results.machine.items()),
+        _METHOD,
+        *(section for mode in _TITLES for section in _times(results, mode)),
+        *_memory(results),
+        *_arithmetic(results),
+        *_targets(results),
+    ]
+    return "\n\n".join(sections) + "\n"
 
-    @property
-    def ratio(self) -> float:
-        """The fastest other's time over ours."""
-        return self.times[self.fastest].median / self.times[OURS].median
 
-    def __str__(self) -> str:
-        head = f"{self.network:<22} {self.batch:>4} {self.mode:<6} {self.ratio:5.2f}×  "
-        return head + "  ".join(f"{n} {t.median * 1e3:.3f}" for n, t in self.times.items())
+def _times(results: Results, mode: str) -> list[str]:
+    rows = results.mode(mode)
+    names = list(dict.fromkeys(name for row in rows for name in row.times))
+    lines = [_line(row, names) for row in rows]
+    mean = f"Geometric mean of the ratios: **{results.mean_ratio(mode):.2f}×**"
+    return [f"## {_TITLES[mode]}", _table(["network", "batch", *names, "ratio"], lines), mean]
+
+
+def _line(row: Row, names: Sequence[str]) -> list[str]:
+    times = [_time(row.times[name]) if name in row.times else "" for name in names]
+    return [row.network, str(row.batch), *times, f"**{row.ratio:.2f}×**"]
+
+
+def _time(time: Times) -> str:
+    spread = (time.high - time.low) / 2 / time.median
+    return f"{_digits(time.median * 1e3)} ± {spread:.0%}"
+
+
+def _digits(value: float) -> str:
+    """Three digits, without an exponent: 0.0123, 1.23, 123, 1234."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def _memory(results: Results) -> list[str]:
+    if not results.memory:
+        return []
+    lines = [
+        [name, _mb(m.live), _mb(m.baseline), _mb(m.peak), _mb(m.peak - m.baseline)]
+        for name, m in results.memory.items()
+    ]
+    heads = ["contender", "live tensors", "process after imports", "process at peak", "difference"]
+    explanation = (
+        "At most, in MB, each in a process of its own. Parameters, optimizer state and the batch are "
+        "counted; the process of torch.compile holds the compiler too."
+    )
+    title = "## Memory of the denoiser's training step, batch 64"
+    return [title, explanation, _table(heads, lines)]
+
+
+def _mb(count: int | None) -> str:
+    return "–" if count is None else f"{count / 1e6:.0f}"
+
+
+def _arithmetic(results: Results) -> list[str]:
+    rates = results.rates
+    return [
+        "## Arithmetic",
+        f"Matrix products on this machine: {rates.mm / 1e9:.0f} Gflop/s by torch.mm, "
+        f"{rates.conv1x1 / 1e9:.0f} by a 1×1 convolution in channels_last. The denoiser's training "
+        f"step at batch 64 needs {results.operations / 1e9:.2f} Gflop: "
+        f"{results.operations / rates.best * 1e3:.3g} ms at the better rate.",
+    ]
+
+
+def _targets(results: Results) -> list[str]:
+    lines = [
+        [t.name, t.wish, f"{t.value:.3g}{t.unit}", "reached" if t.reached else "**not reached**"]
+        for t in targets(results)
+    ]
+    return ["## Targets", _table(["what", "wanted", "measured", ""], lines)]
+
+
+def _table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

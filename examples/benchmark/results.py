@@ -1,0 +1,110 @@
+"""What a run of the benchmark found."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+import torch
+from arithmetic import Rates, operations
+from entries import OURS
+from memory import Memory
+from networks import MEASURED, all_networks
+from timing import Times
+
+
+@dataclass(frozen=True)
+class Row:
+    """The times of all contenders for one network, one batch size, and training or inference."""
+
+    network: str
+    batch: int
+    mode: str
+    """"train" or "infer"."""
+    times: dict[str, Times]
+
+    @property
+    def fastest(self) -> str:
+        """The fastest contender that is not ours."""
+        others = (name for name in self.times if not name.startswith(OURS))
+        return min(others, key=lambda name: self.times[name].median)
+
+    @property
+    def ratio(self) -> float:
+        """The fastest other's time over ours: how many times faster we are."""
+        return self.times[self.fastest].median / self.times[OURS].median
+
+    def __str__(self) -> str:
+        ours = self.times[OURS].median * 1e3
+        return (
+            f"{self.network:<22}{self.batch:>5}  {self.mode:<6}{self.ratio:6.2f}×  "
+            f"{ours:.3g} ms against {ours * self.ratio:.3g} ({self.fastest})"
+        )
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that is reported."""
+
+    machine: dict[str, str]
+    rows: list[Row]
+    memory: dict[str, Memory]
+    """Of a training step of `MEASURED`, by contender; empty if not measured."""
+    rates: Rates
+
+    @property
+    def operations(self) -> int:
+        """What that step needs."""
+        (network,) = (n for n in all_networks() if n.name == MEASURED[0])
+        return operations(network.net, network.shape, MEASURED[1])
+
+    def mode(self, mode: str) -> list[Row]:
+        """The rows of training, or of inference."""
+        return [row for row in self.rows if row.mode == mode]
+
+    def row(self, network: str, batch: int, mode: str) -> Row | None:
+        """One of them, if it was run."""
+        wanted = (network, batch, mode)
+        return next((r for r in self.rows if (r.network, r.batch, r.mode) == wanted), None)
+
+    def mean_ratio(self, mode: str) -> float:
+        """The geometric mean of the ratios."""
+        return geometric_mean(row.ratio for row in self.mode(mode))
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it in plain containers, times in seconds and memory in bytes."""
+        rows = [
+            {**asdict(row), "fastest_other": row.fastest, "ratio": row.ratio} for row in self.rows
+        ]
+        return {**asdict(self), "rows": rows, "operations": self.operations}
+
+
+def machine(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Where this runs, and with what."""
+    versions = {
+        package: importlib.metadata.version(package)
+        for package in ("torch", "jax")
+        if importlib.util.find_spec(package)
+    }
+    return {
+        "processor": _processor(),
+        "processors": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

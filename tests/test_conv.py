@@ -1,0 +1,178 @@
+"""Conv2d, both methods: against torch.nn.functional, autograd, exact adjoints and one another."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+import funcnet as fn
+from funcnet.layers import native, unfold
+from funcnet.layers.geometry import Window
+from funcnet.testing import strategies
+
+CASES = strategies.cases(strategies.conv2d())
+EXACT = strategies.cases(strategies.conv2d(), integers=True)
+
+
+def reference(layer, params, x):
+    return F.conv2d(
+        x,
+        params["weight"],
+        params.get("bias"),
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        layer.groups,
+    )
+
+
+def with_method(layer, method):
+    return dataclasses.replace(layer, method=method)
+
+
+def integers(shape, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-3, 4, shape, generator=generator).to(dtype)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
+@given(CASES)
+def test_value_is_that_of_torch(case):
+    layer, params, x = case
+    torch.testing.assert_close(layer.apply(params, x), reference(layer, params, x))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
+@given(strategies.cases(strategies.conv2d(), dtypes=st.just(torch.float64)))
+def test_gradient_is_that_of_autograd(case):
+    layer, params, x = case
+    leaves = [leaf.clone().requires_grad_() for leaf in (*params.values(), x)]
+    y = reference(layer, dict(zip(params, leaves[:-1], strict=True)), leaves[-1])
+    grad = fn.normal(fn.key(1), y.shape, dtype=x.dtype)
+    expected = torch.autograd.grad(y, leaves, grad)
+    dparams, dx = layer.vjp(params, x, grad)
+    for ours, theirs in zip((*dparams.values(), dx), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@given(strategies.cases(strategies.conv2d(), dtypes=st.just(torch.float64)))
+def test_both_methods_give_the_same_numbers(case):
+    layer, params, x = case
+    auto, derivation = with_method(layer, "auto"), with_method(layer, "unfold")
+    y = auto.apply(params, x)
+    torch.testing.assert_close(y, derivation.apply(params, x))
+    grad = fn.normal(fn.key(1), y.shape, dtype=x.dtype)
+    torch.testing.assert_close(auto.vjp(params, x, grad), derivation.vjp(params, x, grad))
+
+
+@given(EXACT)
+def test_integers_are_convolved_exactly_by_both_methods(case):
+    layer, params, x = case
+    auto, derivation = with_method(layer, "auto"), with_method(layer, "unfold")
+    y = auto.apply(params, x)
+    assert torch.equal(y, derivation.apply(params, x))
+    grad = integers(y.shape, x.dtype)
+    (da, dxa), (du, dxu) = auto.vjp(params, x, grad), derivation.vjp(params, x, grad)
+    assert torch.equal(dxa, dxu)
+    assert all(torch.equal(da[name], du[name]) for name in params)
+
+
+@given(EXACT)
+def test_adjoints_are_exact(case):
+    """⟨conv(x), g⟩ = ⟨x, dx(g)⟩ = ⟨w, dw(x, g)⟩, and ⟨bias, dbias⟩ what the bias adds: all in
+    integers, so bit for bit."""
+    layer, params, x = case
+    linear = dataclasses.replace(layer, bias=False)
+    weight = {"weight": params["weight"]}
+    y = linear.apply(weight, x)
+    grad = integers(y.shape, x.dtype)
+    dparams, dx = layer.vjp(params, x, grad)
+    product = (y * grad).sum()
+    assert (x * dx).sum() == product
+    assert (params["weight"] * dparams["weight"]).sum() == product
+    if layer.bias:
+        added = layer.apply(params, x) - y
+        assert (params["bias"] * dparams["bias"]).sum() == (added * grad).sum()
+
+
+@given(strategies.cases(strategies.conv2d(), dtypes=st.just(torch.float64)), st.data())
+def test_any_layout_of_grad(case, data):
+    layer, params, x = case
+    shape = layer.apply(params, x).shape
+    grad = data.draw(strategies.tensors(shape, x.dtype))
+    torch.testing.assert_close(
+        layer.vjp(params, x, grad),
+        layer.vjp(params, x, grad.clone(memory_format=torch.contiguous_format)),
+    )
+
+
+@given(
+    st.integers(1, 12), st.integers(1, 5), st.integers(1, 4), st.integers(0, 6), st.integers(1, 3)
+)
+def test_out_shape_is_the_formula(height, kernel, stride, padding, dilation):
+    layer = fn.Conv2d(2, kernel, stride=stride, padding=padding, dilation=dilation)
+    rows = (height + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+    if rows >= 1:
+        assert layer.out_shape((1, height, height)) == (2, rows, rows)
+    else:
+        with pytest.raises(ValueError, match="at least as large as the kernel's reach"):
+            layer.out_shape((1, height, height))
+
+
+@given(strategies.conv2d(), st.data())
+def test_weights_start_within_the_bound(layer, data):
+    shape = data.draw(strategies.shapes(layer))
+    bound = (shape[0] // layer.groups * layer.kernel_size[0] * layer.kernel_size[1]) ** -0.5
+    params = layer.init(fn.key(data.draw(st.integers(0, 99))), shape)
+    assert params["weight"].shape == (
+        layer.out_channels,
+        shape[0] // layer.groups,
+        *layer.kernel_size,
+    )
+    assert params.keys() == ({"weight", "bias"} if layer.bias else {"weight"})
+    assert all((leaf.abs() <= bound * (1 + 1e-6)).all() for leaf in params.values())
+
+
+def test_weights_fill_the_bound():
+    params = fn.Conv2d(64, 3).init(fn.key(0), (16, 8, 8))
+    bound = (16 * 9) ** -0.5
+    for leaf in params.values():
+        assert leaf.max() > 0.9 * bound
+        assert leaf.min() < -0.9 * bound
+    assert abs(float(params["weight"].mean())) < 0.02 * bound
+    assert not torch.equal(params["weight"].flatten()[:64], params["bias"])
+
+
+def test_a_number_means_both_sides():
+    assert fn.Conv2d(8, 3) == fn.Conv2d(8, (3, 3))
+    assert hash(fn.Conv2d(8, 3)) == hash(fn.Conv2d(8, [3, 3]))
+    assert fn.Conv2d(8, 3) != fn.Conv2d(8, (3, 2))
+    assert repr(fn.Conv2d(8, (3, 3), padding=(1, 2))) == "Conv2d(8, kernel_size=3, padding=(1, 2))"
+
+
+def test_same_pads_an_odd_remainder_after():
+    """A kernel of two taps, padded by 1 in all, sees a zero after the end and none before."""
+    layer = fn.Conv2d(1, (1, 2), padding="same", bias=False)
+    params = {"weight": torch.tensor([[[[1.0, 10.0]]]])}
+    x = torch.tensor([[[[1.0, 2.0, 3.0]]]])
+    assert layer.apply(params, x).tolist() == [[[[21.0, 32.0, 3.0]]]]
+    assert layer.vjp(params, x, torch.ones(1, 1, 1, 3))[1].tolist() == [[[[1.0, 11.0, 11.0]]]]
+
+
+def test_what_a_stride_leaves_over_gets_no_gradient():
+    layer = fn.Conv2d(1, 2, stride=2, bias=False)
+    params, x = {"weight": torch.ones(1, 1, 2, 2)}, torch.ones(1, 1, 3, 5)
+    _, dx = layer.vjp(params, x, torch.ones(1, 1, 1, 2))
+    assert dx.tolist() == [[[[1, 1, 1, 1, 0], [1, 1, 1, 1, 0], [0, 0, 0, 0, 0]]]]
+
+
+@pytest.mark.parametrize("module", [native, unfold])
+def test_the_modules_convolve_with_uneven_sides(module):
+    """Padding may differ on the two sides of an axis, which "same" makes use of."""
+    window = Window((2, 3), sides=((0, 1), (1, 1)))
+    x, weight = fn.normal(fn.key(0), (2, 2, 4, 3)), fn.normal(fn.key(1), (3, 2, 2, 3))
+    expected = F.conv2d(F.pad(x, (1, 1, 0, 1)), weight)
+    torch.testing.assert_close(module.convolve(x, weight, None, window), expected)

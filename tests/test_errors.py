@@ -1,0 +1,207 @@
+"""Bad input is refused where it enters: who refuses, what was expected, what came."""
+
+import re
+
+import optree
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from registry import EVERY_LAYER
+from test_properties import make, same
+
+import funcnet as fn
+from funcnet.testing import strategies
+
+CONV = fn.Conv2d(256, 2, stride=2)
+
+
+def refused(error, message):
+    return pytest.raises(error, match=re.escape(message))
+
+
+@given(strategies.invalid_layers())
+def test_settings(invalid):
+    with refused(invalid.error, invalid.message):
+        invalid.make()
+
+
+def test_the_message_of_the_contract():
+    params = CONV.init(fn.key(0), (128, 16, 16))
+    expected = (
+        "Conv2d(256, kernel_size=2, stride=2): expected x of shape (N, 128, H, W), "
+        "got (64, 3, 16, 16)"
+    )
+    x = torch.zeros(64, 3, 16, 16)
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        CONV.apply(params, x)
+    net = fn.Sequential(fn.ReLU(), fn.Sigmoid(), CONV)
+    with pytest.raises(ValueError, match=f"^layer 2: {re.escape(expected)}$"):
+        net.apply(((), (), params), x)
+    with pytest.raises(ValueError, match=f"^layer 0: layer 2: {re.escape(expected)}$"):
+        fn.Sequential(net).vjp((((), (), params),), x, x)
+
+
+@given(strategies.cases(EVERY_LAYER), st.data())
+def test_another_dtype_of_grad(case, data):
+    layer, params, x = case
+    y = layer.apply(params, x)
+    other = torch.float32 if x.dtype == torch.float64 else torch.float64
+    if isinstance(layer, fn.Sequential) and not any(True for _ in _flat(layer)):
+        return
+    with pytest.raises(TypeError, match="expected grad to have the dtype and device of x"):
+        layer.vjp(params, x, torch.zeros(y.shape, dtype=other))
+
+
+@given(strategies.cases(EVERY_LAYER))
+def test_another_shape_of_grad(case):
+    layer, params, x = case
+    y = layer.apply(params, x)
+    if isinstance(layer, fn.Sequential) and not any(True for _ in _flat(layer)):
+        return
+    with pytest.raises(ValueError, match="expected grad of shape"):
+        layer.vjp(params, x, y.new_zeros((len(y) + 1, *y.shape[1:])))
+
+
+def _flat(net):
+    for layer in net:
+        if isinstance(layer, fn.Sequential):
+            yield from _flat(layer)
+        else:
+            yield layer
+
+
+@given(strategies.cases(strategies.conv2d() | strategies.upsample_conv2d()))
+def test_another_dtype_of_x(case):
+    layer, params, x = case
+    other = torch.float32 if x.dtype == torch.float64 else torch.float64
+    with pytest.raises(TypeError, match="expected weight to have the dtype and device of x"):
+        layer.apply(params, x.to(other))
+
+
+@given(strategies.cases(strategies.conv2d() | strategies.upsample_conv2d()))
+def test_another_number_of_channels(case):
+    layer, params, x = case
+    channels = x.shape[1]
+    wrong = x.new_zeros((len(x), channels + 1, *x.shape[2:]))
+    message = f"{layer}: expected x of shape (N, {channels}, H, W), got {tuple(wrong.shape)}"
+    with refused(ValueError, message):
+        layer.apply(params, wrong)
+    with refused(ValueError, message):
+        layer.vjp(params, wrong, wrong)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [CONV, fn.UpsampleConv2d(2), fn.Upsample2d(2), fn.ReLU()],
+    ids=lambda x: type(x).__name__,
+)
+def test_x_that_is_no_picture(layer):
+    params = layer.init(fn.key(0), (3, 4, 4))
+    with refused(TypeError, f"{layer}: expected x to be a tensor, got list"):
+        layer.apply(params, [1.0])
+    with refused(TypeError, f"{layer}: expected x to be floating-point, got torch.int64"):
+        layer.apply(params, torch.zeros(1, 3, 4, 4, dtype=torch.int64))
+    if layer != fn.ReLU():
+        with refused(ValueError, f"{layer}: expected x of shape (N, "):
+            layer.apply(params, torch.zeros(3, 4, 4))
+
+
+@pytest.mark.parametrize("layer", [CONV, fn.UpsampleConv2d(256, 2)], ids=lambda x: type(x).__name__)
+def test_parameters_that_do_not_fit(layer):
+    params, x, _ = make(layer, (3, 4, 4))
+    weight, bias = params["weight"], params["bias"]
+    for wrong, error, message in [
+        ((), TypeError, "expected params to be a dict with keys 'bias', 'weight', got tuple"),
+        ({"weight": weight}, ValueError, "expected params with keys 'bias', 'weight', got keys 'w"),
+        ({}, ValueError, "expected params with keys 'bias', 'weight', got no keys"),
+        ({"weight": weight, "bias": 1.0}, TypeError, "expected bias to be a tensor, got float"),
+        (
+            {"weight": weight, "bias": bias[1:]},
+            ValueError,
+            "expected bias of shape (256,), got (255",
+        ),
+        (
+            {"weight": weight[1:], "bias": bias},
+            ValueError,
+            "expected weight of shape (256, C, 2, 2)",
+        ),
+        ({"weight": weight.double(), "bias": bias}, TypeError, "expected weight to have the dtype"),
+    ]:
+        with refused(error, f"{layer}: {message}"):
+            layer.apply(wrong, x)
+
+
+@pytest.mark.parametrize("layer", [fn.ReLU(), fn.Sigmoid(), fn.Upsample2d(2)], ids=repr)
+def test_parameters_where_there_are_none(layer):
+    with refused(ValueError, f"{layer}: expected no parameters, (), got dict"):
+        layer.apply({"weight": torch.ones(1)}, torch.ones(1, 1, 1, 1))
+
+
+def test_pictures_too_small():
+    layer = fn.Conv2d(1, 5, dilation=2)
+    message = (
+        f"{layer}: expected pictures at least as large as the kernel's reach (9, 9), "
+        "got size (8, 20), (8, 20) with padding"
+    )
+    with refused(ValueError, message):
+        layer.out_shape((1, 8, 20))
+    params = layer.init(fn.key(0), (1, 9, 9))
+    with refused(ValueError, message):
+        layer.apply(params, torch.zeros(2, 1, 8, 20))
+    with refused(ValueError, "expected pictures at least as large as"):
+        fn.UpsampleConv2d(1, 9, padding=0).out_shape((1, 4, 4))
+
+
+def test_shapes_of_examples():
+    with refused(
+        ValueError, f"{CONV}: expected the shape of one example, (C, H, W), got (1, 3, 8, 8)"
+    ):
+        CONV.init(fn.key(0), (1, 3, 8, 8))
+    with refused(TypeError, "expected shape to be a tuple of ints, got 3"):
+        fn.ReLU().out_shape(3)
+    with refused(TypeError, "expected every size in shape to be an int, got 1.5"):
+        fn.ReLU().out_shape((1.5,))
+    with refused(ValueError, "expected every size in shape >= 0, got -1"):
+        fn.Upsample2d(2).out_shape((1, -1, 2))
+    with refused(ValueError, "layer 1: Conv2d(1, kernel_size=9): expected pictures at least"):
+        fn.Sequential(fn.Upsample2d(2), fn.Conv2d(1, 9)).init(fn.key(0), (1, 4, 4))
+
+
+def test_networks():
+    with refused(TypeError, "Sequential: expected layer 1 to be a Layer, got 'relu'"):
+        fn.Sequential(fn.ReLU(), "relu")
+    net = fn.Sequential(fn.ReLU(), fn.Sigmoid())
+    with refused(TypeError, "Sequential: expected params to be a tuple of 2, got list"):
+        net.apply([(), ()], torch.ones(1))
+    with refused(ValueError, "Sequential: expected params of 2 layers, got 1"):
+        net.apply(((),), torch.ones(1))
+    with refused(ValueError, "Sequential: expected residuals of 2 layers, got 1"):
+        net.bwd(((), ()), [torch.ones(1)], torch.ones(1))
+
+
+def test_losses():
+    with refused(ValueError, "MSE(): expected target of shape (3, 1), that of x, got (3,)"):
+        fn.MSE().apply(torch.zeros(3, 1), torch.zeros(3))
+    with refused(TypeError, "MSE(): expected target to have the dtype and device of x"):
+        fn.MSE().apply(torch.zeros(3), torch.zeros(3).double())
+    with refused(TypeError, "MSE(): expected x to be floating-point, got torch.int64"):
+        fn.MSE().apply(torch.zeros(3).long(), torch.zeros(3).long())
+    with refused(TypeError, "MSE(): expected target to be a tensor, got int"):
+        fn.MSE().apply(torch.zeros(3), 0)
+    with refused(ValueError, "MSE(): expected grad to be a scalar, got shape (3,)"):
+        fn.MSE().vjp(torch.zeros(3), torch.zeros(3), torch.ones(3))
+    with refused(ValueError, 'MSE: expected reduction "mean" or "sum", got \'none\''):
+        fn.MSE("none")
+
+
+def test_nothing_is_half_done_when_a_layer_refuses():
+    """The second convolution refuses after the first has run: nothing of the user's has changed."""
+    net = fn.Sequential(fn.Conv2d(2, 1), fn.ReLU(), fn.Conv2d(1, 1))
+    params, x, _ = make(net, (3, 4, 4))
+    broken = (params[0], (), {**params[2], "bias": torch.ones(7)})
+    kept = optree.tree_map(torch.clone, (broken, x))
+    for call in (net.apply, net.fwd):
+        with refused(ValueError, "layer 2: Conv2d(1, kernel_size=1): expected bias of shape (1,)"):
+            call(broken, x)
+    assert same((broken, x), kept)

@@ -1,0 +1,147 @@
+"""Keys: values, all different, the same everywhere, and blind to global randomness."""
+
+import copy
+import math
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import funcnet as fn
+from funcnet.testing import strategies
+
+SEEDS = st.integers(0, 2**64 - 1)
+EDGES = [0, 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**63, 2**64 - 2, 2**64 - 1]
+
+
+@given(SEEDS, SEEDS)
+def test_different_seeds_are_different_keys(a, b):
+    assert (fn.key(a) == fn.key(b)) == (a == b)
+    draws = torch.equal(fn.uniform(fn.key(a), (4,)), fn.uniform(fn.key(b), (4,)))
+    assert draws == (a == b)
+
+
+def test_seeds_that_are_alike_in_some_bits_differ():
+    assert len({fn.key(seed) for seed in EDGES}) == len(EDGES)
+    assert len({tuple(fn.normal(fn.key(seed), (3,)).tolist()) for seed in EDGES}) == len(EDGES)
+
+
+@given(SEEDS, st.integers(0, 40), SEEDS)
+def test_derived_keys_are_all_different(seed, count, data):
+    key = fn.key(seed)
+    children = fn.split(key, count)
+    assert isinstance(children, tuple)
+    grandchildren = [grandchild for child in children[:5] for grandchild in fn.split(child, 5)]
+    folded = {fn.fold_in(key, i) for i in {*range(count), data}}
+    everything = {key, *children, *grandchildren, *folded}
+    assert len(everything) == 1 + count + 5 * min(count, 5) + len({*range(count), data})
+
+
+@given(SEEDS, st.integers(0, 20), st.integers(0, 20))
+def test_split_starts_alike(seed, a, b):
+    few, many = sorted([a, b])
+    assert fn.split(fn.key(seed), many)[:few] == fn.split(fn.key(seed), few)
+
+
+@given(SEEDS, st.lists(st.integers(0, 5), max_size=4), strategies.dtypes())
+def test_drawing_twice_gives_the_same_and_asks_no_global_state(seed, shape, dtype):
+    key, states = fn.key(seed), _states()
+    for draw in (fn.uniform, fn.normal):
+        x = draw(key, shape, dtype=dtype)
+        assert x.shape == tuple(shape)
+        assert x.dtype == dtype
+        torch.manual_seed(0)
+        assert torch.equal(x, draw(key, shape, dtype=dtype))
+        torch.set_rng_state(states[0])
+    assert torch.equal(fn.bernoulli(key, 0.5, shape), fn.bernoulli(key, 0.5, shape))
+    fn.split(key)
+    for before, after in zip(states, _states(), strict=True):
+        assert str(before) == str(after)
+
+
+def _states():
+    return torch.get_rng_state(), np.random.get_state(), random.getstate()
+
+
+def test_every_device_draws_the_same(device):
+    for draw in (fn.uniform, fn.normal):
+        x = draw(fn.key(0), (3, 4), device=device)
+        assert x.device.type == device
+        assert torch.equal(x.cpu(), draw(fn.key(0), (3, 4)))
+    assert torch.equal(
+        fn.bernoulli(fn.key(0), 0.5, (9,), device=device).cpu(), fn.bernoulli(fn.key(0), 0.5, (9,))
+    )
+
+
+@given(
+    SEEDS,
+    st.floats(-1e6, 1e6),
+    st.floats(0, 1e6),
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_uniform_stays_within_its_interval(seed, low, width, dtype):
+    low, high = (float(torch.tensor(end, dtype=dtype)) for end in (low / 100, (low + width) / 100))
+    x = fn.uniform(fn.key(seed), (50,), low, high, dtype=dtype)
+    assert (x >= low).all()
+    assert (x < high).all() or low == high
+
+
+def test_distributions():
+    n = 100_000
+    x = fn.uniform(fn.key(0), (n,), -1.0, 3.0, dtype=torch.float64)
+    assert float(x.mean()) == pytest.approx(1, abs=0.02)
+    assert float(x.var()) == pytest.approx(16 / 12, rel=0.02)
+    z = fn.normal(fn.key(1), (n,), mean=2.0, std=0.5, dtype=torch.float64)
+    assert float(z.mean()) == pytest.approx(2, abs=0.01)
+    assert float(z.std()) == pytest.approx(0.5, rel=0.02)
+    assert float(fn.bernoulli(fn.key(2), 0.3, (n,)).double().mean()) == pytest.approx(0.3, abs=0.01)
+    children = torch.stack([fn.normal(key, (1000,)) for key in fn.split(fn.key(3), 8)])
+    correlations = torch.corrcoef(children) - torch.eye(8)
+    assert correlations.abs().max() < 0.15
+
+
+def test_bernoulli_at_its_ends():
+    assert not fn.bernoulli(fn.key(0), 0.0, (1000,)).any()
+    assert fn.bernoulli(fn.key(0), 1.0, (1000,)).all()
+    assert fn.bernoulli(fn.key(0), 0.5, (2, 3)).dtype == torch.bool
+
+
+def test_keys_are_values():
+    key = fn.key(7)
+    for copied in (copy.deepcopy(key), pickle.loads(pickle.dumps(key)), eval(repr(key), vars(fn))):
+        assert copied == key
+        assert hash(copied) == hash(key)
+    with pytest.raises((AttributeError, TypeError)):
+        key.data = 1
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: fn.key(-1), ValueError, r"key: expected seed in \[0, 2\*\*64\), got -1"),
+        (lambda: fn.key(2**64), ValueError, r"key: expected seed in"),
+        (lambda: fn.key(1.0), TypeError, "key: expected seed to be an int, got 1.0"),
+        (lambda: fn.key(True), TypeError, "key: expected seed to be an int, got True"),
+        (lambda: fn.split(fn.key(0), -1), ValueError, "split: expected num in"),
+        (lambda: fn.split(0), TypeError, "split: expected a key made by funcnet.key"),
+        (lambda: fn.fold_in(fn.key(0), -1), ValueError, "fold_in: expected data in"),
+        (lambda: fn.fold_in(None, 1), TypeError, "fold_in: expected a key"),
+        (lambda: fn.uniform(0, (1,)), TypeError, "uniform: expected a key"),
+        (lambda: fn.uniform(fn.key(0), 3), TypeError, "uniform: expected shape to be a sequence"),
+        (lambda: fn.uniform(fn.key(0), (-1,)), ValueError, "uniform: expected every size in shape"),
+        (lambda: fn.uniform(fn.key(0), (1,), 1.0, 0.0), ValueError, "expected low <= high"),
+        (lambda: fn.uniform(fn.key(0), (1,), math.nan), ValueError, "expected low <= high"),
+        (lambda: fn.uniform(fn.key(0), (1,), dtype=torch.int64), TypeError, "floating-point dtype"),
+        (lambda: fn.normal(fn.key(0), (1,), std=-1.0), ValueError, "normal: expected std >= 0"),
+        (lambda: fn.normal(fn.key(0), (1,), std=math.nan), ValueError, "normal: expected std >= 0"),
+        (lambda: fn.bernoulli(fn.key(0), 1.5, (1,)), ValueError, r"probability p in \[0, 1\]"),
+        (lambda: fn.bernoulli(fn.key(0), math.nan, (1,)), ValueError, "probability p in"),
+    ],
+)
+def test_bad_input_is_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

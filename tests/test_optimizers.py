@@ -1,0 +1,185 @@
+"""SGD: the numbers of torch.optim.SGD, bit for bit, over a product of hyperparameters."""
+
+import itertools
+import math
+
+import optree
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_properties import same
+
+import funcnet as fn
+from funcnet.testing import strategies
+
+PRODUCT = [
+    dict(
+        zip(("momentum", "dampening", "weight_decay", "nesterov", "maximize"), values, strict=True)
+    )
+    for values in itertools.product(
+        (0.0, 0.9), (0.0, 0.3), (0.0, 0.01), (False, True), (False, True)
+    )
+    if not values[3] or (values[0] and not values[1])
+]
+settings = pytest.mark.parametrize("settings", PRODUCT, ids=str)
+
+
+def parameters(dtype=torch.float32):
+    a, b, c = fn.split(fn.key(0), 3)
+    return (
+        {"weight": fn.normal(a, (2, 3), dtype=dtype), "bias": fn.normal(b, (2,), dtype=dtype)},
+        (),
+        [fn.normal(c, (), dtype=dtype)],
+    )
+
+
+def gradients(params, step):
+    leaves, structure = optree.tree_flatten(params)
+    keys = fn.split(fn.fold_in(fn.key(1), step), len(leaves))
+    return structure.unflatten(
+        [fn.normal(k, p.shape, dtype=p.dtype) for k, p in zip(keys, leaves, strict=True)]
+    )
+
+
+def schedule(step):
+    return 0.3 / (1 + step)
+
+
+@settings
+@pytest.mark.parametrize("lr", [0.1, schedule, 0.0], ids=["0.1", "schedule", "0"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_numbers_of_torch(settings, lr, dtype):
+    params = parameters(dtype)
+    theirs = [leaf.clone().requires_grad_() for leaf in optree.tree_leaves(params)]
+    optimizer = torch.optim.SGD(theirs, lr=lr(0) if callable(lr) else lr, **settings)
+    sgd = fn.SGD(lr, **settings)
+    state = sgd.init(params)
+    written, written_state = optree.tree_map(torch.clone, params), sgd.init(params)
+    for step in range(4):
+        grads = gradients(params, step)
+        params, state = sgd.step(params, grads, state)
+        written, written_state = sgd.step_(written, grads, written_state)
+        for leaf, grad in zip(theirs, optree.tree_leaves(grads), strict=True):
+            leaf.grad = grad.clone()
+        optimizer.param_groups[0]["lr"] = lr(step) if callable(lr) else lr
+        optimizer.step()
+        assert same(optree.tree_leaves(params), [leaf.detach() for leaf in theirs])
+        assert same((written, written_state.momentum), (params, state.momentum))
+    assert int(state.step) == int(written_state.step) == 4
+
+
+@settings
+def test_step_writes_to_nothing_and_step_underscore_into_params(settings):
+    sgd, params = fn.SGD(0.1, **settings), parameters()
+    grads, state = gradients(params, 0), sgd.init(params)
+    _, state = sgd.step(params, grads, state)
+    kept = optree.tree_map(torch.clone, (params, grads, state))
+    new_params, _ = sgd.step(params, grads, state)
+    assert same((params, grads, state), kept)
+    assert optree.tree_structure(new_params) == optree.tree_structure(params)
+    for new, old in zip(optree.tree_leaves(new_params), optree.tree_leaves(params), strict=True):
+        assert new.data_ptr() != old.data_ptr()
+    places = [leaf.data_ptr() for leaf in optree.tree_leaves((params, state.momentum))]
+    returned, after = sgd.step_(params, grads, state)
+    assert returned is params
+    assert same(params, new_params)
+    assert same(grads, kept[1])
+    assert [leaf.data_ptr() for leaf in optree.tree_leaves((returned, after.momentum))] == places
+
+
+@given(strategies.trees(), st.floats(0, 1))
+def test_any_tree_will_do(tree, momentum):
+    sgd = fn.SGD(0.5, momentum=momentum)
+    grads = optree.tree_map(torch.ones_like, tree)
+    new, state = sgd.step(tree, grads, sgd.init(tree))
+    assert same(new, optree.tree_map(lambda leaf: leaf - 0.5, tree))
+    assert int(state.step) == 1
+
+
+def test_schedules_count_from_zero():
+    seen = []
+    sgd = fn.SGD(lambda step: seen.append(step) or 0.1)
+    params = {"w": torch.ones(2)}
+    state = sgd.init(params)
+    for _ in range(3):
+        params, state = sgd.step(params, params, state)
+    assert seen == [0, 1, 2]
+
+
+def test_by_hand():
+    """p₁ = p₀ − lr·g; then v = 0.5·v + g."""
+    sgd = fn.SGD(0.1, momentum=0.5, weight_decay=1.0)
+    p, state = torch.tensor([1.0], dtype=torch.float64), None
+    state = sgd.init(p)
+    p, state = sgd.step(p, torch.tensor([2.0], dtype=torch.float64), state)  # v = 2 + 1 = 3
+    assert p.item() == pytest.approx(0.7)
+    p, state = sgd.step(p, torch.tensor([1.0], dtype=torch.float64), state)  # v = 1.5 + 1 + 0.7
+    assert state.momentum.item() == pytest.approx(3.2)
+    assert p.item() == pytest.approx(0.38)
+
+
+def test_gradients_flow_through_a_step():
+    """The step is differentiable: a meta-gradient with respect to the gradient is −lr."""
+    sgd, p = fn.SGD(0.25), torch.ones(3)
+    g = torch.ones(3, requires_grad=True)
+    new, _ = sgd.step(p, g, sgd.init(p))
+    (meta,) = torch.autograd.grad(new.sum(), g)
+    assert meta.tolist() == [-0.25] * 3
+
+
+def test_optimisers_are_values():
+    assert fn.SGD(0.1, momentum=0.9) == fn.SGD(0.1, momentum=0.9) != fn.SGD(0.1)
+    assert repr(fn.SGD(0.1, nesterov=True, momentum=0.5)) == "SGD(0.1, momentum=0.5, nesterov=True)"
+
+
+@pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay"])
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
+def test_numbers_out_of_range(name, value):
+    with pytest.raises(
+        ValueError, match=f"SGD: expected {name} to be finite and >= 0, got {value}"
+    ):
+        fn.SGD(**{"lr": 0.1, name: value})
+
+
+def test_settings_that_do_not_go_together():
+    for settings in ({}, {"momentum": 0.9, "dampening": 0.1}):
+        with pytest.raises(
+            ValueError, match="SGD: expected momentum > 0 and dampening 0 with nest"
+        ):
+            fn.SGD(0.1, nesterov=True, **settings)
+    with pytest.raises(ValueError, match="SGD: expected dampening to be a number, got nan"):
+        fn.SGD(0.1, dampening=math.nan)
+    with pytest.raises(TypeError, match=r"SGD: expected lr to be a number, got '0.1'"):
+        fn.SGD("0.1")
+    with pytest.raises(
+        ValueError, match=r"SGD: expected lr\(step\) to be finite and >= 0, got -1.0"
+    ):
+        fn.SGD(lambda step: -1.0).step((), (), fn.SGD(0.1).init(()))
+
+
+@pytest.mark.parametrize("method", ["step", "step_"])
+def test_trees_that_do_not_match_change_nothing(method):
+    sgd, params = fn.SGD(0.1, momentum=0.9), {"a": torch.ones(2), "b": torch.ones(3)}
+    state = sgd.init(params)
+    bad = {
+        "structure": {"a": torch.ones(2)},
+        r"grads\['b'\] like params": {"a": torch.ones(2), "b": torch.ones(4)},
+        r"grads\['a'\] like params": {"a": torch.ones(2).double(), "b": torch.ones(3)},
+    }
+    for message, grads in bad.items():
+        with pytest.raises(ValueError, match=message):
+            getattr(sgd, method)(params, grads, state)
+    with pytest.raises(TypeError, match=r"expected tensors at params\['b'\]"):
+        getattr(sgd, method)(params, {"a": torch.ones(2), "b": 1.0}, state)
+    with pytest.raises(ValueError, match="velocities with the structure of params"):
+        getattr(sgd, method)(params, params, fn.SGD(0.1).init(params))
+    assert all((leaf == 1).all() for leaf in params.values())
+    assert all((leaf == 0).all() for leaf in state.momentum.values())
+
+
+def test_what_is_expanded_cannot_be_written_into():
+    params = {"w": torch.ones(1).expand(3)}
+    sgd = fn.SGD(0.1)
+    with pytest.raises(ValueError, match="tensors that can be written to, got an expanded one"):
+        sgd.step_(params, {"w": torch.ones(3)}, sgd.init(params))

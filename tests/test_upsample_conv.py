@@ -1,0 +1,148 @@
+"""UpsampleConv2d: every way of doing it against the two steps that it stands for."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+import funcnet as fn
+from funcnet.layers import low_resolution, transposed
+from funcnet.layers.geometry import Window, padding_sides
+from funcnet.testing import strategies
+
+LAYERS = strategies.upsample_conv2d(max_channels=3, max_kernel=5, max_scale=4, max_padding=5)
+CASES = strategies.cases(LAYERS)
+WAYS = pytest.mark.parametrize("way", [low_resolution, transposed], ids=["low", "transposed"])
+
+
+def two_steps(layer):
+    conv = fn.Conv2d(
+        layer.out_channels,
+        layer.kernel_size,
+        padding=layer.padding,
+        bias=layer.bias,
+        method="unfold",
+    )
+    return fn.Sequential(fn.Upsample2d(layer.scale), conv)
+
+
+def arguments(layer, params, x):
+    """What the two modules behind the layer take, which do not add a padding of their own."""
+    window = Window(layer.kernel_size, sides=padding_sides(layer.padding, layer.kernel_size))
+    return x, params["weight"], layer.scale, window
+
+
+def reference(layer, params, x):
+    (top, bottom), (left, right) = padding_sides(layer.padding, layer.kernel_size)
+    up = x.repeat_interleave(layer.scale[0], 2).repeat_interleave(layer.scale[1], 3)
+    return F.conv2d(F.pad(up, (left, right, top, bottom)), params["weight"], params.get("bias"))
+
+
+@given(CASES)
+def test_value_is_that_of_torch(case):
+    layer, params, x = case
+    torch.testing.assert_close(layer.apply(params, x), reference(layer, params, x))
+
+
+@given(strategies.cases(LAYERS, dtypes=st.just(torch.float64)))
+def test_gradient_is_that_of_autograd(case):
+    layer, params, x = case
+    leaves = [leaf.clone().requires_grad_() for leaf in (*params.values(), x)]
+    y = reference(layer, dict(zip(params, leaves[:-1], strict=True)), leaves[-1])
+    grad = fn.normal(fn.key(1), y.shape, dtype=x.dtype)
+    expected = torch.autograd.grad(y, leaves, grad)
+    dparams, dx = layer.vjp(params, x, grad)
+    for ours, theirs in zip((*dparams.values(), dx), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@WAYS
+@given(case=strategies.cases(LAYERS, dtypes=st.just(torch.float64)))
+def test_each_way_is_the_two_steps(way, case):
+    layer, params, x = case
+    steps = two_steps(layer)
+    x, weight, scale, window = arguments(layer, params, x)
+    y = way.convolve(x, weight, params.get("bias"), scale, window)
+    torch.testing.assert_close(y, steps.apply(((), params), x), rtol=1e-11, atol=1e-11)
+    grad = fn.normal(fn.key(1), y.shape, dtype=x.dtype)
+    (_, expected), expected_dx = steps.vjp(((), params), x, grad)
+    dweight, dx = way.gradients(x, weight, grad, scale, window, True)
+    torch.testing.assert_close(dweight, expected["weight"], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(dx, expected_dx, rtol=1e-10, atol=1e-10)
+    without, nothing = way.gradients(x, weight, grad, scale, window, False)
+    assert nothing is None
+    torch.testing.assert_close(without, dweight)
+
+
+@WAYS
+@given(case=strategies.cases(LAYERS, integers=True), seed=st.integers(0, 99))
+def test_each_way_is_exact_on_integers(way, case, seed):
+    """Value and adjoints, ⟨f(x), g⟩ = ⟨x, dx(g)⟩ = ⟨w, dw(x, g)⟩: bit for bit."""
+    layer, params, x = case
+    x, weight, scale, window = arguments(layer, params, x)
+    y = way.convolve(x, weight, None, scale, window)
+    assert torch.equal(y, reference(layer, {"weight": weight}, x))
+    generator = torch.Generator().manual_seed(seed)
+    grad = torch.randint(-3, 4, y.shape, generator=generator).to(x.dtype)
+    dweight, dx = way.gradients(x, weight, grad, scale, window, True)
+    product = (y * grad).sum()
+    assert (x * dx).sum() == product
+    assert (weight * dweight).sum() == product
+
+
+@WAYS
+@pytest.mark.parametrize("scale", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("taps", [1, 2, 3, 4, 6])
+def test_every_phase_and_partial_sum(way, scale, taps):
+    """Kernels of one tap after another, over every padding up to beyond the kernel's reach."""
+    x = torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64).reshape(1, 1, 1, 3)
+    for padding in range(taps + 2):
+        window = Window((1, taps), sides=((0, 0), (padding, padding)))
+        if window._count_on_axis(1, 3 * scale) < 1:
+            continue
+        for tap in range(taps):
+            weight = torch.zeros(1, 1, 1, taps, dtype=torch.float64)
+            weight[..., tap] = 1
+            up = F.pad(x.repeat_interleave(scale, 3), (padding, padding))
+            y = way.convolve(x, weight, None, (1, scale), window)
+            assert torch.equal(y, up[..., tap : up.shape[-1] - taps + 1 + tap])
+
+
+@given(CASES)
+def test_both_methods_give_the_same_numbers(case):
+    layer, params, x = case
+    auto = dataclasses.replace(layer, method="auto")
+    steps = dataclasses.replace(layer, method="unfold")
+    y = auto.apply(params, x)
+    torch.testing.assert_close(y, steps.apply(params, x))
+    grad = fn.normal(fn.key(1), y.shape, dtype=x.dtype)
+    tolerance = 1e-4 if x.dtype == torch.float32 else 1e-10
+    torch.testing.assert_close(
+        auto.vjp(params, x, grad), steps.vjp(params, x, grad), rtol=tolerance, atol=tolerance
+    )
+
+
+def test_many_channels_and_pictures():
+    """Enough of both for the batch to be done in parts, in either memory order."""
+    for out_channels in (3, 20):
+        layer = fn.UpsampleConv2d(out_channels)
+        params = layer.init(fn.key(0), (5, 40, 40), dtype=torch.float64)
+        x = fn.normal(fn.key(1), (9, 5, 40, 40), dtype=torch.float64)
+        y, residuals = layer.fwd(params, x)
+        torch.testing.assert_close(y, two_steps(layer).apply(((), params), x))
+        grad = fn.normal(fn.key(2), y.shape, dtype=torch.float64)
+        (_, expected), dx = two_steps(layer).vjp(((), params), x, grad)
+        torch.testing.assert_close(layer.bwd(params, residuals, grad), (expected, dx))
+
+
+def test_in_parts_as_in_one(monkeypatch):
+    layer = fn.UpsampleConv2d(3)
+    params = layer.init(fn.key(0), (2, 4, 4))
+    x = fn.normal(fn.key(1), (7, 2, 4, 4))
+    grad = fn.normal(fn.key(2), (7, 3, 8, 8))
+    whole = layer.apply(params, x), layer.vjp(params, x, grad)
+    monkeypatch.setattr(low_resolution, "_CHUNK_ENTRIES", 900)
+    torch.testing.assert_close((layer.apply(params, x), layer.vjp(params, x, grad)), whole)

@@ -31,13 +31,13 @@ _registered: dict[str, type] = {}
 def register_node(cls: _Class) -> _Class:
     """Make a namedtuple or frozen dataclass, a layer for instance, a node that files can hold.
 
-    Files name it by `cls.__name__`, and `load` finds it again by that name; a dataclass is rebuilt
-    by its own constructor, from its fields. A dataclass also becomes a node for `optree` and for
-    `torch.utils._pytree` (namedtuples are), but not a layer or loss: those hold no tensors, and
-    functions that map over tensors pass them by. May be used as a decorator.
+    Files name it by module and name, `train.Moments`. Where no class of that module is registered,
+    as when `train` ran as a script, `load` takes the only registered class called `Moments`, if
+    there is one. A dataclass is rebuilt by its own constructor, from its fields. It also becomes a
+    node for `optree` and for `torch.utils._pytree` (namedtuples are), but not a layer or loss:
+    those hold no tensors, and functions that map over tensors pass them by. A decorator, too.
 
-    Raises TypeError for any other class, or one whose constructor wants what is not a field;
-    ValueError where another class has the name.
+    Raises TypeError for any other class, or one whose constructor wants what is not a field.
 
     >>> from typing import Any, NamedTuple
     >>> @register_node
@@ -48,34 +48,35 @@ def register_node(cls: _Class) -> _Class:
     Moments(first=1, second=2)
     """
     _check_class(cls)
-    name = cls.__name__
-    known = class_named(name)
-    if known is cls:
+    if is_known(cls):
         return cls
-    if known is not None and _origin(known) != _origin(cls):
-        raise ValueError(
-            f"register_node: expected a name that no other class has, got {_origin(cls)}, "
-            f"where {name} is {_origin(known)} already"
-        )
     if dataclasses.is_dataclass(cls) and not hasattr(cls, "fwd"):
         _register_with_pytrees(cls)
-    _registered[name] = cls
+    _registered[class_name(cls)] = cls
     return cls
 
 
-def class_named(name: str) -> type | None:
-    """The class that files call `name`: a registered one or a public one of funcnet."""
-    import funcnet  # here, because all of the package stands on this module
+def class_name(cls: type) -> str:
+    """What files call a class: `Conv2d` for a public one of funcnet, `train.Moments` for others."""
+    if _public(cls.__name__) is cls:
+        return cls.__name__
+    return f"{cls.__module__}.{cls.__qualname__}"
 
-    public = vars(funcnet).get(name)
-    if isinstance(public, type) and _is_node_class(public):
-        return public
-    return _registered.get(name)
+
+def class_named(name: str) -> type | None:
+    """The class that files call `name`, None if there is none, or if it is not clear which."""
+    if "." not in name:
+        return _public(name)
+    if name in _registered:
+        return _registered[name]
+    last = name.rpartition(".")[2]
+    same = [cls for cls in _registered.values() if cls.__name__ == last]
+    return same[0] if len(same) == 1 else None
 
 
 def is_known(cls: type) -> bool:
     """Whether files can name this class."""
-    return class_named(cls.__name__) is cls
+    return class_named(class_name(cls)) is cls
 
 
 def fields_of(node: Any) -> dict[str, Any]:
@@ -179,8 +180,11 @@ def _init_fields(cls: type) -> list[dataclasses.Field[Any]]:
     return [field for field in dataclasses.fields(cls) if field.init]
 
 
-def _origin(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
+def _public(name: str) -> type | None:
+    import funcnet  # here, because all of the package stands on this module
+
+    public = vars(funcnet).get(name)
+    return public if isinstance(public, type) and _is_node_class(public) else None
 
 
 def _register_with_pytrees(cls: type) -> None:

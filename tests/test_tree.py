@@ -105,18 +105,35 @@ def test_a_class_that_is_defined_again_replaces_the_old_one() -> None:
     assert not trees.is_known(old)
 
 
-def test_another_class_of_the_same_name_is_refused() -> None:
-    class Moments(NamedTuple):
-        x: int
+def test_classes_of_one_name_are_told_apart_by_their_modules() -> None:
+    ours = Moments
 
-    with pytest.raises(ValueError, match=r"register_node: expected a name that no other class has"):
-        fn.register_node(Moments)
+    def define() -> type:
+        class Moments(NamedTuple):
+            first: Any
+            second: Any
 
+        return fn.register_node(Moments)
+
+    other = define()
+    assert trees.class_named(trees.class_name(ours)) is ours
+    assert trees.class_named(trees.class_name(other)) is other
+    assert trees.class_named("elsewhere.Moments") is None  # either might be meant
+    del trees._registered[trees.class_name(other)]
+
+
+def test_a_class_is_found_where_its_module_has_another_name() -> None:
+    assert trees.class_named("__main__.Average") is Average
+    assert trees.class_named("Average") is None  # only those of funcnet have no module
+
+
+def test_a_class_may_have_the_name_of_one_of_funcnet() -> None:
+    @fn.register_node
     class Conv2d(NamedTuple):
         x: int
 
-    with pytest.raises(ValueError, match=r"Conv2d is funcnet\.layers\.conv\.Conv2d already"):
-        fn.register_node(Conv2d)
+    assert trees.class_named("Conv2d") is fn.Conv2d
+    assert trees.class_named(trees.class_name(Conv2d)) is Conv2d
 
 
 @dataclass

@@ -170,7 +170,10 @@ class _Encoder:
         if type(node) in (dict, OrderedDict):
             return {kind: [[key, child] for key, child in zip(keys, nodes, strict=True)]}
         _check_rebuilds(node, name)
-        return {"class": kind, "fields": dict(zip(keys, nodes, strict=True))}
+        return {
+            "class": trees.class_name(type(node)),
+            "fields": dict(zip(keys, nodes, strict=True)),
+        }
 
     def _tensor(self, tensor: Tensor, name: str) -> Json:
         name = name or "%"

@@ -71,15 +71,19 @@ def _funcnet(problem: Problem, step_name: str) -> Contender:
 def _funcnet_layer(net: fn.Sequential, params: Any, x: Tensor, grad: Tensor) -> Contender:
     layer, (layer_params,) = net[0], params
     x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))
-    last: list[Tensor] = []
+    last: tuple[Any, Tensor] = ((), x)
 
     def train() -> Tensor:
+        nonlocal last
         y, residuals = layer.fwd(layer_params, x)
-        dparams, dx = layer.bwd(layer_params, residuals, grad)
-        last[:] = [dx, *leaves(dparams)]
+        last = layer.bwd(layer_params, residuals, grad)
         return y
 
-    return Contender(train, lambda: layer.apply(layer_params, x), lambda: last)
+    def state() -> list[Tensor]:
+        dparams, dx = last
+        return [dx, *leaves(dparams)]
+
+    return Contender(train, lambda: layer.apply(layer_params, x), state)
 
 
 def _as_it_is(function: Any) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor
 from translate import leaves
 
 import funcnet as fn
+from funcnet.layer import Tree
 
 
 def funcnet_graph(problem: Problem) -> Contender:
@@ -28,13 +29,13 @@ def funcnet_graph(problem: Problem) -> Contender:
     x, target = problem.x(), problem.target()
     sgd, loss_and_grads = fn.SGD(LEARNING_RATE, MOMENTUM), fn.value_and_grad(net, fn.MSE())
     state = sgd.init(params)
-    memory = optree.tree_leaves((params, state.momentum))
+    memory = _leaves(params, state)
     start = [leaf.clone() for leaf in memory]
 
     def step() -> Tensor:
         loss, grads = loss_and_grads(params, x, target)
         new_params, new_state = sgd.step(params, grads, state)
-        torch._foreach_copy_(memory, optree.tree_leaves((new_params, new_state.momentum)))
+        torch._foreach_copy_(memory, _leaves(new_params, new_state))
         return loss
 
     train, infer = record(step), record(lambda: net.apply(params, x))
@@ -59,3 +60,8 @@ def record(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
         return result
 
     return replay
+
+
+def _leaves(params: Tree, state: fn.SGDState) -> list[Tensor]:
+    """What is in the fixed memory, in one order."""
+    return [*optree.tree_leaves(params), *optree.tree_leaves(state.momentum)]

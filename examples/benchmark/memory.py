@@ -75,7 +75,7 @@ def _live_bytes(name: str, problem: Problem) -> int:
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
     return max(
-        event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"
+        int(event["args"]["Total Allocated"]) for event in events if event.get("name") == "[memory]"
     )
 
 

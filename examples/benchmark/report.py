@@ -14,8 +14,8 @@ _METHOD = """\
 Times are medians in milliseconds, ± half the distance between the quartiles. In every round each
 contender runs for a slice of time in turn. The ratio is the fastest other contender's time over
 funcnet's. Before a network is timed, outputs, losses and updated parameters of all contenders are
-held to those of torch.nn in float64. Layers on their own are timed forward and backward, gradient of
-x included; whole networks forward, loss, backward and update."""
+held to those of torch.nn in float64. Whole networks are timed forward, loss, backward and update;
+layers on their own forward and backward, the gradient of x included."""
 
 
 def markdown(results: Results) -> str:
@@ -64,8 +64,8 @@ def _memory(results: Results) -> list[str]:
     ]
     heads = ["contender", "live tensors", "process after imports", "process at peak", "difference"]
     explanation = (
-        "At most, in MB, each in a process of its own. Parameters, optimizer state and the batch are "
-        "counted; the process of torch.compile holds the compiler too."
+        "At most, in MB, each contender in a process of its own. Parameters, optimizer state and "
+        "the batch are counted. All have the same imports; torch.compile loads its compiler later."
     )
     title = "## Memory of the denoiser's training step, batch 64"
     return [title, explanation, _table(heads, lines)]

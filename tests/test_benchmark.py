@@ -1,0 +1,101 @@
+"""The benchmark runs, small: contenders agree, and what it writes is whole."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import funcnet as fn
+
+BENCHMARK = Path(__file__).parents[1] / "examples" / "benchmark"
+SMALL = ["--quick", "--no-compile", "--no-jax", "--no-memory", "--threads", "1"]
+
+
+def run(*words: str) -> str:
+    command = [sys.executable, str(BENCHMARK), *SMALL, *words]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+@pytest.fixture
+def benchmark_modules(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Its modules can be imported as its own files import them, and are forgotten afterwards."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(BENCHMARK))
+    yield
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "").parent == BENCHMARK:
+            del sys.modules[name]
+
+
+def test_writes_report_json_and_plot(tmp_path: Path) -> None:
+    printed = run("--networks", "thin", "relu", "--batch", "1", "--out", str(tmp_path))
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert report in printed
+    assert "## Training steps" in report
+    results = json.loads((tmp_path / "results.json").read_text())
+    modes = [(row["network"], row["batch"], row["mode"]) for row in results["rows"]]
+    assert modes == [(name, 1, mode) for name in ("thin", "relu") for mode in ("train", "infer")]
+    for row in results["rows"]:
+        assert {"funcnet", "torch.nn", "torch.nn channels_last"} <= row["times"].keys()
+        assert all(0 < t["low"] <= t["median"] <= t["high"] for t in row["times"].values())
+        fastest = row["times"][row["fastest_other"]]["median"]
+        assert math.isclose(row["ratio"], fastest / row["times"]["funcnet"]["median"])
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_profile_names_every_layer() -> None:
+    printed = run("--profile", "--batch", "1")
+    for line in ("0: Conv2d(128, kernel_size=2, stride=2)", "7: Sigmoid()", "whole step"):
+        assert line in printed
+
+
+@pytest.mark.usefixtures("benchmark_modules")
+def test_all_networks_agree_with_autograd() -> None:
+    import agreement
+    from entries import entries
+    from networks import all_networks
+    from problem import Problem
+
+    cpu = torch.device("cpu")
+    for network in all_networks():
+        problem = Problem(network, 1, torch.float32, cpu)
+        contenders = {
+            name: entry(problem) for name, entry in entries(cpu, compiled=False, jax=False).items()
+        }
+        agreement.check(problem, contenders, agreement.TOLERANCE[torch.float32])
+
+
+@pytest.mark.usefixtures("benchmark_modules")
+def test_a_wrong_gradient_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import agreement
+    from contenders import funcnet_in_place
+    from networks import all_networks
+    from problem import Problem
+
+    backward = fn.Sigmoid.bwd
+
+    def nearly(*args: Any, **kwargs: Any) -> Any:
+        dparams, dx = backward(*args, **kwargs)
+        return dparams, 1.01 * dx
+
+    monkeypatch.setattr(fn.Sigmoid, "bwd", nearly)
+    problem = Problem(all_networks()[0], 1, torch.float32, torch.device("cpu"))
+    with pytest.raises(agreement.DisagreementError, match="denoiser: funcnet: expected"):
+        agreement.check(problem, {"funcnet": funcnet_in_place(problem)}, 2e-3)
+
+
+@pytest.mark.usefixtures("benchmark_modules")
+def test_operations_needed_by_the_denoiser() -> None:
+    from arithmetic import operations
+    from networks import denoiser
+
+    first, second = 3 * 4 * 128 * 16**2, 128 * 4 * 256 * 8**2
+    ups = 9 * 256 * 128 * 8**2 + 9 * 128 * 3 * 16**2
+    assert operations(denoiser(), (3, 32, 32), 5) == 2 * 5 * (2 * first + 3 * (second + ups))

@@ -1,0 +1,164 @@
+"""torch.func.vmap, autograd and torch.compile: layers are plain functions, so all of them work."""
+
+import optree
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from registry import EVERY_LAYER, EXAMPLE_IDS, EXAMPLES
+from test_properties import close, make
+
+import funcnet as fn
+from funcnet.testing import strategies
+
+examples = pytest.mark.parametrize(("layer", "shape"), EXAMPLES, ids=EXAMPLE_IDS)
+FLOAT64 = st.just(torch.float64)
+
+
+def stack(trees):
+    return optree.tree_map(lambda *leaves: torch.stack(leaves), *trees)
+
+
+def members(layer, x, count=3):
+    """The parameters of several networks, apart and stacked."""
+    keys = fn.split(fn.key(0), count)
+    each = [layer.init(key, x.shape[1:], dtype=x.dtype, device=x.device) for key in keys]
+    return each, stack(each)
+
+
+# --- vmap
+
+
+@given(strategies.cases(EVERY_LAYER, dtypes=FLOAT64))
+def test_apply_over_parameters(case):
+    layer, _, x = case
+    each, stacked = members(layer, x)
+    if not optree.tree_leaves(stacked):
+        return
+    y = torch.func.vmap(layer.apply, in_dims=(0, None))(stacked, x)
+    close(y, torch.stack([layer.apply(params, x) for params in each]))
+
+
+@given(strategies.cases(EVERY_LAYER, dtypes=FLOAT64))
+def test_apply_over_x(case):
+    layer, params, x = case
+    xs = torch.stack([x, 2 * x, -x])
+    y = torch.func.vmap(layer.apply, in_dims=(None, 0))(params, xs)
+    close(y, torch.stack([layer.apply(params, x) for x in xs]))
+
+
+@given(strategies.cases(EVERY_LAYER, dtypes=FLOAT64), st.booleans())
+def test_vjp_over_parameters_x_and_grad(case, input_grad):
+    layer, _, x = case
+    each, stacked = members(layer, x)
+    xs = torch.stack([x, 2 * x, -x])
+    grads = fn.normal(fn.key(1), (3, *layer.apply(each[0], x).shape), dtype=x.dtype)
+
+    def vjp(params, x, grad):
+        return optree.tree_leaves(layer.vjp(params, x, grad, input_grad=input_grad))
+
+    mapped = torch.func.vmap(vjp)(stacked, xs, grads)
+    close(mapped, stack([vjp(*args) for args in zip(each, xs, grads, strict=True)]))
+
+
+@examples
+def test_vjp_over_grad_alone(layer, shape, device):
+    """Rows of a Jacobian: one x, many grads."""
+    params, x, grad = make(layer, shape, dtype=torch.float64, device=device)
+    grads = torch.stack([grad, -grad, grad.flip(0)])
+    mapped = torch.func.vmap(lambda grad: layer.vjp(params, x, grad)[1])(grads)
+    close(mapped, torch.stack([layer.vjp(params, x, grad)[1] for grad in grads]))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@examples
+def test_a_whole_step_over_parameters(layer, shape, momentum, device):
+    """An ensemble trained at once is the networks trained one by one."""
+    x = fn.normal(fn.key(2), (2, *shape), dtype=torch.float64, device=device)
+    each, stacked = members(layer, x)
+    target = fn.normal(fn.key(3), layer.apply(each[0], x).shape, dtype=x.dtype, device=device)
+    value_and_grad = fn.value_and_grad(layer, fn.MSE())
+    sgd = fn.SGD(0.1, momentum=momentum, weight_decay=0.01)
+    if not optree.tree_leaves(stacked):
+        return
+
+    def step(params, velocities):
+        value, grads = value_and_grad(params, x, target)
+        params, state = sgd.step(params, grads, sgd.init(params)._replace(momentum=velocities))
+        return value, params, state.momentum
+
+    velocities = [sgd.init(params).momentum for params in each]
+    mapped = torch.func.vmap(step)(stacked, stack(velocities))
+    close(mapped, stack([step(*args) for args in zip(each, velocities, strict=True)]))
+
+
+# --- autograd and torch.func
+
+
+@settings(max_examples=15)
+@given(strategies.cases(EVERY_LAYER, dtypes=FLOAT64, integers=False))
+def test_autograd_through_apply(case):
+    layer, params, x = case
+    leaves, structure = optree.tree_flatten((params, x))
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    y = layer.apply(*structure.unflatten(leaves))
+    grad = fn.normal(fn.key(1), y.shape, dtype=x.dtype)
+    expected = torch.autograd.grad(y, leaves, grad)
+    close(optree.tree_leaves(layer.vjp(params, x, grad)), list(expected), rtol=1e-9, atol=1e-9)
+
+
+@examples
+def test_torch_func_agrees(layer, shape, device):
+    params, x, grad = make(layer, shape, dtype=torch.float64, device=device)
+    _, vjp = torch.func.vjp(layer.apply, params, x)
+    close(layer.vjp(params, x, grad), vjp(grad))
+
+
+# --- torch.compile. Compiling is slow: few cases, the backend that only traces.
+
+
+COMPILED = [
+    (fn.Conv2d(4, 3, stride=2, padding=1, groups=2), (4, 5, 5)),
+    (fn.Conv2d(4, 2, stride=2, method="unfold"), (2, 5, 4)),
+    (fn.UpsampleConv2d(3), (2, 3, 3)),
+    (
+        fn.Sequential(
+            fn.Conv2d(4, 2, stride=2), fn.ReLU(), fn.UpsampleConv2d(3, scale=2), fn.Sigmoid()
+        ),
+        (3, 4, 4),
+    ),
+]
+
+
+def compile_whole(function):
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(("layer", "shape"), COMPILED, ids=lambda value: str(value)[:30])
+def test_compiled_apply_and_vjp(layer, shape):
+    params, x, grad = make(layer, shape)
+    close(compile_whole(layer.apply)(params, x), layer.apply(params, x))
+    close(compile_whole(layer.vjp)(params, x, grad), layer.vjp(params, x, grad))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_compiled_training_step():
+    net, shape = COMPILED[-1]
+    params, x, _ = make(net, shape)
+    target = fn.uniform(fn.key(6), x.shape)
+    value_and_grad, sgd = fn.value_and_grad(net, fn.MSE()), fn.SGD(0.5, momentum=0.9)
+
+    def step(params, state, x, target):
+        value, grads = value_and_grad(params, x, target)
+        return value, *sgd.step(params, grads, state)
+
+    compiled = compile_whole(step)
+    state = sgd.init(params)
+    theirs = params, state
+    for _ in range(3):
+        value, params, state = step(params, state, x, target)
+        compiled_value, *theirs = compiled(*theirs, x, target)
+        close(compiled_value, value)
+        close(theirs, [params, state])

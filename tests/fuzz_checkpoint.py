@@ -3,8 +3,9 @@
     pip install atheris
     python tests/fuzz_checkpoint.py -max_total_time=180 -max_len=4096 FOLDER_FOR_THE_CORPUS
 
-The checksum of the header would stop almost every mutation, so it is corrected first, in nine cases
-out of ten; what lies behind it is what is tested. What loads must save and load again as it is, and
+The checksum and the length of the header would stop almost every mutation, so they are corrected
+first, unless the first byte of the input is 0; else it is one more than the bytes of data after the
+header. What loads must save and load again as it is, and
 be the same read or mapped. The corpus starts from files with everything that a tree can hold.
 """
 
@@ -22,6 +23,7 @@ with atheris.instrument_imports(include=["funcnet.checkpoint", "funcnet.tree"]):
     import funcnet as fn
 
 import torch
+from safetensors.torch import load_file
 
 _AT = 8 + len(b'{"__metadata__":{"funcnet.header_crc32":"')
 _FOLDER = tempfile.mkdtemp()
@@ -32,7 +34,7 @@ _AGAIN = os.path.join(_FOLDER, "again")
 def test_one_input(data: bytes) -> None:
     """What atheris calls; anything raised here but CheckpointError is a finding."""
     with open(_PATH, "wb") as file:
-        file.write(_sealed(data[1:]) if data[:1] and data[0] % 10 else data[1:])
+        file.write(_sealed(data[1:], data[0] - 1) if data[:1] > b"\0" else data[1:])
     try:
         tree = fn.load(_PATH)
     except fn.CheckpointError:
@@ -49,12 +51,12 @@ def test_one_input(data: bytes) -> None:
         return
 
 
-def _sealed(data: bytes) -> bytes:
-    """The bytes with the right checksum of the header, and length where that is beyond the end."""
-    size = int.from_bytes(data[:8], "little")
-    if len(data) < _AT + 8 or size > len(data) - 8:
+def _sealed(data: bytes, data_size: int) -> bytes:
+    """The bytes with the right length and checksum of the header."""
+    if len(data) < _AT + 8 + data_size:
         return data
-    head = data[:_AT] + b"0" * 8 + data[_AT + 8 : 8 + size]
+    data = (len(data) - 8 - data_size).to_bytes(8, "little") + data[8:]
+    head = data[:_AT] + b"0" * 8 + data[_AT + 8 : len(data) - data_size]
     return data[:_AT] + b"%08x" % zlib.crc32(head) + data[_AT + 8 :]
 
 
@@ -74,8 +76,9 @@ def _write_seeds(folder: str) -> None:
     trees += [[torch.ones(1, requires_grad=True), torch.nn.Parameter(torch.ones(0, 3))]]
     for number, tree in enumerate(trees):
         fn.save_model(_PATH, net, tree, metadata={"epoch": 3})
+        size = sum(tensor.nbytes for tensor in load_file(_PATH).values())
         with open(_PATH, "rb") as source, open(os.path.join(folder, f"{number}"), "wb") as seed:
-            seed.write(b"\1" + source.read())
+            seed.write(bytes([1 + size]) + source.read())
 
 
 if __name__ == "__main__":

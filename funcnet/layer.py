@@ -204,7 +204,7 @@ def check_params(
 ) -> None:
     """Refuse params that are not a dict of tensors with these names and shapes, like `like`.
 
-    A letter in a shape stands for any size.
+    A letter in a shape stands for a size that is not known: no tensor has that shape.
     """
     if not isinstance(params, dict):
         raise TypeError(
@@ -215,18 +215,11 @@ def check_params(
         raise ValueError(f"{layer}: expected params with {_names(shapes)}, got {_names(params)}")
     for name, shape in shapes.items():
         check_like(layer, name, params[name], like_name, like)
-        if not _fits(params[name].shape, shape):
+        if params[name].shape != shape:
             expected = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
             raise ValueError(
                 f"{layer}: expected {name} of shape ({expected}), got {tuple(params[name].shape)}"
             )
-
-
-def _fits(shape: Sequence[int], pattern: tuple[int | str, ...]) -> bool:
-    return len(shape) == len(pattern) and all(
-        size == expected or isinstance(expected, str)
-        for size, expected in zip(shape, pattern, strict=True)
-    )
 
 
 def _names(params: dict[str, Any]) -> str:

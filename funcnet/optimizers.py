@@ -153,10 +153,7 @@ class SGD:
 
     def _check_writable(self, *trees: list[Tensor]) -> None:
         for tensor in (leaf for leaves in trees for leaf in leaves):
-            if any(
-                n > 1 and stride == 0
-                for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
-            ):
+            if 0 in tensor.stride() and tensor.numel() > 1:
                 raise ValueError(
                     f"{self}: expected tensors that can be written to, got an expanded one of "
                     f"shape {tuple(tensor.shape)} and stride {tensor.stride()}"

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -118,7 +119,10 @@ class Conv2d(Layer):
         """{"weight", "bias"} for examples of shape (C, H, W)."""
         self.out_shape(shape)
         weight_shape = (self.out_channels, shape[0] // self.groups, *self._window.kernel_size)
-        return init_kernel(key, weight_shape, self.bias, dtype, device)
+        params = init_kernel(key, weight_shape, self.bias, dtype, device)
+        if self.method == "auto":
+            params["weight"] = native.layout(params["weight"])
+        return params
 
     def out_shape(self, shape: Sequence[int]) -> Shape:
         """(O, H′, W′) of (C, H, W)."""
@@ -151,7 +155,7 @@ class Conv2d(Layer):
             dparams["bias"] = grad.sum((0, 2, 3))
         return dparams, dx
 
-    @property
+    @cached_property
     def _window(self) -> Window:
         kernel_size, dilation = pair(self.kernel_size), pair(self.dilation)
         sides = padding_sides(self.padding, kernel_size, dilation)
@@ -192,8 +196,10 @@ def init_kernel(
 def check_kernel(layer: Any, params: Tree, x: Tensor, window: Window, bias: bool) -> None:
     """Refuse params and x that do not fit a convolution, or one another."""
     check_tensor(layer, "x", x)
+    weight = params.get("weight") if isinstance(params, dict) else None
+    channels = weight.shape[1] if isinstance(weight, Tensor) and weight.ndim == 4 else "C"
     shapes: dict[str, tuple[int | str, ...]] = {
-        "weight": (layer.out_channels, "C", *window.kernel_size)
+        "weight": (layer.out_channels, channels, *window.kernel_size)
     }
     if bias:
         shapes["bias"] = (layer.out_channels,)

@@ -188,10 +188,12 @@ def _phase(y: Tensor, phase: int, scale: int, dim: int) -> Tensor:
 def _add_up(out: Tensor, terms: list[Term], dim: int) -> None:
     """out[i] = Σ sign · source[i + shift] along `dim`, with 0 outside a source."""
     length = out.shape[dim]
-    reach = [(-shift, source.shape[dim] - shift) for source, shift, _ in terms]
-    ends = {min(max(end, 0), length) for both in reach for end in both}
-    cuts = sorted(ends | {0, length})
-    for start, stop in pairwise(cuts):
+    reach = [
+        (min(max(0, -shift), length), max(0, min(length, source.shape[dim] - shift)))
+        for source, shift, _ in terms
+    ]
+    # Between two places where a source begins or ends, the same terms reach every entry.
+    for start, stop in pairwise(sorted({0, length}.union(*reach))):
         here = [
             (source.narrow(dim, start + shift, stop - start), sign)
             for (source, shift, sign), (first, last) in zip(terms, reach, strict=True)

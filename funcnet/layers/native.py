@@ -18,7 +18,10 @@ def layout(x: Tensor) -> Tensor:
     """x in the memory format that is fastest on its device."""
     if x.device.type != "cpu":
         return x
-    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    try:
+        return x.contiguous(memory_format=torch.channels_last)
+    except RuntimeError:  # torch.func.vmap knows no memory formats, but the same by another name
+        return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
@@ -26,7 +29,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> 
     if _is_patchwise(x, window):
         return F.conv2d(to_patches(x, window.kernel_size), _patch_weight(weight), bias)
     x, padding = _pad_odd(x, window)
-    return F.conv2d(layout(x), weight, bias, window.stride, padding, window.dilation, window.groups)
+    return F.conv2d(x, weight, bias, window.stride, padding, window.dilation, window.groups)
 
 
 def gradients(
@@ -39,10 +42,10 @@ def gradients(
         out_channels, channels, height, width = weight.shape
         dweight = dmatrix.reshape(out_channels, height, width, channels).permute(0, 3, 1, 2)
         dx = None if dpatches is None else _from_patches(dpatches, window.kernel_size, x)
-        return dweight.contiguous(), dx
+        return _like(weight, dweight), dx
     padded, padding = _pad_odd(x, window)
     dweight, dx = kernel_gradients(
-        layout(padded),
+        padded,
         weight,
         grad,
         input_grad,
@@ -82,7 +85,12 @@ def kernel_gradients(
         groups,
         (input_grad, True, False),
     )
-    return dweight.contiguous(), dx if input_grad else None
+    return _like(weight, dweight), dx if input_grad else None
+
+
+def _like(weight: Tensor, dweight: Tensor) -> Tensor:
+    """dweight in the memory format of the weight, so that an update runs through both alike."""
+    return dweight if dweight.stride() == weight.stride() else dweight.contiguous()
 
 
 def to_patches(x: Tensor, size: Pair) -> Tensor:
@@ -108,8 +116,13 @@ def _patch_weight(weight: Tensor) -> Tensor:
 
 def _is_patchwise(x: Tensor, window: Window) -> bool:
     """Whether the kernel's stride is its size, with nothing else to heed."""
-    plain = Window(window.kernel_size, stride=window.kernel_size)
-    return x.device.type == "cpu" and window == plain
+    return (
+        window.stride == window.kernel_size
+        and window.sides == ((0, 0), (0, 0))
+        and window.dilation == (1, 1)
+        and window.groups == 1
+        and x.device.type == "cpu"
+    )
 
 
 def _pad_odd(x: Tensor, window: Window) -> tuple[Tensor, Pair]:

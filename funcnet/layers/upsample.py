@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from funcnet.keys import Key
@@ -90,9 +91,7 @@ class Upsample2d(Layer):
         check_grad(self, grad, (batch, channels, rows * height, columns * width), x)
         if not input_grad:
             return (), None
-        pixels = grad.permute(0, 2, 3, 1)
-        blocks = pixels.reshape(batch, height, rows, width, columns, channels)
-        return (), blocks.sum((2, 4)).permute(0, 3, 1, 2)
+        return (), F.avg_pool2d(grad, (rows, columns), divisor_override=1)
 
     def __repr__(self) -> str:
         return source(self)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -116,7 +117,7 @@ class UpsampleConv2d(Layer):
             dparams["bias"] = grad.sum((0, 2, 3))
         return dparams, dx
 
-    @property
+    @cached_property
     def _window(self) -> Window:
         """That of the convolution."""
         kernel_size = pair(self.kernel_size)

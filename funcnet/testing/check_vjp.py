@@ -16,7 +16,7 @@ from funcnet.testing.case import Case, LossCase, make_case
 from funcnet.testing.contract import check_calls, check_surroundings
 from funcnet.testing.errors import GradientMismatch
 from funcnet.testing.laws import not_linear_in_grad, not_sum_of_examples
-from funcnet.testing.mathematics import Errors, Finding, find_wrong
+from funcnet.testing.mathematics import Errors, Finding, find_wrong, moved
 from funcnet.testing.replay import snippet
 from funcnet.testing.working import find_inexact
 
@@ -94,7 +94,7 @@ def _examine(case: Case, rtol: float, atol: float, errors: Errors) -> None:
     if found is not None:
         raise _mismatch(found)
     for law in (not_linear_in_grad, not_sum_of_examples):
-        broken = law(double)
+        broken = law(moved(double))
         if broken is not None:
             raise GradientMismatch(broken)
     check_surroundings(case)

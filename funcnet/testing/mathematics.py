@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from funcnet.testing.case import Case, Leaves, signed
-from funcnet.testing.oracles import Line, autograd_gradients, slope, taylor_slope
+from funcnet.testing.oracles import Line, Slope, autograd_gradients, slope, taylor_slope
 from funcnet.testing.rounding import allowance, gradient_moves, value_moves
 
 _EPSILON = torch.finfo(torch.float64).eps
@@ -105,6 +105,7 @@ class _Judge:
     def __init__(self, case: Case, rtol: float, atol: float, errors: Errors) -> None:
         self.case, self.rtol, self.atol, self.errors = case, rtol, atol, errors
         self.gradients = case.gradients()
+        self.evaluations = 0
         self.autograd = autograd_gradients(case)
         y = case.apply()
         self.finite = bool(y.isfinite().all())
@@ -154,7 +155,7 @@ class _Judge:
             other = float(references[i].flatten()[position])
             if not (self.finite and math.isfinite(mine)):
                 return self._finding(i, position, other)
-            found = slope(self._entry(i, position))
+            found = self._entry_slope(i, position)
             slack = self.rtol * abs(found.value) + self.atol
             if found.refutes(mine, slack):
                 right = not found.refutes(other, slack)
@@ -178,11 +179,18 @@ class _Judge:
             if not leaf.is_floating_point() or not leaf.isfinite().all() or not leaf.numel():
                 continue
             for trial in range(1 if self.autograd is not None else 3):
-                v = signed(leaf.shape, 31 * i + trial).to(leaf) * scale_of(leaf)
+                v = self._direction(leaf, 31 * i + trial, relative=trial != 1)
                 taylor = self._refuted(i, v, gradient, record=True)
-                if taylor is not None:
-                    return self._halve(i, v, taylor)
+                found = None if taylor is None else self._halve(i, v, taylor)
+                if found is not None:
+                    return found
         return None
+
+    def _direction(self, leaf: Tensor, seed: int, relative: bool) -> Tensor:
+        """Signed, of the size of each entry, so that none changes its sign, or of the leaf."""
+        scale = torch.full_like(leaf, scale_of(leaf))
+        size = torch.where(leaf == 0, scale, leaf.abs()) if relative else scale
+        return signed(leaf.shape, seed).to(leaf) * size
 
     def _refuted(self, i: int, v: Tensor, gradient: Tensor, record: bool = False) -> float | None:
         """The Taylor slope along v if the gradient is wrong there."""
@@ -204,8 +212,8 @@ class _Judge:
         # Far from every kink a wrong derivative shows in Taylor's remainder too.
         return taylor if taylor is not None and taylor < 1.5 else None
 
-    def _halve(self, i: int, v: Tensor, taylor: float) -> Finding:
-        """One wrong entry of a leaf whose gradient is wrong along v."""
+    def _halve(self, i: int, v: Tensor, taylor: float) -> Finding | None:
+        """A wrong entry of a leaf whose gradient is wrong along v."""
         gradient = self.gradients[i]
         positions = v.flatten().nonzero().flatten()
         while len(positions) > 1:
@@ -217,28 +225,31 @@ class _Judge:
                     break
             else:
                 break  # neither half is wrong enough alone
-        some = positions[:_SUSPECTS].tolist()
-        numeric = {position: slope(self._entry(i, position)).value for position in some}
-        ours = gradient.flatten().tolist()
-        worst = max(some, key=lambda position: abs(numeric[position] - ours[position]))
-        return self._finding(i, worst, numeric[worst], taylor)
+        found = (self._refuted_entry(i, p, taylor) for p in positions[:_SUSPECTS].tolist())
+        return next((finding for finding in found if finding is not None), None)
 
     def _entry_by_entry(self) -> Finding | None:
         """The full Jacobian where it is small, some entries of every leaf where it is large."""
         budget = min(self.most, _ALONE if self.autograd is None else _WITH_AUTOGRAD)
+        self.evaluations = 0
         for i, position in self._some_entries():
-            line = self._entry(i, position)
-            found = slope(line)
-            budget -= line.evaluations
-            ours = float(self.gradients[i].flatten()[position])
-            slack = self.rtol * abs(found.value) + self.atol
-            if found.refutes(ours, slack):
-                slack += float(self.floors[i].flatten()[position])
-            if found.refutes(ours, slack):
-                return self._finding(i, position, found.value)
-            if budget <= 0:
+            found = self._refuted_entry(i, position)
+            if found is not None:
+                return found
+            if self.evaluations >= budget:
                 break
         return None
+
+    def _refuted_entry(self, i: int, position: int, taylor: float | None = None) -> Finding | None:
+        """The finding that an entry is wrong, if numeric derivatives refute it."""
+        ours = float(self.gradients[i].flatten()[position])
+        found = self._entry_slope(i, position)
+        slack = self.rtol * abs(found.value) + self.atol
+        if found.refutes(ours, slack):
+            slack += float(self.floors[i].flatten()[position])
+        if not found.refutes(ours, slack):
+            return None
+        return self._finding(i, position, found.value, taylor)
 
     def _some_entries(self) -> Iterator[tuple[int, int]]:
         """(leaf, position) of all entries, the leaves in turn, each in a random order."""
@@ -252,13 +263,25 @@ class _Judge:
                 if turn < len(order):
                     yield i, order[turn]
 
-    def _entry(self, i: int, position: int) -> Line:
-        """The line along which one entry moves, by steps of its size."""
+    def _entry_slope(self, i: int, position: int) -> Slope:
+        """The derivative by one entry: by steps of its own size, which f may change over, unless f
+        is affine so far that steps of the leaf's size resolve more."""
         leaf = self.case.leaves[i].flatten()
-        size = max(abs(float(leaf[position])), scale_of(leaf))
-        v = torch.zeros_like(leaf)
+        own, others = abs(float(leaf[position])), scale_of(leaf)
+        size = own if own > 1e-6 * others else others
+        found = self._slope_by(i, position, size)
+        if size < others and not found.error <= 1e-3 * self.rtol * abs(found.value):
+            larger = self._slope_by(i, position, others)
+            return larger if larger.affine else found
+        return found
+
+    def _slope_by(self, i: int, position: int, size: float) -> Slope:
+        v = torch.zeros_like(self.case.leaves[i]).flatten()
         v[position] = size
-        return self._line(i, v.reshape(self.case.leaves[i].shape), size)
+        line = self._line(i, v.reshape(self.case.leaves[i].shape), size)
+        found = slope(line)
+        self.evaluations += line.evaluations
+        return found
 
     def _line(self, i: int, v: Tensor, length: float = 1.0) -> Line:
         direction: list[Tensor | None] = [None] * len(self.case.leaves)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -47,11 +48,13 @@ def autograd_gradients(case: Case) -> Leaves | None:
 
 @dataclass(frozen=True)
 class Slope:
-    """A numeric derivative: its value, how exact it is, and how far the slope jumps at a kink."""
+    """A numeric derivative: its value, how exact it is, how far the slope jumps at a kink, and
+    whether f is affine as far as the largest step."""
 
     value: float
     error: float
     jump: float = 0.0
+    affine: bool = False
 
     def tolerance(self) -> float:
         """How far off a right derivative may be."""
@@ -92,12 +95,12 @@ class Line:
 
     def rounding(self, h: float) -> float:
         """The error of `central` that rounding y makes."""
-        return 4 * float((self.case.grad * self._changed(h)).norm()) / (h * self.length)
+        return 4 * float((self.case.grad * self._blur).norm()) / (h * self.length)
 
     def jump(self, h: float) -> float:
         """Σ |grad| · |jump of the slope|, over kinks within h."""
         rest = (2 * self._bend(h / 2) - self._bend(h)).abs()
-        rest -= 16 * self._changed(h) / (h * self.length)
+        rest -= 16 * self._blur / (h * self.length)
         return float((self.case.grad.abs() * rest.clamp(min=0)).sum())
 
     def bend(self, h: float) -> float:
@@ -111,9 +114,10 @@ class Line:
     def _bend(self, h: float) -> Tensor:
         return ((self.y(h) - self.y(0.0)) - (self.y(0.0) - self.y(-h))) / (h * self.length)
 
-    def _changed(self, h: float) -> Tensor:
-        """The noise of those entries of y that the direction reaches."""
-        reached = (self.y(h) != self.y(0.0)) | (self.y(-h) != self.y(0.0))
+    @cached_property
+    def _blur(self) -> Tensor:
+        """The noise of those entries of y that the direction reaches, as the largest step shows."""
+        reached = (self.y(1.0) != self.y(0.0)) | (self.y(-1.0) != self.y(0.0))
         return torch.where(reached, self.noise, torch.zeros_like(self.noise))
 
     def _dot(self, change: Tensor) -> float:
@@ -122,10 +126,11 @@ class Line:
 
 def slope(line: Line) -> Slope:
     """The derivative along a line: by large steps where f is affine, else by extrapolation."""
-    coarse, finer = line.central(1.0), line.central(0.25)
-    rounding = line.rounding(0.25)
-    if abs(coarse - finer) <= 2 * rounding and line.bend(1.0) <= 2 * rounding:
-        return Slope(coarse, rounding)
+    coarse, rounding = line.central(1.0), line.rounding(0.25)
+    if line.bend(1.0) <= 2 * rounding and all(
+        abs(coarse - line.central(h)) <= 2 * line.rounding(h) for h in (0.25, 2.0**-10)
+    ):
+        return Slope(coarse, rounding, affine=True)
     value, error = _ridders(line)
     step = _FINEST
     fine, blur = line.central(step), line.rounding(step)

@@ -59,7 +59,8 @@ def _error(a: Tensor, b: Tensor, move: Tensor, epsilon: float) -> float:
     if not move.numel() or not float(move.max()) > 0:
         return 0.0
     error = (a.to(b) - b).abs()
-    return epsilon * float(error[error.isfinite()].max() / move.max()) if error.numel() else 0.0
+    error = error[error.isfinite()]
+    return epsilon * float(error.max() / move.max()) if error.numel() else 0.0
 
 
 def _complaint(name: str, dtype: torch.dtype, a: Tensor, b: Tensor, place: tuple[int, ...]) -> str:

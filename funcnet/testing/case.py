@@ -156,6 +156,13 @@ def signed(shape: Sequence[int], seed: int) -> Tensor:
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
 
 
+def scale_of(leaf: Tensor) -> float:
+    """The root of the mean square of a leaf's finite entries; 1 if that is 0."""
+    finite = leaf[leaf.isfinite()]
+    largest = float(finite.abs().max()) if finite.numel() else 0.0
+    return largest * float((finite / largest).square().mean().sqrt()) if largest else 1.0
+
+
 def _double(x: Any) -> Any:
     if not (isinstance(x, Tensor) and x.is_floating_point()):
         return x

@@ -28,7 +28,11 @@ def guess(finding: Finding) -> str | None:
     for explanation, candidate in _transforms(finding, right):
         if _alike(wrong, candidate):
             return explanation
-    return _factor(finding.case, wrong, right) or _omitted(finding)
+    return (
+        _factor(finding.case, wrong, right)
+        or _of_wrong_entries(finding)
+        or _factors_along_an_axis(wrong, right)
+    )
 
 
 def where(finding: Finding) -> str:
@@ -100,7 +104,7 @@ def _ignores_grad(case: Case, leaf: int, wrong: Tensor) -> bool:
 
 
 def _factor(case: Case, wrong: Tensor, right: Tensor) -> str | None:
-    """A factor that all entries, or those along one axis, are off by."""
+    """A factor that all entries are off by."""
     where_right = right != 0
     if not where_right.any():
         return None
@@ -120,6 +124,10 @@ def _factor(case: Case, wrong: Tensor, right: Tensor) -> str | None:
             if divisor > 1 and abs(factor / divisor - 1) < _ALIKE:
                 return f"it is too large by a factor of {divisor}: a sum instead of a mean?"
         return f"a factor of {factor:.6g} is wrong"
+    return None
+
+
+def _factors_along_an_axis(wrong: Tensor, right: Tensor) -> str | None:
     for axis in range(wrong.ndim):
         others = [i for i in range(wrong.ndim) if i != axis]
         if wrong.shape[axis] > 1 and others:
@@ -130,7 +138,8 @@ def _factor(case: Case, wrong: Tensor, right: Tensor) -> str | None:
     return None
 
 
-def _omitted(finding: Finding) -> str | None:
+def _of_wrong_entries(finding: Finding) -> str | None:
+    """What the wrong entries, among right ones, have in common."""
     bad = wrong_entries(finding)
     wrong, right = finding.gradients[finding.leaf], finding.reference
     if bad is None or right is None or not bad.any():

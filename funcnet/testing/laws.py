@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from funcnet.testing.case import Case, Leaves, signed
+from funcnet.testing.case import Case, Leaves, scale_of, signed
 from funcnet.testing.rounding import allowance, gradient_moves, value_moves
 
 _EPSILON = torch.finfo(torch.float64).eps
@@ -16,12 +16,12 @@ _EPSILON = torch.finfo(torch.float64).eps
 
 def not_linear_in_grad(case: Case) -> str | None:
     """vjp(a·g + b·h) = a·vjp(g) + b·vjp(h)."""
-    other = signed(case.grad.shape, seed=2).to(case.grad) * 3
-    combined = case.at(case.leaves, other - 2.5 * case.grad).gradients()
+    other = signed(case.grad.shape, seed=2).to(case.grad) * 3 * scale_of(case.grad)
+    both = case.at(case.leaves, other - 2.5 * case.grad)
     mine, others = case.gradients(), case.at(case.leaves, other).gradients()
     expected = [b - 2.5 * a for a, b in zip(mine, others, strict=True)]
     terms = [2.5 * a.abs() + b.abs() for a, b in zip(mine, others, strict=True)]
-    i = _first_off(case, combined, expected, terms)
+    i = _first_off(both, both.gradients(), expected, terms)
     return None if i is None else f"the gradient for {case.names[i]} is not linear in grad"
 
 
@@ -55,7 +55,8 @@ def not_sum_of_examples(case: Case) -> str | None:
 def _two_or_three(case: Case) -> Case:
     """The first examples; one alone gets company."""
     x = torch.cat([case.x, case.x * 1.0625])[: max(2, min(3, len(case.x)))]
-    grad = torch.cat([case.grad, signed(case.grad.shape, 3).to(case.grad)])[: len(x)]
+    company = signed(case.grad.shape, 3).to(case.grad) * scale_of(case.grad)
+    grad = torch.cat([case.grad, company])[: len(x)]
     return case.at([*case.leaves[:-1], x], grad)
 
 

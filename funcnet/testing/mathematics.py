@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from funcnet.testing.case import Case, Leaves, signed
+from funcnet.testing.case import Case, Leaves, scale_of, signed
 from funcnet.testing.oracles import Line, Slope, autograd_gradients, slope, taylor_slope
 from funcnet.testing.rounding import allowance, gradient_moves, value_moves
 
@@ -90,13 +90,6 @@ def moved(case: Case) -> Case:
         if not still or there.apply().isfinite().all():
             return there
     return case
-
-
-def scale_of(leaf: Tensor) -> float:
-    """The root of the mean square of a leaf's finite entries; 1 if that is 0."""
-    finite = leaf[leaf.isfinite()]
-    largest = float(finite.abs().max()) if finite.numel() else 0.0
-    return largest * float((finite / largest).square().mean().sqrt()) if largest else 1.0
 
 
 class _Judge:
@@ -268,7 +261,7 @@ class _Judge:
         is affine so far that steps of the leaf's size resolve more."""
         leaf = self.case.leaves[i].flatten()
         own, others = abs(float(leaf[position])), scale_of(leaf)
-        size = own if own > 1e-6 * others else others
+        size = own or others
         found = self._slope_by(i, position, size)
         if size < others and not found.error <= 1e-3 * self.rtol * abs(found.value):
             larger = self._slope_by(i, position, others)

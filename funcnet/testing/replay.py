@@ -23,28 +23,35 @@ def snippet(case: Case, fails: Callable[[Case], bool]) -> str:
     first; otherwise they are written out if they are few, and else taken from the exception.
     """
     drawn = None if isinstance(case, LossCase) or case.key is not None else _drawn(case, fails)
+    known = drawn is not None or _entries(case) <= _MOST_LITERAL
     lines = ["import torch", "import funcnet as fn", "from funcnet.testing import check_vjp"]
-    lines += _import_of(case.layer)
-    lines.append(f"layer = {_source(case.layer)}")
-    if drawn is not None:
-        shape, dtype, device = tuple(drawn.x.shape), drawn.x.dtype, drawn.x.device
-        on = "" if device.type == "cpu" else f', device="{device}"'
-        lines += [
-            f"params = layer.init(fn.key(0), {shape[1:]}, dtype={dtype}{on})",
-            f"x = fn.normal(fn.key(1), {shape}, dtype={dtype}{on})",
-            "check_vjp(layer, params, x)",
-        ]
-    elif sum(x.numel() for x in case.inputs.values()) <= _MOST_LITERAL:
-        lines += _literally(case)
-    else:
-        lines += [
-            "# Too large to write out: catch the exception as `error`, and its tensors are",
-            "layer, params, x, grad = error.layer, error.params, error.x, error.grad",
-            "check_vjp(layer, x, error.target, grad=grad)"
-            if case.is_loss
-            else "check_vjp(layer, params, x, grad=grad, key=error.key)",
-        ]
+    if not known:
+        return "\n".join([*lines, *_from_exception(case)])
+    lines += [*_import_of(case.layer), f"layer = {_source(case.layer)}"]
+    if drawn is None:
+        return "\n".join([*lines, *_literally(case)])
+    shape, dtype, device = tuple(drawn.x.shape), drawn.x.dtype, drawn.x.device
+    on = "" if device.type == "cpu" else f', device="{device}"'
+    lines += [
+        f"params = layer.init(fn.key(0), {shape[1:]}, dtype={dtype}{on})",
+        f"x = fn.normal(fn.key(1), {shape}, dtype={dtype}{on})",
+        "check_vjp(layer, params, x)",
+    ]
     return "\n".join(lines)
+
+
+def _entries(case: Case) -> int:
+    return sum(x.numel() for x in case.inputs.values())
+
+
+def _from_exception(case: Case) -> list[str]:
+    return [
+        "# Too large to write out: catch the exception as `error`, and its tensors are",
+        "layer, params, x, grad = error.layer, error.params, error.x, error.grad",
+        "check_vjp(layer, x, error.target, grad=grad)"
+        if case.is_loss
+        else "check_vjp(layer, params, x, grad=grad, key=error.key)",
+    ]
 
 
 def _drawn(case: Case, fails: Callable[[Case], bool]) -> Case | None:

@@ -37,15 +37,19 @@ def gradient_moves(
     """How far each entry of the gradients moves when inputs and residuals are nudged."""
     gradients = by(case)
     moves = [torch.zeros_like(leaf) for leaf in gradients]
+    residuals, still = None, gradients
+    if by is Case.gradients:
+        _, residuals = case.fwd()
+        still = flat(case.bwd(residuals))
     for trial in range(trials):
-        nudged = [by(nudge(case, epsilon, trial))]
+        nudged = nudge(case, epsilon, trial)
+        pairs = list(zip(by(nudged), gradients, strict=True))
         if by is Case.gradients:
-            _, residuals = case.fwd()
             tree = _nudge_tree(residuals, epsilon, 1000 + trial)
-            nudged.append(flat(nudge(case, epsilon, trial).bwd(tree)))
-        for leaves in nudged:
-            pairs = zip(moves, leaves, gradients, strict=True)
-            moves = [torch.maximum(move, _distance(a, b)) for move, a, b in pairs]
+            pairs += zip(flat(nudged.bwd(tree)), still, strict=True)
+        for i, (there, here) in enumerate(pairs):
+            i %= len(moves)
+            moves[i] = torch.maximum(moves[i], _distance(there, here))
     return moves
 
 

@@ -1,0 +1,506 @@
+"""check_vjp passes what is right, and says of what is wrong where, how much and why."""
+
+import math
+import random
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from users_layers import RIGHT, BatchNorm, Dense, Dropout, Elementwise, Flatten, MaxPool, Plain
+
+import funcnet as fn
+from funcnet.testing import GradientMismatch, check_vjp, strategies
+
+
+def case(layer, shape=(3, 6), dtype=torch.float64, key=0):
+    a, b = fn.split(fn.key(key))
+    return layer.init(a, shape[1:], dtype=dtype), fn.normal(b, shape, dtype=dtype)
+
+
+def mismatch(layer, shape=(3, 6), dtype=torch.float64, **kwargs):
+    params, x = case(layer, shape, dtype)
+    with pytest.raises(GradientMismatch) as caught:
+        check_vjp(layer, params, x, **kwargs)
+    return caught.value
+
+
+# --- What is right passes
+
+
+@given(
+    st.sampled_from(RIGHT),
+    st.sampled_from([1, 2, 3, 0]),
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_right_layers_pass(layer, batch, dtype, ties, key):
+    params, x = case(layer, (batch, 6), dtype, key)
+    check_vjp(layer, params, (2 * x).round() if ties else x)
+
+
+@given(st.sampled_from(RIGHT), st.sampled_from([1e-12, 1e-6, 1e6]), st.floats(-15, 15))
+def test_right_layers_pass_at_any_scale(layer, scale, exponent):
+    if layer == Elementwise("steps"):
+        return
+    params, x = case(layer)
+    y = layer.apply(params, x)
+    grad = 10.0**exponent * fn.normal(fn.key(5), y.shape, dtype=torch.float64)
+    check_vjp(layer, params, x, grad=grad)
+    grad = fn.normal(fn.key(5), layer.apply(params, scale * x).shape, dtype=torch.float64)
+    check_vjp(layer, params, scale * x, grad=grad)
+
+
+@pytest.mark.parametrize("name", ["log", "sqrt", "reciprocal"])
+def test_where_a_function_is_not_defined_nobody_steps(name):
+    for x in (torch.tensor([[1e-9, 1.0, 1e3]]), torch.tensor([[1e-300, 2e-5]])):
+        check_vjp(Elementwise(name), (), x.double())
+
+
+@pytest.mark.parametrize("name", ["abs", "leaky", "clip"])
+def test_any_subgradient_at_a_kink(name):
+    x = torch.tensor([[0.0, -0.0, 0.5, -0.5, 1e-9, -1e-12, 3.0]], dtype=torch.float64)
+    check_vjp(Elementwise(name), (), x)
+    check_vjp(fn.ReLU(), (), torch.zeros(2, 3))
+    check_vjp(MaxPool(), (), torch.ones(2, 4))
+
+
+@given(strategies.cases(strategies.networks(), integers=True, layouts=["contiguous"]))
+def test_networks_on_integers_have_ties_everywhere(case):
+    check_vjp(*case)
+
+
+@pytest.mark.parametrize("x", [torch.tensor([math.inf, -math.inf, 1e3, -1e3, 0.0])])
+def test_infinite_numbers(x):
+    check_vjp(fn.Sigmoid(), (), x)
+    check_vjp(fn.ReLU(), (), x.double())
+
+
+def test_random_layers_with_and_without_their_key():
+    params, x = case(Dropout())
+    check_vjp(Dropout(), params, x, key=fn.key(3))
+    check_vjp(
+        fn.Sequential(Dropout(), Dense(), Dropout()),
+        *case(fn.Sequential(Dropout(), Dense(), Dropout())),
+        key=fn.key(3),
+    )
+
+
+def test_an_ordinary_layer_takes_less_than_a_second():
+    layer = fn.Conv2d(8, 3, padding=1)
+    params, x = case(layer, (4, 3, 16, 16), torch.float32)
+    check_vjp(layer, params, x)
+    start = time.process_time()
+    check_vjp(layer, params, x)
+    assert time.process_time() - start < 1.5  # of two threads, beside other work
+
+
+def test_global_randomness_is_left_alone():
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    check_vjp(Dense(), *case(Dense()))
+    after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    assert torch.equal(before[0], after[0])
+    assert before[1:] == after[1:]
+
+
+# --- Wrong gradients
+
+
+@dataclass(frozen=True)
+class Spoilt(Dense):
+    """A Dense whose gradients pass through `spoil(dweight, dbias, dx, x, grad)`."""
+
+    spoil: Callable[..., Any] = lambda dw, db, dx, x, g: (dw, db, dx)
+    opaque: bool = False
+
+    def fwd(self, params, x, *, key=None):
+        with torch.set_grad_enabled(not self.opaque and torch.is_grad_enabled()):
+            return super().fwd(params, x)
+
+    def bwd(self, params, residuals, grad, *, input_grad=True):
+        dparams, dx = super().bwd(params, residuals, grad)
+        weight, bias, dx = self.spoil(dparams["weight"], dparams["bias"], dx, residuals[0], grad)
+        return {"weight": weight, "bias": bias}, dx if input_grad else None
+
+
+def off(tensor, index, factor=1 + 1e-4):
+    tensor = tensor.clone()
+    tensor[index] *= factor
+    return tensor
+
+
+SPOILS = {
+    "sign": (lambda dw, db, dx, x, g: (-dw, db, dx), "weight", "the sign is wrong"),
+    "mean": (lambda dw, db, dx, x, g: (dw, db / max(len(x), 1), dx), "bias", "over the batch"),
+    "factor": (lambda dw, db, dx, x, g: (dw, db, dx * 1.5), "x", "a factor of 1.5 is wrong"),
+    "zero": (lambda dw, db, dx, x, g: (dw, db, 0 * dx), "x", "it is zero"),
+    "transpose": (lambda dw, db, dx, x, g: (dw.T.contiguous(), db, dx), "weight", "axes 0 and 1"),
+    "flip": (lambda dw, db, dx, x, g: (dw, db, dx.flip(1)), "x", "flipped along axis 1"),
+    "shift": (lambda dw, db, dx, x, g: (dw.roll(1, 1), db, dx), "weight", "shifted by 1 along"),
+    "one entry": (lambda dw, db, dx, x, g: (off(dw, (2, 1)), db, dx), "weight", None),
+    "ignores grad": (lambda dw, db, dx, x, g: (dw, db, x.clone()), "x", "not depend on grad"),
+    "last row": (lambda dw, db, dx, x, g: (off(dw, -1, 0), db, dx), "weight", "all zero: a part"),
+    "twice": (lambda dw, db, dx, x, g: (dw, off(db, 0, 2), dx), "bias", None),
+    "clipped": (lambda dw, db, dx, x, g: (dw, db, dx.clamp(-0.5, 0.5)), "x", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("opaque", [False, True], ids=["autograd", "opaque"])
+@pytest.mark.parametrize("name", SPOILS)
+def test_wrong_gradients_are_named(name, opaque):
+    spoil, leaf, guess = SPOILS[name]
+    size = 6 if name == "transpose" else 4
+    error = mismatch(Spoilt(size, spoil, opaque))
+    named = "x" if leaf == "x" else f"params['{leaf}']"
+    assert error.leaf.startswith(f"{named}[")
+    assert f"the gradient for {error.leaf} is wrong" in str(error)
+    assert error.relative_error == pytest.approx(
+        abs(error.analytic - error.numeric) / max(abs(error.analytic), abs(error.numeric)), rel=1e-6
+    )
+    if not opaque:
+        assert 0 < error.wrong_fraction <= 1
+        assert (guess or "") in (error.guess or "")
+
+
+@given(st.integers(0, 3), st.integers(0, 5), st.integers(0, 99), st.booleans(), st.floats(-12, 12))
+def test_one_entry_off_by_a_ten_thousandth_at_any_scale(i, j, key, opaque, exponent):
+    layer = Spoilt(4, lambda dw, db, dx, x, g: (off(dw, (i, j)), db, dx), opaque)
+    params, x = case(layer, key=key)
+    grad = 10.0**exponent * fn.normal(fn.key(key), (3, 4), dtype=torch.float64)
+    with pytest.raises(GradientMismatch) as caught:
+        check_vjp(layer, params, x, grad=grad)
+    assert caught.value.leaf == f"params['weight'][{i}, {j}]"
+    assert caught.value.relative_error == pytest.approx(1e-4, rel=1e-3)
+    if not opaque:
+        assert caught.value.wrong_fraction == 1 / 24
+
+
+def test_rtol_and_atol_decide_what_is_wrong():
+    layer = Spoilt(4, lambda dw, db, dx, x, g: (off(dw, (2, 1), 1 + 1e-8), db, dx))
+    check_vjp(layer, *case(layer))
+    mismatch(layer, rtol=1e-9)
+    layer = Spoilt(4, SPOILS["one entry"][0])
+    check_vjp(layer, *case(layer), rtol=1e-3)
+    check_vjp(layer, *case(layer), atol=1e-2)
+
+
+def test_the_message_in_full():
+    """A leaf deep in a network, and the code that replays the case."""
+    spoilt = Spoilt(4, SPOILS["sign"][0])
+    error = mismatch(fn.Sequential(Dense(5), fn.Sequential(spoilt, Elementwise("exp"))))
+    assert error.leaf.startswith("params[1][0]['weight'][")
+    for part in (
+        "analytic",
+        "numeric",
+        "relative error  2",
+        "20 of 20",
+        "the sign is wrong",
+        "params[0]['bias'] (5,)",
+        "torch.float64",
+        "To replay it:",
+        "check_vjp(layer, params",
+    ):
+        assert part in str(error)  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(3, 6), (1, 6)])
+@pytest.mark.parametrize("name", ["sign", "one entry", "shift"])
+def test_the_snippet_replays_the_case(shape, name):
+    names = {"Spoilt": lambda size, spoil: Spoilt(size, SPOILS[name][0])}
+    params, x = case(Spoilt(4, SPOILS[name][0]), shape, torch.float32)
+    with pytest.raises(GradientMismatch) as caught:
+        check_vjp(Spoilt(4, SPOILS[name][0]), params, x)
+    code = re.sub(r"layer = .*", "layer = Spoilt(4, None)", caught.value.snippet)
+    code = re.sub(r"from test_check_vjp import .*\n", "", code)
+    with pytest.raises(GradientMismatch) as again:
+        exec(code, names)
+    assert again.value.leaf.split("[")[1] == caught.value.leaf.split("[")[1]
+
+
+def test_a_snippet_with_the_numbers_where_no_key_gives_such_a_case():
+    """The gradient is wrong for large x only, which a normal distribution does not draw."""
+
+    @dataclass(frozen=True)
+    class Clipped(Plain):
+        def fwd(self, params, x, *, key=None):
+            return x.square(), x
+
+        def bwd(self, params, x, grad, *, input_grad=True):
+            return (), 2 * x.clamp(max=9) * grad if input_grad else None
+
+    with pytest.raises(GradientMismatch) as caught:
+        check_vjp(Clipped(), (), torch.tensor([[1.0, 20.0, math.inf]]))
+    assert "x = torch.tensor([[1.0, 20.0, torch.inf]], dtype=torch.float32)" in caught.value.snippet
+    assert "layer = Clipped()" in caught.value.snippet
+    with pytest.raises(GradientMismatch):
+        exec(caught.value.snippet, {"Clipped": Clipped})
+    with pytest.raises(GradientMismatch) as caught:
+        check_vjp(Clipped(), (), torch.full((30, 30), 20.0))
+    assert "layer, params, x, grad = error.layer" in caught.value.snippet
+    with pytest.raises(GradientMismatch):
+        exec(caught.value.snippet, {"error": caught.value})
+
+
+def test_a_gradient_that_shares_its_mistake_with_autograd():
+    """apply's own autograd.Function is wrong just as vjp is: differences know better."""
+
+    class Cubed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x**3
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * ctx.saved_tensors[0] ** 2 * grad
+
+    @dataclass(frozen=True)
+    class Cube(Plain):
+        def fwd(self, params, x, *, key=None):
+            return Cubed.apply(x), x
+
+        def bwd(self, params, x, grad, *, input_grad=True):
+            return (), 2 * x**2 * grad if input_grad else None
+
+    assert mismatch(Cube()).relative_error == pytest.approx(1 / 3, rel=1e-6)
+
+
+def test_coupled_examples():
+    """Batch normalisation without the terms that go through the mean."""
+
+    @dataclass(frozen=True)
+    class Forgetful(BatchNorm):
+        def bwd(self, params, residuals, grad, *, input_grad=True):
+            dparams, _ = super().bwd(params, residuals, grad)
+            return dparams, grad * params["scale"] * residuals[1] if input_grad else None
+
+    assert mismatch(Forgetful()).leaf.startswith("x[")
+
+
+# --- Losses
+
+
+@dataclass(frozen=True)
+class Huber(fn.Loss):
+    """Half a square up to 1, linear beyond."""
+
+    slope: float = 1.0
+
+    def fwd(self, x, target):
+        difference = x - target
+        size = difference.abs()
+        return torch.where(size < 1, size.square() / 2, size - 0.5).sum(), difference
+
+    def bwd(self, residuals, grad=1.0):
+        return residuals.clamp(-1, 1) * grad * self.slope
+
+
+def test_losses():
+    x, target = fn.normal(fn.key(0), (3, 4)), fn.normal(fn.key(1), (3, 4))
+    for grad in (None, 2.5, torch.tensor(-0.5)):
+        check_vjp(Huber(), x, target, grad=grad)
+        with pytest.raises(GradientMismatch, match=r"the gradient for x\[\d, \d\] is wrong"):
+            check_vjp(Huber(1.001), x, target, grad=grad)
+    with pytest.raises(GradientMismatch) as caught:
+        check_vjp(Huber(-1.0), x, target)
+    with pytest.raises(GradientMismatch):
+        exec(caught.value.snippet, {"Huber": Huber})
+
+
+# --- Broken contracts
+
+
+@dataclass(frozen=True)
+class Broken(Elementwise):
+    """The square of x, with a fault of another kind than a wrong number."""
+
+    name: str = "square"
+    fault: str = ""
+    memory: ClassVar[dict[str, Any]] = {}
+
+    def __call__(self, fault):
+        return fault == self.fault
+
+    def init(self, key, shape, *, dtype=None, device=None):
+        if self("init draws"):
+            return (torch.rand(1),)
+        if self("init reads"):
+            return (torch.tensor([float(torch.initial_seed())]),)
+        return ()
+
+    def out_shape(self, shape):
+        return (*shape, 1) if self("out_shape") else tuple(shape)
+
+    def apply(self, params, x, *, key=None):
+        y = super().apply(params, x)
+        return y * (1 + 1e-5) if self("apply") else y
+
+    def vjp(self, params, x, grad, *, key=None, input_grad=True):
+        dparams, dx = super().vjp(params, x, grad, input_grad=input_grad)
+        return dparams, dx * (1 + 1e-5) if self("vjp") and dx is not None else dx
+
+    def fwd(self, params, x, *, key=None):
+        self.memory["x"] = x
+        self.memory["count"] = self.memory.get("count", 0) + 1
+        y, residuals = super().fwd(params, x)
+        if self("fwd writes"):
+            x.mul_(1.0)
+        if self("torch draws"):
+            torch.rand(1)
+        if self("numpy draws"):
+            np.random.rand()
+        if self("random draws"):
+            random.random()
+        if self("fwd differs"):
+            y = y * (1 + 1e-16 * self.memory["count"]) + 1e-12 * self.memory["count"]
+        if self("y dtype"):
+            y = y.float()
+        if self("y is x"):
+            y = x
+        if self("y is a view of x"):
+            y = x[...]
+        return (y, residuals, None) if self("three results") else (y, residuals)
+
+    def bwd(self, params, residuals, grad, *, input_grad=True):
+        x = self.memory["x"] if self("hidden state") else residuals
+        dparams, dx = super().bwd(params, x, grad, input_grad=input_grad)
+        if self("bwd writes grad"):
+            grad.mul_(1.0)
+        if self("bwd writes residuals"):
+            residuals.add_(0.0)
+        if self("dx despite input_grad") and dx is None:
+            dx = torch.zeros_like(x)
+        if dx is None:
+            return dparams, dx
+        if self("dx shape"):
+            dx = dx[None]
+        if self("dx dtype"):
+            dx = dx.float()
+        if self("dx is grad"):
+            dx = grad
+        if self("no dx"):
+            dx = None
+        if self("layout") and grad.stride() != torch.empty(grad.shape).stride():
+            dx = dx * (1 + 1e-3)
+        if self("expanded") and 0 in grad.stride():
+            dx = dx * (1 + 1e-3)
+        return (
+            (dparams, ())
+            if self("tree")
+            else ((({},), dx) if self("tree of dparams") else (dparams, dx))
+        )
+
+
+FAULTS = {
+    "init draws": "init: draws from the global random state of torch",
+    "init reads": "init: the same key gives different parameters",
+    "out_shape": r"fwd: expected y of shape \(3, 6, 1\), as out_shape says, got \(3, 6\)",
+    "apply": "apply and fwd differ in y",
+    "vjp": r"vjp and fwd \+ bwd differ for x",
+    "fwd writes": "fwd: writes to x",
+    "torch draws": "fwd: draws from the global random state of torch",
+    "numpy draws": "fwd: draws from the global random state of numpy",
+    "random draws": "fwd: draws from the global random state of random",
+    "fwd differs": "fwd: called twice, gives two different answers for y",
+    "y dtype": "fwd: expected y to be torch.float64 on cpu, got torch.float32",
+    "y is x": "y shares memory with x",
+    "y is a view of x": "y shares memory with x",
+    "three results": r"fwd: expected a pair \(y, residuals\), got a tuple of 3",
+    "hidden state": "state is kept between fwd and bwd",
+    "bwd writes grad": "bwd: writes to grad",
+    "bwd writes residuals": "bwd: writes to (residuals 0|x)",
+    "dx despite input_grad": "expected dx to be None with input_grad=False, got Tensor",
+    "dx shape": r"bwd: expected dx of shape \(3, 6\), got \(1, 3, 6\)",
+    "dx dtype": "bwd: expected dx to be torch.float64 on cpu, got torch.float32",
+    "dx is grad": "the gradient for x shares memory with grad",
+    "no dx": "bwd: expected dx to be a tensor, got None",
+    "layout": "a grad that is (strided|transposed in memory|expanded) changes the gradient for x",
+    "expanded": "a grad that is expanded changes the gradient for x",
+    "tree": "bwd: expected dx to be a tensor, got a tuple of 0",
+    "tree of dparams": "bwd: expected dparams with the tree of params",
+}
+
+
+def test_broken_is_right_without_a_fault():
+    check_vjp(Broken(), *case(Broken()))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_broken_contracts_are_named(fault):
+    layer = Broken(fault=fault)
+    x = fn.normal(fn.key(0), (3, 6), dtype=torch.float64)
+    with pytest.raises(GradientMismatch, match=FAULTS[fault]) as caught:
+        check_vjp(layer, (), x)
+    assert caught.value.layer == layer
+    assert "To replay it:" in str(caught.value)
+
+
+def test_a_batch_of_nothing_should_work():
+    @dataclass(frozen=True)
+    class Reshaping(Flatten):
+        def fwd(self, params, x, *, key=None):
+            return x.clone().reshape(len(x), -1), x.shape
+
+    check_vjp(Flatten(), (), torch.ones(2, 3, 4))
+    with pytest.raises(GradientMismatch, match="a batch of 0 should work, and raises RuntimeError"):
+        check_vjp(Reshaping(), (), torch.ones(2, 3, 4))
+
+
+def test_the_working_dtype_is_held_to_float64():
+    """A sum in half precision inside of a float32 layer; a float64 one does without."""
+
+    @dataclass(frozen=True)
+    class Coarse(Dense):
+        def bwd(self, params, residuals, grad, *, input_grad=True):
+            dparams, dx = super().bwd(params, residuals, grad, input_grad=input_grad)
+            if grad.dtype == torch.float32:
+                dparams["weight"] = dparams["weight"].bfloat16().float()
+            return dparams, dx
+
+    check_vjp(Coarse(), *case(Coarse()))
+    error = mismatch(Coarse(), dtype=torch.float32)
+    assert "in torch.float32, the gradient for params['weight'] is further" in str(error)
+
+
+# --- What is not a verdict
+
+
+def test_exceptions_of_the_layer_pass_unchanged():
+    class OwnError(Exception):
+        pass
+
+    for method in ("fwd", "bwd", "out_shape", "init"):
+        error = OwnError(method)
+
+        def fail(self, *args, error=error, **kwargs):
+            raise error
+
+        failing = type("Failing", (Dense,), {method: fail})()
+        params, x = case(Dense())
+        with pytest.raises(OwnError) as caught:
+            check_vjp(failing, params, x)
+        assert caught.value is error
+
+
+def test_bad_arguments():
+    params, x = case(Dense())
+    with pytest.raises(
+        TypeError, match=r"expected x to be a floating-point tensor, got torch\.int64"
+    ):
+        check_vjp(Dense(), params, x.long())
+    with pytest.raises(TypeError, match="expected a layer or a loss, got int"):
+        check_vjp(3, params, x)
+    with pytest.raises(TypeError, match="expected params of tensors, got float"):
+        check_vjp(Dense(), {**params, "bias": 1.0}, x)
+    with pytest.raises(
+        ValueError, match=r"expected grad of shape \(3, 4\), that of y, got \(4, 3\)"
+    ):
+        check_vjp(Dense(), params, x, grad=torch.ones(4, 3, dtype=x.dtype))

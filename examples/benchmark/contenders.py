@@ -71,7 +71,7 @@ def _funcnet(problem: Problem, step_name: str) -> Contender:
 def _funcnet_layer(net: fn.Sequential, params: Any, x: Tensor, grad: Tensor) -> Contender:
     layer, (layer_params,) = net[0], params
     x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))
-    last: tuple[Any, Tensor] = ((), x)
+    last: tuple[Any, Any] = ((), None)
 
     def train() -> Tensor:
         nonlocal last
@@ -102,8 +102,8 @@ def torch_nn(
     target = problem.target().contiguous(memory_format=layout)
     predict = torch.inference_mode()(compiler(model))
     if problem.network.is_layer:
-        train, state = _torch_layer(compiler(model), list(model.parameters()), x, target)
-        return Contender(train, lambda: predict(x), state)
+        step, state = _torch_layer(compiler(model), list(model.parameters()), x, target)
+        return Contender(step, lambda: predict(x), state)
     loss_of = compiler(lambda x, target: nn.functional.mse_loss(model(x), target))
     optimizer = fastest_sgd(list(model.parameters()))
 

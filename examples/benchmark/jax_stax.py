@@ -16,6 +16,7 @@ from contenders import Contender
 from jax.example_libraries import optimizers, stax
 from problem import LEARNING_RATE, MOMENTUM, Problem
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 from translate import leaves
 
 import funcnet as fn
@@ -100,7 +101,11 @@ def _stax(layer: fn.Layer) -> StaxLayer:
         return stax.serial(_upsample(*layer.scale), _stax(conv))
     if isinstance(layer, fn.Upsample2d):
         return _upsample(*layer.scale)
-    return {fn.ReLU: stax.Relu, fn.Sigmoid: stax.Sigmoid}[type(layer)]
+    if isinstance(layer, fn.Sigmoid):
+        return stax.Sigmoid
+    if isinstance(layer, fn.ReLU):
+        return stax.Relu
+    raise ValueError(f"expected a layer that stax has, got {layer}")
 
 
 def _upsample(rows: int, columns: int) -> StaxLayer:
@@ -109,7 +114,7 @@ def _upsample(rows: int, columns: int) -> StaxLayer:
 
 def _weights(layer: fn.Layer, params: list[Tensor]) -> Any:
     """The parameters of `_stax(layer)`."""
-    arrays = ()
+    arrays: tuple[Array, ...] = ()
     if params:
         weight, bias = params
         arrays = (_array(weight.permute(2, 3, 1, 0)), _array(bias.reshape(1, 1, 1, -1)))
@@ -118,7 +123,7 @@ def _weights(layer: fn.Layer, params: list[Tensor]) -> Any:
 
 def _params(weights: Any) -> list[Tensor]:
     """Weights and biases in turn, in PyTorch's layouts."""
-    tensors = map(torch.from_dlpack, jax.tree.leaves(weights))
+    tensors = map(from_dlpack, jax.tree.leaves(weights))
     return [
         tensor.flatten() if i % 2 else tensor.permute(3, 2, 0, 1)
         for i, tensor in enumerate(tensors)
@@ -131,7 +136,7 @@ def _picture_array(pictures: Tensor) -> Array:
 
 def _tensor(result: Array) -> Tensor:
     """A loss, or pictures, as a tensor."""
-    tensor = torch.from_dlpack(result)
+    tensor = from_dlpack(result)
     return tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor
 
 

@@ -43,17 +43,17 @@ def _by_layer(problem: Problem, train: Callable[[], Any]) -> str:
             train()
         _wait(problem.device)
         total = time.perf_counter() - start
-    lines = [f"{'layer':<44}{'forward':>9}{'backward':>9}{'share':>7}"]
+    lines = [f"{'layer':<54}{'forward':>9}{'backward':>9}{'share':>7}"]
     for i, layer in enumerate(net):
         lines.append(_line(f"{i}: {layer}", seconds[i, "forward"], seconds[i, "backward"], total))
     rest = total - sum(seconds.values())
     lines.append(_line("loss, update, and what lies between layers", rest, 0.0, total))
-    return "\n".join([*lines, f"{'whole step':<44}{total / _STEPS * 1e3:9.2f}\n"])
+    return "\n".join([*lines, f"{'whole step':<54}{total / _STEPS * 1e3:9.2f}\n"])
 
 
 def _line(name: str, forward: float, backward: float, total: float) -> str:
     per_step = f"{forward / _STEPS * 1e3:9.2f}{backward / _STEPS * 1e3:9.2f}"
-    return f"{name:<44}{per_step}{(forward + backward) / total:7.0%}"
+    return f"{name:<54}{per_step}{(forward + backward) / total:7.0%}"
 
 
 def _by_operation(train: Callable[[], Any]) -> str:

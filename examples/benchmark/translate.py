@@ -48,4 +48,8 @@ def _modules(layer: fn.Layer, channels: int) -> list[nn.Module]:
         return _modules(fn.Upsample2d(layer.scale), channels) + _modules(conv, channels)
     if isinstance(layer, fn.Upsample2d):
         return [nn.Upsample(scale_factor=layer.scale, mode="nearest")]
-    return [{fn.ReLU: nn.ReLU, fn.Sigmoid: nn.Sigmoid}[type(layer)]()]
+    if isinstance(layer, fn.Sigmoid):
+        return [nn.Sigmoid()]
+    if isinstance(layer, fn.ReLU):
+        return [nn.ReLU()]
+    raise ValueError(f"expected a layer that torch.nn has, got {layer}")

@@ -19,6 +19,7 @@ from funcnet.layer import Layer
 from funcnet.layers import Conv2d, ReLU, Sigmoid, Upsample2d, UpsampleConv2d
 from funcnet.losses import MSE, Loss
 from funcnet.optimizers import SGD, SGDState
+from funcnet.summary import summary
 from funcnet.tree import register_node
 
 __version__ = "0.1.0"
@@ -48,6 +49,7 @@ __all__ = [
     "save",
     "save_model",
     "split",
+    "summary",
     "uniform",
     "value_and_grad",
 ]

@@ -24,7 +24,9 @@ def value_and_grad(net: Layer, loss: Loss) -> ValueAndGrad:
     """The function (params, x, target, key=None) ↦ (loss(net(x), target), its gradient by params).
 
     The gradient has the tree of params. Each residual is freed as soon as it has been used, and
-    the gradient with respect to x is never formed.
+    the gradient with respect to x is never formed. `key` is for layers that draw numbers.
+
+    Raises TypeError for a net that is not a Layer; what the network and the loss raise passes on.
 
     >>> import funcnet as fn
     >>> net = fn.Sequential(fn.Conv2d(3, 3, padding="same"), fn.Sigmoid())
@@ -34,6 +36,9 @@ def value_and_grad(net: Layer, loss: Loss) -> ValueAndGrad:
     >>> grads[0]["weight"].shape
     torch.Size([3, 3, 3, 3])
     """
+
+    if not isinstance(net, Layer):
+        raise TypeError(f"value_and_grad: expected net to be a Layer, got {type(net).__name__}")
 
     def value_and_grad_of(
         params: Tree, x: Tensor, target: Tensor, key: Key | None = None

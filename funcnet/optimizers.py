@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple, TypeAlias
 
 import optree
@@ -60,7 +62,7 @@ class SGD:
             _check_number("lr", self.lr)
         _check_number("momentum", self.momentum)
         _check_number("weight_decay", self.weight_decay)
-        if not isinstance(self.dampening, (int, float)) or self.dampening != self.dampening:
+        if not isinstance(self.dampening, Real) or not math.isfinite(self.dampening):
             raise ValueError(f"SGD: expected dampening to be a number, got {self.dampening!r}")
         if self.nesterov and not (self.momentum > 0 and self.dampening == 0):
             raise ValueError(
@@ -181,7 +183,7 @@ def _concrete(step: Tensor) -> int | Tensor:
 
 
 def _check_number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"SGD: expected {name} to be a number, got {value!r}")
     if not 0 <= value < float("inf"):
         raise ValueError(f"SGD: expected {name} to be finite and >= 0, got {value}")

@@ -1,0 +1,49 @@
+"""A network as a table: what each layer gives out and how much it has to learn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
+
+import optree
+
+from funcnet.combinators import Sequential
+from funcnet.keys import key
+from funcnet.layer import Layer, Shape, as_shape
+
+Row: TypeAlias = tuple[str, str, str, str]
+
+
+def summary(net: Layer, shape: Sequence[int]) -> str:
+    """A table of the layers of `net` for examples of `shape`: path, code, output, parameters.
+
+    Raises ValueError, as `net.init` does, where a layer does not fit its input.
+
+    >>> import funcnet as fn
+    >>> print(summary(fn.Sequential(fn.Conv2d(8, 3), fn.ReLU()), (3, 32, 32)))
+    path  layer                     output       parameters
+    0     Conv2d(8, kernel_size=3)  (8, 30, 30)         224
+    1     ReLU()                    (8, 30, 30)           0
+                                                total   224
+    """
+    net.out_shape(shape)
+    rows = list(_rows(net, as_shape(net, shape), ""))
+    total = f"{sum(int(row[3].replace(',', '')) for row in rows):,}"
+    table = [("path", "layer", "output", "parameters"), *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(4)]
+    lines = [
+        f"{path:{widths[0]}}  {layer:{widths[1]}}  {output:{widths[2]}}  {count:>{widths[3]}}"
+        for path, layer, output, count in table
+    ]
+    return "\n".join([*lines, f"total   {total}".rjust(len(lines[0]))])
+
+
+def _rows(layer: Layer, shape: Shape, path: str) -> Iterator[Row]:
+    if isinstance(layer, Sequential):
+        for i, inner in enumerate(layer):
+            yield from _rows(inner, shape, f"{path}.{i}" if path else str(i))
+            shape = inner.out_shape(shape)
+        return
+    leaves = optree.tree_leaves(layer.init(key(0), shape, device="meta"))
+    count = sum(leaf.numel() for leaf in leaves)
+    yield path, repr(layer), str(layer.out_shape(shape)), f"{count:,}"

@@ -15,12 +15,12 @@ _STEPS = 3
 TOLERANCE = {
     torch.float64: 1e-10,
     torch.float32: 2e-3,
-    torch.bfloat16: 2e-1,
-    torch.float16: 5e-2,
+    torch.bfloat16: 5e-1,
+    torch.float16: 1e-1,
 }
 """Of each tensor's change, in the Euclidean norm. The wide part of it is for a ReLU whose input
 rounds to the other side of 0: without such, float32 agrees to 2e-6. In half precision most of an
-update is lost in the rounding of the parameters, and the later losses with it."""
+update is lost in the rounding of the parameters: there only gross errors are noticed."""
 
 TF32_TOLERANCE = 2e-2
 """For float32 in matrix products of 10 bits."""

@@ -49,7 +49,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
     parser.add_argument("--profile", action="store_true", help="profile funcnet; no comparison")
     parser.add_argument("--out", default=Path("runs/benchmark"), type=Path)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if not chosen(options):
+        names = ", ".join(network.name for network in all_networks())
+        parser.error(f"expected --networks to be parts of the names {names}")
+    return options
 
 
 def configure(options: argparse.Namespace) -> None:

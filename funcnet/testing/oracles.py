@@ -116,8 +116,13 @@ class Line:
 
     @cached_property
     def _blur(self) -> Tensor:
-        """The noise of those entries of y that the direction reaches, as the largest step shows."""
-        reached = (self.y(1.0) != self.y(0.0)) | (self.y(-1.0) != self.y(0.0))
+        """The noise of those entries of y that the direction reaches, as large steps show: of its
+        own length, which may be lost in rounding, and of 1."""
+        largest = max(float(v.abs().max()) for v in self.direction if v is not None)
+        reached = torch.zeros_like(self.noise, dtype=torch.bool)
+        for h in (1.0, 1 / largest) if 0 < largest < 1 else (1.0,):
+            for step in (h, -h):
+                reached |= self.y(step) != self.y(0.0)
         return torch.where(reached, self.noise, torch.zeros_like(self.noise))
 
     def _dot(self, change: Tensor) -> float:

@@ -98,17 +98,18 @@ def conv2d(
     methods: Sequence[str] = ("auto", "unfold"),
 ) -> Conv2d:
     """Conv2d with any hyperparameters. `groups` are those it may have, by default any up to 3."""
-    group_count = draw(st.integers(1, 3) if groups is None else groups)
+    group_count = draw(st.sampled_from([1, 2, 3]) if groups is None else groups)
+    multiples = [m for m in range(1, max_channels + 1) if m * group_count <= max_channels] or [1]
     kernel_size = draw(_sides(1, max_kernel))
-    stride = draw(st.one_of(_sides(1, max_stride), st.just(kernel_size)))
-    paddings: list[Strategy[Any]] = [_sides(0, max_padding), st.just("valid")]
+    stride = draw(st.sampled_from([*_pairs(1, max_stride), *[kernel_size] * max_stride]))
+    paddings = [*_pairs(0, max_padding), *["valid"] * 3]
     if stride == (1, 1):
-        paddings.append(st.just("same"))
+        paddings += ["same"] * 10
     return Conv2d(
-        group_count * draw(st.integers(1, max(1, max_channels // group_count))),
+        group_count * draw(st.sampled_from(_repeated(multiples, max_channels))),
         kernel_size,
         stride=stride,
-        padding=draw(st.one_of(paddings)),
+        padding=draw(st.sampled_from(paddings)),
         dilation=draw(_sides(1, max_dilation)),
         groups=group_count,
         bias=draw(st.booleans()),
@@ -129,7 +130,7 @@ def upsample_conv2d(
         st.integers(1, max_channels),
         _sides(1, max_kernel),
         scale=_sides(1, max_scale),
-        padding=st.one_of(_sides(0, max_padding), st.sampled_from(["same", "valid"])),
+        padding=st.sampled_from([*_pairs(0, max_padding), *["valid", "same"] * 4]),
         bias=st.booleans(),
         method=st.sampled_from(methods),
     )
@@ -199,7 +200,7 @@ def shapes(draw: st.DrawFn, layer: Layer, max_extra: int = 3) -> Shape:
     fitting = [c for c in range(1, _MOST_CHANNELS + 1) if takes(layer, (c, widest, widest))]
     if not fitting:
         raise ValueError(f"shapes: expected a layer that takes (C, H, W) for some C, got {layer}")
-    channels = draw(st.sampled_from(fitting[:3]))
+    channels = draw(st.sampled_from(_repeated(fitting[:3], 3)))
     least_height = _least(lambda height: takes(layer, (channels, height, widest)))
     least_width = _least(lambda width: takes(layer, (channels, widest, width)))
     extra = st.integers(0, max_extra)
@@ -448,8 +449,23 @@ def _bad_groups(draw: st.DrawFn) -> Invalid:
 
 def _sides(least: int, most: int) -> Strategy[tuple[int, int]]:
     """(height, width), as often alike as not."""
-    side = st.integers(least, most)
-    return st.one_of(side.map(lambda n: (n, n)), st.tuples(side, side))
+    return st.sampled_from(_pairs(least, most))
+
+
+def _pairs(least: int, most: int) -> list[Any]:
+    """All pairs, the simplest first, those alike several times.
+
+    One choice from a list, because Hypothesis thinks fewer choices simpler than smaller numbers.
+    """
+    sides = range(least, most + 1)
+    squares = [(n, n) for n in sides]
+    others = [(m, n) for m in sides for n in sides if m != n]
+    return squares + sorted(others, key=max) + squares * (len(sides) - 1)
+
+
+def _repeated(values: list[int], count: int) -> list[int]:
+    """At least `count` of the values, so that there is always a choice of as many."""
+    return (values * count)[: max(count, len(values))]
 
 
 def _least(fits: Callable[[int], bool]) -> int:

@@ -1,0 +1,85 @@
+"""Write a layer of your own, let funcnet find the mistake in its gradient, and mend it.
+
+    python examples/verify_your_layer.py
+
+The layer is a gate with a learned slope for each channel, y = x · σ(a·x) (known as Swish). With
+z = a·x and g for the gradient that comes in,
+
+    dx = g · (σ(z) + z · σ′(z))
+    da = Σ g · x² · σ′(z)        over the pictures and their pixels, for each channel
+"""
+
+from dataclasses import dataclass
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import funcnet as fn
+from funcnet.testing import GradientMismatch, check_vjp, strategies
+
+
+@dataclass(frozen=True)
+class Hasty(fn.Layer):
+    """The gate, with a mistake: it trains all the same, only worse."""
+
+    start: float = 1.0
+
+    def init(self, key, shape, *, dtype=None, device=None):
+        return {"slope": torch.full((shape[0], 1, 1), self.start, dtype=dtype, device=device)}
+
+    def out_shape(self, shape):
+        return tuple(shape)
+
+    def fwd(self, params, x, *, key=None):
+        gate = torch.sigmoid(params["slope"] * x)
+        return x * gate, (x, gate)
+
+    def bwd(self, params, residuals, grad, *, input_grad=True):
+        x, gate = residuals
+        bend = gate * (1 - gate)
+        dslope = (grad * x.square() * bend).mean(0).sum((1, 2), keepdim=True)
+        dx = grad * (gate + params["slope"] * x * bend) if input_grad else None
+        return {"slope": dslope}, dx
+
+
+@dataclass(frozen=True)
+class Gate(Hasty):
+    """The same, mended: the gradient of a sum over the batch is a sum."""
+
+    def bwd(self, params, residuals, grad, *, input_grad=True):
+        x, gate = residuals
+        bend = gate * (1 - gate)
+        dslope = (grad * x.square() * bend).sum((0, 2, 3))[:, None, None]
+        dx = grad * (gate + params["slope"] * x * bend) if input_grad else None
+        return {"slope": dslope}, dx
+
+
+@settings(max_examples=50, deadline=None, database=None)
+@given(strategies.cases(st.builds(Gate, st.floats(-3, 3))))
+def test_gate(case):
+    """Any slope, shape, batch, dtype and memory layout; a failure shrinks to the smallest."""
+    check_vjp(*case)
+
+
+def main():
+    x = fn.normal(fn.key(1), (4, 3, 5, 5))
+
+    layer = Hasty()
+    params = layer.init(fn.key(0), (3, 5, 5))
+    try:
+        check_vjp(layer, params, x)
+    except GradientMismatch as mismatch:
+        print(f"The first try.\n\n{mismatch}\n")
+
+    check_vjp(Gate(), params, x)
+    net = fn.Sequential(fn.Conv2d(6, 3, padding=1), Gate(), fn.Upsample2d(2))
+    check_vjp(net, net.init(fn.key(0), (3, 5, 5)), x)
+    print("Mended: the gradient is right, alone and inside of a network.")
+
+    test_gate()
+    print("And in 50 random cases, as a property test runs them.")
+
+
+if __name__ == "__main__":
+    main()

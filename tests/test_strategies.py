@@ -1,0 +1,229 @@
+"""The strategies: what they draw fits, awkward cases are in reach, and they shrink to the least."""
+
+import subprocess
+import sys
+
+import optree
+import pytest
+import torch
+from hypothesis import find, given, settings
+from hypothesis import strategies as st
+from users_layers import Dense
+
+import funcnet as fn
+from funcnet.testing import __main__ as command
+from funcnet.testing import check_vjp, strategies
+
+LAYERS = ["layers", "activations", "upsample2d", "conv2d", "upsample_conv2d", "networks"]
+SEARCH = settings(max_examples=20_000, database=None)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@given(data=st.data())
+def test_cases_fit(name, data):
+    layer, params, x = data.draw(strategies.cases(getattr(strategies, name)()))
+    assert isinstance(layer, fn.Layer)
+    expected = layer.init(fn.key(0), x.shape[1:])
+    assert optree.tree_structure(params) == optree.tree_structure(expected)
+    assert layer.apply(params, x).shape[1:] == layer.out_shape(x.shape[1:])
+
+
+@given(strategies.cases(integers=True))
+def test_integers_are_small_integers(case):
+    for leaf in (*optree.tree_leaves(case.params), case.x):
+        assert torch.equal(leaf, leaf.round())
+        assert not leaf.numel() or leaf.abs().max() <= 3
+
+
+@given(st.lists(st.integers(0, 3), max_size=4), st.sampled_from(strategies.LAYOUTS), st.data())
+def test_layouts_keep_numbers(shape, layout, data):
+    x = data.draw(strategies.tensors(shape, layouts=["contiguous"]))
+    if layout == "channels_last" and x.ndim != 4:
+        return
+    laid = strategies.laid_out(x, layout)
+    assert laid.shape == x.shape
+    expected = x[..., :1].expand(x.shape) if layout == "expanded" and x.ndim else x
+    assert torch.equal(laid, expected)
+
+
+@given(strategies.trees())
+def test_trees_are_trees_of_tensors(tree):
+    leaves = optree.tree_leaves(tree)
+    assert all(isinstance(leaf, torch.Tensor) for leaf in leaves)
+    assert len(leaves) <= 24
+
+
+@given(strategies.loss_cases())
+def test_losses_get_two_of_a_shape(case):
+    assert case.x.shape == case.target.shape
+    assert case.x.dtype == case.target.dtype
+
+
+@given(strategies.invalid_layers())
+def test_invalid_settings_are_refused(invalid):
+    with pytest.raises(invalid.error) as caught:
+        invalid.make()
+    assert invalid.message in str(caught.value)
+
+
+# --- What is in reach
+
+
+def reach(layer, axis):
+    return layer.dilation[axis] * (layer.kernel_size[axis] - 1) + 1
+
+
+def remainder(case):
+    layer, _, x = case
+    pad = 0 if isinstance(layer.padding, str) else layer.padding[0]
+    return (x.shape[2] + 2 * pad - reach(layer, 0)) % layer.stride[0] > 0
+
+
+AWKWARD = {
+    "a stride's remainder": remainder,
+    "padding beyond reach": lambda c: (
+        not isinstance(c.layer.padding, str) and c.layer.padding[0] >= reach(c.layer, 0)
+    ),
+    "dilation with stride": lambda c: (
+        c.layer.dilation[0] > 1 < c.layer.stride[0] and reach(c.layer, 0) > 1
+    ),
+    "groups": lambda c: c.layer.groups > 1 and c.x.shape[1] > c.layer.groups,
+    "depthwise": lambda c: c.layer.groups > 1 and c.x.shape[1] == c.layer.groups,
+    "rectangular": lambda c: len({c.layer.kernel_size, c.layer.kernel_size[::-1]}) == 2,
+    "an even kernel, same": lambda c: c.layer.padding == "same" and c.layer.kernel_size[0] % 2 == 0,
+    "patches": lambda c: c.layer.kernel_size == c.layer.stride != (1, 1),
+    "size 1": lambda c: c.x.shape[2:] == (1, 1),
+    "a batch of 0": lambda c: len(c.x) == 0,
+    "a batch of 1": lambda c: len(c.x) == 1,
+    "a batch of 3": lambda c: len(c.x) == 3,
+    "expanded": lambda c: c.x.numel() and c.x.shape[3] > 1 and c.x.stride(3) == 0,
+    "channels_last": lambda c: (
+        c.x.numel() > c.x.shape[1] > 1 and c.x.stride(1) == 1 and not c.x.is_contiguous()
+    ),
+    "float32": lambda c: c.x.dtype == torch.float32,
+    "zeros": lambda c: c.x.numel() > 2 and (c.x == 0).any(),
+}
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_awkward_convolutions_are_in_reach(name):
+    find(strategies.cases(strategies.conv2d()), AWKWARD[name], settings=SEARCH)
+
+
+NETWORKS = {
+    "empty": lambda net: len(net) == 0,
+    "nested": lambda net: any(isinstance(layer, fn.Sequential) and len(layer) for layer in net),
+    "nested twice": lambda net: any(
+        isinstance(inner, fn.Sequential)
+        for layer in net
+        if isinstance(layer, fn.Sequential)
+        for inner in layer
+    ),
+    "groups after a layer": lambda net: any(getattr(layer, "groups", 1) > 1 for layer in net[1:]),
+    "four layers": lambda net: len(net) == 4,
+    "every kind": lambda net: len({type(layer) for layer in net}) == 4,
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_in_reach(name):
+    find(strategies.networks(), NETWORKS[name], settings=SEARCH)
+
+
+# --- Shrinking
+
+
+def test_cases_shrink_to_the_least():
+    cases = strategies.cases(strategies.conv2d())
+    least = find(cases, lambda case: case.x.numel() > 0, settings=SEARCH)
+    assert repr(least.layer) == "Conv2d(1, kernel_size=1, bias=False)"
+    assert least.x.shape == (1, 1, 1, 1)
+    net = find(strategies.networks(), lambda net: len(net) > 1, settings=SEARCH)
+    assert repr(net) == "Sequential(ReLU(), ReLU())"
+
+
+def test_shrinking_keeps_what_matters():
+    found = find(
+        strategies.cases(strategies.conv2d()),
+        lambda case: case.layer.stride[0] > 1 and case.x.shape[2] > 4,
+        settings=SEARCH,
+    )
+    assert found.layer.stride == (2, 2)
+    assert found.layer.out_channels == 1
+    assert found.x.shape[:2] == (1, 1)
+    assert found.x.shape[2] == 5
+
+
+# --- Layers of one's own
+
+
+@given(strategies.cases(st.builds(Dense, st.integers(1, 3)), shapes=st.tuples(st.integers(1, 3))))
+def test_a_layer_of_ones_own_with_shapes_of_ones_own(case):
+    check_vjp(*case)
+
+
+@given(strategies.cases(st.just(fn.Sequential(fn.Conv2d(2, 3), fn.Conv2d(4, 2, groups=2)))))
+def test_shapes_are_found_by_asking(case):
+    assert min(case.x.shape[2:]) >= 4
+
+
+def test_a_layer_that_takes_no_picture():
+    class Never(fn.ReLU):
+        def out_shape(self, shape):
+            raise ValueError
+
+    with pytest.raises(ValueError, match="expected a layer that takes"):
+        find(strategies.shapes(Never()), lambda shape: True, settings=SEARCH)
+
+
+# --- The command
+
+
+def test_the_table(capsys):
+    assert command.main(["--examples", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == list(command._HEADER)
+    names = {line.split()[0] for line in lines[1:]}
+    assert names == {
+        "ReLU", "Sigmoid", "Upsample2d", "Conv2d", "UpsampleConv2d", "Sequential", "MSE"
+    }  # fmt: skip
+    assert [line.split()[1] for line in lines[1:3]] == ["float64", "float32"]
+
+
+def test_a_failure_is_in_the_table(capsys, monkeypatch):
+    from test_check_vjp import SPOILS, Spoilt
+
+    monkeypatch.setattr(command, "_LAYERS", {"MSE": st.just(fn.MSE()), "ReLU": st.just(fn.ReLU())})
+    spoilt = st.just(fn.Sequential(Spoilt(4, SPOILS["sign"][0])))
+    monkeypatch.setitem(command._LAYERS, "ReLU", spoilt)
+    shapes = st.just((3,))
+    cases = strategies.cases
+    monkeypatch.setattr(
+        strategies, "cases", lambda *args, **kwargs: cases(*args, shapes=shapes, **kwargs)
+    )
+    assert command.main(["--examples", "5", "--layer", "ReLU", "--dtype", "float64"]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED" in out
+    assert "the sign is wrong" in out
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--examples", "0"], ["--layer", "Linear"], ["--dtype", "int8"]]
+)
+def test_bad_arguments_of_the_command(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        command.main(arguments)
+    assert caught.value.code == 2
+    assert "error" in capsys.readouterr().err
+
+
+def test_neither_funcnet_nor_check_vjp_needs_hypothesis():
+    code = (
+        "import sys; sys.modules['hypothesis'] = None\n"
+        "import funcnet.testing\n"
+        "funcnet.testing.check_vjp\n"
+        "try: funcnet.testing.strategies\n"
+        "except ModuleNotFoundError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install 'funcnet[test]'" in done.stdout

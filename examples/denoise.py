@@ -314,10 +314,10 @@ def end_epoch(p: Progress, row: dict[str, float]) -> Progress:
 
 
 def schedule(peak: float, steps: int) -> Callable[[int], float]:
-    """The learning rate: up to `peak` in the first twentieth of all steps, then down a cosine."""
+    """The learning rate: up to `peak` in the first tenth of all steps, then down a cosine."""
 
     def lr(step: int) -> float:
-        warm_up = min(1.0, (step + 1) / (0.05 * steps))
+        warm_up = min(1.0, (step + 1) / (0.1 * steps))
         return peak * warm_up * (1 + math.cos(math.pi * step / steps)) / 2
 
     return lr
@@ -787,20 +787,25 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     count = number(int, 1, 10**9)
     positive = number(float, 1e-9, 1e9)
     add = parser.add_argument
-    add("--images", type=Path, metavar="DIR", help="train on the pictures in a folder")
+    add(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="train on the pictures in a folder, but every tenth, which is held out",
+    )
     add("--data", type=Path, metavar="FILE", help="train on a pair of tensors (noisy, noisy)")
     add("--val", type=Path, metavar="FILE", help="with --data: the held-out pair (noisy, clean)")
     add("--patches", type=count, help="patches to train on (10000)")
     add("--noise", choices=DEFAULT_LEVELS, help="the kind of noise to add (gaussian)")
     add("--level", type=positive, help="255·σ (25) if gaussian, photons at white (30) if poisson")
-    add("--epochs", type=count, default=6)
-    add("--batch-size", type=count, default=32)
-    add("--lr", type=positive, default=1.5, help="the learning rate's peak")
-    add("--momentum", type=number(float, 0, 1), default=0.9)
-    add("--seed", type=number(int, 0, 2**64 - 1), default=0)
-    add("--out", type=Path, default=Path("runs/denoise"), metavar="DIR")
-    add("--checkpoint-every", type=count, default=100, metavar="STEPS")
-    add("--keep", type=count, default=3, help="how many checkpoints stay")
+    add("--epochs", type=count, default=6, help="(%(default)s)")
+    add("--batch-size", type=count, default=16, help="(%(default)s)")
+    add("--lr", type=positive, default=1.0, help="the learning rate's peak (%(default)s)")
+    add("--momentum", type=number(float, 0, 1), default=0.9, help="(%(default)s)")
+    add("--seed", type=number(int, 0, 2**64 - 1), default=0, help="(%(default)s)")
+    add("--out", type=Path, default=Path("runs/denoise"), metavar="DIR", help="(%(default)s)")
+    add("--checkpoint-every", type=count, default=250, metavar="STEPS", help="(%(default)s)")
+    add("--keep", type=count, default=3, help="how many checkpoints stay (%(default)s)")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     add_device(parser)
 

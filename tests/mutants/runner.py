@@ -84,8 +84,9 @@ def gate(
     with snapshot() as tree, ThreadPoolExecutor(jobs) as pool:
         for mutant in mutants:
             plant(mutant, tree)
-        named = {mutant.tests for mutant in mutants}
-        limit = max(map(_limit, pool.map(lambda tests: baseline(tree, tests), named)))
+        named = sorted({test for mutant in mutants for test in mutant.tests})
+        parts = [named[i::jobs] for i in range(min(jobs, len(named)))]
+        limit = max(map(_limit, pool.map(lambda tests: baseline(tree, tests), parts)))
         outcomes = list(pool.map(first, mutants))
         if any(outcome.verdict is Verdict.SURVIVED for outcome in outcomes):
             limit = jobs * _limit(baseline(tree, SUITE))

@@ -37,9 +37,20 @@ def _in(file: str, tests: str, *rows: Row) -> tuple[Mutant, ...]:
     return tuple(Mutant(row.name, f"funcnet/{file}", *row[1:], paths) for row in rows)
 
 
+PURITY = (
+    "test_properties.py::test_the_same_answer_twice_in_memory_of_its_own "
+    "test_properties.py::test_bwd_may_be_called_twice_and_without_dx"
+)
+VALUES = "test_properties.py::test_repr_is_the_code_that_builds_the_layer"
+REFUSALS = (
+    "test_errors.py::test_settings test_errors.py::test_another_dtype_of_grad "
+    "test_errors.py::test_another_shape_of_grad test_errors.py::test_another_dtype_of_x "
+    "test_errors.py::test_x_that_is_no_picture test_errors.py::test_the_message_of_the_contract"
+)
+
 GEOMETRY = _in(
     "layers/geometry.py",
-    "test_conv.py",
+    "test_conv.py test_errors.py::test_another_number_of_channels",
     Row(
         "count-rounds-up",
         "(length + sum(self.sides[axis]) - reach) // self.stride[axis] + 1",
@@ -86,7 +97,7 @@ GEOMETRY = _in(
 
 UNFOLD = _in(
     "layers/unfold.py",
-    "test_conv.py test_properties.py::test_gradient[Conv2d]",
+    "test_gate_properties.py test_conv.py",
     Row(
         "fold-crops-the-other-side",
         "padded[:, :, top : top + height, left : left + width]",
@@ -121,7 +132,7 @@ UNFOLD = _in(
 
 NATIVE = _in(
     "layers/native.py",
-    "test_conv.py test_properties.py::test_gradient[Conv2d]",
+    "test_gate_properties.py test_conv.py",
     Row(
         "patches-padded-before",
         "F.pad(x, (0, missing[1], 0, missing[0]))",
@@ -180,7 +191,7 @@ NATIVE = _in(
 
 CONV = _in(
     "layers/conv.py",
-    "test_conv.py test_properties.py::test_gradient[Conv2d]",
+    f"test_conv.py {REFUSALS}",
     Row(
         "bias-gradient-misses-an-axis",
         'dparams["bias"] = grad.sum((0, 2, 3))',
@@ -233,7 +244,7 @@ CONV = _in(
 
 ACTIVATIONS = _in(
     "layers/activations.py",
-    "test_activations.py test_properties.py",
+    f"test_activations.py test_gate_properties.py {PURITY}",
     Row(
         "relu-passes-at-zero",
         "torch.ops.aten.threshold_backward(grad, y, 0)",
@@ -268,7 +279,7 @@ ACTIVATIONS = _in(
 
 INPLACE = _in(
     "layers/inplace.py",
-    "test_properties.py",
+    "test_gate_properties.py test_upsample_conv.py",
     Row(
         "derivative-over-the-residual",
         "kernel.grad_input(grad, y, 0, grad_input=grad)",
@@ -285,7 +296,7 @@ INPLACE = _in(
 
 UPSAMPLE = _in(
     "layers/upsample.py",
-    "test_upsample.py test_properties.py::test_gradient[Upsample2d]",
+    f"test_upsample.py {PURITY}",
     Row(
         "mean-over-copies",
         "F.avg_pool2d(grad, (rows, columns), divisor_override=1)",
@@ -308,7 +319,7 @@ UPSAMPLE = _in(
 
 UPSAMPLE_CONV = _in(
     "layers/upsample_conv.py",
-    "test_upsample_conv.py test_properties.py::test_gradient[UpsampleConv2d]",
+    "test_upsample_conv.py",
     Row(
         "bias-gradient-mean-over-batch",
         'dparams["bias"] = grad.sum((0, 2, 3))',
@@ -331,7 +342,7 @@ UPSAMPLE_CONV = _in(
 
 LOW_RESOLUTION = _in(
     "layers/low_resolution.py",
-    "test_upsample_conv.py test_properties.py::test_gradient[UpsampleConv2d]",
+    "test_upsample_conv.py",
     Row(
         "wrong-phase",
         "q = [(phase - before + t) // scale",
@@ -414,7 +425,7 @@ LOW_RESOLUTION = _in(
 
 TRANSPOSED = _in(
     "layers/transposed.py",
-    "test_upsample_conv.py test_properties.py::test_gradient_of_examples",
+    "test_upsample_conv.py",
     Row(
         "crop-on-the-other-side",
         "left - width + 1, right - width + 1, top - height + 1, bottom - height + 1",
@@ -437,7 +448,7 @@ TRANSPOSED = _in(
 
 COMBINATORS = _in(
     "combinators.py",
-    "test_sequential.py test_properties.py",
+    f"test_sequential.py test_gate_properties.py {REFUSALS} {PURITY}",
     Row(
         "residuals-from-the-front",
         "params[i], residuals.pop(), dx",
@@ -508,7 +519,7 @@ COMBINATORS = _in(
 
 LAYER = _in(
     "layer.py",
-    "test_errors.py test_transforms.py",
+    f"{REFUSALS} {VALUES} test_gate_properties.py test_gradients.py",
     Row(
         "apply-without-key",
         "return self.fwd(params, x, key=key)[0]",
@@ -604,7 +615,7 @@ GRADIENTS = _in(
 
 OPTIMIZERS = _in(
     "optimizers.py",
-    "test_optimizers.py",
+    "test_optimizers.py test_gate_properties.py",
     Row("maximize-ignored", "            g = -g", "            g = +g", "maximize goes uphill"),
     Row(
         "weight-decay-sign",

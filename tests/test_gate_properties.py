@@ -1,8 +1,10 @@
 """Properties of the corners that random cases reach too seldom.
 
-Windows side by side, "same" with an odd side, activations in a row, what is written to and what
-is not, other devices.
+Windows side by side, "same" with an odd side, activations in a row, steps of many states at once,
+gradients of another tree, keys on their way to the layers, other devices.
 """
+
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,9 +16,7 @@ from test_properties import close, same
 import funcnet as fn
 from funcnet.testing import strategies
 
-ONE_OR_TWO = st.integers(1, 2)
-PAIRS = st.tuples(ONE_OR_TWO, ONE_OR_TWO)
-METHODS = st.sampled_from(["auto", "unfold"])
+PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 
 def assert_is_torchs(layer, shape, seed):
@@ -35,28 +35,21 @@ def assert_is_torchs(layer, shape, seed):
 # --- Windows
 
 
-@given(
-    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    padding=st.tuples(st.integers(0, 1), st.integers(0, 1)) | st.just((0, 0)),
-    dilation=PAIRS | st.just((1, 1)),
-    groups=ONE_OR_TWO,
-    remainder=PAIRS | st.just((0, 0)),
-    method=METHODS,
-    seed=st.integers(0, 99),
-)
-def test_windows_side_by_side(kernel, padding, dilation, groups, remainder, method, seed):
-    layer = fn.Conv2d(
-        2 * groups,
-        kernel,
-        stride=kernel,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
-        bias=False,
-        method=method,
-    )
-    height, width = (2 * k * d + r for k, d, r in zip(kernel, dilation, remainder, strict=True))
-    assert_is_torchs(layer, (3 * groups, height, width), seed)
+DEPARTURES = [
+    {},
+    {"groups": 2},
+    *({name: pair} for name in ("padding", "dilation") for pair in [(1, 2), (2, 1)]),
+    *({"padding": pair} for pair in [(0, 1), (1, 0)]),
+]
+
+
+@pytest.mark.parametrize("departure", DEPARTURES, ids=str)
+@pytest.mark.parametrize("method", ["auto", "unfold"])
+@given(kernel=PAIRS, remainder=PAIRS | st.just((0, 0)), seed=st.integers(0, 99))
+def test_windows_side_by_side_but_for_one_thing(method, departure, kernel, remainder, seed):
+    layer = fn.Conv2d(2, kernel, stride=kernel, bias=False, method=method, **departure)
+    height, width = (4 * k + r for k, r in zip(kernel, remainder, strict=True))
+    assert_is_torchs(layer, (4, height, width), seed)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch says that it makes a copy
@@ -74,7 +67,7 @@ def test_same_is_torchs_same(kernel, dilation, method):
 PIECES = st.sampled_from(
     [fn.ReLU(), fn.Sigmoid(), fn.Upsample2d(1), fn.Upsample2d(2), fn.Conv2d(2, 1)]
 )
-CHAINS = st.lists(PIECES, min_size=2, max_size=5).map(lambda layers: fn.Sequential(*layers))
+CHAINS = st.lists(PIECES, max_size=5).map(lambda layers: fn.Sequential(*layers))
 
 
 @given(CHAINS, st.integers(0, 99))
@@ -93,10 +86,14 @@ def test_writing_in_place_is_never_seen(net, seed):
     kept = x.clone(), grad.clone()
     y, residuals = net.fwd(params, x)
     close(y, steps[-1])
+    assert y.data_ptr() != x.data_ptr()
     for _ in range(2):  # on the same residuals
         close(net.bwd(params, residuals, grad), (tuple(dparams), dx))
     assert torch.equal(y, net.apply(params, x))
     assert same((x, grad), kept)
+
+
+# --- Steps
 
 
 @given(strategies.tensors((2, 3)), st.sampled_from([0.0, 0.5]), st.booleans())
@@ -109,6 +106,77 @@ def test_step_underscore_writes_into_what_it_was_given(p, dampening, nesterov):
     assert again is params
     assert new_state.momentum["w"] is state.momentum["w"]
     close((params, state.momentum), (expected, expected_state.momentum))
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=4), st.sampled_from([0.0, 0.5, 1.0]))
+def test_a_step_of_many_states_is_the_step_of_each(counts, dampening):
+    sgd = fn.SGD(lambda step: 0.1 / (step + 1), momentum=0.9, dampening=dampening)
+    p, g, v = (fn.normal(key, (len(counts), 3)) for key in fn.split(fn.key(0), 3))
+    states = fn.SGDState(torch.tensor(counts), v)
+    params, after = torch.func.vmap(sgd.step)(p, g, states)
+    for i, count in enumerate(counts):
+        own = fn.SGDState(torch.tensor(count), v[i])
+        close((params[i], after.step[i], after.momentum[i]), _flat(sgd.step(p[i], g[i], own)))
+
+
+def _flat(result):
+    params, state = result
+    return params, state.step, state.momentum
+
+
+ONE = torch.ones(1)
+
+
+@pytest.mark.parametrize("grads", [{"a": ONE, "c": ONE}, [ONE, ONE], (ONE, ONE), {"a": [ONE, ONE]}])
+@pytest.mark.parametrize("method", ["step", "step_"])
+def test_gradients_are_never_matched_by_position(grads, method):
+    params, sgd = {"a": torch.zeros(1), "b": torch.zeros(1)}, fn.SGD(0.1)
+    with pytest.raises(ValueError, match="expected grads with the structure of params"):
+        getattr(sgd, method)(params, grads, sgd.init(params))
+    assert same(params, {"a": torch.zeros(1), "b": torch.zeros(1)})
+
+
+# --- Layers that draw numbers
+
+
+@dataclass(frozen=True)
+class Noisy(fn.Layer):
+    """y = n ∘ x with numbers n drawn from the key, or 1 without one."""
+
+    def init(self, key, shape, *, dtype=None, device=None):
+        return ()
+
+    def out_shape(self, shape):
+        return tuple(shape)
+
+    def fwd(self, params, x, *, key=None):
+        noise = torch.ones_like(x) if key is None else fn.normal(key, x.shape, dtype=x.dtype)
+        return noise * x, noise
+
+    def bwd(self, params, residuals, grad, *, input_grad=True):
+        return (), residuals * grad if input_grad else None
+
+
+NOISY = st.recursive(
+    st.just(Noisy()),
+    lambda layers: st.lists(layers, min_size=1, max_size=3).map(lambda ls: fn.Sequential(*ls)),
+    max_leaves=4,
+)
+
+
+def no_params(layer):
+    return tuple(map(no_params, layer)) if isinstance(layer, fn.Sequential) else ()
+
+
+@given(NOISY, st.integers(0, 99))
+def test_the_key_reaches_every_layer_by_every_way(layer, seed):
+    key, params = fn.key(seed), no_params(layer)
+    x, grad = fn.normal(fn.key(1), (2, 3)), fn.normal(fn.key(2), (2, 3))
+    y, residuals = layer.fwd(params, x, key=key)
+    close(layer.apply(params, x, key=key), y)
+    close(layer.vjp(params, x, grad, key=key), layer.bwd(params, residuals, grad))
+    assert not torch.equal(y, x)
+    assert torch.equal(layer.apply(params, x), x)
 
 
 # --- Devices

@@ -64,7 +64,7 @@ def gate(
     """What becomes of each mutant, in order; `report` hears of each as soon as it is known.
 
     The tests that a mutant names run first, and the whole suite where they all pass; each only
-    after it has passed without a bug, and four times as long at most (a minute at least).
+    after it has passed without a bug, and ten times as long at most (five minutes at least).
 
     Raises GateError if a patch does not apply or the suite fails without a bug.
     """
@@ -144,7 +144,7 @@ def _judge(code: int, output: str) -> tuple[Verdict, str]:
 
 
 def _limit(seconds: float) -> float:
-    return max(60.0, 4 * seconds)
+    return max(300.0, 10 * seconds)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -296,7 +296,7 @@ INPLACE = _in(
 
 UPSAMPLE = _in(
     "layers/upsample.py",
-    f"test_upsample.py {PURITY}",
+    "test_upsample.py test_properties.py::test_out_shape_is_true",
     Row(
         "mean-over-copies",
         "F.avg_pool2d(grad, (rows, columns), divisor_override=1)",

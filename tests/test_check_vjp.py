@@ -273,6 +273,17 @@ def test_a_gradient_that_shares_its_mistake_with_autograd():
     assert mismatch(Cube()).relative_error == pytest.approx(1 / 3, rel=1e-6)
 
 
+@pytest.mark.parametrize("low", [True, False])
+def test_what_happens_to_extreme_gradients_only(low):
+    """Clipping far above, or flushing far below, what a test's grad is like."""
+
+    def spoil(dw, db, dx, x, g):
+        return dw, db, torch.where(dx.abs() < 1e-9, 0.0, dx) if low else dx.clamp(-1e6, 1e6)
+
+    error = mismatch(Spoilt(4, spoil))
+    assert "the gradient for x is not linear in grad" in str(error)
+
+
 def test_coupled_examples():
     """Batch normalisation without the terms that go through the mean."""
 

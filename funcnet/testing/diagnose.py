@@ -109,7 +109,7 @@ def _factor(case: Case, wrong: Tensor, right: Tensor) -> str | None:
     if not where_right.any():
         return None
     factor = float((wrong * right).sum() / right.square().sum())
-    if _alike(wrong, factor * right):
+    if abs(factor - 1) > _ALIKE and _alike(wrong, factor * right):
         shape = case.grad.shape
         batch = shape[0] if shape and not case.is_loss else 1
         positions = case.grad[0, 0].numel() if case.grad.ndim > 2 else 1

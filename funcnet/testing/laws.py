@@ -15,13 +15,18 @@ _EPSILON = torch.finfo(torch.float64).eps
 
 
 def not_linear_in_grad(case: Case) -> str | None:
-    """vjp(a·g + b·h) = a·vjp(g) + b·vjp(h)."""
+    """vjp(a·g + b·h) = a·vjp(g) + b·vjp(h), for very large and very small multiples too."""
     other = signed(case.grad.shape, seed=2).to(case.grad) * 3 * scale_of(case.grad)
     both = case.at(case.leaves, other - 2.5 * case.grad)
     mine, others = case.gradients(), case.at(case.leaves, other).gradients()
     expected = [b - 2.5 * a for a, b in zip(mine, others, strict=True)]
     terms = [2.5 * a.abs() + b.abs() for a, b in zip(mine, others, strict=True)]
     i = _first_off(both, both.gradients(), expected, terms)
+    for multiple in (2.0**40, 2.0**-40):
+        if i is None:
+            scaled = case.at(case.leaves, multiple * case.grad)
+            expected = [multiple * leaf for leaf in mine]
+            i = _first_off(scaled, scaled.gradients(), expected, [leaf.abs() for leaf in expected])
     return None if i is None else f"the gradient for {case.names[i]} is not linear in grad"
 
 

@@ -188,11 +188,18 @@ def _phase(y: Tensor, phase: int, scale: int, dim: int) -> Tensor:
 def _add_up(out: Tensor, terms: list[Term], dim: int) -> None:
     """out[i] = Σ sign · source[i + shift] along `dim`, with 0 outside a source."""
     length = out.shape[dim]
-    reach = [
-        (min(max(0, -shift), length), max(0, min(length, source.shape[dim] - shift)))
-        for source, shift, _ in terms
-    ]
+    everywhere = [(s, sign) for s, shift, sign in terms if shift == 0 and s.shape[dim] == length]
+    if len(everywhere) > 1:
+        _write_sum(out, everywhere)
+        rest = [term for term in terms if term[1] != 0 or term[0].shape[dim] != length]
+        for source, shift, sign in rest:
+            start, stop = _reach(source, shift, length, dim)
+            if start < stop:
+                target = out.narrow(dim, start, stop - start)
+                target.add_(source.narrow(dim, start + shift, stop - start), alpha=sign)
+        return
     # Between two places where a source begins or ends, the same terms reach every entry.
+    reach = [_reach(source, shift, length, dim) for source, shift, _ in terms]
     for start, stop in pairwise(sorted({0, length}.union(*reach))):
         here = [
             (source.narrow(dim, start + shift, stop - start), sign)
@@ -200,6 +207,11 @@ def _add_up(out: Tensor, terms: list[Term], dim: int) -> None:
             if first <= start and stop <= last
         ]
         _write_sum(out.narrow(dim, start, stop - start), here)
+
+
+def _reach(source: Tensor, shift: int, length: int, dim: int) -> tuple[int, int]:
+    """From where to where i, below `length`, has a source[i + shift] along `dim`."""
+    return min(max(0, -shift), length), max(0, min(length, source.shape[dim] - shift))
 
 
 def _write_sum(out: Tensor, terms: list[tuple[Tensor, int]]) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from test_properties import close, same
 
 import funcnet as fn
+from funcnet.layers import low_resolution, transposed
 from funcnet.testing import strategies
 
 PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
@@ -59,6 +60,22 @@ def test_windows_side_by_side_but_for_one_thing(method, departure, kernel, remai
 def test_same_is_torchs_same(kernel, dilation, method):
     layer = fn.Conv2d(2, kernel, padding="same", dilation=dilation, bias=False, method=method)
     assert_is_torchs(layer, (2, 4, 5), seed=0)
+
+
+@pytest.mark.parametrize("way", [low_resolution, transposed], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("kernel", [(1, 2), (2, 1), (4, 3), (3, 4)])
+@pytest.mark.parametrize("scale", [(1, 2), (2, 1), (3, 2)])
+def test_same_is_same_after_upsampling(way, kernel, scale):
+    layer = fn.UpsampleConv2d(2, kernel, scale=scale, bias=False)
+    steps = fn.Sequential(fn.Upsample2d(scale), fn.Conv2d(2, kernel, padding="same", bias=False))
+    params = layer.init(fn.key(0), (2, 3, 2), dtype=torch.float64)
+    x = fn.normal(fn.key(1), (2, 2, 3, 2), dtype=torch.float64)
+    y = steps.apply(((), params), x)
+    close(way.convolve(x, params["weight"], None, scale, layer._window), y)
+    grad = fn.normal(fn.key(2), y.shape, dtype=torch.float64)
+    (_, dparams), dx = steps.vjp(((), params), x, grad)
+    gradients = way.gradients(x, params["weight"], grad, scale, layer._window, True)
+    close(gradients, (dparams["weight"], dx))
 
 
 # --- What works in place, and on what

@@ -50,7 +50,7 @@ REFUSALS = (
 
 GEOMETRY = _in(
     "layers/geometry.py",
-    "test_conv.py test_errors.py::test_another_number_of_channels",
+    "test_conv.py test_gate_properties.py test_errors.py::test_another_number_of_channels",
     Row(
         "count-rounds-up",
         "(length + sum(self.sides[axis]) - reach) // self.stride[axis] + 1",
@@ -425,7 +425,7 @@ LOW_RESOLUTION = _in(
 
 TRANSPOSED = _in(
     "layers/transposed.py",
-    "test_upsample_conv.py",
+    "test_gate_properties.py test_upsample_conv.py",
     Row(
         "crop-on-the-other-side",
         "left - width + 1, right - width + 1, top - height + 1, bottom - height + 1",

@@ -798,7 +798,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--patches", type=count, help="patches to train on (10000)")
     add("--noise", choices=DEFAULT_LEVELS, help="the kind of noise to add (gaussian)")
     add("--level", type=positive, help="255·σ (25) if gaussian, photons at white (30) if poisson")
-    add("--epochs", type=count, default=4, help="(%(default)s)")
+    add("--epochs", type=count, default=6, help="(%(default)s)")
     add("--batch-size", type=count, default=16, help="(%(default)s)")
     add("--lr", type=positive, default=1.0, help="the learning rate's peak (%(default)s)")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="(%(default)s)")

@@ -3,7 +3,6 @@
 Every gradient is written by hand and held to autograd by property tests; see README.md.
 """
 
-from funcnet import memory as _memory  # noqa: F401  (for what it does to the heap)
 from funcnet.checkpoint import (
     CheckpointError,
     inspect,
@@ -18,11 +17,14 @@ from funcnet.keys import Key, bernoulli, fold_in, key, normal, split, uniform
 from funcnet.layer import Layer
 from funcnet.layers import Conv2d, ReLU, Sigmoid, Upsample2d, UpsampleConv2d
 from funcnet.losses import MSE, Loss
+from funcnet.memory import keep_freed_memory
 from funcnet.optimizers import SGD, SGDState
 from funcnet.summary import summary
 from funcnet.tree import register_node
 
 __version__ = "0.1.0"
+
+keep_freed_memory()
 
 __all__ = [
     "MSE",

@@ -1,15 +1,27 @@
 """Keep the memory that one training step frees for the next one.
 
-The C library of Linux hands freed memory back to the system once more than twice the largest block
-ever freed lies unused at the top of its heap, at most 64 MiB (mallopt(3), M_MMAP_THRESHOLD). A
-training step frees and takes back the same tens of megabytes, and fetching them from the system
-page by page takes up to half as long again as the arithmetic. Freeing one block of the largest size
-that the C library heeds, here where the package is imported, has it keep 64 MiB from the start. The
-block is never touched, so it costs nothing; elsewhere this has no effect.
+The C library of Linux hands freed memory back to the system once a threshold of it lies unused at
+the top of its heap (mallopt(3), M_TRIM_THRESHOLD). A training step frees and takes back the same
+tens of megabytes, and fetching them from the system page by page takes up to half as long again as
+the arithmetic. Where the package is imported, the threshold is set to 256 MiB, with blocks of up to
+32 MiB on the heap, unless the user has tuned the C library by its own variables (MALLOC_…).
+Elsewhere this has no effect.
 """
 
-import torch
+import ctypes
+import os
+import sys
 
-_LARGEST_HEEDED = 2**25 - 2**12
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
-torch.empty(_LARGEST_HEEDED, dtype=torch.uint8, device="cpu")
+
+def keep_freed_memory() -> None:
+    """Set both thresholds, if this C library has them and the user has not."""
+    if not sys.platform.startswith("linux") or any(
+        name.startswith("MALLOC_") for name in os.environ
+    ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        mallopt(_M_TRIM_THRESHOLD, 2**28)
+        mallopt(_M_MMAP_THRESHOLD, 2**25)

@@ -3,7 +3,6 @@
 import math
 import random
 import re
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -93,13 +92,16 @@ def test_random_layers_with_and_without_their_key():
     )
 
 
-def test_an_ordinary_layer_takes_less_than_a_second():
+def test_an_ordinary_layer_takes_few_forward_passes(monkeypatch):
     layer = fn.Conv2d(8, 3, padding=1)
     params, x = case(layer, (4, 3, 16, 16), torch.float32)
+    passes = []
+    forward = fn.Conv2d.fwd
+    monkeypatch.setattr(
+        fn.Conv2d, "fwd", lambda *args, **kwargs: passes.append(1) or forward(*args, **kwargs)
+    )
     check_vjp(layer, params, x)
-    start = time.process_time()
-    check_vjp(layer, params, x)
-    assert time.process_time() - start < 1.5  # of two threads, beside other work
+    assert 0 < len(passes) < 1000
 
 
 def test_global_randomness_is_left_alone():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -152,9 +151,7 @@ def test_inspect_reads_no_tensor(path: Path) -> None:
     with open(path, "r+b") as file:
         file.seek(-1, 2)
         file.write(b"\xff")  # which `load` would find
-    start = time.perf_counter()
     assert fn.inspect(path).shapes == {"%": (2**25,)}
-    assert time.perf_counter() - start < 0.5
     with pytest.raises(fn.CheckpointError, match="damaged in 1 of its 32 blocks"):
         fn.load(path)
 

@@ -5,6 +5,7 @@ The residual is y, which the next layer keeps anyway: both derivatives can be re
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -84,15 +85,17 @@ class Activation(Layer):
         check_grad(self, grad, residuals.shape, residuals)
         return (), self._derivative_(residuals, grad) if input_grad else None
 
+    @abstractmethod
     def _value(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """σ(x)."""
 
+    @abstractmethod
     def _value_(self, x: Tensor) -> Tensor:
         """`_value`, written over x: for a caller who owns it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _derivative(self, y: Tensor, grad: Tensor) -> Tensor:
-        raise NotImplementedError
+        """σ'(x) ∘ grad, with σ' read off y."""
 
     def _derivative_(self, y: Tensor, grad: Tensor) -> Tensor:
         """`_derivative`, written over grad where that is worth it."""

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import funcnet as fn
-from funcnet.layers import native, unfold
+from funcnet.layers import native, patches, unfold
 from funcnet.layers.geometry import Window
 from funcnet.testing import strategies
 
@@ -78,6 +78,51 @@ def test_integers_are_convolved_exactly_by_both_methods(case):
     (da, dxa), (du, dxu) = auto.vjp(params, x, grad), derivation.vjp(params, x, grad)
     assert torch.equal(dxa, dxu)
     assert all(torch.equal(da[name], du[name]) for name in params)
+
+
+@st.composite
+def cut_into_patches(draw):
+    """Convolutions of which most have the stride of their kernel, and nothing else."""
+    kernel = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    rarely = st.sampled_from([(0, 0)] * 4 + [(0, 1), (1, 0)])
+    padding, more = draw(rarely), draw(rarely)
+    dilation = tuple(1 + entry for entry in more)
+    return fn.Conv2d(
+        draw(st.integers(1, 3)),
+        kernel,
+        stride=kernel,
+        padding=padding,
+        dilation=dilation,
+        bias=draw(st.booleans()),
+    )
+
+
+@given(strategies.cases(cut_into_patches(), integers=True))
+def test_products_over_patches_are_exact(case):
+    layer, params, x = case
+    derivation = with_method(layer, "unfold")
+    with pytest.MonkeyPatch.context() as patch:  # worth it or not
+        patch.setattr(patches, "_CHANNELS", 0)
+        patch.setattr(patches, "_PATCHES", 0)
+        y = layer.apply(params, x)
+        grad = integers(y.shape, x.dtype)
+        dparams, dx = layer.vjp(params, x, grad)
+    assert torch.equal(y, derivation.apply(params, x))
+    expected, expected_dx = derivation.vjp(params, x, grad)
+    assert torch.equal(dx, expected_dx)
+    assert all(torch.equal(dparams[name], expected[name]) for name in params)
+
+
+def test_many_patches_are_worth_it():
+    layer = fn.Conv2d(3, 2, stride=2)
+    x = fn.normal(fn.key(1), (2, 16, 33, 34), dtype=torch.float64)
+    assert patches.are_worth_it(x, layer._window)
+    params = layer.init(fn.key(0), x.shape[1:], dtype=torch.float64)
+    y, residuals = layer.fwd(params, x)
+    torch.testing.assert_close(y, reference(layer, params, x))
+    derivation = with_method(layer, "unfold")
+    expected = derivation.vjp(params, x, y)
+    torch.testing.assert_close(layer.bwd(params, residuals, y), expected)
 
 
 @given(EXACT)

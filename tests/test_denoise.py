@@ -139,7 +139,7 @@ def test_without_arguments_but_the_sizes(tmp_path, denoise):
     assert "epoch 2: loss 0." in out
     assert "PSNR of 7 held-out patches with Gaussian noise, σ = 25/255:" in out
     assert "non-local means" in out
-    assert "loss=" in err
+    assert "epoch 1/2:" in err  # a bar; what it shows of so short a run depends on the machine
     assert "step/s" in err or "s/step" in err
     runs = tmp_path / "runs" / "denoise"
     assert sorted(path.name for path in runs.iterdir()) == sorted([*OUTPUTS, "checkpoints"])

@@ -13,7 +13,7 @@ from mutants.runner import ROOT, GateError, Verdict, examine, gate, plant, snaps
 from mutants.table import MUTANTS, Mutant
 
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
-SLICE = ["groups-mixed", "partial-sum-off-by-one", "fold-in-collides-with-split"]
+SLICE = ["groups-mixed", "off-by-one-padding", "fold-in-collides-with-split"]
 HARMLESS = Mutant(
     name="harmless",
     file="funcnet/losses.py",

@@ -11,7 +11,8 @@ so that, with grad for ∂L/∂y,
     dx[n, c, a, b]      = Σ weight[o, c, t, r] · grad[n, o, i, j]
                           over o, t, r, i, j with s·i + d·t − p = a and s·j + d·r − p = b.
 
-`unfold.py` derives these by matrix products; `native.py` calls PyTorch's kernels for them.
+`unfold.py` derives these by matrix products; `native.py` calls PyTorch's kernels for them;
+`patches.py` is a shorter way where the stride is the kernel's size.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from funcnet.layer import (
     check_tensor,
     source,
 )
-from funcnet.layers import native, unfold
+from funcnet.layers import native, patches, unfold
 from funcnet.layers.geometry import (
     Padding,
     Pair,
@@ -140,7 +141,7 @@ class Conv2d(Layer):
         window.count(self, x.shape[2:])
         if self.method == "auto":
             x = native.layout(x)
-        return self._method.convolve(x, params["weight"], params.get("bias"), window), x
+        return self._way(x).convolve(x, params["weight"], params.get("bias"), window), x
 
     def bwd(
         self, params: Tree, residuals: Tensor, grad: Tensor, *, input_grad: bool = True
@@ -149,7 +150,7 @@ class Conv2d(Layer):
         x, window = residuals, self._window
         check_kernel(self, params, x, window, self.bias)
         check_grad(self, grad, (len(x), self.out_channels, *window.count(self, x.shape[2:])), x)
-        dweight, dx = self._method.gradients(x, params["weight"], grad, window, input_grad)
+        dweight, dx = self._way(x).gradients(x, params["weight"], grad, window, input_grad)
         dparams = {"weight": dweight}
         if self.bias:
             dparams["bias"] = grad.sum((0, 2, 3))
@@ -161,9 +162,11 @@ class Conv2d(Layer):
         sides = padding_sides(self.padding, kernel_size, dilation)
         return Window(kernel_size, pair(self.stride), sides, dilation, self.groups)
 
-    @property
-    def _method(self) -> Any:
-        return {"auto": native, "unfold": unfold}[self.method]
+    def _way(self, x: Tensor) -> Any:
+        """The module that convolves pictures like x."""
+        if self.method == "unfold":
+            return unfold
+        return patches if patches.are_worth_it(x, self._window) else native
 
     def __repr__(self) -> str:
         return source(self)

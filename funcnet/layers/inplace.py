@@ -18,15 +18,15 @@ def add(x: Tensor, y: Tensor) -> Tensor:
         return x + y
 
 
-def add_into(out: Tensor, x: Tensor, y: Tensor, sign: int) -> None:
-    """out = x + sign · y."""
+def add_into(out: Tensor, x: Tensor, y: Tensor) -> None:
+    """out = x + y."""
     if not torch.compiler.is_compiling():
         try:
-            torch.add(x, y, alpha=sign, out=out)
+            torch.add(x, y, out=out)
             return
         except RuntimeError:
             pass
-    out.copy_(x).add_(y, alpha=sign)
+    out.copy_(x).add_(y)
 
 
 def relu_derivative(y: Tensor, grad: Tensor) -> Tensor:

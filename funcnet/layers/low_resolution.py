@@ -1,27 +1,24 @@
 """Nearest upsampling by s, then a convolution with k taps, at the cost of the small image.
 
 In one dimension, with padding p before, output s·i + a (phase a = 0 … s−1) sees through tap t the
-source pixel i + q_t, q_t = ⌊(a − p + t)/s⌋:
+source pixel i + q_at, q_at = ⌊(a − p + t)/s⌋:
 
-    y[s·i + a] = Σ_t w_t · x[i + q_t].
+    y[s·i + a] = Σ_t w_t · x[i + q_at].
 
-The upsampled signal is constant between source pixels, so q_t takes few values: it moves on by one
-at the taps j ≡ p − a (mod s), and at no others. Summation by parts about some pixel c of the window
-leaves one product with the sum of all taps, and one for each move:
+A product of a tap with a source pixel thus serves every phase. So the products are made first, one
+for each tap and source pixel, and the upsampled signal's are shifted copies of them to add up:
 
-    y[s·i + a] = S·x[i+c] + Σ_{q_j > c} P_j·(x[i+q_j] − x[i+q_j−1])
-                          − Σ_{q_j ≤ c} B_j·(x[i+q_j] − x[i+q_j−1])
+    z_t[i] = w_t · x[i],    y[s·i + a] = Σ_t z_t[i + q_at],
 
-    S = Σ_t w_t,    P_j = Σ_{t ≥ j} w_t  (taps from j on),    B_j = Σ_{t < j} w_t  (taps before j).
+k products for each source pixel, where the upsampled signal would take s·k. In two dimensions they
+are k² products of size C×O instead of s²·k²: a single matrix product for the whole picture. The
+sums are taken along one axis after the other. The gradients are the adjoint of the sums, and the
+two gradients of the matrix product:
 
-Every j = 1 … k−1 is a move of exactly one phase. So k products, S·x and P_j·x or B_j·x, called
-columns here, serve all s phases, where the upsampled signal would take s·k. In two dimensions, k²
-products of size C×O for each source pixel instead of s²·k²: a single matrix product for the whole
-picture. What is left is to add the columns up, shifted, with signs; the gradients are the adjoint
-of that (phases added into columns, shifted back) and the two gradients of the matrix product:
+    forward    z = K·x,  y = spread(z)            K: (kh·kw·O, C), the weights of each tap
+    backward   dz = gather(dy),  dx = Kᵀ·dz,  dK = dz·xᵀ
 
-    forward    z = K·x,  y = spread(z)            K: (kh·kw·O, C), a linear map of the weights
-    backward   dz = gather(dy),  dx = Kᵀ·dz,  dK = dz·xᵀ,  and dweight, the adjoint of that map
+    gather     dz_t[i] = Σ_a dy[s·(i − q_at) + a]
 
 The upsampled picture is never made.
 """
@@ -29,7 +26,6 @@ The upsampled picture is never made.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -46,58 +42,31 @@ _CHUNK_ENTRIES = 2**21
 _LANES = 16
 """With fewer channels than a vector register has lanes, planes are added faster than pixels."""
 
+Term: TypeAlias = tuple[Tensor, int]
+"""(source, shift): source[i + shift], a term of a sum over i."""
 
-Term: TypeAlias = tuple[Tensor, int, int]
-"""(source, shift, sign): sign · source[i + shift], a term of a sum over i."""
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One dimension of the sum: `columns` taps each to sum, and the terms that add columns up.
-
-    `columns[v][t]` is 1 if column v sums tap t, else 0. A term (a, v, q, sign) stands for
-
-        y[s·i + a] += sign · z_v[i + q]    where z_v[i] = Σ_t columns[v][t] · w_t · x[i].
-    """
-
-    columns: tuple[tuple[int, ...], ...]
-    terms: tuple[tuple[int, int, int, int], ...]
+Shifts: TypeAlias = list[list[int]]
+"""q_at at [a][t]."""
 
 
-def axis_of(taps: int, scale: int, before: int) -> Axis:
-    """The sum by parts for k taps, upsampling by `scale` and `before` entries of padding.
-
-    >>> axis_of(taps=3, scale=2, before=1).columns  # S, B_1, P_2
-    ((1, 1, 1), (1, 0, 0), (0, 0, 1))
-    """
-    columns = [(1,) * taps] * taps
-    terms = []
-    for phase in range(scale):
-        q = [(phase - before + t) // scale for t in range(taps)]
-        centre = min(max(0, q[0]), q[-1])  # the pixel that the output lies in, if it is seen
-        terms.append((phase, 0, centre, 1))
-        for j in range(1, taps):
-            if q[j] > q[j - 1]:
-                after = q[j] > centre
-                columns[j] = tuple(int((t >= j) == after) for t in range(taps))
-                sign = 1 if after else -1
-                terms += [(phase, j, q[j], sign), (phase, j, q[j] - 1, -sign)]
-    return Axis(tuple(columns), tuple(terms))
+def layout(weight: Tensor) -> Tensor:
+    """The same weights (O, C, kh, kw) in the order of K: the pixels of the kernel come first."""
+    return weight.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Pair, window: Window) -> Tensor:
     """y (N, O, H′, W′) of x (N, C, H, W) upsampled by `scale`, and weight (O, C, kh, kw)."""
-    rows, columns = _axes(scale, window)
+    rows, columns = _shifts(0, scale, window), _shifts(1, scale, window)
     height, width = window.count("convolve", (scale[0] * x.shape[2], scale[1] * x.shape[3]))
-    kernel = _kernel(weight, rows, columns)
+    kernel = _kernel(weight)
     y: Tensor | None = None
     for part, pixels in _chunks(native.layout(x), weight):
         z = _layout(F.conv2d(pixels, kernel), len(weight))
         z = torch.unflatten(z, 1, (*window.kernel_size, -1))  # (n, kh, kw, O, H, W)
         half = _empty(z, (len(z), *z.shape[2:4], height, x.shape[3]))  # (n, kw, O, H′, W)
-        _spread(z, half, rows, scale[0], dim=-2)
+        _spread(z, half, rows, dim=-2)
         y = _empty(z, (len(x), len(weight), height, width)) if y is None else y
-        _spread(half, y[part], columns, scale[1], dim=-1)
+        _spread(half, y[part], columns, dim=-1)
     assert y is not None
     return y if bias is None else inplace.add(y, bias[:, None, None])
 
@@ -106,17 +75,17 @@ def gradients(
     x: Tensor, weight: Tensor, grad: Tensor, scale: Pair, window: Window, input_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(dweight, dx); dx is None without `input_grad`."""
-    rows, columns = _axes(scale, window)
+    rows, columns = _shifts(0, scale, window), _shifts(1, scale, window)
     (kh, kw), (height, width) = window.kernel_size, x.shape[2:]
-    kernel = _kernel(weight, rows, columns)
+    kernel = _kernel(weight)
     dkernel: Tensor | None = None
     dx: Tensor | None = None
     for part, pixels in _chunks(native.layout(x), weight):
         dy = _layout(grad[part], len(weight))
         half = _empty(dy, (len(dy), kw, *dy.shape[1:3], width))  # (n, kw, O, H′, W)
-        _gather(dy, half, columns, scale[1], dim=-1)
+        _gather(dy, half, columns, dim=-1)
         z = _empty(dy, (len(dy), kh, *half.shape[1:3], height, width))  # (n, kh, kw, O, H, W)
-        _gather(half, z, rows, scale[0], dim=-2)
+        _gather(half, z, rows, dim=-2)
         dk, d = native.kernel_gradients(pixels, kernel, z.flatten(1, 3), input_grad)
         dkernel = dk if dkernel is None else dkernel.add_(dk)
         if d is None or len(d) == len(x):
@@ -125,85 +94,79 @@ def gradients(
             dx = _empty(d, x.shape) if dx is None else dx
             dx[part] = d
     assert dkernel is not None
-    return _kernel_adjoint(dkernel, weight, rows, columns), dx
+    dtaps = dkernel.reshape(kh, kw, *weight.shape[:2])
+    return native.like(weight, dtaps.permute(2, 3, 0, 1)), dx
 
 
-def _axes(scale: Pair, window: Window) -> tuple[Axis, Axis]:
-    rows, columns = (
-        axis_of(taps, s, before)
-        for taps, s, (before, _) in zip(window.kernel_size, scale, window.sides, strict=True)
-    )
-    return rows, columns
+def _kernel(weight: Tensor) -> Tensor:
+    """K (kh·kw·O, C, 1, 1)."""
+    return weight.permute(2, 3, 0, 1).reshape(-1, weight.shape[1], 1, 1)
 
 
-def _kernel(weight: Tensor, rows: Axis, columns: Axis) -> Tensor:
-    """K (kh·kw·O, C, 1, 1): the weights summed into columns, on both axes."""
-    sums = _sums(weight, rows, columns) @ weight.flatten(2).flatten(0, 1).t()
-    return sums.reshape(-1, weight.shape[1], 1, 1)
-
-
-def _kernel_adjoint(dkernel: Tensor, weight: Tensor, rows: Axis, columns: Axis) -> Tensor:
-    """dweight (O, C, kh, kw) of dK."""
-    sums = _sums(weight, rows, columns)
-    dtaps = (sums.t() @ dkernel.reshape(len(sums), -1)).reshape(
-        *weight.shape[2:], *weight.shape[:2]
-    )
-    return dtaps.permute(2, 3, 0, 1).contiguous()
-
-
-def _sums(weight: Tensor, rows: Axis, columns: Axis) -> Tensor:
-    """(kh·kw, kh·kw), 1 where a pair of columns sums a pair of taps."""
-    both = [
-        [row_tap * column_tap for row_tap in row for column_tap in column]
-        for row in rows.columns
-        for column in columns.columns
+def _shifts(axis: int, scale: Pair, window: Window) -> Shifts:
+    """q_at of one axis."""
+    s, (before, _) = scale[axis], window.sides[axis]
+    return [
+        [(phase - before + tap) // s for tap in range(window.kernel_size[axis])]
+        for phase in range(s)
     ]
-    return torch.tensor(both, dtype=weight.dtype, device=weight.device)
 
 
-def _spread(z: Tensor, y: Tensor, axis: Axis, scale: int, dim: int) -> None:
-    """y (n, …) of columns z (n, k, …), one dimension of the sum."""
-    sums: list[list[Term]] = [[] for _ in range(scale)]
-    for phase, column, shift, sign in axis.terms:
-        sums[phase].append((z[:, column], shift, sign))
-    for phase, terms in enumerate(sums):
-        _add_up(_phase(y, phase, scale, dim), terms, dim)
+def _spread(z: Tensor, y: Tensor, shifts: Shifts, dim: int) -> None:
+    """y (n, …) of z (n, k, …), one dimension of the sum."""
+    taps = z.unbind(1)
+    for phase, q in enumerate(shifts):
+        out = _phase(y, phase, len(shifts), dim)
+        before = _phase(y, phase - 1, len(shifts), dim) if phase else None
+        if before is not None and q == shifts[phase - 1] and before.shape == out.shape:
+            out.copy_(before)
+        else:
+            _add_up(out, list(zip(taps, q, strict=True)), dim)
 
 
-def _gather(y: Tensor, z: Tensor, axis: Axis, scale: int, dim: int) -> None:
-    """The adjoint of `_spread`: columns z (n, k, …) of y (n, …)."""
-    sums: list[list[Term]] = [[] for _ in axis.columns]
-    for phase, column, shift, sign in axis.terms:
-        sums[column].append((_phase(y, phase, scale, dim), -shift, sign))
-    for column, terms in enumerate(sums):
-        _add_up(z[:, column], terms, dim)
+def _gather(y: Tensor, z: Tensor, shifts: Shifts, dim: int) -> None:
+    """The adjoint of `_spread`: z (n, k, …) of y (n, …)."""
+    phases = _merged([_phase(y, phase, len(shifts), dim) for phase in range(len(shifts))], shifts)
+    for tap in range(z.shape[1]):
+        _add_up(z.select(1, tap), [(dy, -q[tap]) for dy, q in phases], dim)
+
+
+def _merged(phases: list[Tensor], shifts: Shifts) -> list[tuple[Tensor, list[int]]]:
+    """The phases with their shifts; of those that see the same pixels, the sum."""
+    merged: list[tuple[Tensor, list[int]]] = []
+    for dy, q in zip(phases, shifts, strict=True):
+        if merged and merged[-1][1] == q and merged[-1][0].shape == dy.shape:
+            merged[-1] = merged[-1][0] + dy, q
+        else:
+            merged.append((dy, q))
+    return merged
 
 
 def _phase(y: Tensor, phase: int, scale: int, dim: int) -> Tensor:
-    """y[phase::scale] along `dim`."""
-    index = (*(slice(None),) * (y.ndim + dim), slice(phase, None, scale))
-    return y[index]
+    """y[phase::scale] along `dim`, the last or the last but one."""
+    entries = slice(phase, None, scale)
+    return y[..., entries] if dim == -1 else y[..., entries, :]
 
 
 def _add_up(out: Tensor, terms: list[Term], dim: int) -> None:
-    """out[i] = Σ sign · source[i + shift] along `dim`, with 0 outside a source."""
+    """out[i] = Σ source[i + shift] along `dim`, with 0 outside a source."""
     length = out.shape[dim]
-    everywhere = [(s, sign) for s, shift, sign in terms if shift == 0 and s.shape[dim] == length]
+    everywhere = [s for s, shift in terms if shift == 0 and s.shape[dim] == length]
     if len(everywhere) > 1:
         _write_sum(out, everywhere)
-        rest = [term for term in terms if term[1] != 0 or term[0].shape[dim] != length]
-        for source, shift, sign in rest:
-            start, stop = _reach(source, shift, length, dim)
-            if start < stop:
-                target = out.narrow(dim, start, stop - start)
-                target.add_(source.narrow(dim, start + shift, stop - start), alpha=sign)
+        for source, shift in terms:
+            if shift != 0 or source.shape[dim] != length:
+                start, stop = _reach(source, shift, length, dim)
+                if start < stop:
+                    target = out.narrow(dim, start, stop - start)
+                    target.add_(source.narrow(dim, start + shift, stop - start))
         return
     # Between two places where a source begins or ends, the same terms reach every entry.
-    reach = [_reach(source, shift, length, dim) for source, shift, _ in terms]
+    reach = [_reach(source, shift, length, dim) for source, shift in terms]
     for start, stop in pairwise(sorted({0, length}.union(*reach))):
         here = [
-            (source.narrow(dim, start + shift, stop - start), sign)
-            for (source, shift, sign), (first, last) in zip(terms, reach, strict=True)
+            source.narrow(dim, start + shift, stop - start)
+            for (source, shift), (first, last) in zip(terms, reach, strict=True)
             if first <= start and stop <= last
         ]
         _write_sum(out.narrow(dim, start, stop - start), here)
@@ -214,21 +177,16 @@ def _reach(source: Tensor, shift: int, length: int, dim: int) -> tuple[int, int]
     return min(max(0, -shift), length), max(0, min(length, source.shape[dim] - shift))
 
 
-def _write_sum(out: Tensor, terms: list[tuple[Tensor, int]]) -> None:
-    """out = Σ sign · source, in as few passes as there are pairs to add."""
-    if not terms:
-        out.zero_()
-        return
-    (first, sign), *rest = sorted(terms, key=lambda term: -term[1])
-    if sign > 0 and rest:
-        second, *rest = rest
-        inplace.add_into(out, first, *second)
+def _write_sum(out: Tensor, sources: list[Tensor]) -> None:
+    """out = Σ source, the first two in one pass."""
+    if len(sources) > 1:
+        inplace.add_into(out, sources[0], sources[1])
+    elif sources:
+        out.copy_(sources[0])
     else:
-        out.copy_(first)
-        if sign < 0:
-            out.neg_()
-    for source, sign in rest:
-        out.add_(source, alpha=sign)
+        out.zero_()
+    for source in sources[2:]:
+        out.add_(source)
 
 
 def _chunks(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:

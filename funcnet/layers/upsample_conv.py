@@ -77,7 +77,10 @@ class UpsampleConv2d(Layer):
         """{"weight", "bias"} for examples of shape (C, H, W)."""
         self.out_shape(shape)
         weight_shape = (self.out_channels, shape[0], *self._window.kernel_size)
-        return init_kernel(key, weight_shape, self.bias, dtype, device)
+        params = init_kernel(key, weight_shape, self.bias, dtype, device)
+        if self.method == "auto":
+            params["weight"] = _fused(params["weight"]).layout(params["weight"])
+        return params
 
     def out_shape(self, shape: Sequence[int]) -> Shape:
         """(O, H′, W′) of (C, H, W)."""

@@ -93,27 +93,29 @@ class SGD:
         if write:
             self._check_writable(ps, vs)
         count = _concrete(state.step)
-        lr = self._lr(count)
-        updated = [
-            self._update(p, g, v, lr, count, write) for p, g, v in zip(ps, gs, vs, strict=True)
-        ]
-        new_params = structure.unflatten([p for p, _ in updated])
-        velocities = structure.unflatten([v for _, v in updated]) if self.momentum else ()
-        return params if write else new_params, SGDState(state.step + 1, velocities)
+        ps, vs = self._update(ps, gs, vs, self._lr(count), count, write)
+        velocities = structure.unflatten(vs) if self.momentum else ()
+        return params if write else structure.unflatten(ps), SGDState(state.step + 1, velocities)
 
     def _update(
-        self, p: Tensor, g: Tensor, v: Tensor, lr: float | Tensor, count: int | Tensor, write: bool
-    ) -> tuple[Tensor, Tensor]:
-        """(p, v) after the step."""
+        self,
+        ps: list[Tensor],
+        gs: list[Tensor],
+        vs: list[Tensor],
+        lr: float | Tensor,
+        count: int | Tensor,
+        write: bool,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """(ps, vs) after the step."""
         if self.maximize:
-            g = -g
+            gs = [-g for g in gs]
         if self.weight_decay:
-            g = g.add(p, alpha=self.weight_decay)
+            gs = _add(gs, ps, self.weight_decay, write=False)
         if self.momentum:
-            v = v.mul_(self.momentum) if write else v * self.momentum
-            v = _add(v, g, self._share_of_gradient(count), write)
-            g = g.add(v, alpha=self.momentum) if self.nesterov else v
-        return _add(p, g, -lr, write), v
+            vs = [v.mul_(self.momentum) if write else v * self.momentum for v in vs]
+            vs = _add(vs, gs, self._share_of_gradient(count), write)
+            gs = _add(gs, vs, self.momentum, write=False) if self.nesterov else vs
+        return _add(ps, gs, -lr, write), vs
 
     def _share_of_gradient(self, count: int | Tensor) -> float | Tensor:
         """1 − dampening, but 1 at the first step."""
@@ -146,7 +148,7 @@ class SGD:
                     f"{self}: expected tensors at {structure.accessors()[i].codify('params')} "
                     f"and in {name}, got {type(p).__name__} and {type(leaf).__name__}"
                 )
-            if (leaf.shape, leaf.dtype, leaf.device) != (p.shape, p.dtype, p.device):
+            if leaf.shape != p.shape or leaf.dtype != p.dtype or leaf.device != p.device:
                 raise ValueError(
                     f"{self}: expected {structure.accessors()[i].codify(name)} like params, "
                     f"{_describe(p)}, got {_describe(leaf)}"
@@ -160,16 +162,29 @@ class SGD:
                     f"{self}: expected tensors that can be written to, got an expanded one of "
                     f"shape {tuple(tensor.shape)} and stride {tensor.stride()}"
                 )
+            if tensor.is_inference() and not torch.is_inference_mode_enabled():
+                raise ValueError(
+                    f"{self}: expected tensors that can be written to, got one of shape "
+                    f"{tuple(tensor.shape)} made in inference mode"
+                )
 
     def __repr__(self) -> str:
         return source(self)
 
 
-def _add(x: Tensor, y: Tensor, alpha: float | Tensor, write: bool) -> Tensor:
-    """x + alpha · y, into x if `write`."""
+def _add(xs: list[Tensor], ys: list[Tensor], alpha: float | Tensor, write: bool) -> list[Tensor]:
+    """x + alpha · y of each x and y, into x if `write`."""
     if isinstance(alpha, Tensor):
-        y, alpha = alpha.to(y.dtype) * y, 1.0
-    return x.add_(y, alpha=alpha) if write else x.add(y, alpha=alpha)
+        ys, alpha = [alpha.to(y.dtype) * y for y in ys], 1.0
+    batched = torch._C._functorch.is_batchedtensor
+    if not xs or any(batched(leaf) for leaves in (xs, ys) for leaf in leaves):
+        # torch.func.vmap has no rule for lists of tensors.
+        pairs = zip(xs, ys, strict=True)
+        return [x.add_(y, alpha=alpha) if write else x.add(y, alpha=alpha) for x, y in pairs]
+    if not write:
+        return list(torch._foreach_add(xs, ys, alpha=alpha))
+    torch._foreach_add_(xs, ys, alpha=alpha)
+    return xs
 
 
 def _concrete(step: Tensor) -> int | Tensor:

@@ -183,3 +183,44 @@ def test_what_is_expanded_cannot_be_written_into():
     sgd = fn.SGD(0.1)
     with pytest.raises(ValueError, match="tensors that can be written to, got an expanded one"):
         sgd.step_(params, {"w": torch.ones(3)}, sgd.init(params))
+
+
+def test_what_inference_made_cannot_be_written_into():
+    with torch.inference_mode():
+        params = {"v": torch.ones(3), "w": torch.ones(3)}
+    grads = {"v": torch.ones(3), "w": torch.ones(3)}
+    sgd = fn.SGD(0.1, momentum=0.9)
+    state = sgd.init(grads)
+    with pytest.raises(ValueError, match="got one of shape \\(3,\\) made in inference mode"):
+        sgd.step_(params, grads, state)
+    assert all((leaf == 0).all() for leaf in state.momentum.values())
+    with torch.inference_mode():
+        params, _ = sgd.step_(params, grads, sgd.init(grads))
+    assert torch.equal(params["v"], torch.full((3,), 0.9))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_both_steps_over_stacked_parameters(momentum):
+    """Under torch.func.vmap, step writes to nothing and step_ into params, as without it."""
+    sgd = fn.SGD(0.5, momentum=momentum)
+
+    def make(seed):
+        return {"w": fn.normal(fn.key(seed), (3, 2)), "b": fn.normal(fn.key(seed), (3, 1))}
+
+    params, grads = make(0), make(1)
+    state = sgd.init({name: leaf[0] for name, leaf in params.items()})
+    velocities = sgd.init(params).momentum
+
+    def run(method):
+        def step(params, grads, velocities):
+            params, after = method(params, grads, state._replace(momentum=velocities))
+            return params, after.momentum
+
+        return torch.func.vmap(step)(params, grads, velocities)
+
+    kept = optree.tree_map(torch.clone, (params, velocities))
+    updated = run(sgd.step)
+    assert same((params, velocities), kept)
+    assert same(updated[0], sgd.step(params, grads, sgd.init(params))[0])
+    run(sgd.step_)
+    assert same((params, velocities), updated)

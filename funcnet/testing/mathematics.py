@@ -157,7 +157,6 @@ class _Judge:
                 self.autograd = None  # it cannot follow what apply does
                 break
         return None
-        return None
 
     def _excess(self, ours: Tensor, theirs: Tensor, floor: Tensor) -> Tensor:
         """How many times what is allowed ours is off; 0 where theirs is not finite."""

@@ -221,3 +221,20 @@ def test_the_modules_convolve_with_uneven_sides(module):
     x, weight = fn.normal(fn.key(0), (2, 2, 4, 3)), fn.normal(fn.key(1), (3, 2, 2, 3))
     expected = F.conv2d(F.pad(x, (1, 1, 0, 1)), weight)
     torch.testing.assert_close(module.convolve(x, weight, None, window), expected)
+
+
+def test_strides_of_axes_of_size_1_may_be_anything():
+    """What F.conv2d and its backward pass get wrong in torch 2.13: both found by properties."""
+    layer = fn.Conv2d(2, 2, padding=1, groups=2, bias=False)
+    params = layer.init(fn.key(0), (4, 1, 2), dtype=torch.float64)
+    x = fn.normal(fn.key(1), (1, 4, 1, 2), dtype=torch.float64)
+    odd = x.permute(3, 2, 0, 1).contiguous().permute(2, 3, 1, 0).as_strided(x.shape, (1, 1, 4, 4))
+    grad = fn.normal(fn.key(2), (1, 2, 2, 3), dtype=torch.float64)
+    torch.testing.assert_close(layer.vjp(params, odd, grad), layer.vjp(params, x, grad))
+
+    layer = fn.Conv2d(6, (2, 1), stride=2, groups=2, bias=False)
+    params = layer.init(fn.key(0), (6, 5, 5))
+    odd = params["weight"].as_strided((6, 3, 2, 1), (6, 1, 3, 36))
+    x = fn.normal(fn.key(1), (1, 6, 5, 5)).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(odd, params["weight"])
+    torch.testing.assert_close(layer.apply({"weight": odd}, x), layer.apply(params, x))

@@ -104,6 +104,30 @@ def test_vjp_is_linear_in_grad(case):
     close(combined, parts, rtol=1e-9, atol=1e-9)
 
 
+@st.composite
+def restrided(draw, x):
+    """x with its axes in any order in memory, and with any strides along those of size 1."""
+    order = draw(st.permutations(range(x.ndim)))
+    x = x.permute(order).contiguous().permute([order.index(axis) for axis in range(x.ndim)])
+    strides = [
+        draw(st.sampled_from([stride, 1, 77])) if size == 1 else stride
+        for size, stride in zip(x.shape, x.stride(), strict=True)
+    ]
+    return x.as_strided(x.shape, strides)
+
+
+@given(strategies.cases(EVERY_LAYER), st.data())
+def test_strides_do_not_matter(case, data):
+    """PyTorch's convolutions return wrong numbers for some strides along axes of size 1."""
+    layer, params, x = case
+    params, x = optree.tree_map(torch.Tensor.contiguous, (params, x.clone()))
+    grad = fn.normal(fn.key(0), layer.apply(params, x).shape, dtype=x.dtype)
+    y, gradients = layer.apply(params, x), layer.vjp(params, x, grad)
+    params, x, grad = optree.tree_map(lambda leaf: data.draw(restrided(leaf)), (params, x, grad))
+    close(layer.apply(params, x), y)
+    close(layer.vjp(params, x, grad), gradients, rtol=1e-4, atol=1e-4)
+
+
 # --- Purity
 
 

@@ -17,15 +17,31 @@ def layout(x: Tensor) -> Tensor:
     if x.device.type != "cpu":
         return x
     try:
-        return x.contiguous(memory_format=torch.channels_last)
+        return _plain(x.contiguous(memory_format=torch.channels_last))
     except RuntimeError:  # torch.func.vmap knows no memory formats, but the same by another name
         return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def _plain(x: Tensor) -> Tensor:
+    """x, row-major or in channels_last, with the strides that a new tensor would have.
+
+    Those of axes of size 1 can be anything, and PyTorch's kernels, of which some take them at
+    their word, have been seen to return wrong gradients.
+    """
+    _, channels, height, width = x.shape
+    image = channels * height * width
+    if x.stride() == (image, 1, width * channels, channels):
+        return x
+    if x.stride() == (image, height * width, width, 1):
+        return x
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    return x.clone(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
     """y (N, O, H′, W′) of x (N, C, H, W) and weight (O, C/groups, kh, kw)."""
     x, padding = _pad_odd(x, window)
-    return F.conv2d(x, weight, bias, window.stride, padding, window.dilation, window.groups)
+    return F.conv2d(x, _plain(weight), bias, window.stride, padding, window.dilation, window.groups)
 
 
 def gradients(
@@ -64,7 +80,7 @@ def kernel_gradients(
     dx, dweight, _ = torch.ops.aten.convolution_backward(
         layout(grad),
         x,
-        weight,
+        _plain(weight),
         None,
         stride,
         padding,

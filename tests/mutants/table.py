@@ -140,6 +140,12 @@ NATIVE = _in(
         "a dilated kernel has holes",
     ),
     Row(
+        "strides-taken-at-their-word",
+        "    channels_last = x.is_contiguous(memory_format=torch.channels_last)\n",
+        "    return x\n    channels_last = x.is_contiguous(memory_format=torch.channels_last)\n",
+        "PyTorch's kernels return wrong numbers for some strides of axes of size 1",
+    ),
+    Row(
         "odd-padding-before",
         "F.pad(x, (0, right - left, 0, bottom - top))",
         "F.pad(x, (right - left, 0, bottom - top, 0))",

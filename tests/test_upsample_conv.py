@@ -96,7 +96,7 @@ def test_each_way_is_exact_on_integers(way, case, seed):
 @WAYS
 @pytest.mark.parametrize("scale", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("taps", [1, 2, 3, 4, 6])
-def test_every_phase_and_partial_sum(way, scale, taps):
+def test_every_phase_and_tap(way, scale, taps):
     """Kernels of one tap after another, over every padding up to beyond the kernel's reach."""
     x = torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64).reshape(1, 1, 1, 3)
     for padding in range(taps + 2):

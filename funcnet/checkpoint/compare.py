@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
 
 from funcnet.checkpoint.structure import (
     Json,
@@ -22,10 +21,6 @@ from funcnet.tree import Key
 Path: TypeAlias = "tuple[Key, ...]"
 Spec: TypeAlias = "tuple[torch.dtype, tuple[int, ...]]"
 """dtype and shape."""
-
-
-def spec_of(tensor: Tensor) -> Spec:
-    return tensor.dtype, tuple(tensor.shape)
 
 
 def differences(

@@ -68,11 +68,6 @@ def find_wrong(case: Case, rtol: float, atol: float, errors: Errors) -> Finding 
     ).find(thorough=True)
 
 
-def find_wrong_at(case: Case, rtol: float, atol: float, errors: Errors) -> Finding | None:
-    """The first wrong entry at a float64 case that autograd gives away."""
-    return _Judge(case, rtol, atol, errors).find(thorough=False)
-
-
 def moved(case: Case) -> Case:
     """A point beside the case. Entries keep their sign; zeros move, unless f is undefined there."""
     still = case.apply().isfinite().all()

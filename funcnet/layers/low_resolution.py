@@ -25,6 +25,7 @@ The upsampled picture is never made.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TypeAlias
@@ -190,10 +191,10 @@ def _write_sum(out: Tensor, sources: list[Tensor]) -> None:
 
 
 def _chunks(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Parts of the batch whose z has about `_CHUNK_ENTRIES` entries, and where they lie in it."""
-    pixels = x.shape[2] * x.shape[3]
-    columns = weight.numel() // weight.shape[1]
-    batch = max(1, _CHUNK_ENTRIES // (pixels * columns))
+    """Parts of the batch, of a size, whose z has at most `_CHUNK_ENTRIES` entries if that can be;
+    and where they lie in it."""
+    entries = x.numel() // x.shape[1] * weight.numel() // weight.shape[1]
+    batch = max(1, math.ceil(len(x) / max(1, math.ceil(entries / _CHUNK_ENTRIES))))
     for start in range(0, max(len(x), 1), batch):
         part = slice(start, start + batch)
         yield part, x[part]

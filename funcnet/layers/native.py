@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from funcnet.layers import inplace
 from funcnet.layers.geometry import Pair, Window
 
 
@@ -17,31 +18,33 @@ def layout(x: Tensor) -> Tensor:
     if x.device.type != "cpu":
         return x
     try:
-        return _plain(x.contiguous(memory_format=torch.channels_last))
+        x = x.contiguous(memory_format=torch.channels_last)
+        return _plain(x, torch.channels_last)
     except RuntimeError:  # torch.func.vmap knows no memory formats, but the same by another name
         return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
-def _plain(x: Tensor) -> Tensor:
-    """x, row-major or in channels_last, with the strides that a new tensor would have.
+def _plain(x: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """x with the strides of a new tensor, row-major or in channels_last.
 
     Those of axes of size 1 can be anything, and PyTorch's kernels, of which some take them at
-    their word, have been seen to return wrong gradients.
+    their word, have been seen to return wrong numbers.
     """
     _, channels, height, width = x.shape
     image = channels * height * width
-    if x.stride() == (image, 1, width * channels, channels):
+    row_major = (image, height * width, width, 1)
+    if x.stride() in (row_major, (image, 1, width * channels, channels)):
         return x
-    if x.stride() == (image, height * width, width, 1):
-        return x
-    channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    return x.clone(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return x.clone(memory_format=memory_format)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
     """y (N, O, H′, W′) of x (N, C, H, W) and weight (O, C/groups, kh, kw)."""
     x, padding = _pad_odd(x, window)
-    return F.conv2d(x, _plain(weight), bias, window.stride, padding, window.dilation, window.groups)
+    # oneDNN 3.x has been seen to crash on a bias where dilated windows see nothing but padding.
+    fused = bias if window.dilation == (1, 1) else None
+    y = F.conv2d(x, _plain(weight), fused, window.stride, padding, window.dilation, window.groups)
+    return y if bias is None or bias is fused else inplace.add(y, bias[:, None, None])
 
 
 def gradients(

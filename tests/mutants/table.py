@@ -135,15 +135,21 @@ NATIVE = _in(
     "test_gate_properties.py test_conv.py",
     Row(
         "dilation-ignored",
-        "bias, window.stride, padding, window.dilation, window.groups)",
-        "bias, window.stride, padding, (1, 1), window.groups)",
+        "_plain(weight), fused, window.stride, padding, window.dilation, window.groups)",
+        "_plain(weight), fused, window.stride, padding, (1, 1), window.groups)",
         "a dilated kernel has holes",
     ),
     Row(
         "strides-taken-at-their-word",
-        "    channels_last = x.is_contiguous(memory_format=torch.channels_last)\n",
-        "    return x\n    channels_last = x.is_contiguous(memory_format=torch.channels_last)\n",
+        "return x.clone(memory_format=memory_format)",
+        "return x",
         "PyTorch's kernels return wrong numbers for some strides of axes of size 1",
+    ),
+    Row(
+        "bias-of-dilated-convolutions-lost",
+        "return y if bias is None or bias is fused else inplace.add(y, bias[:, None, None])",
+        "return y",
+        "the bias is added after a dilated convolution",
     ),
     Row(
         "odd-padding-before",

@@ -31,11 +31,11 @@ _registered: dict[str, type] = {}
 def register_node(cls: _Class) -> _Class:
     """Make a namedtuple or frozen dataclass, a layer for instance, a node that files can hold.
 
-    Files name it by module and name, `train.Moments`. Where no class of that module is registered,
-    as when `train` ran as a script, `load` takes the only registered class called `Moments`, if
-    there is one. A dataclass is rebuilt by its own constructor, from its fields. It also becomes a
-    node for `optree` and for `torch.utils._pytree` (namedtuples are), but not a layer or loss:
-    those hold no tensors, and functions that map over tensors pass them by. A decorator, too.
+    Files name it by module and name, `train.Moments`. Where `train` runs as a script now, or ran as
+    one then (`__main__.Moments`), `load` takes the only registered class called `Moments` of which
+    that may be true. A dataclass is rebuilt by its own constructor, from its fields. It also
+    becomes a node for `optree` and for `torch.utils._pytree` (namedtuples are), but not a layer or
+    loss: those hold no tensors, and functions that map over tensors pass them by. A decorator, too.
 
     Raises TypeError for any other class, or one whose constructor wants what is not a field.
 
@@ -70,8 +70,14 @@ def class_named(name: str) -> type | None:
     if name in _registered:
         return _registered[name]
     last = name.rpartition(".")[2]
-    same = [cls for cls in _registered.values() if cls.__name__ == last]
+    same = [cls for cls in _registered.values() if cls.__name__ == last and _ran(name, cls)]
     return same[0] if len(same) == 1 else None
+
+
+def _ran(name: str, cls: type) -> bool:
+    """Whether a module ran as a script: that of the class which files call `name`, or that of
+    `cls`. Then its name tells nothing."""
+    return name.startswith("__main__.") or cls.__module__ == "__main__"
 
 
 def is_known(cls: type) -> bool:

@@ -190,3 +190,12 @@ def test_the_command_refuses_other_files(path: Path, capsys: pytest.CaptureFixtu
     error = capsys.readouterr().err
     assert "zip archive" in error
     assert "No such file" in error
+
+
+def test_keys_of_one_name_are_told_apart(path: Path) -> None:
+    fn.save(path, {"7": torch.ones(1)})
+    like = {7: torch.ones(1)}
+    with pytest.raises(fn.CheckpointError, match=r"7 \(key 7\): expected .*\n.*7 \(key '7'\): not"):
+        fn.load(path, like=like)
+    _, skipped = fn.load(path, like=like, strict=False)
+    assert skipped.keys() == {"7 (key 7)", "7 (key '7')"}

@@ -204,3 +204,14 @@ def test_a_network_that_holds_what_a_file_cannot_is_refused(tmp_path: Path) -> N
     with pytest.raises(TypeError, match="expected net to be a Layer, got tuple"):
         fn.save_model(tmp_path / "m", (), ())
     assert not list(tmp_path.iterdir())
+
+
+def test_tensors_that_share_memory_without_sharing_a_storage(tmp_path: Path) -> None:
+    array = np.ones(8)
+    tree = {"a": torch.from_numpy(array), "b": torch.from_numpy(array[1:])}
+    with pytest.raises(ValueError, match=r"^b: .* shares memory with a; clone"):
+        fn.save(tmp_path / "t", tree)
+    fn.save(tmp_path / "t", {"a": torch.from_numpy(array[:4]), "b": torch.from_numpy(array[4:])})
+    columns = {"a": torch.from_numpy(array[::2]), "b": torch.from_numpy(array[1::2])}
+    fn.save(tmp_path / "t", columns)
+    assert torch.equal(fn.load(tmp_path / "t")["b"], torch.ones(4, dtype=torch.float64))

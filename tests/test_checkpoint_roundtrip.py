@@ -205,3 +205,19 @@ def test_paths_of_any_kind(tmp_path: Path) -> None:
     for path in (str(tmp_path / "a"), tmp_path / "ü ж.safetensors", tmp_path / ("n" * 255)):
         fn.save(path, (1,))
         assert fn.load(path) == (1,)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.ones(2)[::2],
+        torch.arange(12.0).reshape(3, 4)[:1, 2],
+        torch.ones(4)[::2][:0],
+        torch.arange(4.0).as_strided((1, 4, 1), (7, 1, 9)),
+        torch.arange(6.0).reshape(2, 3)[:, 1:2],
+    ],
+    ids=lambda tensor: f"{tuple(tensor.shape)} {tensor.stride()}",
+)
+def test_strides_of_axes_of_size_1(tensor: torch.Tensor, tmp_path: Path) -> None:
+    fn.save(tmp_path / "t", [tensor])
+    assert torch.equal(fn.load(tmp_path / "t")[0], tensor)

@@ -125,6 +125,7 @@ def test_classes_of_one_name_are_told_apart_by_their_modules() -> None:
 def test_a_class_is_found_where_its_module_has_another_name() -> None:
     assert trees.class_named("__main__.Average") is Average
     assert trees.class_named("Average") is None  # only those of funcnet have no module
+    assert trees.class_named("elsewhere.Average") is None  # another class, for all that is known
 
 
 def test_a_class_may_have_the_name_of_one_of_funcnet() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -45,7 +46,11 @@ def differences(
     for path, part in got_parts.items():
         if path not in expected_parts and _is_end(part):
             found[path] = (label(part.name), f"not expected, got {_describe(part, got_specs)}")
-    return found
+    times = Counter(name for name, _ in found.values())
+    return {  # the keys 7 and "7" have one name
+        path: (f"{name} (key {path[-1]!r})" if times[name] > 1 else name, text)
+        for path, (name, text) in found.items()
+    }
 
 
 def replace_leaves(structure: Json, replacement: Callable[[Path, Json], Json]) -> Json:

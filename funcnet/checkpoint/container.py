@@ -115,8 +115,10 @@ def as_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, row-major: its own memory where it lies so on the CPU, else a copy."""
     tensor = tensor.detach().resolve_conj().resolve_neg()
     # Copies are made of integers, since copying may change the payload of a NaN.
-    bits = tensor.view(_BITS[tensor.dtype.itemsize]).cpu().contiguous()
-    return memoryview(bits.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    bits = tensor.view(_BITS[tensor.dtype.itemsize]).cpu().contiguous().reshape(-1)
+    if bits.stride() != (1,):  # that of a single entry, or of none, can be anything
+        bits = bits.clone(memory_format=torch.contiguous_format)
+    return memoryview(bits.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def block_count(entry: Entry) -> int:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
-from itertools import pairwise
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -73,51 +72,59 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
 
 def _check_untied(tensors: Mapping[str, Tensor]) -> None:
     """Refuse tensors that share memory: they would come back as copies, no longer tied."""
-    by_storage = defaultdict(list)
-    for name, tensor in tensors.items():
-        if tensor.numel():
-            by_storage[tensor.device, tensor.untyped_storage().data_ptr()].append(name)
-    for names in by_storage.values():
-        if _may_share(views := {name: tensors[name] for name in names}):
-            _check_apart(views)
+    spans = [(*_span(tensor), name) for name, tensor in tensors.items() if tensor.numel()]
+    by_device = defaultdict(list)
+    for start, end, name in sorted(spans):
+        by_device[tensors[name].device].append((start, end, name))
+    for found in by_device.values():
+        for names in _overlapping(found):
+            _check_apart({name: tensors[name] for name in tensors if name in names})
 
 
-def _may_share(views: dict[str, Tensor]) -> bool:
-    """Whether the spans of memory that views of one storage lie in overlap."""
-    spans = sorted(_span(view) for view in views.values())
-    return any(start < end for (_, end), (start, _) in pairwise(spans))
+def _overlapping(spans: list[tuple[int, int, str]]) -> Iterator[set[str]]:
+    """The names of sorted spans that run into one another, where there are several."""
+    names: set[str] = set()
+    reach = 0
+    for start, end, name in spans:
+        if start >= reach:
+            if len(names) > 1:
+                yield names
+            names = set()
+        names.add(name)
+        reach = max(reach, end)
+    if len(names) > 1:
+        yield names
 
 
 def _span(view: Tensor) -> tuple[int, int]:
-    """The first byte of its storage that a tensor has, and the one after its last."""
-    start = int(view.storage_offset())
+    """The addresses of a tensor's first byte, and of the one after its last."""
     steps = sum((size - 1) * step for size, step in zip(view.shape, view.stride(), strict=True))
-    return start * view.itemsize, (start + steps + 1) * view.itemsize
+    return view.data_ptr(), view.data_ptr() + (steps + 1) * view.itemsize
 
 
 def _check_apart(views: dict[str, Tensor]) -> None:
     """Refuse views that have a byte in common; those that interleave, like columns, do not."""
-    unit = min(view.itemsize for view in views.values())
-    taken = torch.zeros(max(_span(view)[1] for view in views.values()) // unit, dtype=torch.bool)
+    base = min(view.data_ptr() for view in views.values())
+    places = (place for view in views.values() for place in (view.itemsize, view.data_ptr() - base))
+    unit = math.gcd(*places)
+    size = (max(_span(view)[1] for view in views.values()) - base) // unit
+
+    def within(marks: Tensor, view: Tensor) -> Tensor:
+        """The marks of a view's memory, of which there is one for each `unit` bytes."""
+        width = view.itemsize // unit
+        strides = zip(view.shape, view.stride(), strict=True)
+        sizes = [1 if step == 0 else size for size, step in strides]  # expanded: the same memory
+        steps = [step * width for step in view.stride()]
+        return marks.as_strided([*sizes, width], [*steps, 1], (view.data_ptr() - base) // unit)
+
+    taken = torch.zeros(size, dtype=torch.bool)
     for name, view in views.items():
-        if _within(taken, unit, view).any():
+        if within(taken, view).any():
+            mine = torch.zeros(size, dtype=torch.bool)
+            within(mine, view).fill_(True)
+            other = next(other for other in views if within(mine, views[other]).any())
             raise ValueError(
                 f"{name}: expected memory of its own, got a tensor that shares memory with "
-                f"{_first_sharing(name, views, unit, len(taken))}; clone() one of them"
+                f"{other}; clone() one of them"
             )
-        _within(taken, unit, view).fill_(True)
-
-
-def _first_sharing(name: str, views: dict[str, Tensor], unit: int, size: int) -> str:
-    wanted = torch.zeros(size, dtype=torch.bool)
-    _within(wanted, unit, views[name]).fill_(True)
-    return next(other for other in views if _within(wanted, unit, views[other]).any())
-
-
-def _within(marks: Tensor, unit: int, view: Tensor) -> Tensor:
-    """The marks of a view's memory, of which there is one for each `unit` bytes of the storage."""
-    width = view.itemsize // unit
-    # Along an expanded dimension the memory is the same.
-    sizes = [1 if step == 0 else size for size, step in zip(view.shape, view.stride(), strict=True)]
-    steps = [step * width for step in view.stride()]
-    return marks.as_strided([*sizes, width], [*steps, 1], int(view.storage_offset()) * width)
+        within(taken, view).fill_(True)

@@ -275,6 +275,58 @@ def test_a_gradient_that_shares_its_mistake_with_autograd():
     assert mismatch(Cube()).relative_error == pytest.approx(1 / 3, rel=1e-6)
 
 
+def test_one_entry_that_is_wrong_in_an_autograd_function_too():
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(x, weight)
+            return torch.tanh(x @ weight.T)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return wrong(*ctx.saved_tensors, grad)
+
+    def wrong(x, weight, grad):
+        dz = grad / torch.cosh(x @ weight.T) ** 2
+        dweight = dz.T @ x
+        dweight[2, 3] *= 1 + 1e-4
+        return dz @ weight, dweight
+
+    @dataclass(frozen=True)
+    class Wrong(Dense):
+        def init(self, key, shape, *, dtype=None, device=None):
+            return (fn.normal(key, (self.size, shape[0]), dtype=dtype, device=device) / 3,)
+
+        def fwd(self, params, x, *, key=None):
+            return Product.apply(x, *params), x
+
+        def bwd(self, params, x, grad, *, input_grad=True):
+            dx, dweight = wrong(x, *params, grad)
+            return (dweight,), dx if input_grad else None
+
+    assert mismatch(Wrong(9)).leaf == "params[0][2, 3]"
+
+
+@pytest.mark.parametrize("name", ["log", "inverse"])
+def test_layers_that_refuse_what_they_are_not_defined_for(name):
+    """Their exceptions at points that are the check's own are no fault of theirs."""
+
+    @dataclass(frozen=True)
+    class Refusing(Plain):
+        def fwd(self, params, x, *, key=None):
+            if name == "log" and not (x > 0).all():
+                raise ValueError("expected numbers > 0")
+            y = x.log() if name == "log" else torch.linalg.inv(x)
+            return y, (x if name == "log" else y)
+
+        def bwd(self, params, kept, grad, *, input_grad=True):
+            dx = grad / kept if name == "log" else -(kept.mT @ grad @ kept.mT)
+            return (), dx if input_grad else None
+
+    x = fn.uniform(fn.key(0), (2, 3, 3), 0.1, 1.0, dtype=torch.float64)
+    check_vjp(Refusing(), (), x + (0 if name == "log" else 2 * torch.eye(3)))
+
+
 @pytest.mark.parametrize("low", [True, False])
 def test_what_happens_to_extreme_gradients_only(low):
     """Clipping far above, or flushing far below, what a test's grad is like."""
@@ -357,6 +409,8 @@ class Broken(Elementwise):
         return y * (1 + 1e-5) if self("apply") else y
 
     def vjp(self, params, x, grad, *, key=None, input_grad=True):
+        if self("vjp writes to strided x") and not x.is_contiguous() and 0 not in x.stride():
+            x.mul_(1.0)
         dparams, dx = super().vjp(params, x, grad, input_grad=input_grad)
         return dparams, dx * (1 + 1e-5) if self("vjp") and dx is not None else dx
 
@@ -378,6 +432,10 @@ class Broken(Elementwise):
             y = y.float()
         if self("y is x"):
             y = x
+        if self("y is strided x") and not x.is_contiguous():
+            y = x
+        if self("offset of x"):
+            y = x.as_strided(x.shape, x.stride(), 0) ** 2
         if self("y is a view of x"):
             y = x[...]
         return (y, residuals, None) if self("three results") else (y, residuals)
@@ -425,6 +483,9 @@ FAULTS = {
     "fwd differs": "fwd: called twice, gives two different answers for y",
     "y dtype": "fwd: expected y to be torch.float64 on cpu, got torch.float32",
     "y is x": "y shares memory with x",
+    "y is strided x": "y shares memory with x",
+    "vjp writes to strided x": "vjp: writes to x",
+    "offset of x": "an x that is at an offset in its memory changes y",
     "y is a view of x": "y shares memory with x",
     "three results": r"fwd: expected a pair \(y, residuals\), got a tuple of 3",
     "hidden state": "state is kept between fwd and bwd",
@@ -440,6 +501,42 @@ FAULTS = {
     "tree": "bwd: expected dx to be a tensor, got a tuple of 0",
     "tree of dparams": "bwd: expected dparams with the tree of params",
 }
+
+
+def test_gradients_that_share_memory():
+    @dataclass(frozen=True)
+    class Twice(Plain):
+        def init(self, key, shape, *, dtype=None, device=None):
+            return {"a": torch.ones((), dtype=dtype), "b": torch.ones((), dtype=dtype)}
+
+        def fwd(self, params, x, *, key=None):
+            return (params["a"] + params["b"]) * x, x
+
+        def bwd(self, params, x, grad, *, input_grad=True):
+            both = (x * grad).sum()
+            dx = (params["a"] + params["b"]) * grad if input_grad else None
+            return {"a": both, "b": both}, dx
+
+    x = fn.normal(fn.key(0), (3, 6), dtype=torch.float64)
+    params = Twice().init(fn.key(0), (6,), dtype=torch.float64)
+    with pytest.raises(GradientMismatch, match=r"for params\['a'\] and params\['b'\] share memory"):
+        check_vjp(Twice(), params, x)
+
+
+@pytest.mark.parametrize("fault", ["input_grad", "vjp"])
+def test_what_rounding_in_half_precision_hides(fault):
+    @dataclass(frozen=True)
+    class Half(Dense):
+        def vjp(self, params, x, grad, *, key=None, input_grad=True):
+            dparams, dx = super().vjp(params, x, grad, input_grad=input_grad)
+            if fault == "vjp" or not input_grad:
+                dparams["weight"][1, 1] *= 1 + 1e-4
+            return dparams, dx
+
+    x = fn.normal(fn.key(0), (3, 6), dtype=torch.bfloat16)
+    params = Half().init(fn.key(1), (6,), dtype=torch.bfloat16)
+    with pytest.raises(GradientMismatch, match=r"vjp.*params\['weight'\], at \[1, 1\]"):
+        check_vjp(Half(), params, x)
 
 
 def test_broken_is_right_without_a_fault():

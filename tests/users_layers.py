@@ -143,6 +143,25 @@ class BatchNorm(fn.Layer):
 
 
 @dataclass(frozen=True)
+class LayerNorm(Plain):
+    """Every example with mean 0 and variance 1: at a constant one, nothing but rounding."""
+
+    def fwd(self, params, x, *, key=None):
+        axes = tuple(range(1, x.ndim))
+        centred = x - x.mean(axes, keepdim=True)
+        scale = (centred.square().mean(axes, keepdim=True) + 1e-5).rsqrt()
+        y = centred * scale
+        return y, (y, scale)
+
+    def bwd(self, params, residuals, grad, *, input_grad=True):
+        y, scale = residuals
+        axes = tuple(range(1, y.ndim))
+        centred = grad - grad.mean(axes, keepdim=True)
+        dx = scale * (centred - y * (y * grad).mean(axes, keepdim=True))
+        return (), dx if input_grad else None
+
+
+@dataclass(frozen=True)
 class MaxPool(Plain):
     """The largest of each pair of neighbours on the last axis; of two equal ones, the second."""
 
@@ -244,6 +263,7 @@ RIGHT = [
     Softmax(),
     SoftmaxOfBias(),
     BatchNorm(),
+    LayerNorm(),
     MaxPool(),
     Dropout(),
     OddTree(),

@@ -22,8 +22,8 @@ from funcnet.testing.rounding import allowance, gradient_moves, value_moves
 
 _EPSILON = torch.finfo(torch.float64).eps
 _SUSPECTS = 12
-_WITH_AUTOGRAD, _ALONE = 100, 6000  # evaluations of apply that single entries may cost
-_WORK = 2**23  # entries that all those evaluations may compute
+_WITH_AUTOGRAD, _ALONE = 100, 20000  # evaluations of apply that single entries may cost
+_WORK = 2**24  # entries that all those evaluations may compute
 
 
 @dataclass

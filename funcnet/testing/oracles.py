@@ -28,13 +28,15 @@ _EPSILON = torch.finfo(torch.float64).eps
 
 
 def autograd_gradients(case: Case) -> Leaves | None:
-    """The gradients by autograd of `apply`; None where apply cannot be differentiated so."""
+    """The gradients by autograd of `apply`; None where it cannot be differentiated so, or where a
+    backward pass of its own is hand-written, a `torch.autograd.Function`: that proves nothing.
+    """
     leaves = [leaf.detach().clone() for leaf in case.leaves]
     inputs = [leaf.requires_grad_() for leaf in leaves if leaf.is_floating_point()]
     try:
         with torch.enable_grad():
             y = case.at(leaves).apply()
-            if not y.requires_grad:
+            if not y.requires_grad or _is_handwritten(y):
                 return None
             found = iter(torch.autograd.grad((y * case.grad).sum(), inputs, allow_unused=True))
     except (RuntimeError, NotImplementedError):
@@ -44,6 +46,20 @@ def autograd_gradients(case: Case) -> Leaves | None:
         torch.zeros_like(leaf) if gradient is None else gradient.detach()
         for leaf, gradient in zip(leaves, gradients, strict=True)
     ]
+
+
+def _is_handwritten(y: Tensor) -> bool:
+    """Whether a `torch.autograd.Function` is in the graph of y."""
+    nodes = [y.grad_fn]
+    seen = set()
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [behind for behind, _ in node.next_functions]
+    return False
 
 
 @dataclass(frozen=True)
@@ -85,9 +101,16 @@ class Line:
         if h not in self._known:
             pairs = zip(self.case.leaves, self.direction, strict=True)
             leaves = [leaf if v is None else leaf + h * v for leaf, v in pairs]
-            self._known[h] = self.case.at(leaves).apply()
+            self._known[h] = self._apply(leaves) if h else self.case.at(leaves).apply()
             self.evaluations += 1
         return self._known[h]
+
+    def _apply(self, leaves: Leaves) -> Tensor:
+        """y, or NaN where the layer refuses to go: it may be defined on one side only."""
+        try:
+            return self.case.at(leaves).apply()
+        except Exception:  # whatever it refuses with
+            return torch.full_like(self.y(0.0), math.nan)
 
     def central(self, h: float) -> float:
         """(φ(h) − φ(−h)) / 2h; what does not change cancels exactly before it is summed."""

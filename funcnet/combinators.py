@@ -12,7 +12,6 @@ from torch import Tensor
 
 from funcnet.keys import Key, fold_in
 from funcnet.layer import Layer, Shape, Tree, as_shape, check_tensor
-from funcnet.layers.activations import Activation
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -111,19 +110,19 @@ class Sequential(Layer):
         dx: Tensor | None = grad
         owned = False
         for i in reversed(range(first, len(self))):
-            name = "_bwd_over" if owned and isinstance(self[i], Activation) else method
+            name = "_bwd_over" if owned and self[i]._works_in_place else method
             need = input_grad or i > first
             dparams[i], dx = self._call(i, name, params[i], residuals.pop(), dx, input_grad=need)
             owned = self[i]._owns_results
         if not self.layers:
             dx = grad.clone() if input_grad else None
-        return tuple(dparams), dx
+        return getattr(params, "_make", tuple)(dparams), dx
 
     def _forward_methods(self, method: str, over: str) -> Iterator[str]:
         """The method to call on each layer: `over` where the layer before owns what it hands on."""
         owned = False
         for layer in self.layers:
-            yield over if owned and isinstance(layer, Activation) else method
+            yield over if owned and layer._works_in_place else method
             owned = layer._owns_results
 
     def _call(self, i: int, method: str, *args: Any, **kwargs: Any) -> Any:

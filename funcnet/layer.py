@@ -33,7 +33,7 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -57,9 +57,23 @@ class Layer(ABC):
     written to a tensor that was handed in, and no state is kept between them.
     """
 
-    _owns_results: ClassVar[bool] = False
+    _owns_results = False
     """Whether y of `fwd` and dx of `bwd` are new memory that nobody else can see, the residuals and
     dparams included. What follows such a layer may work in place."""
+
+    _works_in_place = False
+    """Whether there are `_fwd_over`, `_bwd_over` and `_apply_over`, which write over what the layer
+    before or behind owns."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Who overrides a pass of ours has promised nothing of what ours promises."""
+        super().__init_subclass__(**kwargs)
+        own = vars(cls)
+        if not own.keys().isdisjoint(("fwd", "bwd", "apply")):
+            cls._owns_results = own.get("_owns_results", False)
+            cls._works_in_place = own.get("_works_in_place", False)
+            if "_bwd_consuming" not in own:
+                cls._bwd_consuming = Layer._bwd_consuming  # type: ignore[method-assign]
 
     @abstractmethod
     def init(
@@ -113,7 +127,7 @@ class Layer(ABC):
 def source(value: Any) -> str:
     """The code that builds a dataclass of ours, without defaults: `Conv2d(8, kernel_size=3)`."""
     arguments = []
-    for position, field in enumerate(fields(value)):
+    for position, field in enumerate(field for field in fields(value) if field.init):
         argument = _collapse(getattr(value, field.name))
         if position == 0 and field.default is MISSING:
             arguments.append(repr(argument))

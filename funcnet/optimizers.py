@@ -127,11 +127,13 @@ class SGD:
 
     def _lr(self, count: int | Tensor) -> float | Tensor:
         if not callable(self.lr):
-            return self.lr
+            return float(self.lr)
         lr = self.lr(count)  # type: ignore[arg-type]
         if not isinstance(lr, Tensor):
             _check_number("lr(step)", lr)
-        return lr
+        elif lr.ndim:
+            raise ValueError(f"{self}: expected lr(step) to be a scalar, got {tuple(lr.shape)}")
+        return lr if isinstance(lr, Tensor) else float(lr)
 
     def _leaves(
         self, name: str, tree: Tree, ps: list[Tensor], structure: optree.PyTreeSpec
@@ -148,6 +150,11 @@ class SGD:
                     f"{self}: expected tensors at {structure.accessors()[i].codify('params')} "
                     f"and in {name}, got {type(p).__name__} and {type(leaf).__name__}"
                 )
+            if not (p.is_floating_point() or p.is_complex()):
+                raise TypeError(
+                    f"{self}: expected floating-point tensors, got {p.dtype} at "
+                    f"{structure.accessors()[i].codify('params')}"
+                )
             if leaf.shape != p.shape or leaf.dtype != p.dtype or leaf.device != p.device:
                 raise ValueError(
                     f"{self}: expected {structure.accessors()[i].codify(name)} like params, "
@@ -162,6 +169,8 @@ class SGD:
                     f"{self}: expected tensors that can be written to, got an expanded one of "
                     f"shape {tuple(tensor.shape)} and stride {tensor.stride()}"
                 )
+            if torch.compiler.is_compiling():  # which cannot look further
+                continue
             if tensor.is_inference() and not torch.is_inference_mode_enabled():
                 raise ValueError(
                     f"{self}: expected tensors that can be written to, got one of shape "

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import optree
 import pytest
 import torch
 import torch.nn.functional as F
@@ -256,3 +257,25 @@ def test_windows_that_see_nothing_but_padding(layer, shape):
     y = layer.apply(params, x)
     torch.testing.assert_close(y, derivation.apply(params, x))
     torch.testing.assert_close(layer.vjp(params, x, y), derivation.vjp(params, x, y))
+
+
+@given(
+    strategies.cases(
+        st.one_of(strategies.conv2d(), strategies.upsample_conv2d()),
+        dtypes=st.sampled_from([torch.bfloat16, torch.float16]),
+        batches=st.sampled_from([1, 8]),
+    )
+)
+def test_half_precision_is_close_to_float64(case):
+    """PyTorch's gradients in bfloat16 can be anything where pictures have few columns."""
+    layer, params, x = case
+    grad = fn.normal(fn.key(1), layer.apply(params, x).shape, dtype=x.dtype)
+    exact = with_method(layer, "unfold")
+    wide = {name: leaf.double() for name, leaf in params.items()}
+    results = layer.apply(params, x), layer.vjp(params, x, grad)
+    expected = exact.apply(wide, x.double()), exact.vjp(wide, x.double(), grad.double())
+    for ours, theirs in zip(optree.tree_leaves(results), optree.tree_leaves(expected), strict=True):
+        assert ours.dtype == x.dtype
+        if theirs.numel():
+            off = (ours.double() - theirs).abs().max()
+            assert off <= 0.02 * theirs.abs().max() + 0.02

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from fractions import Fraction
 
 import optree
 import pytest
@@ -224,3 +225,21 @@ def test_both_steps_over_stacked_parameters(momentum):
     assert same(updated[0], sgd.step(params, grads, sgd.init(params))[0])
     run(sgd.step_)
     assert same((params, velocities), updated)
+
+
+def test_what_cannot_be_updated_changes_nothing():
+    params = {"a": torch.ones(2), "n": torch.ones(2, dtype=torch.int64)}
+    sgd = fn.SGD(0.1)
+    for method in (sgd.step, sgd.step_):
+        with pytest.raises(TypeError, match=r"got torch.int64 at params\['n'\]"):
+            method(params, params, sgd.init(params))
+    assert (params["a"] == 1).all()
+    params, grads = {"a": torch.ones(1)}, {"a": torch.ones(1)}
+    sgd = fn.SGD(lambda step: torch.ones(5), momentum=0.9)
+    state = sgd.init(params)
+    with pytest.raises(ValueError, match=r"expected lr\(step\) to be a scalar, got \(5,\)"):
+        sgd.step_(params, grads, state)
+    assert (state.momentum["a"] == 0).all()
+    sgd = fn.SGD(lambda step: Fraction(1, 10), momentum=0.9)
+    params, _ = sgd.step_(params, grads, sgd.init(params))
+    assert params["a"].item() == pytest.approx(0.9)

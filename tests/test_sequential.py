@@ -1,7 +1,8 @@
 """Sequential: composition, nesting, indexing, the right key and residual for each layer."""
 
+from collections import OrderedDict
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from test_properties import close, make, same
 
 import funcnet as fn
-from funcnet.testing import strategies
+from funcnet.testing import check_vjp, strategies
 
 NET = fn.Sequential(
     fn.Conv2d(4, 2, stride=2), fn.ReLU(), fn.UpsampleConv2d(3), fn.Sigmoid(), fn.Upsample2d(2)
@@ -156,3 +157,64 @@ def test_writing_over_what_the_layer_before_made_is_not_seen(before, activation)
 
 def test_repr_is_code():
     assert repr(fn.Sequential(fn.ReLU(), fn.Sequential())) == "Sequential(ReLU(), Sequential())"
+
+
+def test_subclasses_of_layers_that_work_in_place():
+    """What overrides a pass of ours is used as it is written, and nothing of its is written to."""
+
+    @dataclass(frozen=True, repr=False)
+    class Leaky(fn.ReLU):
+        def fwd(self, params, x, *, key=None):
+            return torch.where(x > 0, x, 0.1 * x), x
+
+        def bwd(self, params, x, grad, *, input_grad=True):
+            return (), torch.where(x > 0, grad, 0.1 * grad) if input_grad else None
+
+    @dataclass(frozen=True, repr=False)
+    class ConvTanh(fn.Conv2d):
+        def fwd(self, params, x, *, key=None):
+            z, kept = super().fwd(params, x)
+            y = torch.tanh(z)
+            return y, (kept, y)
+
+        def bwd(self, params, residuals, grad, *, input_grad=True):
+            kept, y = residuals
+            return super().bwd(params, kept, grad * (1 - y * y), input_grad=input_grad)
+
+    @dataclass(frozen=True, init=False, repr=False)
+    class Doubled(fn.Sequential):
+        def bwd(self, params, residuals, grad, *, input_grad=True):
+            return super().bwd(params, residuals, 2 * grad, input_grad=input_grad)
+
+    x = fn.normal(fn.key(1), (2, 3, 6, 6), dtype=torch.float64)
+    for after in (Leaky(), fn.ReLU(), fn.Sigmoid()):
+        for before in (fn.Conv2d(2, 3), ConvTanh(2, 3)):
+            net = fn.Sequential(before, after)
+            params = net.init(fn.key(0), (3, 6, 6), dtype=torch.float64)
+            check_vjp(net, params, x)
+            y = after.apply((), before.apply(params[0], x))
+            torch.testing.assert_close(net.apply(params, x), y)
+            assert (y.min() < 0) == (after == Leaky())
+    inner = fn.Sequential(fn.Conv2d(2, 3))
+    params = inner.init(fn.key(0), (3, 6, 6))
+    target = torch.zeros(2, 2, 4, 4)
+    _, (once,) = fn.value_and_grad(inner, fn.MSE())(params, x.float(), target)
+    _, (twice,) = fn.value_and_grad(Doubled(*inner), fn.MSE())(params, x.float(), target)
+    torch.testing.assert_close(twice["weight"], 2 * once["weight"])
+
+
+def test_gradients_come_in_the_containers_of_params():
+    class Params(NamedTuple):
+        conv: Any
+        relu: Any
+
+    net = fn.Sequential(fn.Conv2d(2, 3), fn.ReLU())
+    conv, relu = net.init(fn.key(0), (3, 6, 6))
+    ordered = OrderedDict((name, conv[name]) for name in ("weight", "bias"))
+    params = Params(ordered, relu)
+    x = fn.normal(fn.key(1), (2, 3, 6, 6))
+    _, grads = fn.value_and_grad(net, fn.MSE())(params, x, torch.zeros(2, 2, 4, 4))
+    sgd = fn.SGD(0.1)
+    updated, _ = sgd.step(params, grads, sgd.init(params))
+    assert type(updated) is Params
+    assert list(updated.conv) == ["weight", "bias"]

@@ -1,5 +1,7 @@
 """torch.func.vmap, autograd and torch.compile: layers are plain functions, so all of them work."""
 
+import dataclasses
+
 import optree
 import pytest
 import torch
@@ -162,3 +164,30 @@ def test_a_compiled_training_step():
         compiled_value, *theirs = compiled(*theirs, x, target)
         close(compiled_value, value)
         close(theirs, [params, state])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("layer", [fn.Conv2d(16, 3), fn.UpsampleConv2d(16)], ids=str)
+def test_compiled_before_it_ever_ran(layer):
+    """Under autograd, torch.func.grad and torch.func.vmap, too."""
+    layer = dataclasses.replace(layer)
+    params, x, _ = make(layer, (3, 4, 4))
+    y = layer.apply(params, x)
+    leaves = optree.tree_map(lambda leaf: leaf.clone().requires_grad_(), params)
+    compiled = compile_whole(dataclasses.replace(layer).apply)(leaves, x)
+    close(compiled, y)
+    compiled.sum().backward()
+    loss = lambda params: layer.apply(params, x).sum()  # noqa: E731
+    grads = torch.func.grad(loss)(params)
+    close(optree.tree_map(lambda leaf: leaf.grad, leaves), grads)
+    close(compile_whole(torch.func.grad(loss))(params), grads)
+    over = torch.func.vmap(layer.apply, in_dims=(None, 0))
+    close(compile_whole(over)(params, torch.stack([x, x])), torch.stack([y, y]))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_compiled_step_in_place():
+    params, grads = {"w": torch.ones(3)}, {"w": torch.ones(3)}
+    sgd = fn.SGD(0.5, momentum=0.9)
+    compile_whole(sgd.step_)(params, grads, sgd.init(params))
+    assert torch.equal(params["w"], torch.full((3,), 0.5))

@@ -62,3 +62,11 @@ def test_a_rectifier_that_follows_leaves_x_alone():
     y = fn.Sequential(fn.Upsample2d(2), fn.ReLU()).apply(((), ()), x)
     assert y.sum() == 0
     assert x.item() == -1
+
+
+def test_pictures_without_pixels():
+    layer = fn.Upsample2d(2)
+    for shape in ((2, 0, 3, 3), (2, 1, 0, 3)):
+        x = torch.zeros(shape)
+        y = layer.apply((), x)
+        assert layer.vjp((), x, y)[1].shape == shape

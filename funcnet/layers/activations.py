@@ -30,6 +30,8 @@ from funcnet.layers import inplace
 class Activation(Layer):
     """y = σ(x) for each entry, with a derivative that is a function of y."""
 
+    _works_in_place = True
+
     def init(
         self,
         key: Key,

@@ -18,9 +18,8 @@ so that, with grad for ∂L/∂y,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -78,7 +77,7 @@ class Conv2d(Layer):
     torch.Size([4, 8, 16, 16])
     """
 
-    _owns_results: ClassVar[bool] = True
+    _owns_results = True
 
     out_channels: int
     kernel_size: int | Pair
@@ -88,6 +87,7 @@ class Conv2d(Layer):
     groups: int = 1
     bias: bool = True
     method: Method = "auto"
+    _window: Window = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         fixed = {
@@ -108,6 +108,10 @@ class Conv2d(Layer):
             )
         if self.padding == "same" and self.stride != (1, 1):
             raise ValueError(f'Conv2d: expected stride 1 with padding="same", got {self.stride}')
+        kernel_size, dilation = pair(self.kernel_size), pair(self.dilation)
+        sides = padding_sides(self.padding, kernel_size, dilation)
+        window = Window(kernel_size, pair(self.stride), sides, dilation, self.groups)
+        object.__setattr__(self, "_window", window)
 
     def init(
         self,
@@ -151,16 +155,8 @@ class Conv2d(Layer):
         check_kernel(self, params, x, window, self.bias)
         check_grad(self, grad, (len(x), self.out_channels, *window.count(self, x.shape[2:])), x)
         dweight, dx = self._way(x).gradients(x, params["weight"], grad, window, input_grad)
-        dparams = {"weight": dweight}
-        if self.bias:
-            dparams["bias"] = grad.sum((0, 2, 3))
-        return dparams, dx
-
-    @cached_property
-    def _window(self) -> Window:
-        kernel_size, dilation = pair(self.kernel_size), pair(self.dilation)
-        sides = padding_sides(self.padding, kernel_size, dilation)
-        return Window(kernel_size, pair(self.stride), sides, dilation, self.groups)
+        dbias = grad.sum((0, 2, 3)) if self.bias else None
+        return like_params(params, dweight, dbias), dx
 
     def _way(self, x: Tensor) -> Any:
         """The module that convolves pictures like x."""
@@ -194,6 +190,13 @@ def init_kernel(
     if bias:
         params["bias"] = uniform(bias_key, weight_shape[:1], -bound, bound, dtype, device)
     return params
+
+
+def like_params(params: Tree, dweight: Tensor, dbias: Tensor | None) -> Tree:
+    """The gradients in a dict of the kind of params, in its order."""
+    found = {"weight": dweight, "bias": dbias}
+    items = ((name, found[name]) for name in params)
+    return dict(items) if type(params) is dict else type(params)(items)
 
 
 def check_kernel(layer: Any, params: Tree, x: Tensor, window: Window, bias: bool) -> None:

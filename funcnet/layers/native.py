@@ -17,11 +17,14 @@ def layout(x: Tensor) -> Tensor:
     """x in the memory format that is fastest on its device."""
     if x.device.type != "cpu":
         return x
-    try:
-        x = x.contiguous(memory_format=torch.channels_last)
-        return _plain(x, torch.channels_last)
-    except RuntimeError:  # torch.func.vmap knows no memory formats, but the same by another name
-        return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    if not torch.compiler.is_compiling():
+        try:
+            x = x.contiguous(memory_format=torch.channels_last)
+            return _plain(x, torch.channels_last)
+        except RuntimeError:
+            pass
+    # torch.func.vmap knows no memory formats, but the same by another name.
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def _plain(x: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
@@ -30,12 +33,21 @@ def _plain(x: Tensor, memory_format: torch.memory_format = torch.contiguous_form
     Those of axes of size 1 can be anything, and PyTorch's kernels, of which some take them at
     their word, have been seen to return wrong numbers.
     """
+    if 1 not in x.shape:
+        return x
     _, channels, height, width = x.shape
     image = channels * height * width
     row_major = (image, height * width, width, 1)
     if x.stride() in (row_major, (image, 1, width * channels, channels)):
         return x
     return x.clone(memory_format=memory_format)
+
+
+def wide(x: Tensor) -> Tensor:
+    """x, in float32 where it is in half precision on the CPU, whose kernels for the gradients in
+    bfloat16 return wrong numbers for pictures of few columns."""
+    half = x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu"
+    return x.float() if half else x
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
@@ -80,6 +92,8 @@ def kernel_gradients(
     transposed: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """(dweight, dx) of a convolution, or a transposed one, by PyTorch's backward kernels."""
+    dtype = x.dtype
+    x, weight, grad = wide(x), wide(weight), wide(grad)
     dx, dweight, _ = torch.ops.aten.convolution_backward(
         layout(grad),
         x,
@@ -93,7 +107,7 @@ def kernel_gradients(
         groups,
         (input_grad, True, False),
     )
-    return like(weight, dweight), dx if input_grad else None
+    return like(weight, dweight).to(dtype), dx.to(dtype) if input_grad else None
 
 
 def like(weight: Tensor, dweight: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +42,7 @@ class Upsample2d(Layer):
               [1., 1., 2., 2.]]]])
     """
 
-    _owns_results: ClassVar[bool] = True
+    _owns_results = True
 
     scale: int | Pair
 
@@ -91,6 +90,8 @@ class Upsample2d(Layer):
         check_grad(self, grad, (batch, channels, rows * height, columns * width), x)
         if not input_grad:
             return (), None
+        if not grad.numel():
+            return (), torch.zeros_like(x)
         return (), F.avg_pool2d(grad, (rows, columns), divisor_override=1)
 
     def __repr__(self) -> str:

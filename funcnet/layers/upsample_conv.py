@@ -6,17 +6,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcnet.keys import Key
 from funcnet.layer import Layer, Shape, Tree, as_int, as_pair, as_shape, check_grad, source
-from funcnet.layers import low_resolution, transposed
-from funcnet.layers.conv import Conv2d, Method, check_kernel, check_options, init_kernel
+from funcnet.layers import low_resolution, native, transposed
+from funcnet.layers.conv import (
+    Conv2d,
+    Method,
+    check_kernel,
+    check_options,
+    init_kernel,
+    like_params,
+)
 from funcnet.layers.geometry import Padding, Pair, Window, as_padding, padding_sides, pair
 from funcnet.layers.upsample import Upsample2d
 
@@ -28,9 +34,9 @@ class UpsampleConv2d(Layer):
     `kernel_size`, `scale` and `padding` are ints or pairs (height, width); `padding` may also be
     "same" (y as large as the upsampled picture) or "valid" (none). `method="unfold"` does one after
     the other; "auto" never makes the upsampled picture. On the CPU it does the convolution at low
-    resolution, with kh·kw products a source pixel whatever the scale; in half precision, whose
-    sums must be accumulated in float32, and on other devices, where the number of calls counts
-    most, it is a single transposed convolution. All give the same numbers.
+    resolution, with kh·kw products a source pixel whatever the scale, half precision in float32;
+    on other devices, where the number of calls counts most, it is a single transposed convolution.
+    All give the same numbers.
 
     Shapes: x (N, C, H, W); y (N, O, H′, W′) with O = out_channels, H′ = s_h·H + 2p − kh + 1.
     Parameters: {"weight": (O, C, kh, kw), "bias": (O,)}, those of the convolution.
@@ -46,7 +52,7 @@ class UpsampleConv2d(Layer):
     torch.Size([2, 3, 32, 32])
     """
 
-    _owns_results: ClassVar[bool] = True
+    _owns_results = True
 
     out_channels: int
     kernel_size: int | Pair = 3
@@ -54,6 +60,7 @@ class UpsampleConv2d(Layer):
     padding: Padding = "same"
     bias: bool = True
     method: Method = "auto"
+    _window: Window = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         fixed = {
@@ -65,6 +72,9 @@ class UpsampleConv2d(Layer):
         for name, value in fixed.items():
             object.__setattr__(self, name, value)
         check_options("UpsampleConv2d", self.bias, self.method)
+        kernel_size = pair(self.kernel_size)
+        window = Window(kernel_size, sides=padding_sides(self.padding, kernel_size))
+        object.__setattr__(self, "_window", window)
 
     def init(
         self,
@@ -97,8 +107,10 @@ class UpsampleConv2d(Layer):
         if self.method == "unfold":
             upsample, conv = self._two_steps
             return conv.apply(params, upsample.apply((), x)), x
-        fused = _fused(x)
-        return fused.convolve(x, params["weight"], params.get("bias"), pair(self.scale), window), x
+        weight, bias = native.wide(params["weight"]), params.get("bias")
+        bias = None if bias is None else native.wide(bias)
+        y = _fused(x).convolve(native.wide(x), weight, bias, pair(self.scale), window)
+        return y.to(x.dtype), x
 
     def bwd(
         self, params: Tree, residuals: Tensor, grad: Tensor, *, input_grad: bool = True
@@ -112,19 +124,11 @@ class UpsampleConv2d(Layer):
             upsampled, kept = upsample.fwd((), x)
             dparams, dx = conv.vjp(params, upsampled, grad, input_grad=input_grad)
             return dparams, None if dx is None else upsample.bwd((), kept, dx)[1]
-        dweight, dx = _fused(x).gradients(
-            x, params["weight"], grad, pair(self.scale), window, input_grad
-        )
-        dparams = {"weight": dweight}
-        if self.bias:
-            dparams["bias"] = grad.sum((0, 2, 3))
-        return dparams, dx
-
-    @cached_property
-    def _window(self) -> Window:
-        """That of the convolution."""
-        kernel_size = pair(self.kernel_size)
-        return Window(kernel_size, sides=padding_sides(self.padding, kernel_size))
+        wide = (native.wide(tensor) for tensor in (x, params["weight"], grad))
+        dweight, dx = _fused(x).gradients(*wide, pair(self.scale), window, input_grad)
+        dweight, dx = dweight.to(x.dtype), None if dx is None else dx.to(x.dtype)
+        dbias = grad.sum((0, 2, 3)) if self.bias else None
+        return like_params(params, dweight, dbias), dx
 
     @property
     def _two_steps(self) -> tuple[Upsample2d, Conv2d]:
@@ -146,6 +150,5 @@ class UpsampleConv2d(Layer):
 
 
 def _fused(x: Tensor) -> Any:
-    """The way that is fastest, and right, for tensors like x."""
-    exact = x.dtype in (torch.float32, torch.float64)
-    return low_resolution if exact and x.device.type == "cpu" else transposed
+    """The way that is fastest for tensors like x."""
+    return low_resolution if x.device.type == "cpu" else transposed

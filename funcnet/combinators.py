@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from funcnet.keys import Key, fold_in
-from funcnet.layer import Layer, Shape, Tree, as_shape, check_tensor
+from funcnet.layer import Layer, Shape, Tree, as_shape, check_grad, check_tensor
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -76,7 +76,9 @@ class Sequential(Layer):
         for i, name in enumerate(self._forward_methods("fwd", "_fwd_over")):
             x, kept = self._call(i, name, params[i], x, key=_layer_key(key, i))
             residuals.append(kept)
-        return (x if residuals else x.clone()), residuals
+        if not self.layers:
+            return x.clone(), [x.new_zeros(()).expand(x.shape)]  # what takes no memory
+        return x, residuals
 
     def apply(self, params: Tree, x: Tensor, *, key: Key | None = None) -> Tensor:
         """y; no residual outlives its layer."""
@@ -101,6 +103,10 @@ class Sequential(Layer):
     ) -> tuple[Tree, Tensor | None]:
         """Empties `residuals` from the end, so that what only they hold is freed as it is used."""
         self._check(params, grad)
+        if not self.layers:
+            (x,) = residuals
+            check_grad(self, grad, x.shape, x)
+            return params, grad.clone() if input_grad else None
         if len(residuals) != len(self):
             raise ValueError(
                 f"Sequential: expected residuals of {len(self)} layers, got {len(residuals)}"
@@ -114,8 +120,6 @@ class Sequential(Layer):
             need = input_grad or i > first
             dparams[i], dx = self._call(i, name, params[i], residuals.pop(), dx, input_grad=need)
             owned = self[i]._owns_results
-        if not self.layers:
-            dx = grad.clone() if input_grad else None
         return getattr(params, "_make", tuple)(dparams), dx
 
     def _forward_methods(self, method: str, over: str) -> Iterator[str]:

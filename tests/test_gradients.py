@@ -132,3 +132,9 @@ def test_training_lowers_the_loss(dtype, device):
 def test_the_denoiser_of_the_report():
     params, x, grad = make(DENOISER, (3, 8, 8))
     check_vjp(DENOISER, params, x, grad=grad)
+
+
+def test_what_is_no_loss_is_refused():
+    for wrong in (fn.MSE, None, len):
+        with pytest.raises(TypeError, match="value_and_grad: expected a loss, such as MSE"):
+            fn.value_and_grad(fn.ReLU(), wrong)

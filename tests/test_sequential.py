@@ -99,6 +99,12 @@ def test_every_layer_draws_from_its_own_key():
     assert torch.equal(net.fwd(((), ()), x, key=fn.key(0))[0], y)
 
 
+def test_the_empty_network_refuses_another_grad():
+    for grad in (torch.zeros(7), torch.zeros(2, 3, dtype=torch.float64)):
+        with pytest.raises((ValueError, TypeError), match=r"Sequential\(\): expected grad"):
+            fn.Sequential().vjp((), torch.zeros(2, 3), grad)
+
+
 def test_the_empty_network_is_the_identity():
     net, x = fn.Sequential(), torch.ones(2, 3)
     assert net.init(fn.key(0), (3,)) == ()

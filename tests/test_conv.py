@@ -1,6 +1,7 @@
 """Conv2d, both methods: against torch.nn.functional, autograd, exact adjoints and one another."""
 
 import dataclasses
+from collections import OrderedDict
 
 import optree
 import pytest
@@ -279,3 +280,57 @@ def test_half_precision_is_close_to_float64(case):
         if theirs.numel():
             off = (ours.double() - theirs).abs().max()
             assert off <= 0.02 * theirs.abs().max() + 0.02
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (fn.Conv2d(8, 2, stride=2, padding=1), (8, 3, 3, 1)),
+        (fn.UpsampleConv2d(16, 1, scale=4, padding=0), (3, 12, 6, 1)),
+    ],
+    ids=str,
+)
+def test_bfloat16_gradients_of_narrow_pictures(layer, shape):
+    params = layer.init(fn.key(0), shape[1:], dtype=torch.bfloat16)
+    x = fn.normal(fn.key(1), shape, dtype=torch.bfloat16)
+    grad = fn.normal(fn.key(2), layer.apply(params, x).shape, dtype=torch.bfloat16)
+    wide = {name: leaf.double() for name, leaf in params.items()}
+    expected = layer.vjp(wide, x.double(), grad.double())
+    for ours, theirs in zip(
+        optree.tree_leaves(layer.vjp(params, x, grad)), optree.tree_leaves(expected), strict=True
+    ):
+        torch.testing.assert_close(ours.double(), theirs, rtol=0.02, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"padding": (0, 1)},
+        {"padding": (1, 0)},
+        {"dilation": (1, 2)},
+        {"dilation": (2, 1)},
+        {"groups": 2},
+        {"stride": (2, 3)},
+        {"stride": (3, 2)},
+    ],
+    ids=str,
+)
+def test_patches_are_for_kernels_with_nothing_else_to_heed(change):
+    layer = fn.Conv2d(4, 2, **{"stride": 2, **change})
+    params = layer.init(fn.key(0), (2, 5, 6), dtype=torch.float64)
+    x = fn.normal(fn.key(1), (2, 2, 5, 6), dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(patches, "_CHANNELS", 0)
+        patch.setattr(patches, "_PATCHES", 0)
+        y = layer.apply(params, x)
+    torch.testing.assert_close(y, with_method(layer, "unfold").apply(params, x))
+
+
+@pytest.mark.parametrize("layer", [fn.Conv2d(2, 3), fn.UpsampleConv2d(2)], ids=str)
+def test_gradients_keep_the_order_of_params(layer):
+    params = layer.init(fn.key(0), (3, 4, 4))
+    ordered = OrderedDict((name, params[name]) for name in ("bias", "weight"))
+    x = fn.normal(fn.key(1), (2, 3, 4, 4))
+    dparams, _ = layer.vjp(ordered, x, layer.apply(ordered, x))
+    assert type(dparams) is OrderedDict
+    assert list(dparams) == ["bias", "weight"]

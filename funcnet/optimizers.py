@@ -126,14 +126,13 @@ class SGD:
         return 1.0 - self.dampening * (count > 0).double()
 
     def _lr(self, count: int | Tensor) -> float | Tensor:
-        if not callable(self.lr):
-            return float(self.lr)
-        lr = self.lr(count)  # type: ignore[arg-type]
+        lr = self.lr(count) if callable(self.lr) else self.lr  # type: ignore[arg-type]
         if not isinstance(lr, Tensor):
             _check_number("lr(step)", lr)
-        elif lr.ndim:
+            return float(lr)
+        if lr.ndim:
             raise ValueError(f"{self}: expected lr(step) to be a scalar, got {tuple(lr.shape)}")
-        return lr if isinstance(lr, Tensor) else float(lr)
+        return lr
 
     def _leaves(
         self, name: str, tree: Tree, ps: list[Tensor], structure: optree.PyTreeSpec
@@ -169,9 +168,11 @@ class SGD:
                     f"{self}: expected tensors that can be written to, got an expanded one of "
                     f"shape {tuple(tensor.shape)} and stride {tensor.stride()}"
                 )
-            if torch.compiler.is_compiling():  # which cannot look further
-                continue
-            if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            if (
+                not torch.compiler.is_compiling()  # which cannot ask
+                and tensor.is_inference()
+                and not torch.is_inference_mode_enabled()
+            ):
                 raise ValueError(
                     f"{self}: expected tensors that can be written to, got one of shape "
                     f"{tuple(tensor.shape)} made in inference mode"

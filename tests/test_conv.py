@@ -1,7 +1,7 @@
 """Conv2d, both methods: against torch.nn.functional, autograd, exact adjoints and one another."""
 
 import dataclasses
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 
 import optree
 import pytest
@@ -334,3 +334,5 @@ def test_gradients_keep_the_order_of_params(layer):
     dparams, _ = layer.vjp(ordered, x, layer.apply(ordered, x))
     assert type(dparams) is OrderedDict
     assert list(dparams) == ["bias", "weight"]
+    dparams, _ = layer.vjp(defaultdict(list, params), x, layer.apply(params, x))
+    assert type(dparams) is defaultdict

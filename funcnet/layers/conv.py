@@ -194,9 +194,11 @@ def init_kernel(
 
 def like_params(params: Tree, dweight: Tensor, dbias: Tensor | None) -> Tree:
     """The gradients in a dict of the kind of params, in its order."""
-    found = {"weight": dweight, "bias": dbias}
-    items = ((name, found[name]) for name in params)
-    return dict(items) if type(params) is dict else type(params)(items)
+    gradients = params.copy()
+    gradients["weight"] = dweight
+    if dbias is not None:
+        gradients["bias"] = dbias
+    return gradients
 
 
 def check_kernel(layer: Any, params: Tree, x: Tensor, window: Window, bias: bool) -> None:

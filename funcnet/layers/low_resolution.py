@@ -118,8 +118,9 @@ def _spread(z: Tensor, y: Tensor, shifts: Shifts, dim: int) -> None:
     taps = z.unbind(1)
     for phase, q in enumerate(shifts):
         out = _phase(y, phase, len(shifts), dim)
-        before = _phase(y, phase - 1, len(shifts), dim) if phase else None
-        if before is not None and q == shifts[phase - 1] and before.shape == out.shape:
+        same = phase and q == shifts[phase - 1]
+        before = _phase(y, phase - 1, len(shifts), dim) if same else None
+        if before is not None and before.shape == out.shape:
             out.copy_(before)
         else:
             _add_up(out, list(zip(taps, q, strict=True)), dim)

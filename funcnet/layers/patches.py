@@ -29,7 +29,7 @@ def are_worth_it(x: Tensor, window: Window) -> bool:
         and window.groups == 1
         and x.device.type == "cpu"
         and x.shape[1] >= _CHANNELS
-        and math.prod(x.shape) >= _PATCHES * math.prod(window.kernel_size) * x.shape[1]
+        and x.numel() >= _PATCHES * math.prod(window.kernel_size) * x.shape[1]
     )
 
 

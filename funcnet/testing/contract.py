@@ -430,7 +430,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _bits(x: Tensor) -> Tensor:
-    return x.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+    return _straight(x.detach()).reshape(-1).view(torch.uint8)
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -241,8 +241,8 @@ CONV = _in(
     ),
     Row(
         "order-of-params-lost",
-        "return dict(items) if type(params) is dict else type(params)(items)",
-        "return dict(items)",
+        "gradients = params.copy()",
+        "gradients = dict(params)",
         "dparams has the tree of params",
     ),
     Row(
@@ -428,8 +428,8 @@ LOW_RESOLUTION = _in(
     ),
     Row(
         "copied-from-a-phase-that-differs",
-        "q == shifts[phase - 1] and",
-        "q[0] == shifts[phase - 1][0] and",
+        "same = phase and q == shifts[phase - 1]",
+        "same = phase and q[0] == shifts[phase - 1][0]",
         "phases differ if any tap sees another pixel",
     ),
     Row(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import subprocess
@@ -199,6 +200,23 @@ def test_models_come_back(tmp_path: Path) -> None:
     assert same(fn.load(tmp_path / "m"), params)
     x = fn.uniform(fn.key(2), (2, 3, 8, 8))
     assert torch.equal(again.apply(again_params, x), net.apply(params, x))
+
+
+@pytest.mark.parametrize("was_on", [False, True])
+def test_the_garbage_collector_is_left_as_it_was(was_on: bool, tmp_path: Path) -> None:
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    fn.save(good, [torch.ones(2)])
+    bad.write_bytes(good.read_bytes()[:-1])
+    if not was_on:
+        gc.disable()
+    try:
+        fn.load(good)
+        assert gc.isenabled() == was_on
+        with pytest.raises(fn.CheckpointError):
+            fn.load(bad)
+        assert gc.isenabled() == was_on
+    finally:
+        gc.enable()
 
 
 def test_paths_of_any_kind(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from funcnet.checkpoint import compare, structure
 from funcnet.checkpoint.atomic import replacing
+from funcnet.checkpoint.collector import no_garbage_collection
 from funcnet.checkpoint.errors import CheckpointError
 from funcnet.checkpoint.inspection import Inspection
 from funcnet.checkpoint.reading import Header, read_header, read_tensors
@@ -274,7 +275,7 @@ def _opened(path: _Path) -> Iterator[BinaryIO]:
     try:
         if os.path.isdir(path):  # which Windows cannot open
             raise CheckpointError("expected a file, got a folder")
-        with open(os.open(path, flags), "rb") as file:
+        with open(os.open(path, flags), "rb") as file, no_garbage_collection():
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise CheckpointError("expected a regular file, got another kind")
             yield file

@@ -83,21 +83,22 @@ def read_tensors(file: BinaryIO, header: Header, *, mapped: bool) -> Iterator[tu
     A mapped tensor is a private memory map of the file, others are read into memory of their own.
     Raises CheckpointError.
     """
-    memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if mapped else None
+    view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)) if mapped else None
     data_end = header.size + max((entry.stop for entry in header.entries.values()), default=0)
-    if memory is not None and len(memory) != data_end:
+    if view is not None and len(view) != data_end:
         raise CheckpointError("the file changed while it was read")
     with ThreadPoolExecutor(threads()) as pool:
         for name, entry in sorted(header.entries.items(), key=lambda item: item[1].start):
             start = header.size + entry.start
             # torch's own memory is aligned, and some of its numbers depend on it.
-            if memory is not None and entry.start < entry.stop and start % ALIGNMENT == 0:
-                count = math.prod(entry.shape)
-                tensor = torch.frombuffer(memory, dtype=entry.dtype, count=count, offset=start)
-                tensor = tensor.reshape(entry.shape)
+            if view is not None and entry.start < entry.stop and start % ALIGNMENT == 0:
+                data = view[start : header.size + entry.stop]
+                tensor = torch.frombuffer(data, dtype=entry.dtype).reshape(entry.shape)
             else:
-                tensor = _read_copy(file, start, entry, name)
-            _check_data(tensor, header.checksums[name], name, pool)
+                tensor = torch.empty(entry.shape, dtype=entry.dtype)
+                data = as_bytes(tensor)
+                _read_into(data, file, start, name)
+            _check_data(data, header.checksums[name], name, pool)
             yield name, tensor
 
 
@@ -204,21 +205,22 @@ def _entry(name: str, value: Any) -> Entry:
         )
     if dtype in PAIRED and (not shape or shape[-1] % 2):
         raise CheckpointError(f"{label(name)}: expected an even number in each row, got {shape}")
-    size = math.prod(torch_shape(dtype, shape)) * dtype.itemsize
+    own_shape = torch_shape(dtype, shape)
+    size = math.prod(own_shape) * dtype.itemsize
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != size:
         raise CheckpointError(
             f"{label(name)}: expected data_offsets {size} bytes apart, got {shorten(repr(offsets))}"
         )
-    return Entry(dtype, torch_shape(dtype, shape), *offsets)
+    return Entry(dtype, own_shape, *offsets)
 
 
 def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+    return isinstance(value, list) and {*map(type, value)} <= {int} and min(value, default=0) >= 0
 
 
 def _strides_overflow(shape: list[int]) -> bool:
     """Whether 64 bits are too few. torch computes strides as if sizes of 0 were 1."""
-    return math.prod(max(size, 1) for size in shape) * 8 >= 2**63
+    return math.prod(filter(None, shape)) * 8 >= 2**63
 
 
 def _check_layout(entries: dict[str, Entry], data_size: int) -> None:
@@ -262,21 +264,19 @@ def _check_names(header: Header) -> None:
         )
 
 
-def _read_copy(file: BinaryIO, start: int, entry: Entry, name: str) -> Tensor:
-    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+def _read_into(data: memoryview, file: BinaryIO, start: int, name: str) -> None:
     file.seek(start)
-    missing = as_bytes(tensor)
-    while missing:
-        count = file.readinto(missing)  # type: ignore[attr-defined]
+    while data:
+        count = file.readinto(data)  # type: ignore[attr-defined]
         if not count:
             raise CheckpointError(f"{label(name)}: the file was truncated while it was read")
-        missing = missing[count:]
-    return tensor
+        data = data[count:]
 
 
-def _check_data(tensor: Tensor, checksums: str, name: str, pool: ThreadPoolExecutor) -> None:
-    blocks = in_blocks(as_bytes(tensor))
-    found = digits_of(pool.map(zlib.crc32, blocks) if len(blocks) > 1 else map(zlib.crc32, blocks))
+def _check_data(data: memoryview, checksums: str, name: str, pool: ThreadPoolExecutor) -> None:
+    blocks = in_blocks(data)
+    each = pool.map if len(blocks) > 1 else map
+    found = digits_of(each(zlib.crc32, blocks))
     if found == checksums:
         return
     damaged = [

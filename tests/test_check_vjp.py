@@ -447,6 +447,8 @@ class Broken(Elementwise):
             grad.mul_(1.0)
         if self("bwd writes residuals"):
             residuals.add_(0.0)
+        if self("bwd marks x"):
+            residuals.requires_grad_()
         if self("dx despite input_grad") and dx is None:
             dx = torch.zeros_like(x)
         if dx is None:
@@ -491,6 +493,7 @@ FAULTS = {
     "hidden state": "state is kept between fwd and bwd",
     "bwd writes grad": "bwd: writes to grad",
     "bwd writes residuals": "bwd: writes to (residuals 0|x)",
+    "bwd marks x": "bwd: writes to (residuals 0|x)",
     "dx despite input_grad": "expected dx to be None with input_grad=False, got Tensor",
     "dx shape": r"bwd: expected dx of shape \(3, 6\), got \(1, 3, 6\)",
     "dx dtype": "bwd: expected dx to be torch.float64 on cpu, got torch.float32",
@@ -521,6 +524,17 @@ def test_gradients_that_share_memory():
     params = Twice().init(fn.key(0), (6,), dtype=torch.float64)
     with pytest.raises(GradientMismatch, match=r"for params\['a'\] and params\['b'\] share memory"):
         check_vjp(Twice(), params, x)
+
+
+def test_a_tree_of_params_that_is_changed():
+    @dataclass(frozen=True)
+    class Casting(Dense):
+        def fwd(self, params, x, *, key=None):
+            params["weight"] = params["weight"].contiguous().clone()
+            return super().fwd(params, x)
+
+    with pytest.raises(GradientMismatch, match="fwd: changes the tree of params that it was"):
+        check_vjp(Casting(), *case(Casting()))
 
 
 @pytest.mark.parametrize("fault", ["input_grad", "vjp"])

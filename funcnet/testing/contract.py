@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import optree
@@ -22,9 +20,17 @@ from funcnet.keys import fold_in
 from funcnet.keys import key as make_key
 from funcnet.testing.case import Case, Leaves, flat, signed
 from funcnet.testing.errors import GradientMismatch
+from funcnet.testing.layouts import layouts, row_major, same, strided
+from funcnet.testing.purity import (
+    expect_own,
+    expect_states,
+    expect_unshared,
+    pure,
+    random_states,
+    restore_random_states,
+    seed_torch,
+)
 from funcnet.testing.rounding import allowance, gradient_moves, value_moves
-
-_Result = TypeVar("_Result")
 
 
 def check_calls(case: Case) -> None:
@@ -50,13 +56,13 @@ def check_surroundings(case: Case) -> None:
 
 
 def _check_fwd(case: Case) -> tuple[Tensor, Any]:
-    result = _pure(case, "fwd", case.fwd)
+    result = pure(case, "fwd", case.fwd)
     if not (isinstance(result, tuple) and len(result) == 2):
         raise GradientMismatch(f"fwd: expected a pair (y, residuals), got {_kind(result)}")
     y, residuals = result
     _expect_like(case, "y", y, case.out_shape() if case.is_loss or case.x.ndim else None)
-    _expect_unshared(case, "y", y)
-    again, _ = _pure(case, "fwd", case.fwd)
+    expect_unshared(case, "y", y)
+    again, _ = pure(case, "fwd", case.fwd)
     _expect_repeated("fwd", [("y", again, y)])
     if case.grad.shape != y.shape:
         raise ValueError(
@@ -69,10 +75,10 @@ def _check_fwd(case: Case) -> tuple[Tensor, Any]:
 def _check_bwd(case: Case, y: Tensor, residuals: Any) -> Leaves:
     kept = {"y": y, "grad": case.grad}
     kept |= {f"residuals {i}": x for i, x in enumerate(_tensors(residuals))}
-    result = _pure(case, "bwd", lambda: case.bwd(residuals), kept)
+    result = pure(case, "bwd", lambda: case.bwd(residuals), kept)
     gradients = _check_gradients(case, "bwd", result)
-    _expect_own(case, gradients)
-    again = flat(_pure(case, "bwd", lambda: case.bwd(residuals)))
+    expect_own(case, gradients)
+    again = flat(pure(case, "bwd", lambda: case.bwd(residuals)))
     _expect_repeated("bwd", zip(case.names, again, gradients, strict=True))
     return gradients
 
@@ -98,13 +104,13 @@ def _check_gradients(case: Case, who: str, result: Any, input_grad: bool = True)
 
 
 def _check_vjp_and_apply(case: Case, y: Tensor, gradients: Leaves) -> None:
-    value = _pure(case, "apply", case.apply)
+    value = pure(case, "apply", case.apply)
     _expect_like(case, "y", value, tuple(y.shape), who="apply")
-    _expect_unshared(case, "y of apply", value)
+    expect_unshared(case, "y of apply", value)
     _expect_close(case, "apply and fwd differ in y", [value], [y], of_value=True)
-    again = _pure(case, "apply", case.apply)
+    again = pure(case, "apply", case.apply)
     _expect_repeated("apply", [("y", again, value)])
-    result = _check_gradients(case, "vjp", _pure(case, "vjp", case.vjp))
+    result = _check_gradients(case, "vjp", pure(case, "vjp", case.vjp))
     _expect_close(case, "vjp and fwd + bwd differ", result, gradients)
 
 
@@ -115,7 +121,7 @@ def _check_no_input_grad(case: Case, residuals: Any, gradients: Leaves) -> None:
         ("bwd", lambda: case.bwd(residuals, input_grad=False)),
         ("vjp", lambda: case.vjp(input_grad=False)),
     ):
-        result = _check_gradients(case, who, _pure(case, who, call), input_grad=False)
+        result = _check_gradients(case, who, pure(case, who, call), input_grad=False)
         _expect_close(case, f"{who}: input_grad=False changes dparams", result, gradients[:-1])
 
 
@@ -128,7 +134,7 @@ def _check_no_state(case: Case, pristine: Any, gradients: Leaves) -> None:
     other.bwd(other.fwd()[1])
     other.fwd()
     after = flat(case.bwd(residuals))
-    if not all(map(_same, after, gradients)):
+    if not all(map(same, after, gradients)):
         raise GradientMismatch(complaint)
     if pristine is None:
         return
@@ -139,34 +145,34 @@ def _check_no_state(case: Case, pristine: Any, gradients: Leaves) -> None:
         raise GradientMismatch(
             f"{complaint} (on a copy of the layer that has run no fwd, it raises {error!r})"
         ) from error
-    if not all(map(_same, after, gradients)):
+    if not all(map(same, after, gradients)):
         raise GradientMismatch(complaint)
 
 
 def _check_layouts(case: Case, residuals: Any, y: Tensor, gradients: Leaves) -> None:
     for name, grad in layouts(case.grad):
         there = case.at(case.leaves, grad)
-        straight = case.at(case.leaves, _straight(grad))
-        got = flat(_pure(there, "bwd", lambda there=there: there.bwd(residuals)))  # type: ignore[misc]
-        _expect_own(there, got)
-        want = gradients if _same(grad, case.grad) else flat(straight.bwd(residuals))
+        straight = case.at(case.leaves, row_major(grad))
+        got = flat(pure(there, "bwd", lambda there=there: there.bwd(residuals)))  # type: ignore[misc]
+        expect_own(there, got)
+        want = gradients if same(grad, case.grad) else flat(straight.bwd(residuals))
         _expect_close(straight, f"a grad that is {name} changes the gradient", got, want)
     for name, x in layouts(case.x):
         there = case.at([*case.leaves[:-1], x])
-        straight = case if _same(x, case.x) else case.at([*case.leaves[:-1], _straight(x)])
+        straight = case if same(x, case.x) else case.at([*case.leaves[:-1], row_major(x)])
         if straight is case or _takes(straight):
             _expect_the_same(there, straight, f"an x that is {name} changes")
-    strided = case.at([_strided(leaf) if leaf.ndim else leaf for leaf in case.leaves])
-    _expect_the_same(strided, case, "parameters that are not contiguous change")
+    there = case.at([strided(leaf) if leaf.ndim else leaf for leaf in case.leaves])
+    _expect_the_same(there, case, "parameters that are not contiguous change")
 
 
 def _expect_the_same(there: Case, straight: Case, complaint: str) -> None:
     """Of two cases that differ in layout only."""
-    y = _pure(there, "apply", there.apply)
-    _expect_unshared(there, "y", y)
+    y = pure(there, "apply", there.apply)
+    expect_unshared(there, "y", y)
     _expect_close(straight, f"{complaint} y", [y], [straight.apply()], of_value=True)
-    got = flat(_pure(there, "vjp", there.vjp))
-    _expect_own(there, got)
+    got = flat(pure(there, "vjp", there.vjp))
+    expect_own(there, got)
     _expect_close(straight, f"{complaint} the gradient", got, straight.gradients())
 
 
@@ -184,19 +190,19 @@ def _check_init(case: Case) -> None:
     if not case.x.ndim:
         return
     key = make_key(0) if case.key is None else fold_in(case.key, 0)
-    states = _random_states(case)
+    states = random_states(case)
     try:
         found = []
         for seed in (1, 2):
-            _seed_torch(case, seed)
+            seed_torch(case, seed)
             np.random.seed(seed)
             random.seed(seed)
-            before = _random_states(case)
+            before = random_states(case)
             found.append(optree.tree_leaves(case.layer.init(key, shape)))
-            _expect_states(case, "init", before)
+            expect_states(case, "init", before)
     finally:
-        _restore_random_states(case, states)
-    if len(found[0]) != len(found[1]) or not all(map(_same, *found)):
+        restore_random_states(case, states)
+    if len(found[0]) != len(found[1]) or not all(map(same, *found)):
         raise GradientMismatch(
             "init: the same key gives different parameters, as if drawn from global randomness"
         )
@@ -229,140 +235,15 @@ def _check_float_grad(case: Case, residuals: Any, gradients: Leaves) -> None:
     _expect_close(case, "a grad that is a float changes the gradient", [got], gradients)
 
 
-# --- Layouts
-
-
-def layouts(x: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """x in other layouts, and other tensors of its shape that only a layout can make."""
-    if not x.ndim or not x.numel():
-        return
-    yield "strided", _strided(x)
-    yield "at an offset in its memory", torch.cat([x.new_full((1,), 7), x.flatten()])[1:].view_as(x)
-    if x.ndim > 1:
-        yield "transposed in memory", x.mT.contiguous().mT
-    if x.ndim == 4:
-        yield "in channels_last", x.contiguous(memory_format=torch.channels_last)
-    yield "expanded", x.flatten()[:1].clone().reshape((1,) * x.ndim).expand(x.shape)
-    yield "expanded along one axis", x[..., :1].clone().expand(x.shape)
-
-
-def _straight(x: Tensor) -> Tensor:
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-def _strided(x: Tensor) -> Tensor:
-    """x, as every other entry of something larger."""
-    return torch.stack([x, torch.full_like(x, 7)], -1)[..., 0] if x.is_floating_point() else x
-
-
-# --- Purity
-
-
-@contextmanager
-def _watched(case: Case, who: str, extra: dict[str, Tensor]) -> Iterator[None]:
-    inputs = {**case.inputs, **extra}
-    before = {
-        name: (x, _bits(x), _version(x), x.shape)
-        for name, x in inputs.items()
-        if isinstance(x, Tensor)
-    }
-    states = _random_states(case)
-    yield
-    _expect_states(case, who, states)
-    for name, (x, bits, version, shape) in before.items():
-        if x.shape != shape or not torch.equal(_bits(x), bits) or _version(x) != version:
-            raise GradientMismatch(f"{who}: writes to {name}, a tensor that it was handed")
-
-
-def _pure(
-    case: Case, who: str, call: Callable[[], _Result], extra: dict[str, Tensor] | None = None
-) -> _Result:
-    with _watched(case, who, extra or {}):
-        return call()
-
-
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
-
-
-def _random_states(case: Case) -> list[Any]:
-    states: list[Any] = [
-        torch.get_rng_state(),
-        np.random.get_state(legacy=False),
-        random.getstate(),
-    ]
-    if case.x.device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(case.x.device))
-    return states
-
-
-def _seed_torch(case: Case, seed: int) -> None:
-    torch.default_generator.manual_seed(seed)
-    if case.x.device.type == "cuda":
-        torch.cuda.manual_seed(seed)
-
-
-def _restore_random_states(case: Case, states: list[Any]) -> None:
-    torch.set_rng_state(states[0])
-    np.random.set_state(states[1])
-    random.setstate(states[2])
-    if len(states) > 3:
-        torch.cuda.set_rng_state(states[3], case.x.device)
-
-
-def _expect_states(case: Case, who: str, states: list[Any]) -> None:
-    for name, old, new in zip(
-        ("torch", "numpy", "random", "torch.cuda"), states, _random_states(case), strict=False
-    ):
-        if not _same_state(old, new):
-            raise GradientMismatch(f"{who}: draws from the global random state of {name}")
-
-
-def _same_state(old: Any, new: Any) -> bool:
-    if isinstance(old, Tensor):
-        return torch.equal(old, new)
-    if isinstance(old, dict):
-        old, new = old["state"], new["state"]
-        return bool(old["pos"] == new["pos"] and np.array_equal(old["key"], new["key"]))
-    return bool(old == new)
+# --- Comparing
 
 
 def _expect_repeated(who: str, triples: Any) -> None:
     for name, again, first in triples:
         # Other devices may add in another order each time.
-        if first.device.type == "cpu" and not _same(again, first):
+        if first.device.type == "cpu" and not same(again, first):
             what = name if name == "y" else f"gradient for {name}"
             raise GradientMismatch(f"{who}: called twice, gives two different answers for {what}")
-
-
-def _expect_unshared(case: Case, name: str, result: Tensor) -> None:
-    if not result.numel():
-        return
-    for other, x in case.inputs.items():
-        if isinstance(x, Tensor) and _storage(x) == _storage(result):
-            raise GradientMismatch(
-                f"{name} shares memory with {other}: whoever writes to one changes the other"
-            )
-
-
-def _expect_own(case: Case, gradients: Leaves) -> None:
-    """Memory of their own for all gradients."""
-    found: dict[int, str] = {}
-    for name, gradient in zip(case.names, gradients, strict=True):
-        _expect_unshared(case, f"the gradient for {name}", gradient)
-        other = found.setdefault(gradient.data_ptr(), name)
-        if gradient.numel() and other != name:
-            raise GradientMismatch(
-                f"the gradients for {other} and {name} share memory: "
-                "whoever writes to one changes the other"
-            )
-
-
-def _storage(x: Tensor) -> int:
-    return x.untyped_storage().data_ptr()
-
-
-# --- Comparing
 
 
 def _expect_like(
@@ -392,7 +273,7 @@ def _expect_close(
     case: Case, complaint: str, got: Leaves, want: Leaves, of_value: bool = False
 ) -> None:
     """Equal bits, or a difference that rounding explains."""
-    if all(map(_same, got, want)):
+    if all(map(same, got, want)):
         return
     double, epsilon = case.double(), torch.finfo(case.x.dtype).eps
     place = None
@@ -423,14 +304,6 @@ def _first_off(
         if not alike.all():
             return i, tuple((~alike).nonzero()[0].tolist())
     return None
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(_bits(a), _bits(b))
-
-
-def _bits(x: Tensor) -> Tensor:
-    return _straight(x.detach()).reshape(-1).view(torch.uint8)
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -1,0 +1,124 @@
+"""That a call leaves what it was handed and all global state alone, and returns new memory."""
+
+from __future__ import annotations
+
+import operator
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+import optree
+import torch
+from torch import Tensor
+
+from funcnet.testing.case import Case, Leaves
+from funcnet.testing.errors import GradientMismatch
+from funcnet.testing.layouts import bits
+
+_Result = TypeVar("_Result")
+
+
+def pure(
+    case: Case, who: str, call: Callable[[], _Result], extra: dict[str, Tensor] | None = None
+) -> _Result:
+    """What `call` returns, held to leaving its inputs, and `extra` ones, as they were."""
+    with _watched(case, who, {**case.inputs, **(extra or {})}):
+        return call()
+
+
+@contextmanager
+def _watched(case: Case, who: str, inputs: dict[str, Any]) -> Iterator[None]:
+    tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
+    before = {name: (_description(x), bits(x)) for name, x in tensors.items()}
+    leaves, structure = optree.tree_flatten(case.params)
+    states = random_states(case)
+    yield
+    expect_states(case, who, states)
+    for name, x in tensors.items():
+        description, old = before[name]
+        if _description(x) != description or not torch.equal(bits(x), old):
+            raise GradientMismatch(f"{who}: writes to {name}, a tensor that it was handed")
+    leaves_after, structure_after = optree.tree_flatten(case.params)
+    if structure_after != structure or not all(map(operator.is_, leaves_after, leaves)):
+        raise GradientMismatch(f"{who}: changes the tree of params that it was handed")
+
+
+def _description(x: Tensor) -> tuple[Any, ...]:
+    """What else there is to write to a tensor."""
+    return x.shape, x.stride(), x.requires_grad, 0 if x.is_inference() else x._version
+
+
+def random_states(case: Case) -> list[Any]:
+    """Of all generators that a layer may not draw from."""
+    states: list[Any] = [
+        torch.get_rng_state(),
+        np.random.get_state(legacy=False),
+        random.getstate(),
+    ]
+    if case.x.device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(case.x.device))
+    return states
+
+
+def seed_torch(case: Case, seed: int) -> None:
+    """`torch.manual_seed`, on the devices of the case only."""
+    torch.default_generator.manual_seed(seed)
+    if case.x.device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+def restore_random_states(case: Case, states: list[Any]) -> None:
+    """The inverse of `random_states`."""
+    torch.set_rng_state(states[0])
+    np.random.set_state(states[1])
+    random.setstate(states[2])
+    if len(states) > 3:
+        torch.cuda.set_rng_state(states[3], case.x.device)
+
+
+def expect_states(case: Case, who: str, states: list[Any]) -> None:
+    """That `random_states` are what they were."""
+    for name, old, new in zip(
+        ("torch", "numpy", "random", "torch.cuda"), states, random_states(case), strict=False
+    ):
+        if not _same_state(old, new):
+            raise GradientMismatch(f"{who}: draws from the global random state of {name}")
+
+
+def _same_state(old: Any, new: Any) -> bool:
+    if isinstance(old, Tensor):
+        return torch.equal(old, new)
+    if isinstance(old, dict):
+        old, new = old["state"], new["state"]
+        return bool(old["pos"] == new["pos"] and np.array_equal(old["key"], new["key"]))
+    return bool(old == new)
+
+
+def expect_unshared(case: Case, name: str, result: Tensor) -> None:
+    """Memory apart from that of the inputs."""
+    if not result.numel():
+        return
+    for other, x in case.inputs.items():
+        if isinstance(x, Tensor) and _storage(x) == _storage(result):
+            raise GradientMismatch(
+                f"{name} shares memory with {other}: whoever writes to one changes the other"
+            )
+
+
+def expect_own(case: Case, gradients: Leaves) -> None:
+    """Memory of their own for all gradients."""
+    found: dict[int, str] = {}
+    for name, gradient in zip(case.names, gradients, strict=True):
+        expect_unshared(case, f"the gradient for {name}", gradient)
+        other = found.setdefault(gradient.data_ptr(), name)
+        if gradient.numel() and other != name:
+            raise GradientMismatch(
+                f"the gradients for {other} and {name} share memory: "
+                "whoever writes to one changes the other"
+            )
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()

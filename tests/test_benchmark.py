@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -66,10 +67,9 @@ def test_all_networks_agree_with_autograd() -> None:
     cpu = torch.device("cpu")
     for network in all_networks():
         problem = Problem(network, 1, torch.float32, cpu)
-        contenders = {
-            name: entry(problem) for name, entry in entries(cpu, compiled=False, jax=False).items()
-        }
-        agreement.check(problem, contenders, agreement.TOLERANCE[torch.float32])
+        entered = entries(cpu, compiled=False, jax=False)
+        seen = {name: agreement.observed(entry(problem)) for name, entry in entered.items()}
+        agreement.check(problem, seen, agreement.TOLERANCE[torch.float32])
 
 
 @pytest.mark.usefixtures("benchmark_modules")
@@ -87,8 +87,26 @@ def test_a_wrong_gradient_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(fn.Sigmoid, "bwd", nearly)
     problem = Problem(all_networks()[0], 1, torch.float32, torch.device("cpu"))
+    seen = {"funcnet": agreement.observed(funcnet_in_place(problem))}
     with pytest.raises(agreement.DisagreementError, match="denoiser: funcnet: expected"):
-        agreement.check(problem, {"funcnet": funcnet_in_place(problem)}, 2e-3)
+        agreement.check(problem, seen, 2e-3)
+
+
+@pytest.mark.usefixtures("benchmark_modules")
+def test_a_contender_that_fails_says_why_and_leaves_the_environment_as_it_was() -> None:
+    from worker import Settings, Worker, WorkerError
+
+    settings = Settings(torch.device("cpu"), threads=1, tf32=False, keep_memory=False)
+    before = dict(os.environ)
+    with Worker("torch.nn", settings) as worker:
+        assert dict(os.environ) == before
+        with pytest.raises(WorkerError, match=r"^torch.nn:\n(.|\n)*no attribute 'swim'"):
+            worker.clock("swim")(1)
+    with (
+        Worker("nobody", settings) as worker,
+        pytest.raises(WorkerError, match=r"nobody: .* ended"),
+    ):
+        worker.clock("train")(1)
 
 
 @pytest.mark.usefixtures("benchmark_modules")

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import agreement
 import torch
 from arithmetic import rates
 from entries import entries
-from memory import Memory, measure
+from memory import Memory
 from networks import MEASURED, Network, all_networks
 from plot import save_plot
 from problem import Problem
@@ -26,6 +26,7 @@ from profiling import print_profile
 from race import race
 from report import markdown
 from results import Results, machine
+from worker import Settings, Worker
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in agreement.TOLERANCE}
 
@@ -47,6 +48,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     parser.add_argument("--no-jax", action="store_true", help="without JAX")
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
+    parser.add_argument(
+        "--keep-memory",
+        action="store_true",
+        help="let the others keep freed memory, too, as funcnet has its process do",
+    )
     parser.add_argument("--profile", action="store_true", help="profile funcnet; no comparison")
     parser.add_argument("--out", default=Path("runs/benchmark"), type=Path)
     options = parser.parse_args()
@@ -54,17 +60,6 @@ def arguments() -> argparse.Namespace:
         names = ", ".join(network.name for network in all_networks())
         parser.error(f"expected --networks to be parts of the names {names}")
     return options
-
-
-def configure(options: argparse.Namespace) -> None:
-    """The same threads and the same precision for all."""
-    torch.set_num_threads(options.threads)
-    torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = options.tf32
-    # JAX reads these when it is imported: the size of its pool of threads, precision, and memory.
-    os.environ["NPROC"] = str(options.threads)
-    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "tensorfloat32" if options.tf32 else "float32"
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 
 
 def chosen(options: argparse.Namespace) -> list[Problem]:
@@ -86,14 +81,15 @@ def _is_chosen(network: Network, options: argparse.Namespace) -> bool:
 def main() -> None:
     """Measure and report, or profile."""
     options = arguments()
-    configure(options)
+    settings = Settings(options.device, options.threads, options.tf32, options.keep_memory)
+    settings.apply()
     if options.profile:
         options.networks = options.networks or ["denoiser"]
         options.batch = options.batch or [64]
         for problem in chosen(options):
             print_profile(problem)
         return
-    results = run(options)
+    results = run(options, settings)
     options.out.mkdir(parents=True, exist_ok=True)
     report = markdown(results)
     (options.out / "report.md").write_text(report, encoding="utf-8")
@@ -102,22 +98,29 @@ def main() -> None:
     print(f"\n{report}\nWritten to {options.out}: report.md, results.json, plot.png")
 
 
-def run(options: argparse.Namespace) -> Results:
+def run(options: argparse.Namespace, settings: Settings) -> Results:
     """Measure everything that was asked for."""
     dtype, device = DTYPES[options.dtype], options.device
-    entered = entries(device, not options.no_compile, not options.no_jax)
     rate = rates(dtype, device)
+    names = list(entries(device, not options.no_compile, not options.no_jax))
     seconds = 0.3 if options.quick else 0.6
     tolerance = agreement.TF32_TOLERANCE if options.tf32 else agreement.TOLERANCE[dtype]
-    rows = [row for p in chosen(options) for row in race(p, entered, seconds, tolerance)]
-    memory = {} if options.no_memory else _memory(options, list(entered))
-    return Results(machine(device, dtype), rows, memory, rate)
+    with ExitStack() as stack:
+        workers = {name: stack.enter_context(Worker(name, settings)) for name in names}
+        rows = [row for p in chosen(options) for row in race(p, workers, seconds, tolerance)]
+    memory = {} if options.no_memory else _memory(options, settings, names)
+    return Results(machine(settings, dtype), rows, memory, rate)
 
 
-def _memory(options: argparse.Namespace, names: list[str]) -> dict[str, Memory]:
+def _memory(options: argparse.Namespace, settings: Settings, names: list[str]) -> dict[str, Memory]:
     """Of each contender, where the run includes the denoiser at batch 64."""
-    problems = [p for p in chosen(options) if (p.network.name, p.batch) == MEASURED]
-    return {name: measure(name, problem) for problem in problems for name in names}
+    found = {}
+    for problem in chosen(options):
+        if (problem.network.name, problem.batch) == MEASURED:
+            for name in names:
+                with Worker(name, settings) as worker:
+                    found[name] = worker.memory(problem)
+    return found
 
 
 if __name__ == "__main__":

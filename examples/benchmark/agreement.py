@@ -30,29 +30,29 @@ class DisagreementError(AssertionError):
     """Two contenders compute different numbers."""
 
 
-def check(problem: Problem, contenders: Mapping[str, Contender], tolerance: float) -> None:
-    """Hold outputs, losses and states after a few steps to torch.nn and autograd in float64.
+def observed(contender: Contender) -> list[Tensor]:
+    """The output, the loss of each of a few steps, and the state after the last, in float64."""
+    results = [contender.infer(), *(contender.train() for _ in range(_STEPS))]
+    tensors = [contender.as_tensor(result) for result in results]
+    return [tensor.double().cpu() for tensor in tensors] + _copies(contender)
+
+
+def check(problem: Problem, seen: Mapping[str, list[Tensor]], tolerance: float) -> None:
+    """Hold what was observed of each contender to torch.nn and autograd in float64.
 
     Raises DisagreementError, with the contender and the size of the difference.
     """
     reference = torch_nn(replace(problem, dtype=torch.float64), torch.contiguous_format)
     start = [] if problem.network.is_layer else _copies(reference)
-    expected = _run(reference)
-    for name, contender in contenders.items():
-        for i, (actual, wanted) in enumerate(zip(_run(contender), expected, strict=True)):
+    expected = observed(reference)
+    for name, tensors in seen.items():
+        for i, (actual, wanted) in enumerate(zip(tensors, expected, strict=True)):
             state = i - _STEPS - 1  # the states come after the output and the losses
             before = start[state] if start and state >= 0 else torch.zeros(())
             rounding = torch.finfo(problem.dtype).eps * torch.linalg.vector_norm(wanted)
             change = torch.linalg.vector_norm(wanted - before)
             allowed = tolerance * change + _STEPS * rounding
             _check_tensor(f"{problem.network.name}: {name}", actual, wanted, float(allowed))
-
-
-def _run(contender: Contender) -> list[Tensor]:
-    """The output, the loss of each step, and the state after the last."""
-    results = [contender.infer(), *(contender.train() for _ in range(_STEPS))]
-    tensors = [contender.as_tensor(result) for result in results]
-    return [tensor.double().cpu() for tensor in tensors] + _copies(contender)
 
 
 def _copies(contender: Contender) -> list[Tensor]:

@@ -5,26 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import agreement
-import torch
-from entries import PURE, Entry
+from entries import PURE
 from problem import Problem
 from results import Row
 from timing import side_by_side
+from worker import Worker
 
 
 def race(
-    problem: Problem, entered: Mapping[str, Entry], seconds: float, tolerance: float
+    problem: Problem, workers: Mapping[str, Worker], seconds: float, tolerance: float
 ) -> list[Row]:
     """The row of training and that of inference; raises DisagreementError."""
-    torch.compiler.reset()
-    contenders = {name: entry(problem) for name, entry in entered.items()}
-    agreement.check(problem, contenders, tolerance)
+    seen = {name: worker.enter(problem) for name, worker in workers.items()}
+    agreement.check(problem, seen, tolerance)
     rows = []
     for mode in ("train", "infer"):
-        functions = {name: getattr(contender, mode) for name, contender in contenders.items()}
+        clocks = {name: worker.clock(mode) for name, worker in workers.items()}
         if mode == "infer" or problem.network.is_layer:
-            del functions[PURE]  # it differs in the update only
-        times = side_by_side(functions, seconds, problem.device)
+            del clocks[PURE]  # it differs in the update only
+        times = side_by_side(clocks, seconds)
         rows.append(Row(problem.network.name, problem.batch, mode, times))
         print(rows[-1], flush=True)
     return rows

@@ -11,11 +11,12 @@ from timing import Times
 _TITLES = {"train": "Training steps", "infer": "Inference"}
 
 _METHOD = """\
-Times are medians in milliseconds, ± half the distance between the quartiles. In every round each
-contender runs for a slice of time in turn. The ratio is the fastest other contender's time over
-funcnet's. Before a network is timed, outputs, losses and updated parameters of all contenders are
-held to those of torch.nn in float64. Whole networks are timed forward, loss, backward and update;
-layers on their own forward and backward, the gradient of x included."""
+Times are medians in milliseconds, ± half the distance between the quartiles. Each contender has a
+process of its own, and in every round runs for a slice of time in turn. The ratio is the fastest
+other contender's time over funcnet's. Before a network is timed, outputs, losses and updated
+parameters of all contenders are held to those of torch.nn in float64. Whole networks are timed
+forward, loss, backward and update; layers on their own forward and backward, the gradient of x
+included."""
 
 
 def markdown(results: Results) -> str:

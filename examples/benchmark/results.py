@@ -17,6 +17,7 @@ from entries import OURS
 from memory import Memory
 from networks import MEASURED, all_networks
 from timing import Times
+from worker import Settings
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,9 @@ class Results:
         return {**asdict(self), "rows": rows, "operations": self.operations}
 
 
-def machine(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+def machine(settings: Settings, dtype: torch.dtype) -> dict[str, str]:
     """Where this runs, and with what."""
+    device = settings.device
     versions = {
         package: importlib.metadata.version(package)
         for package in ("torch", "jax")
@@ -95,9 +97,10 @@ def machine(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     return {
         "processor": _processor(),
         "processors": str(os.cpu_count()),
-        "threads": str(torch.get_num_threads()),
+        "threads": str(settings.threads),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "dtype": str(dtype).removeprefix("torch."),
+        "others keep freed memory": "yes" if settings.keep_memory else "no",
         "python": platform.python_version(),
         **versions,
     }

@@ -1,16 +1,15 @@
 """Times of several functions side by side.
 
 Machines drift: clocks change, neighbours come and go. So the functions take turns, a slice of time
-each, round by round, and what is reported of each is its median over rounds.
+each, round by round, and what is reported of each is its median over rounds. They may live in
+different processes: what takes turns are their clocks, which run a function a number of times.
 """
 
 from __future__ import annotations
 
-import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
@@ -18,9 +17,14 @@ from typing import Any
 import torch
 
 Function = Callable[[], Any]
+Clock = Callable[[int], float]
+"""Of a number of calls: the seconds of each, on average."""
 
 _SLICE = 0.02
 """Seconds that a function runs in its turn, at least."""
+
+_PAUSE = 0.005
+"""Seconds until the threads of the one before have gone to sleep."""
 
 _LEAST_ROUNDS = 5
 
@@ -35,31 +39,28 @@ class Times:
     rounds: int
 
 
-def side_by_side(
-    functions: Mapping[str, Function], seconds: float, device: torch.device
-) -> dict[str, Times]:
+def side_by_side(clocks: Mapping[str, Clock], seconds: float) -> dict[str, Times]:
     """Times of each function, which runs for `seconds` or more in all."""
-    calls = {name: _calls_a_slice(function, device) for name, function in functions.items()}
+    calls = {name: _calls_a_slice(clock) for name, clock in clocks.items()}
     quickest = min(n * duration for n, duration in calls.values())
     rounds = max(_LEAST_ROUNDS, math.ceil(seconds / quickest))
-    samples: dict[str, list[float]] = {name: [] for name in functions}
-    with _no_garbage_collection():
-        for _ in range(rounds):
-            for name, function in functions.items():
-                function()  # the caches hold another's data, and another's threads may still spin
-                samples[name].append(_duration(function, calls[name][0], device))
+    samples: dict[str, list[float]] = {name: [] for name in clocks}
+    for _ in range(rounds):
+        for name, clock in clocks.items():
+            time.sleep(_PAUSE)
+            clock(1)  # the caches hold another's data
+            samples[name].append(clock(calls[name][0]))
     return {name: _summary(values) for name, values in samples.items()}
 
 
-def _calls_a_slice(function: Function, device: torch.device) -> tuple[int, float]:
+def _calls_a_slice(clock: Clock) -> tuple[int, float]:
     """How many calls fill a slice, and what one takes, after a few calls to warm up."""
-    for _ in range(2):
-        function()
-    duration = min(_duration(function, 1, device) for _ in range(2))
+    clock(2)
+    duration = min(clock(1) for _ in range(2))
     return max(1, math.ceil(_SLICE / duration)), duration
 
 
-def _duration(function: Function, calls: int, device: torch.device) -> float:
+def duration(function: Function, calls: int, device: torch.device) -> float:
     """Seconds a call, on average over `calls`."""
     if device.type == "cuda":
         return _cuda_duration(function, calls)
@@ -84,13 +85,3 @@ def _cuda_duration(function: Function, calls: int) -> float:
 def _summary(values: list[float]) -> Times:
     low, _, high = quantiles(values, n=4)
     return Times(median(values), low, high, len(values))
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()

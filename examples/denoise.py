@@ -276,11 +276,11 @@ class Progress(NamedTuple):
     params: Tree
     state: fn.SGDState
     epoch: int
-    """Whole epochs done,"""
+    """Whole epochs that are done."""
     step: int
-    """and steps done in the epoch that has begun,"""
+    """Steps done of the epoch that has begun."""
     loss: float
-    """with the sum of their losses."""
+    """The sum of these steps' losses."""
     best: Tree
     """The parameters of the best epoch."""
     history: list[dict[str, float]]
@@ -369,7 +369,7 @@ class Checkpoints:
         paths = self.paths()
         for path in reversed(paths):
             try:
-                settings = (fn.inspect(path).metadata or {}).get("settings")
+                settings = fn.inspect(path).metadata.get("settings")
                 progress: Progress = fn.load(path, device=device)
             except fn.CheckpointError as error:
                 warn(f"{one_line(error)}; falling back to the checkpoint before")

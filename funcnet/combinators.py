@@ -16,8 +16,9 @@ from funcnet.layer import Layer, Shape, Tree, as_shape, check_grad, check_tensor
 
 @dataclass(frozen=True, init=False, repr=False)
 class Sequential(Layer):
-    """The composition of layers: y = fₙ(… f₂(f₁(x))), and backwards dx = f₁′(… fₙ′(dy)).
+    """The composition of layers: y = fₙ(… f₂(f₁(x))), and backwards dx = J₁ᵀ … Jₙᵀ dy.
 
+    Jᵢ is the Jacobian of fᵢ at its input.
     Parameters: a tuple with one entry a layer, so the leaf at path `2.weight` is what
     `torch.nn.Sequential` calls `2.weight`. Without layers it is the identity. Layer i draws from
     `fold_in(key, i)`. Indexing gives a layer, slicing a Sequential.

@@ -26,7 +26,8 @@ def value_and_grad(net: Layer, loss: Loss) -> ValueAndGrad:
     The gradient has the tree of params. Each residual is freed as soon as it has been used, and
     the gradient with respect to x is never formed. `key` is for layers that draw numbers.
 
-    Raises TypeError for what is no Layer and no loss; what the two raise passes on.
+    Raises TypeError unless net is a Layer, and loss is none and has `fwd` and `bwd`; what the two
+    raise passes on.
 
     >>> import funcnet as fn
     >>> net = fn.Sequential(fn.Conv2d(3, 3, padding="same"), fn.Sigmoid())
@@ -39,7 +40,7 @@ def value_and_grad(net: Layer, loss: Loss) -> ValueAndGrad:
 
     if not isinstance(net, Layer):
         raise TypeError(f"value_and_grad: expected net to be a Layer, got {type(net).__name__}")
-    if isinstance(loss, type) or not (hasattr(loss, "fwd") and hasattr(loss, "bwd")):
+    if isinstance(loss, type | Layer) or not (hasattr(loss, "fwd") and hasattr(loss, "bwd")):
         raise TypeError(f"value_and_grad: expected a loss, such as MSE(), got {loss!r}")
 
     def value_and_grad_of(

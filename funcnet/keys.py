@@ -152,12 +152,15 @@ def _key_data(who: str, key: Key) -> int:
 
 
 def _uint64(who: str, name: str, value: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
         raise TypeError(f"{who}: expected {name} to be an int, got {value!r}")
-    value = operator.index(value)
-    if not 0 <= value < 2**64:
-        raise ValueError(f"{who}: expected {name} in [0, 2**64), got {value}")
-    return value
+    if not 0 <= number < 2**64:
+        raise ValueError(f"{who}: expected {name} in [0, 2**64), got {number}")
+    return number
 
 
 def _sizes(who: str, shape: Sequence[int]) -> tuple[int, ...]:
@@ -169,8 +172,8 @@ def _sizes(who: str, shape: Sequence[int]) -> tuple[int, ...]:
 def _dtypes(who: str, dtype: torch.dtype | None) -> tuple[torch.dtype, type[np.floating]]:
     """The dtype to return and the one to draw in: float64 for float64, else float32."""
     dtype = torch.float32 if dtype is None else dtype
-    if not dtype.is_floating_point:
-        raise TypeError(f"{who}: expected a floating-point dtype, got {dtype}")
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"{who}: expected a floating-point dtype of torch, got {dtype!r}")
     return dtype, np.float64 if dtype == torch.float64 else np.float32
 
 

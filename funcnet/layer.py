@@ -58,7 +58,7 @@ class Layer(ABC):
     """
 
     _owns_results = False
-    """Whether y of `fwd` and dx of `bwd` are new memory that nobody else can see, the residuals and
+    """Whether y of `fwd` and dx of `bwd` are new memory, shared with nothing, the residuals and
     dparams included. What follows such a layer may work in place."""
 
     _works_in_place = False
@@ -66,10 +66,12 @@ class Layer(ABC):
     before or behind owns."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Who overrides a pass of ours has promised nothing of what ours promises."""
+        """A class with passes of its own, or a mixin's, inherits none of these promises."""
         super().__init_subclass__(**kwargs)
         own = vars(cls)
-        if not own.keys().isdisjoint(("fwd", "bwd", "apply")):
+        parent = next(base for base in cls.__mro__[1:] if issubclass(base, Layer))
+        passes = ("fwd", "bwd", "apply")
+        if any(getattr(cls, name) is not getattr(parent, name) for name in passes):
             cls._owns_results = own.get("_owns_results", False)
             cls._works_in_place = own.get("_works_in_place", False)
             if "_bwd_consuming" not in own:
@@ -147,9 +149,12 @@ def _collapse(value: Any) -> Any:
 
 def as_int(who: str, name: str, value: Any, least: int) -> int:
     """`value` as an int that is at least `least`."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
         raise TypeError(f"{who}: expected {name} to be an int, got {value!r}")
-    number = operator.index(value)
     if number < least:
         raise ValueError(f"{who}: expected {name} >= {least}, got {number}")
     return number
@@ -206,7 +211,8 @@ def check_grad(layer: object, grad: Any, y_shape: Sequence[int], like: Tensor) -
 def check_no_params(layer: object, params: Tree) -> None:
     """Refuse parameters for a layer that has none."""
     if not (isinstance(params, tuple) and not params):
-        raise ValueError(f"{layer}: expected no parameters, (), got {type(params).__name__}")
+        got = f"a tuple of {len(params)}" if isinstance(params, tuple) else type(params).__name__
+        raise ValueError(f"{layer}: expected no parameters, (), got {got}")
 
 
 def check_params(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -75,10 +76,18 @@ class MSE(Loss):
 
     def bwd(self, residuals: Tensor, grad: Tensor | float = 1.0) -> Tensor:
         """dx."""
-        if isinstance(grad, Tensor) and grad.ndim != 0:
-            raise ValueError(f"{self}: expected grad to be a scalar, got shape {tuple(grad.shape)}")
+        _check_scalar(self, grad, residuals)
         count = residuals.numel() if self.reduction == "mean" else 1
         return residuals * (grad * (2 / max(count, 1)))
 
     def __repr__(self) -> str:
         return source(self)
+
+
+def _check_scalar(loss: Loss, grad: Any, like: Tensor) -> None:
+    """Refuse a grad that is neither a number nor a 0-dimensional tensor like x."""
+    if isinstance(grad, Real):
+        return
+    check_like(loss, "grad", grad, "x", like)
+    if grad.ndim != 0:
+        raise ValueError(f"{loss}: expected grad to be a scalar, got shape {tuple(grad.shape)}")

@@ -4,8 +4,9 @@ The C library of Linux hands freed memory back to the system once a threshold of
 the top of its heap (mallopt(3), M_TRIM_THRESHOLD). A training step frees and takes back the same
 tens of megabytes, and fetching them from the system page by page takes up to half as long again as
 the arithmetic. Where the package is imported, the threshold is set to 256 MiB, with blocks of up to
-32 MiB on the heap, unless the user has tuned the C library by its own variables (MALLOC_…), or says
-no by FUNCNET_KEEP_MEMORY=0. It serves the whole process. Elsewhere this has no effect.
+32 MiB on the heap, unless the user has tuned the C library by its own variables (GLIBC_TUNABLES,
+MALLOC_…), or says no by FUNCNET_KEEP_MEMORY=0. It serves the whole process. Elsewhere this has no
+effect.
 """
 
 import ctypes
@@ -20,7 +21,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 def keep_freed_memory() -> None:
     """Set both thresholds, if this C library has them and the user has not."""
-    tuned = any(name.startswith("MALLOC_") for name in os.environ)
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    tuned = "glibc.malloc" in tunables or any(name.startswith("MALLOC_") for name in os.environ)
     refused = os.environ.get(SWITCH) == "0"
     if not sys.platform.startswith("linux") or tuned or refused:
         return

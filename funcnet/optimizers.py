@@ -36,7 +36,7 @@ class SGD:
     `lr` is a number or a function of the number of steps taken, an int that starts at 0 (a
     0-dimensional tensor where it is not known: under torch.func.vmap over states, and under
     torch.compile). The step is pure and differentiable; `step_` writes into the tensors of params
-    and of the state instead, and returns them.
+    and of the velocities instead, and returns them.
 
     Raises ValueError or TypeError for numbers out of range (NaN is), and, before anything is
     changed, for trees that do not match.
@@ -61,9 +61,12 @@ class SGD:
         if not callable(self.lr):
             _check_number("lr", self.lr)
         _check_number("momentum", self.momentum)
+        _check_number("dampening", self.dampening, least=-math.inf)
         _check_number("weight_decay", self.weight_decay)
-        if not isinstance(self.dampening, Real) or not math.isfinite(self.dampening):
-            raise ValueError(f"SGD: expected dampening to be a number, got {self.dampening!r}")
+        for name in ("nesterov", "maximize"):
+            if not isinstance(getattr(self, name), bool):
+                got = getattr(self, name)
+                raise TypeError(f"SGD: expected {name} to be True or False, got {got!r}")
         if self.nesterov and not (self.momentum > 0 and self.dampening == 0):
             raise ValueError(
                 "SGD: expected momentum > 0 and dampening 0 with nesterov=True, "
@@ -87,6 +90,8 @@ class SGD:
     def _step(
         self, params: Tree, grads: Tree, state: SGDState, write: bool
     ) -> tuple[Tree, SGDState]:
+        if not isinstance(state, SGDState):
+            raise TypeError(f"{self}: expected an SGDState, as init makes it, got {state!r:.80}")
         ps, structure = optree.tree_flatten(params)
         gs = self._leaves("grads", grads, ps, structure)
         vs = self._leaves("velocities", state.momentum, ps, structure) if self.momentum else ps
@@ -163,7 +168,7 @@ class SGD:
 
     def _check_writable(self, *trees: list[Tensor]) -> None:
         for tensor in (leaf for leaves in trees for leaf in leaves):
-            if 0 in tensor.stride() and tensor.numel() > 1:
+            if _overlaps_itself(tensor):
                 raise ValueError(
                     f"{self}: expected tensors that can be written to, got an expanded one of "
                     f"shape {tuple(tensor.shape)} and stride {tensor.stride()}"
@@ -197,6 +202,11 @@ def _add(xs: list[Tensor], ys: list[Tensor], alpha: float | Tensor, write: bool)
     return xs
 
 
+def _overlaps_itself(x: Tensor) -> bool:
+    """Whether x is expanded. The stride of an axis of size 1 may be anything."""
+    return any(n > 1 and step == 0 for n, step in zip(x.shape, x.stride(), strict=True))
+
+
 def _concrete(step: Tensor) -> int | Tensor:
     """The number of steps as an int, if it is one number that is known."""
     if torch.compiler.is_compiling():
@@ -207,11 +217,12 @@ def _concrete(step: Tensor) -> int | Tensor:
         return step
 
 
-def _check_number(name: str, value: float) -> None:
+def _check_number(name: str, value: float, least: float = 0.0) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"SGD: expected {name} to be a number, got {value!r}")
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"SGD: expected {name} to be finite and >= 0, got {value}")
+    if not (math.isfinite(value) and value >= least):
+        bound = "" if least == -math.inf else f" and >= {least:g}"
+        raise ValueError(f"SGD: expected {name} to be finite{bound}, got {value}")
 
 
 def _describe(x: Tensor) -> str:

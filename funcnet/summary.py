@@ -11,13 +11,15 @@ from funcnet.combinators import Sequential
 from funcnet.keys import key
 from funcnet.layer import Layer, Shape, as_shape
 
-Row: TypeAlias = tuple[str, str, str, str]
+Row: TypeAlias = tuple[str, str, str, int]
+"""Path, code, output and number of parameters of a layer."""
 
 
 def summary(net: Layer, shape: Sequence[int]) -> str:
     """A table of the layers of `net` for examples of `shape`: path, code, output, parameters.
 
-    Raises ValueError, as `net.init` does, where a layer does not fit its input.
+    Raises ValueError, as `net.init` does, where a layer does not fit its input; TypeError for what
+    is no Layer.
 
     >>> import funcnet as fn
     >>> print(summary(fn.Sequential(fn.Conv2d(8, 3), fn.ReLU()), (3, 32, 32)))
@@ -26,10 +28,15 @@ def summary(net: Layer, shape: Sequence[int]) -> str:
     1     ReLU()                    (8, 30, 30)           0
                                                 total   224
     """
+    if not isinstance(net, Layer):
+        raise TypeError(f"summary: expected net to be a Layer, got {net!r}")
     net.out_shape(shape)
     rows = list(_rows(net, as_shape(net, shape), ""))
-    total = f"{sum(int(row[3].replace(',', '')) for row in rows):,}"
-    table = [("path", "layer", "output", "parameters"), *rows]
+    total = f"{sum(count for *_, count in rows):,}"
+    table = [
+        ("path", "layer", "output", "parameters"),
+        *((path, layer, output, f"{count:,}") for path, layer, output, count in rows),
+    ]
     widths = [max(len(row[column]) for row in table) for column in range(4)]
     lines = [
         f"{path:{widths[0]}}  {layer:{widths[1]}}  {output:{widths[2]}}  {count:>{widths[3]}}"
@@ -46,4 +53,4 @@ def _rows(layer: Layer, shape: Shape, path: str) -> Iterator[Row]:
         return
     leaves = optree.tree_leaves(layer.init(key(0), shape, device="meta"))
     count = sum(leaf.numel() for leaf in leaves)
-    yield path, repr(layer), str(layer.out_shape(shape)), f"{count:,}"
+    yield path, repr(layer), str(layer.out_shape(shape)), count

@@ -15,12 +15,13 @@ import dataclasses
 import inspect
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, TypeAlias, TypeVar
 
 import optree
 from torch.utils import _pytree
 
-Key: TypeAlias = "str | int"
+PathKey: TypeAlias = "str | int"
 """A key of a dict, an index of a tuple or list, or a field's name."""
 
 _Class = TypeVar("_Class", bound=type)
@@ -31,11 +32,12 @@ _registered: dict[str, type] = {}
 def register_node(cls: _Class) -> _Class:
     """Make a namedtuple or frozen dataclass, a layer for instance, a node that files can hold.
 
-    Files name it by module and name, `train.Moments`. Where `train` runs as a script now, or ran as
-    one then (`__main__.Moments`), `load` takes the only registered class called `Moments` of which
-    that may be true. A dataclass is rebuilt by its own constructor, from its fields. It also
-    becomes a node for `optree` and for `torch.utils._pytree` (namedtuples are), but not a layer or
-    loss: those hold no tensors, and functions that map over tensors pass them by. A decorator, too.
+    Files name it by module and name, `train.Moments`. A module that runs as a script is called
+    `__main__`, so where the class in the file or the registered one is of `__main__`, `load` takes
+    the registered class called `Moments` if there is only one. A dataclass is rebuilt by its own
+    constructor, from its fields. It also becomes a node for `optree` and for `torch.utils._pytree`
+    (namedtuples are), but not a layer or loss: those hold no tensors, and functions that map over
+    tensors pass them by. A decorator, too.
 
     Raises TypeError for any other class, or one whose constructor wants what is not a field.
 
@@ -137,7 +139,7 @@ def children(node: Any) -> list[tuple[Any, Any]] | None:
     return None
 
 
-def child_names(parent: str, keys: Sequence[Key]) -> Iterator[str]:
+def child_names(parent: str, keys: Sequence[PathKey]) -> Iterator[str]:
     """The names of a node's children, from its own name, "" for the root of a tree.
 
     >>> list(child_names("2", ["weight", "a.b", "", "7", 7]))
@@ -151,7 +153,7 @@ def child_names(parent: str, keys: Sequence[Key]) -> Iterator[str]:
         yield name + "%" if name == "__metadata__" else name
 
 
-def _escape(key: Key, texts: set[str]) -> str:
+def _escape(key: PathKey, texts: set[str]) -> str:
     if isinstance(key, int):
         return f"{key}%" if str(key) in texts else str(key)
     return key.replace("%", "%25").replace(".", "%2E") or "%"
@@ -207,7 +209,9 @@ def _register_with_pytrees(cls: type) -> None:
         return node
 
     namespace = optree.registry.__GLOBAL_NAMESPACE
-    optree.register_pytree_node(
-        cls, flatten, lambda _, values: rebuild(values), namespace=namespace
-    )
-    _pytree.register_pytree_node(cls, flatten, lambda values, _: rebuild(values))
+    with suppress(ValueError):  # the user has registered it there already
+        optree.register_pytree_node(
+            cls, flatten, lambda _, values: rebuild(values), namespace=namespace
+        )
+    with suppress(ValueError):
+        _pytree.register_pytree_node(cls, flatten, lambda values, _: rebuild(values))

@@ -3,6 +3,7 @@
 import math
 import random
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -247,6 +248,34 @@ def test_a_snippet_with_the_numbers_where_no_key_gives_such_a_case():
     with pytest.raises(GradientMismatch) as caught:
         check_vjp(Clipped(), (), torch.full((30, 30), 20.0))
     assert "layer, params, x, grad = error.layer" in caught.value.snippet
+    with pytest.raises(GradientMismatch):
+        exec(caught.value.snippet, {"error": caught.value})
+
+
+def test_a_snippet_imports_every_layer_of_a_network():
+    layer = fn.Sequential(fn.ReLU(), Spoilt(4, SPOILS["sign"][0]))
+    with pytest.raises(GradientMismatch) as caught:
+        check_vjp(layer, *case(layer))
+    for line in (f"from {__name__} import Spoilt", "from funcnet import ReLU, Sequential"):
+        assert line in caught.value.snippet.splitlines()
+
+
+def test_a_snippet_of_params_in_containers_that_code_does_not_spell():
+    @dataclass(frozen=True)
+    class Odd(Plain):
+        def init(self, key, shape, *, dtype=None, device=None):
+            raise NotImplementedError
+
+        def fwd(self, params, x, *, key=None):
+            return params[0]["w"] * x, x
+
+        def bwd(self, params, x, grad, *, input_grad=True):
+            dw = 2 * (x * grad).sum()
+            return (OrderedDict(w=dw),), params[0]["w"] * grad if input_grad else None
+
+    params = (OrderedDict(w=torch.tensor(2.0)),)
+    with pytest.raises(GradientMismatch) as caught:
+        check_vjp(Odd(), params, torch.tensor([1.0, 2.0]))
     with pytest.raises(GradientMismatch):
         exec(caught.value.snippet, {"error": caught.value})
 

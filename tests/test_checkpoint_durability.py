@@ -262,6 +262,31 @@ def test_without_permission_the_old_file_stays(path: Path) -> None:
     assert litter(path) == []
 
 
+def test_a_folder_that_may_be_written_but_not_listed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor can it be opened for an fsync, and the file is in place by then."""
+    os_open = os.open
+
+    def refuse_folders(name: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        if os.path.isdir(name):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
+        return os_open(name, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refuse_folders)
+    fn.save(path, "new")
+    assert fn.load(path) == "new"
+
+
+def test_errors_name_paths_of_any_kind(tmp_path: Path) -> None:
+    class Somewhere:
+        def __fspath__(self) -> str:
+            return str(tmp_path / "missing" / "tree")
+
+    with pytest.raises(FileNotFoundError, match="missing/tree"):
+        fn.save(Somewhere(), ())
+
+
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
 def test_a_file_system_that_refuses(
     number: int, path: Path, monkeypatch: pytest.MonkeyPatch

@@ -251,6 +251,10 @@ FORGED: dict[str, tuple[Callable[[Content, Content], Any], str]] = {
     ),
     "metadata is no object": (with_text("funcnet.metadata", "[]"), "expected an object"),
     "network with a tensor": (with_text("funcnet.architecture", W), "expected no tensor"),
+    "network with a tensor without a name": (
+        with_text("funcnet.architecture", '{"tensor":""}'),
+        "expected no tensor",
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import optree
 import pytest
 import torch
@@ -11,7 +12,7 @@ from registry import EVERY_LAYER
 from test_properties import make, same
 
 import funcnet as fn
-from funcnet.testing import strategies
+from funcnet.testing import check_vjp, strategies
 
 CONV = fn.Conv2d(256, 2, stride=2)
 
@@ -136,6 +137,8 @@ def test_parameters_that_do_not_fit(layer):
 def test_parameters_where_there_are_none(layer):
     with refused(ValueError, f"{layer}: expected no parameters, (), got dict"):
         layer.apply({"weight": torch.ones(1)}, torch.ones(1, 1, 1, 1))
+    with refused(ValueError, f"{layer}: expected no parameters, (), got a tuple of 1"):
+        layer.apply(((),), torch.ones(1, 1, 1, 1))
 
 
 def test_pictures_too_small():
@@ -149,8 +152,35 @@ def test_pictures_too_small():
     params = layer.init(fn.key(0), (1, 9, 9))
     with refused(ValueError, message):
         layer.apply(params, torch.zeros(2, 1, 8, 20))
-    with refused(ValueError, "expected pictures at least as large as"):
-        fn.UpsampleConv2d(1, 9, padding=0).out_shape((1, 4, 4))
+    layer = fn.UpsampleConv2d(1, 9, padding=0)
+    with refused(ValueError, f"{layer}, after upsampling: expected pictures at least as large as"):
+        layer.out_shape((1, 4, 4))
+    layer = fn.Conv2d(1, 3, padding=3)
+    with refused(ValueError, f"{layer}: expected pictures of at least 1×1, got size (0, 5)"):
+        layer.out_shape((1, 0, 5))
+
+
+@pytest.mark.parametrize("wrong", [np.array([3, 3]), torch.tensor(1.5), "3"], ids=repr)
+def test_what_is_no_int(wrong):
+    with refused(TypeError, f"Conv2d: expected kernel_size to be an int, got {wrong!r}"):
+        fn.Conv2d(1, wrong)
+    with refused(TypeError, f"split: expected num to be an int, got {wrong!r}"):
+        fn.split(fn.key(0), wrong)
+
+
+@pytest.mark.parametrize("wrong", ["float32", np.float32, torch.int64], ids=repr)
+def test_what_is_no_floating_dtype(wrong):
+    with refused(TypeError, f"uniform: expected a floating-point dtype of torch, got {wrong!r}"):
+        fn.Conv2d(1, 1).init(fn.key(0), (1, 2, 2), dtype=wrong)
+
+
+def test_what_is_no_layer():
+    with refused(TypeError, "summary: expected net to be a Layer, got [ReLU()]"):
+        fn.summary([fn.ReLU()], (1, 2, 2))
+    with refused(TypeError, "value_and_grad: expected a loss, such as MSE(), got Sigmoid()"):
+        fn.value_and_grad(fn.ReLU(), fn.Sigmoid())
+    with refused(TypeError, "check_vjp: expected a layer or a loss, got the class ReLU"):
+        check_vjp(fn.ReLU, (), torch.ones(1))
 
 
 def test_shapes_of_examples():
@@ -191,6 +221,10 @@ def test_losses():
         fn.MSE().apply(torch.zeros(3), 0)
     with refused(ValueError, "MSE(): expected grad to be a scalar, got shape (3,)"):
         fn.MSE().vjp(torch.zeros(3), torch.zeros(3), torch.ones(3))
+    with refused(TypeError, "MSE(): expected grad to be a tensor, got NoneType"):
+        fn.MSE().vjp(torch.zeros(3), torch.zeros(3), None)
+    with refused(TypeError, "MSE(): expected grad to have the dtype and device of x"):
+        fn.MSE().vjp(torch.zeros(3), torch.zeros(3), torch.ones(()).double())
     with refused(ValueError, 'MSE: expected reduction "mean" or "sum", got \'none\''):
         fn.MSE("none")
 

@@ -33,6 +33,7 @@ def test_sets_both_thresholds(calls: list[tuple[int, int]]) -> None:
     [
         ("darwin", {}),
         ("linux", {"MALLOC_ARENA_MAX": "2"}),
+        ("linux", {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072"}),
         ("linux", {"FUNCNET_KEEP_MEMORY": "0"}),
     ],
 )

@@ -4,6 +4,7 @@ import itertools
 import math
 from fractions import Fraction
 
+import numpy as np
 import optree
 import pytest
 import torch
@@ -149,8 +150,15 @@ def test_settings_that_do_not_go_together():
             ValueError, match="SGD: expected momentum > 0 and dampening 0 with nest"
         ):
             fn.SGD(0.1, nesterov=True, **settings)
-    with pytest.raises(ValueError, match="SGD: expected dampening to be a number, got nan"):
+    with pytest.raises(ValueError, match="SGD: expected dampening to be finite, got nan"):
         fn.SGD(0.1, dampening=math.nan)
+    with pytest.raises(TypeError, match="SGD: expected dampening to be a number, got True"):
+        fn.SGD(0.1, dampening=True)
+    for name in ("nesterov", "maximize"):
+        with pytest.raises(TypeError, match=f"SGD: expected {name} to be True or False, got 1"):
+            fn.SGD(0.1, momentum=0.9, **{name: 1})
+    with pytest.raises(TypeError, match=r"SGD\(0.1\): expected an SGDState, as init .*got None"):
+        fn.SGD(0.1).step(torch.ones(2), torch.ones(2), None)
     with pytest.raises(TypeError, match=r"SGD: expected lr to be a number, got '0.1'"):
         fn.SGD("0.1")
     with pytest.raises(
@@ -243,3 +251,13 @@ def test_what_cannot_be_updated_changes_nothing():
     sgd = fn.SGD(lambda step: Fraction(1, 10), momentum=0.9)
     params, _ = sgd.step_(params, grads, sgd.init(params))
     assert params["a"].item() == pytest.approx(0.9)
+
+
+def test_step_writes_to_axes_of_size_1_with_any_stride():
+    """NumPy's newaxis makes a stride of 0, which is no expanded tensor."""
+    sgd, p = fn.SGD(0.5), torch.from_numpy(np.ones(3, np.float32)[:, None])
+    assert p.stride() == (1, 0)
+    sgd.step_(p, torch.ones(3, 1), sgd.init(p))
+    assert p.tolist() == [[0.5]] * 3
+    with pytest.raises(ValueError, match=r"an expanded one of shape \(3, 2\)"):
+        sgd.step_(torch.ones(3, 1).expand(3, 2), torch.ones(3, 2), sgd.init(p))

@@ -192,8 +192,21 @@ def test_subclasses_of_layers_that_work_in_place():
         def bwd(self, params, residuals, grad, *, input_grad=True):
             return super().bwd(params, residuals, 2 * grad, input_grad=input_grad)
 
+    class Twice:
+        """A mixin: what it overrides is in no body of a layer's class."""
+
+        def fwd(self, params, x, *, key=None):
+            y, residuals = super().fwd(params, x)
+            return 2 * y, residuals
+
+        def bwd(self, params, residuals, grad, *, input_grad=True):
+            return super().bwd(params, residuals, 2 * grad, input_grad=input_grad)
+
+    class TwiceReLU(Twice, fn.ReLU):
+        pass
+
     x = fn.normal(fn.key(1), (2, 3, 6, 6), dtype=torch.float64)
-    for after in (Leaky(), fn.ReLU(), fn.Sigmoid()):
+    for after in (Leaky(), TwiceReLU(), fn.ReLU(), fn.Sigmoid()):
         for before in (fn.Conv2d(2, 3), ConvTanh(2, 3)):
             net = fn.Sequential(before, after)
             params = net.init(fn.key(0), (3, 6, 6), dtype=torch.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import optree
@@ -91,6 +92,25 @@ def test_a_registered_layer_stays_a_leaf_of_pytrees() -> None:
 
 def test_registering_again_is_harmless() -> None:
     assert fn.register_node(Moments) is Moments
+
+
+@pytest.mark.parametrize("known", ["optree", "torch", "both"])
+def test_a_class_that_other_pytrees_know_already(known: str, tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Known:
+        value: Any
+
+    if known != "torch":
+        namespace = optree.registry.__GLOBAL_NAMESPACE
+        optree.register_pytree_node(
+            Known, lambda x: ((x.value,), None), lambda _, x: Known(*x), namespace=namespace
+        )
+    if known != "optree":
+        _pytree.register_pytree_node(Known, lambda x: ([x.value], None), lambda x, _: Known(*x))
+    assert fn.register_node(fn.register_node(Known)) is Known
+    fn.save(tmp_path / "tree", Known(torch.ones(2)))
+    doubled = optree.tree_map(lambda x: 2 * x, fn.load(tmp_path / "tree"))
+    assert _pytree.tree_leaves(doubled)[0].tolist() == [2.0, 2.0]
 
 
 def test_a_class_that_is_defined_again_replaces_the_old_one() -> None:

@@ -135,8 +135,9 @@ def load(
     in place (`save` does not) changes the tensors or ends the process.
 
     Raises CheckpointError, a ValueError that says what is wrong with which entry, for a file that
-    is damaged, truncated, foreign, or differs from `like`, and then names every path that differs;
-    FileNotFoundError, or another OSError, if it cannot be opened.
+    is damaged, truncated, foreign, or differs, once converted, from `like`, and then names every
+    path that differs; FileNotFoundError, or another OSError, if it cannot be opened; TypeError for
+    a dtype that is not floating; ValueError for strict=False without `like`.
 
     >>> import tempfile, torch
     >>> path = tempfile.mkdtemp() + "/tree.safetensors"

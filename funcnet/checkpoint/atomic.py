@@ -30,7 +30,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     A symbolic link stays, and the file that it points to is replaced. The new file has the old
     one's mode, or the umask's. If anything is raised, the old file is as it was and nothing is left
-    behind.
+    behind; only if a failing disk refuses to make the renaming durable, the new file is in place.
 
     Raises OSError (FileNotFoundError, PermissionError, IsADirectoryError, …) with the path.
     """
@@ -55,7 +55,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         _flush_folder(target.parent)
     except OSError as error:
         # Also those without a path, like "no space left"; the number chooses the subclass.
-        raise OSError(error.errno, f"save: {error.strerror}", str(path)) from error
+        raise OSError(error.errno, f"save: {error.strerror}", os.fspath(path)) from error
 
 
 def _mode_to_keep(target: Path) -> int | None:
@@ -130,9 +130,8 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 
 def _flush_to_disk(file: BinaryIO) -> None:
-    if fcntl is not None and hasattr(
-        fcntl, "F_FULLFSYNC"
-    ):  # macOS: fsync stops at the drive's cache
+    # On macOS, fsync stops at the drive's cache.
+    if fcntl is not None and hasattr(fcntl, "F_FULLFSYNC"):
         with suppress(OSError):  # which not every file system knows
             fcntl.fcntl(file.fileno(), fcntl.F_FULLFSYNC)
             return
@@ -142,7 +141,10 @@ def _flush_to_disk(file: BinaryIO) -> None:
 def _flush_folder(folder: Path) -> None:
     if fcntl is None:
         return  # Windows opens no folder
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return  # it may be written but not listed
     try:
         os.fsync(descriptor)
     finally:

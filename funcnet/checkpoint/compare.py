@@ -17,9 +17,9 @@ from funcnet.checkpoint.structure import (
     label,
     parts,
 )
-from funcnet.tree import Key
+from funcnet.tree import PathKey
 
-Path: TypeAlias = "tuple[Key, ...]"
+Path: TypeAlias = "tuple[PathKey, ...]"
 Spec: TypeAlias = "tuple[torch.dtype, tuple[int, ...]]"
 """dtype and shape."""
 

@@ -21,9 +21,9 @@ and their metadata, texts all, are
 
 JSON is written without spaces and in UTF-8, entries in the order of the tree, `__metadata__` first.
 N + 8 is a multiple of 64. In the data come first the tensors whose size is a multiple of 64 bytes,
-so that they all start at one; then the others, of wide dtypes first; else in the order of the tree.
-CRC-32 is certain to find one flipped bit, or any damage within 32 consecutive bits, and misses
-other damage once in four thousand million.
+so that each of them starts at such a multiple; then the others, of wide dtypes first; else in the
+order of the tree. CRC-32 is certain to find one flipped bit, or any damage within 32
+consecutive bits, and misses other damage once in four thousand million.
 """
 
 from __future__ import annotations
@@ -122,14 +122,17 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 def block_count(entry: Entry) -> int:
+    """How many checksums the data of a tensor has."""
     return -(-(entry.stop - entry.start) // BLOCK)
 
 
 def in_blocks(data: memoryview) -> list[memoryview]:
+    """The parts of a tensor's data that have checksums of their own."""
     return [data[start : start + BLOCK] for start in range(0, len(data), BLOCK)]
 
 
 def digits_of(checksums: Iterable[int]) -> str:
+    """Checksums as the file has them."""
     return "".join(f"{checksum:08x}" for checksum in checksums)
 
 
@@ -139,4 +142,5 @@ def count_values(text: bytes) -> int:
 
 
 def threads() -> int:
+    """How many threads compute checksums."""
     return min(8, os.cpu_count() or 1)

@@ -256,7 +256,7 @@ def _check_names(header: Header) -> None:
         raise CheckpointError(
             "funcnet.structure: expected each tensor of the file once, got others"
         )
-    if header.architecture is not None and any(tensor_names(header.architecture)):
+    if header.architecture is not None and list(tensor_names(header.architecture)):
         raise CheckpointError("funcnet.architecture: expected no tensor, got one")
     if not isinstance(header.metadata, dict | None):
         raise CheckpointError(

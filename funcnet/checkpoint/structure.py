@@ -49,7 +49,7 @@ _MAPPINGS: dict[str, Callable[[Any], Any]] = {"dict": dict, "OrderedDict": Order
 class Part(NamedTuple):
     """One node of a structure."""
 
-    path: tuple[trees.Key, ...]
+    path: tuple[trees.PathKey, ...]
     name: str
     json: Json
 
@@ -94,14 +94,14 @@ def tensor_names(structure: Json) -> Iterator[str]:
             yield part.json[kind]
 
 
-def _child_parts(parent: Part, items: list[tuple[trees.Key, Json]]) -> Iterator[Part]:
+def _child_parts(parent: Part, items: list[tuple[trees.PathKey, Json]]) -> Iterator[Part]:
     # One at a time: the names of all children at once may be far larger than the file.
     names = trees.child_names(parent.name, [key for key, _ in items])
     for (key, child), name in zip(items, names, strict=True):
         yield Part((*parent.path, key), name, child)
 
 
-def children(json: Json, name: str) -> list[tuple[trees.Key, Json]] | None:
+def children(json: Json, name: str) -> list[tuple[trees.PathKey, Json]] | None:
     """The keys and children of a node of a structure; None for a leaf. Raises CheckpointError."""
     kind = kind_of(json)
     if kind == "class":
@@ -310,6 +310,7 @@ def _decode_scalar(json: Json, kind: str) -> Any:
 
 
 def is_tensor(kind: str) -> bool:
+    """Whether nodes of this kind stand for an entry of the file."""
     return kind in ("tensor", "parameter")
 
 

@@ -1,4 +1,4 @@
-"""The vocabulary of layers, one file each."""
+"""The vocabulary of layers."""
 
 from funcnet.layers.activations import ReLU, Sigmoid
 from funcnet.layers.conv import Conv2d

@@ -44,7 +44,7 @@ _LANES = 16
 """With fewer channels than a vector register has lanes, planes are added faster than pixels."""
 
 Term: TypeAlias = tuple[Tensor, int]
-"""(source, shift): source[i + shift], a term of a sum over i."""
+"""(source, shift): source[i + shift], one term of the sum that gives entry i."""
 
 Shifts: TypeAlias = list[list[int]]
 """q_at at [a][t]."""

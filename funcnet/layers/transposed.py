@@ -39,21 +39,23 @@ def gradients(
     dkernel, dx = native.kernel_gradients(
         native.layout(x), _kernel(weight, scale), whole, input_grad, stride=scale, transposed=True
     )
-    rows, columns = (_sums(weight, axis, scale) for axis in (0, 1))
+    rows, columns = (_tap_sums(weight, axis, scale) for axis in (0, 1))
     return torch.einsum("ut,vr,couv->octr", rows, columns, dkernel), dx
 
 
 def _kernel(weight: Tensor, scale: Pair) -> Tensor:
     """E (C, O, kh + s_h − 1, kw + s_w − 1) of weight (O, C, kh, kw)."""
-    rows, columns = (_sums(weight, axis, scale) for axis in (0, 1))
+    rows, columns = (_tap_sums(weight, axis, scale) for axis in (0, 1))
     return torch.einsum("ut,vr,octr->couv", rows, columns, weight).contiguous()
 
 
-def _sums(weight: Tensor, axis: int, scale: Pair) -> Tensor:
+def _tap_sums(weight: Tensor, axis: int, scale: Pair) -> Tensor:
     """(k + s − 1, k), 1 where E[u] sums tap t."""
     taps, s = weight.shape[2 + axis], scale[axis]
-    both = [[int(0 <= u - (taps - 1) + t < s) for t in range(taps)] for u in range(taps + s - 1)]
-    return torch.tensor(both, dtype=weight.dtype, device=weight.device)
+    # Made on the device: a copy from the host would stop it, and cannot be in a CUDA graph.
+    u, t = (torch.arange(n, device=weight.device) for n in (taps + s - 1, taps))
+    reach = u[:, None] - (taps - 1) + t
+    return ((reach >= 0) & (reach < s)).to(weight.dtype)
 
 
 def _crop(window: Window) -> tuple[int, int, int, int]:

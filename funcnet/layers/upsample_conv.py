@@ -89,7 +89,7 @@ class UpsampleConv2d(Layer):
         weight_shape = (self.out_channels, shape[0], *self._window.kernel_size)
         params = init_kernel(key, weight_shape, self.bias, dtype, device)
         if self.method == "auto":
-            params["weight"] = _fused(params["weight"]).layout(params["weight"])
+            params["weight"] = _way(params["weight"]).layout(params["weight"])
         return params
 
     def out_shape(self, shape: Sequence[int]) -> Shape:
@@ -109,7 +109,7 @@ class UpsampleConv2d(Layer):
             return conv.apply(params, upsample.apply((), x)), x
         weight, bias = native.wide(params["weight"]), params.get("bias")
         bias = None if bias is None else native.wide(bias)
-        y = _fused(x).convolve(native.wide(x), weight, bias, pair(self.scale), window)
+        y = _way(x).convolve(native.wide(x), weight, bias, pair(self.scale), window)
         return y.to(x.dtype), x
 
     def bwd(
@@ -124,8 +124,10 @@ class UpsampleConv2d(Layer):
             upsampled, kept = upsample.fwd((), x)
             dparams, dx = conv.vjp(params, upsampled, grad, input_grad=input_grad)
             return dparams, None if dx is None else upsample.bwd((), kept, dx)[1]
-        wide = (native.wide(tensor) for tensor in (x, params["weight"], grad))
-        dweight, dx = _fused(x).gradients(*wide, pair(self.scale), window, input_grad)
+        weight, wide_grad = native.wide(params["weight"]), native.wide(grad)
+        dweight, dx = _way(x).gradients(
+            native.wide(x), weight, wide_grad, pair(self.scale), window, input_grad
+        )
         dweight, dx = dweight.to(x.dtype), None if dx is None else dx.to(x.dtype)
         dbias = grad.sum((0, 2, 3)) if self.bias else None
         return like_params(params, dweight, dbias), dx
@@ -143,12 +145,13 @@ class UpsampleConv2d(Layer):
 
     def _out_size(self, size: Sequence[int]) -> Pair:
         scale = pair(self.scale)
-        return self._window.count(self, (scale[0] * size[0], scale[1] * size[1]))
+        upsampled = (scale[0] * size[0], scale[1] * size[1])
+        return self._window.count(f"{self}, after upsampling", upsampled)
 
     def __repr__(self) -> str:
         return source(self)
 
 
-def _fused(x: Tensor) -> Any:
+def _way(x: Tensor) -> Any:
     """The way that is fastest for tensors like x."""
     return low_resolution if x.device.type == "cpu" else transposed

@@ -176,13 +176,14 @@ def _fault(mismatch: GradientMismatch) -> str:
 
 
 def _refuse(layer: Any, params: Any, x: Any) -> None:
-    if not (hasattr(layer, "fwd") and hasattr(layer, "bwd")):
-        raise TypeError(f"check_vjp: expected a layer or a loss, got {type(layer).__name__}")
-    tensors = {"x": params if isinstance(layer, Loss) else x}
-    for name, tensor in tensors.items():
-        if not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
-            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"check_vjp: expected {name} to be a floating-point tensor, got {got}")
+    if isinstance(layer, type) or not (hasattr(layer, "fwd") and hasattr(layer, "bwd")):
+        kind = "the class " if isinstance(layer, type) else ""
+        name = (layer if isinstance(layer, type) else type(layer)).__name__
+        raise TypeError(f"check_vjp: expected a layer or a loss, got {kind}{name}")
+    x = params if isinstance(layer, Loss) else x
+    if not (isinstance(x, Tensor) and x.is_floating_point()):
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"check_vjp: expected x to be a floating-point tensor, got {got}")
     for leaf in [] if isinstance(layer, Loss) else optree.tree_leaves(params):
         if not isinstance(leaf, Tensor):
             raise TypeError(f"check_vjp: expected params of tensors, got {type(leaf).__name__}")

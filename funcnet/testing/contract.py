@@ -30,7 +30,7 @@ from funcnet.testing.purity import (
     restore_random_states,
     seed_torch,
 )
-from funcnet.testing.rounding import allowance, gradient_moves, value_moves
+from funcnet.testing.rounding import TRIALS, allowance, gradient_moves, value_moves
 
 
 def check_calls(case: Case) -> None:
@@ -278,7 +278,7 @@ def _expect_close(
     double, epsilon = case.double(), torch.finfo(case.x.dtype).eps
     place = None
     # Rounding may carry what lies at a kink across it: more trials see that.
-    for trials in (1, 12):
+    for trials in (1, TRIALS):
         moves = (
             [value_moves(double, epsilon, trials)]
             if of_value

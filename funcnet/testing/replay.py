@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import funcnet
+from funcnet.combinators import Sequential
 from funcnet.keys import key as make_key
 from funcnet.keys import normal
 from funcnet.testing.case import Case, LossCase
@@ -23,15 +24,15 @@ def snippet(case: Case, fails: Callable[[Case], bool]) -> str:
     first; otherwise they are written out if they are few, and else taken from the exception.
     """
     drawn = None if isinstance(case, LossCase) or case.key is not None else _drawn(case, fails)
-    known = drawn is not None or _entries(case) <= _MOST_LITERAL
+    literal = _entries(case) <= _MOST_LITERAL and _is_plain(case.params)
+    known = drawn is not None or literal
     lines = ["import torch", "import funcnet as fn", "from funcnet.testing import check_vjp"]
     if not known:
         return "\n".join([*lines, *_from_exception(case)])
     lines += [*_import_of(case.layer), f"layer = {_source(case.layer)}"]
     if drawn is None:
         return "\n".join([*lines, *_literally(case)])
-    shape, dtype, device = tuple(drawn.x.shape), drawn.x.dtype, drawn.x.device
-    on = "" if device.type == "cpu" else f', device="{device}"'
+    shape, dtype, on = tuple(drawn.x.shape), drawn.x.dtype, _on(drawn.x.device)
     lines += [
         f"params = layer.init(fn.key(0), {shape[1:]}, dtype={dtype}{on})",
         f"x = fn.normal(fn.key(1), {shape}, dtype={dtype}{on})",
@@ -46,7 +47,7 @@ def _entries(case: Case) -> int:
 
 def _from_exception(case: Case) -> list[str]:
     return [
-        "# Too large to write out: catch the exception as `error`, and its tensors are",
+        "# Not written out: catch the exception as `error`, and its tensors are",
         "layer, params, x, grad = error.layer, error.params, error.x, error.grad",
         "check_vjp(layer, x, error.target, grad=grad)"
         if case.is_loss
@@ -88,21 +89,34 @@ def _literally(case: Case) -> list[str]:
 
 def _tree(tree: Any) -> str:
     """Code for plain containers of tensors."""
+    assert _is_plain(tree)
     if isinstance(tree, Tensor):
         return _literal(tree)
     if type(tree) is dict:
         return "{" + ", ".join(f"{k!r}: {_tree(v)}" for k, v in tree.items()) + "}"
     if type(tree) is list:
         return "[" + ", ".join(map(_tree, tree)) + "]"
-    if type(tree) is tuple:
-        return "(" + "".join(f"{_tree(v)}, " for v in tree).strip() + ")"
-    return "error.params  # of the exception"
+    return "(" + "".join(f"{_tree(v)}, " for v in tree).strip() + ")"
+
+
+def _is_plain(tree: Any) -> bool:
+    """Whether a tree is made of tuples, lists and dicts alone."""
+    if type(tree) in (tuple, list):
+        return all(map(_is_plain, tree))
+    if type(tree) is dict:
+        return all(map(_is_plain, tree.values()))
+    return isinstance(tree, Tensor)
 
 
 def _literal(x: Tensor) -> str:
     values = re.sub(r"\b(inf|nan)\b", r"torch.\1", repr(x.tolist()))
     shaped = f".reshape({tuple(x.shape)})" if not x.numel() else ""
-    return f"torch.tensor({values}, dtype={x.dtype}){shaped}"
+    return f"torch.tensor({values}, dtype={x.dtype}{_on(x.device)}){shaped}"
+
+
+def _on(device: torch.device) -> str:
+    """The argument that puts a tensor there."""
+    return "" if device.type == "cpu" else f', device="{device}"'
 
 
 def _source(layer: Any) -> str:
@@ -113,8 +127,14 @@ def _source(layer: Any) -> str:
 def _import_of(layer: Any) -> list[str]:
     named = set(re.findall(r"\w+", _source(layer))) & set(funcnet.__all__)
     lines = [f"from funcnet import {', '.join(sorted(named))}"] if named else []
-    cls = type(layer)
-    importable = cls.__module__ != "__main__" and "<locals>" not in cls.__qualname__
-    if importable and not cls.__module__.startswith("funcnet."):
-        lines.append(f"from {cls.__module__} import {cls.__name__}")
+    for cls in sorted(_classes(layer), key=str):
+        importable = cls.__module__ != "__main__" and "<locals>" not in cls.__qualname__
+        if importable and not cls.__module__.startswith("funcnet."):
+            lines.append(f"from {cls.__module__} import {cls.__name__}")
     return lines
+
+
+def _classes(layer: Any) -> set[type]:
+    """That of a layer, and of those in it."""
+    inner = layer if isinstance(layer, Sequential) else ()
+    return {type(layer)}.union(*map(_classes, inner))

@@ -21,6 +21,9 @@ from funcnet.testing.case import Case, Leaves, flat, signed
 _SAFETY = {torch.float64: 1000.0, torch.float32: 128.0}
 _HALF_SAFETY = 32.0  # sums in half precision are accumulated in float32
 
+TRIALS = 12
+"""What lies within rounding of a kink may land on either side: enough to have seen both."""
+
 
 def value_moves(case: Case, epsilon: float, trials: int = 2) -> Tensor:
     """How far each entry of y moves when params and x are nudged by a relative `epsilon`."""

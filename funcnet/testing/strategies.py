@@ -271,12 +271,15 @@ class FittingCase(NamedTuple):
     x: Tensor
 
 
-class LossCase(NamedTuple):
+class FittingLossCase(NamedTuple):
     """A loss with two tensors of one shape."""
 
     loss: Loss
     x: Tensor
     target: Tensor
+
+
+_any_layers, _any_dtypes, _any_losses = layers, dtypes, losses  # below, arguments hide the names
 
 
 @st.composite
@@ -296,10 +299,10 @@ def cases(
     `shapes` gives the shapes of one example, or makes such a strategy from a layer. Parameters are
     the layer's own `init`, or small integers where `integers` is True.
     """
-    layer = draw(st.one_of(globals()["layers"](), networks()) if layers is None else layers)
+    layer = draw(st.one_of(_any_layers(), networks()) if layers is None else layers)
     shape = draw(shapes if isinstance(shapes, st.SearchStrategy) else shapes(layer))
     batch = draw(st.sampled_from([1, 2, 3, 0]) if batches is None else batches)
-    dtype = draw(globals()["dtypes"]() if dtypes is None else dtypes)
+    dtype = draw(_any_dtypes() if dtypes is None else dtypes)
     x = draw(tensors((batch, *shape), dtype, device, layouts, integers))
     params = layer.init(make_key(draw(st.integers(0, 2**16))), shape, dtype=dtype, device=device)
     if integers:
@@ -315,19 +318,19 @@ def loss_cases(
     dtypes: Strategy[torch.dtype] | None = None,
     device: torch.device | str = "cpu",
     layouts: Sequence[str] = LAYOUTS,
-) -> LossCase:
+) -> FittingLossCase:
     """(loss, x, target) with tensors of up to 4 axes."""
-    loss = draw(globals()["losses"]() if losses is None else losses)
+    loss = draw(_any_losses() if losses is None else losses)
     shape = draw(st.lists(st.integers(0, 4), max_size=4))
-    dtype = draw(globals()["dtypes"]() if dtypes is None else dtypes)
+    dtype = draw(_any_dtypes() if dtypes is None else dtypes)
     x = draw(tensors(shape, dtype, device, layouts))
-    return LossCase(loss, x, draw(tensors(shape, dtype, device, layouts)))
+    return FittingLossCase(loss, x, draw(tensors(shape, dtype, device, layouts)))
 
 
 # --- Trees
 
 
-class Pair(NamedTuple):
+class Two(NamedTuple):
     """A namedtuple for trees."""
 
     first: Any
@@ -352,7 +355,7 @@ def trees(leaves: Strategy[Any] | None = None, max_leaves: int = 8) -> Strategy[
             some.map(tuple),
             named,
             named.map(OrderedDict),
-            st.builds(Pair, children, children),
+            st.builds(Two, children, children),
         )
 
     return st.recursive(st.one_of(leaves, st.none()), nodes, max_leaves=max_leaves)

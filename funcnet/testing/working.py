@@ -7,11 +7,7 @@ from torch import Tensor
 
 from funcnet.testing.case import Case
 from funcnet.testing.mathematics import Errors, unravel
-from funcnet.testing.rounding import allowance, gradient_moves, value_moves
-
-_TRIALS = (
-    12  # what lies within rounding of a kink may land on either side: enough to have seen both
-)
+from funcnet.testing.rounding import TRIALS, allowance, gradient_moves, value_moves
 
 
 def find_inexact(case: Case, double: Case, errors: Errors) -> str | None:
@@ -22,7 +18,7 @@ def find_inexact(case: Case, double: Case, errors: Errors) -> str | None:
     if _off(y, exact, allowance(value_moves(double, epsilon, 1), dtype)) is not None:
         if case.key is not None:
             return None  # in another dtype a layer may draw other numbers from the same key
-        place = _off(y, exact, allowance(value_moves(double, epsilon, _TRIALS), dtype))
+        place = _off(y, exact, allowance(value_moves(double, epsilon, TRIALS), dtype))
         if place is not None:
             return _complaint("y", dtype, y, exact, place)
     ours, theirs = case.gradients(), double.gradients()
@@ -32,7 +28,7 @@ def find_inexact(case: Case, double: Case, errors: Errors) -> str | None:
         _off(a, b, allowance(m, dtype)) is not None
         for (_, a, b), m in zip(checked, moves, strict=True)
     ):
-        moves = gradient_moves(double, epsilon, _TRIALS)
+        moves = gradient_moves(double, epsilon, TRIALS)
     for (name, a, b), move in zip(checked, moves, strict=True):
         place = _off(a, b, allowance(move, dtype))
         if place is not None:

@@ -457,8 +457,8 @@ TRANSPOSED = _in(
     ),
     Row(
         "kernel-not-flipped",
-        "0 <= u - (taps - 1) + t < s",
-        "0 <= u - t < s",
+        "u[:, None] - (taps - 1) + t",
+        "u[:, None] - t",
         "a transposed convolution flips the kernel",
     ),
     Row(
@@ -587,8 +587,8 @@ LAYER = _in(
     ),
     Row(
         "true-is-one",
-        'if isinstance(value, bool) or not hasattr(value, "__index__"):',
-        'if not hasattr(value, "__index__"):',
+        "if number is None or isinstance(value, bool):",
+        "if number is None:",
         "Conv2d(True, 3) is a mistake",
     ),
     Row(
@@ -749,8 +749,8 @@ OPTIMIZERS = _in(
     ),
     Row(
         "nan-is-a-learning-rate",
-        'if not 0 <= value < float("inf"):',
-        'if value < 0 or value == float("inf"):',
+        "if not (math.isfinite(value) and value >= least):",
+        "if value < least or value == math.inf:",
         "NaN is out of range",
     ),
 )

@@ -17,7 +17,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("file", metavar="FILE")
     file = parser.parse_args(arguments).file
     try:
-        print(inspect(file))
+        text = str(inspect(file))
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding))
     except (CheckpointError, OSError) as error:
         print(f"funcnet inspect: {error}", file=sys.stderr)
         return 1

@@ -13,6 +13,7 @@ NumPy's counter-based Philox generator (Salmon et al., "Parallel random numbers:
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,7 +83,8 @@ def uniform(
 ) -> Tensor:
     """Numbers drawn evenly from [low, high); float32 on the CPU unless told otherwise.
 
-    Raises ValueError unless low ≤ high, TypeError for a dtype that is not floating.
+    Raises ValueError unless low ≤ high and the dtype holds both and what is between, TypeError for
+    a dtype that is not floating, or what is no key or shape.
 
     >>> bool((uniform(key(0), (1000,), -1.0, 1.0).abs() <= 1).all())
     True
@@ -90,10 +92,12 @@ def uniform(
     if not low <= high:
         raise ValueError(f"uniform: expected low <= high, got low={low}, high={high}")
     dtype, draw_dtype = _dtypes("uniform", dtype)
+    most = torch.finfo(dtype).max
+    if not (max(abs(low), abs(high)) <= most and high - low <= float(np.finfo(draw_dtype).max)):
+        raise ValueError(f"uniform: expected a range that {dtype} holds, got [{low}, {high})")
     unit = _generator("uniform", key).random(_sizes("uniform", shape), draw_dtype)
     x = (torch.from_numpy(np.asarray(unit)) * (high - low) + low).to(dtype)
-    # Rounding may reach the upper end, which the half-open interval excludes.
-    return torch.where(x < high, x, low).to(dtype=dtype, device=_device(device))
+    return x.clamp(*_within(low, high, dtype)).to(_device(device))
 
 
 def normal(
@@ -106,7 +110,8 @@ def normal(
 ) -> Tensor:
     """Numbers from the normal distribution N(mean, std²); float32 on the CPU unless told otherwise.
 
-    Raises ValueError unless std ≥ 0, TypeError for a dtype that is not floating.
+    Raises ValueError unless std ≥ 0, TypeError for a dtype that is not floating, or what is no key
+    or shape.
 
     >>> normal(key(0), (2, 3), dtype=torch.float64).dtype
     torch.float64
@@ -124,15 +129,23 @@ def bernoulli(
 ) -> Tensor:
     """A bool tensor, each entry True with probability p.
 
-    Raises ValueError unless 0 ≤ p ≤ 1.
+    Raises ValueError unless 0 ≤ p ≤ 1, TypeError for what is no key, number or shape.
 
     >>> bernoulli(key(0), 1.0, (3,))
     tensor([True, True, True])
     """
+    if isinstance(p, Sequence):
+        raise TypeError(f"bernoulli: expected a probability p in [0, 1], got {p!r}")
     if not 0 <= p <= 1:
         raise ValueError(f"bernoulli: expected a probability p in [0, 1], got {p}")
     unit = _generator("bernoulli", key).random(_sizes("bernoulli", shape))
     return torch.from_numpy(np.asarray(unit < p)).to(_device(device))
+
+
+def check_draw(who: object, key: Key, dtype: torch.dtype | None) -> None:
+    """Refuse what no numbers can be drawn with."""
+    _key_data(str(who), key)
+    _dtypes(str(who), dtype)
 
 
 def _derive(purpose: str, data: int, item: int) -> Key:
@@ -175,6 +188,16 @@ def _dtypes(who: str, dtype: torch.dtype | None) -> tuple[torch.dtype, type[np.f
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"{who}: expected a floating-point dtype of torch, got {dtype!r}")
     return dtype, np.float64 if dtype == torch.float64 else np.float32
+
+
+def _within(low: float, high: float, dtype: torch.dtype) -> tuple[float, float]:
+    """The least and the greatest number of the dtype in [low, high), which rounding may leave."""
+    first, last = (torch.tensor([end], dtype=dtype, device="cpu") for end in (low, high))
+    if first.item() < low:
+        first = torch.nextafter(first, torch.full_like(first, math.inf))
+    if last.item() >= high:
+        last = torch.nextafter(last, torch.full_like(last, -math.inf))
+    return first.item(), max(first.item(), last.item())
 
 
 def _device(device: torch.device | str | None) -> torch.device | str:

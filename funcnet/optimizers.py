@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import optree
 import torch
@@ -75,6 +75,9 @@ class SGD:
 
     def init(self, params: Tree) -> SGDState:
         """No steps taken, all velocities 0 (none are kept without momentum)."""
+        ps, structure = optree.tree_flatten(params)
+        for i, p in enumerate(ps):
+            self._check_leaf(p, structure, i)
         velocities = optree.tree_map(torch.zeros_like, params) if self.momentum else ()
         return SGDState(torch.zeros((), dtype=torch.int64, device="cpu"), velocities)
 
@@ -149,15 +152,11 @@ class SGD:
                 f"{self}: expected {name} with the structure of params, {structure}, got {other}"
             )
         for i, (leaf, p) in enumerate(zip(leaves, ps, strict=True)):
-            if not isinstance(p, Tensor) or not isinstance(leaf, Tensor):
+            self._check_leaf(p, structure, i)
+            if not isinstance(leaf, Tensor):
                 raise TypeError(
-                    f"{self}: expected tensors at {structure.accessors()[i].codify('params')} "
-                    f"and in {name}, got {type(p).__name__} and {type(leaf).__name__}"
-                )
-            if not (p.is_floating_point() or p.is_complex()):
-                raise TypeError(
-                    f"{self}: expected floating-point tensors, got {p.dtype} at "
-                    f"{structure.accessors()[i].codify('params')}"
+                    f"{self}: expected a tensor at {structure.accessors()[i].codify(name)}, "
+                    f"got {type(leaf).__name__}"
                 )
             if leaf.shape != p.shape or leaf.dtype != p.dtype or leaf.device != p.device:
                 raise ValueError(
@@ -166,18 +165,24 @@ class SGD:
                 )
         return leaves
 
+    def _check_leaf(self, p: Any, structure: optree.PyTreeSpec, i: int) -> None:
+        """Refuse a leaf of params that has no gradient."""
+        if not isinstance(p, Tensor) or not (p.is_floating_point() or p.is_complex()):
+            raise TypeError(
+                f"{self}: expected floating-point tensors, got "
+                f"{p.dtype if isinstance(p, Tensor) else type(p).__name__} at "
+                f"{structure.accessors()[i].codify('params')}"
+            )
+
     def _check_writable(self, *trees: list[Tensor]) -> None:
+        may_ask = not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()
         for tensor in (leaf for leaves in trees for leaf in leaves):
-            if _overlaps_itself(tensor):
+            if 0 in tensor.stride() and _overlaps_itself(tensor):
                 raise ValueError(
                     f"{self}: expected tensors that can be written to, got an expanded one of "
                     f"shape {tuple(tensor.shape)} and stride {tensor.stride()}"
                 )
-            if (
-                not torch.compiler.is_compiling()  # which cannot ask
-                and tensor.is_inference()
-                and not torch.is_inference_mode_enabled()
-            ):
+            if may_ask and tensor.is_inference():
                 raise ValueError(
                     f"{self}: expected tensors that can be written to, got one of shape "
                     f"{tuple(tensor.shape)} made in inference mode"
@@ -191,15 +196,18 @@ def _add(xs: list[Tensor], ys: list[Tensor], alpha: float | Tensor, write: bool)
     """x + alpha · y of each x and y, into x if `write`."""
     if isinstance(alpha, Tensor):
         ys, alpha = [alpha.to(y.dtype) * y for y in ys], 1.0
-    batched = torch._C._functorch.is_batchedtensor
-    if not xs or any(batched(leaf) for leaves in (xs, ys) for leaf in leaves):
-        # torch.func.vmap has no rule for lists of tensors.
+    if not xs or torch.compiler.is_compiling() or _is_transforming():
         pairs = zip(xs, ys, strict=True)
         return [x.add_(y, alpha=alpha) if write else x.add(y, alpha=alpha) for x, y in pairs]
     if not write:
         return list(torch._foreach_add(xs, ys, alpha=alpha))
     torch._foreach_add_(xs, ys, alpha=alpha)
     return xs
+
+
+def _is_transforming() -> bool:
+    """Whether torch.func is at work, whose vmap has no rule for lists of tensors."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _overlaps_itself(x: Tensor) -> bool:

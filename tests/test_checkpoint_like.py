@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -168,8 +171,16 @@ def test_the_command_prints_a_table(path: Path, capsys: pytest.CaptureFixture[st
         "0.bias    float32  (2,)                 2      8",
         "2 tensors, 8 elements, 32 bytes",
     ]
-    assert "Sequential(layers=(Conv2d(out_channels=2" in output
+    assert eval(output.splitlines()[6], vars(fn)) == net
     assert '"epoch": 3' in output
+
+
+def test_the_command_prints_what_the_terminal_cannot_show(path: Path) -> None:
+    fn.save(path, {"é": torch.ones(1)})
+    command = [sys.executable, "-m", "funcnet", "inspect", str(path)]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert r"\xe9" in run.stdout
 
 
 def test_the_command_shows_values_and_no_control_characters(

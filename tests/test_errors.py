@@ -171,7 +171,14 @@ def test_what_is_no_int(wrong):
 @pytest.mark.parametrize("wrong", ["float32", np.float32, torch.int64], ids=repr)
 def test_what_is_no_floating_dtype(wrong):
     with refused(TypeError, f"uniform: expected a floating-point dtype of torch, got {wrong!r}"):
-        fn.Conv2d(1, 1).init(fn.key(0), (1, 2, 2), dtype=wrong)
+        fn.uniform(fn.key(0), (1,), dtype=wrong)
+    for layer in (fn.Conv2d(1, 1), fn.UpsampleConv2d(1), fn.Sequential(fn.ReLU())):
+        with refused(
+            TypeError, f"{layer}: expected a floating-point dtype of torch, got {wrong!r}"
+        ):
+            layer.init(fn.key(0), (1, 2, 2), dtype=wrong)
+        with refused(TypeError, f"{layer}: expected a key made by funcnet.key(seed), got 0"):
+            layer.init(0, (1, 2, 2))
 
 
 def test_what_is_no_layer():
@@ -192,8 +199,9 @@ def test_shapes_of_examples():
         fn.ReLU().out_shape(3)
     with refused(TypeError, "expected every size in shape to be an int, got 1.5"):
         fn.ReLU().out_shape((1.5,))
-    with refused(ValueError, "expected every size in shape >= 0, got -1"):
-        fn.Upsample2d(2).out_shape((1, -1, 2))
+    for layer in (fn.Upsample2d(2), fn.ReLU(), CONV):
+        with refused(ValueError, f"{layer}: expected every size in shape >= 0, got -1"):
+            layer.init(fn.key(0), (1, -1, 2))
     with refused(ValueError, "layer 1: Conv2d(1, kernel_size=9): expected pictures at least"):
         fn.Sequential(fn.Upsample2d(2), fn.Conv2d(1, 9)).init(fn.key(0), (1, 4, 4))
 

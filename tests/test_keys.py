@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import funcnet as fn
@@ -88,6 +88,30 @@ def test_uniform_stays_within_its_interval(seed, low, width, dtype):
     x = fn.uniform(fn.key(seed), (50,), low, high, dtype=dtype)
     assert (x >= low).all()
     assert (x < high).all() or low == high
+
+
+@given(
+    SEEDS,
+    st.floats(-1e3, 1e3),
+    st.floats(1e-3, 1e3),
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_uniform_stays_within_ends_that_the_dtype_does_not_hold(seed, low, width, dtype):
+    high = low + width
+    assume(width > 4 * torch.finfo(dtype).eps * max(abs(low), abs(high)))
+    x = fn.uniform(fn.key(seed), (200,), low, high, dtype=dtype).double()
+    assert low <= float(x.min()) <= float(x.max()) < high
+
+
+def test_uniform_of_a_range_that_no_number_spans():
+    for low, high in ((-math.inf, math.inf), (-3e38, 3e38)):
+        with pytest.raises(
+            ValueError, match=r"uniform: expected a range that torch\.float32 holds"
+        ):
+            fn.uniform(fn.key(0), (3,), low, high)
+    with pytest.raises(ValueError, match=r"uniform: expected a range that torch\.float16 holds"):
+        fn.uniform(fn.key(0), (3,), 0.0, 1e5, dtype=torch.float16)
+    assert fn.uniform(fn.key(0), (9,), -3e38, 3e38, torch.float64).isfinite().all()
 
 
 def test_distributions():

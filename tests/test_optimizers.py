@@ -157,6 +157,9 @@ def test_settings_that_do_not_go_together():
     for name in ("nesterov", "maximize"):
         with pytest.raises(TypeError, match=f"SGD: expected {name} to be True or False, got 1"):
             fn.SGD(0.1, momentum=0.9, **{name: 1})
+    for bad, got in ((torch.ones(2).long(), "torch.int64"), (1, "int")):
+        with pytest.raises(TypeError, match=rf"got {got} at params\['a'\]\[0\]"):
+            fn.SGD(0.1).init({"a": [bad]})
     with pytest.raises(TypeError, match=r"SGD\(0.1\): expected an SGDState, as init .*got None"):
         fn.SGD(0.1).step(torch.ones(2), torch.ones(2), None)
     with pytest.raises(TypeError, match=r"SGD: expected lr to be a number, got '0.1'"):
@@ -179,7 +182,7 @@ def test_trees_that_do_not_match_change_nothing(method):
     for message, grads in bad.items():
         with pytest.raises(ValueError, match=message):
             getattr(sgd, method)(params, grads, state)
-    with pytest.raises(TypeError, match=r"expected tensors at params\['b'\]"):
+    with pytest.raises(TypeError, match=r"expected a tensor at grads\['b'\]"):
         getattr(sgd, method)(params, {"a": torch.ones(2), "b": 1.0}, state)
     with pytest.raises(ValueError, match="velocities with the structure of params"):
         getattr(sgd, method)(params, params, fn.SGD(0.1).init(params))

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tempfile
 
 import optree
 import pytest
@@ -51,6 +52,13 @@ def test_trees_are_trees_of_tensors(tree):
     leaves = optree.tree_leaves(tree)
     assert all(isinstance(leaf, torch.Tensor) for leaf in leaves)
     assert len(leaves) <= 24
+
+
+@given(strategies.trees())
+def test_files_hold_trees(tree):
+    with tempfile.TemporaryDirectory() as folder:
+        fn.save(f"{folder}/tree", tree)
+        assert optree.tree_structure(fn.load(f"{folder}/tree")) == optree.tree_structure(tree)
 
 
 @given(strategies.loss_cases())

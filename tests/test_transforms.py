@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from registry import EVERY_LAYER, EXAMPLE_IDS, EXAMPLES
-from test_properties import close, make
+from test_properties import close, make, same
 
 import funcnet as fn
-from funcnet.testing import strategies
+from funcnet.testing import check_vjp, strategies
 
 examples = pytest.mark.parametrize(("layer", "shape"), EXAMPLES, ids=EXAMPLE_IDS)
 FLOAT64 = st.just(torch.float64)
@@ -26,6 +26,46 @@ def members(layer, x, count=3):
     keys = fn.split(fn.key(0), count)
     each = [layer.init(key, x.shape[1:], dtype=x.dtype, device=x.device) for key in keys]
     return each, stack(each)
+
+
+# --- Global state
+
+
+@examples
+def test_global_settings_change_nothing(layer, shape):
+    """Not the default device and dtype, not autocast: not even the bits."""
+    sgd = fn.SGD(0.1, momentum=0.9)
+
+    def everything():
+        params, x, grad = make(layer, shape)
+        y = layer.apply(params, x)
+        dparams, dx = layer.vjp(params, x, grad)
+        loss, grads = fn.value_and_grad(layer, fn.MSE())(params, x, grad)
+        return y, dx, dparams, loss, grads, sgd.step(params, grads, sgd.init(params))
+
+    expected = everything()
+    dtype = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16):
+            found = everything()
+    finally:
+        torch.set_default_dtype(dtype)
+    assert same(found, expected)
+
+
+def test_global_settings_change_no_verdict_and_no_file(tmp_path):
+    net = fn.Sequential(fn.Conv2d(2, 2), fn.Sigmoid(), fn.UpsampleConv2d(1))
+    params, x, _ = make(net, (1, 4, 4))
+    interleaved = torch.arange(6.0).reshape(3, 2)
+    tree = {"net": params, "left": interleaved[:, 0], "right": interleaved[:, 1]}
+    with torch.device("meta"):
+        check_vjp(net, params, x)
+        fn.save(tmp_path / "tree", tree)
+        for mmap in (False, True):
+            found = fn.load(tmp_path / "tree", mmap=mmap)
+            assert {leaf.device.type for leaf in optree.tree_leaves(found)} == {"cpu"}
+            assert same(found, tree)
 
 
 # --- vmap
@@ -92,6 +132,23 @@ def test_a_whole_step_over_parameters(layer, shape, momentum, device):
     velocities = [sgd.init(params).momentum for params in each]
     mapped = torch.func.vmap(step)(stacked, stack(velocities))
     close(mapped, stack([step(*args) for args in zip(each, velocities, strict=True)]))
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev], ids=["grad", "jacrev"])
+def test_derivatives_of_steps_over_tasks(transform):
+    """As meta-learning takes them: each task's loss after a step, by what the step started from."""
+    sgd = fn.SGD(0.1, momentum=0.9, weight_decay=0.1, nesterov=True)
+    target = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
+
+    def loss_after_a_step(w):
+        new, _ = sgd.step(w, (w - target) ** 3, sgd.init(w))
+        return (new**2).sum()
+
+    tasks = fn.normal(fn.key(0), (4, 3), dtype=torch.float64)
+    found = torch.func.vmap(transform(loss_after_a_step))(tasks)
+    close(found, torch.stack([torch.func.grad(loss_after_a_step)(task) for task in tasks]))
+    w = tasks[0].clone().requires_grad_()
+    close(found[0], torch.autograd.grad(loss_after_a_step(w), w)[0])
 
 
 # --- autograd and torch.func

@@ -107,13 +107,20 @@ def _source(node: Any) -> str:
     if items is None:
         return repr(node)
     kind = kind_of(node)
-    nodes = [_source(child) for _, child in items]
     if kind == "class":
-        arguments = [f"{key}={text}" for (key, _), text in zip(items, nodes, strict=True)]
-        return f"{_printable(node['class'])}({', '.join(arguments)})"
+        return f"{_printable(node['class'])}({', '.join(_arguments(node['class'], items))})"
     if kind == "tuple":
+        nodes = [_source(child) for _, child in items]
         return f"({', '.join(nodes)}{',' * (len(nodes) == 1)})"
     return json.dumps(node)
+
+
+def _arguments(cls: str, fields: list[tuple[Any, Any]]) -> list[str]:
+    if cls == "Sequential" and [key for key, _ in fields] == ["layers"]:
+        layers = children(fields[0][1], "")
+        if layers is not None:
+            return [_source(layer) for _, layer in layers]
+    return [f"{key}={_source(value)}" for key, value in fields]
 
 
 def _printable(text: str) -> str:

@@ -95,7 +95,7 @@ def read_tensors(file: BinaryIO, header: Header, *, mapped: bool) -> Iterator[tu
                 data = view[start : header.size + entry.stop]
                 tensor = torch.frombuffer(data, dtype=entry.dtype).reshape(entry.shape)
             else:
-                tensor = torch.empty(entry.shape, dtype=entry.dtype)
+                tensor = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
                 data = as_bytes(tensor)
                 _read_into(data, file, start, name)
             _check_data(data, header.checksums[name], name, pool)

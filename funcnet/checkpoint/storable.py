@@ -117,10 +117,10 @@ def _check_apart(views: dict[str, Tensor]) -> None:
         steps = [step * width for step in view.stride()]
         return marks.as_strided([*sizes, width], [*steps, 1], (view.data_ptr() - base) // unit)
 
-    taken = torch.zeros(size, dtype=torch.bool)
+    taken = torch.zeros(size, dtype=torch.bool, device="cpu")
     for name, view in views.items():
         if within(taken, view).any():
-            mine = torch.zeros(size, dtype=torch.bool)
+            mine = torch.zeros(size, dtype=torch.bool, device="cpu")
             within(mine, view).fill_(True)
             other = next(other for other in views if within(mine, views[other]).any())
             raise ValueError(

@@ -41,6 +41,7 @@ class Activation(Layer):
         device: torch.device | str | None = None,
     ) -> Tree:
         """(): there is nothing to learn."""
+        self.out_shape(shape)
         return ()
 
     def out_shape(self, shape: Sequence[int]) -> Shape:

@@ -24,7 +24,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from funcnet.keys import Key, split, uniform
+from funcnet.keys import Key, check_draw, split, uniform
 from funcnet.layer import (
     Layer,
     Shape,
@@ -63,7 +63,8 @@ class Conv2d(Layer):
 
     Shapes: x (N, C, H, W); y (N, O, H′, W′) with H′ = ⌊(H + 2p − d(k−1) − 1)/s⌋ + 1.
     Parameters: {"weight": (O, C/groups, kh, kw), "bias": (O,)}, drawn from U(−√q, √q) with
-    q = 1/(C/groups · kh · kw); without "bias" if bias=False.
+    q = 1/(C/groups · kh · kw); without "bias" if bias=False. On the CPU, `init` lays the weight out
+    in channels_last, as its kernels want it; `.contiguous()` is for tools that want it row-major.
 
     Raises ValueError or TypeError for hyperparameters, shapes, dtypes and devices that do not fit.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv2d.html
@@ -124,7 +125,7 @@ class Conv2d(Layer):
         """{"weight", "bias"} for examples of shape (C, H, W)."""
         self.out_shape(shape)
         weight_shape = (self.out_channels, shape[0] // self.groups, *self._window.kernel_size)
-        params = init_kernel(key, weight_shape, self.bias, dtype, device)
+        params = init_kernel(self, key, weight_shape, self.bias, dtype, device)
         if self.method == "auto":
             params["weight"] = native.layout(params["weight"])
         return params
@@ -145,7 +146,8 @@ class Conv2d(Layer):
         window.count(self, x.shape[2:])
         if self.method == "auto":
             x = native.layout(x)
-        return self._way(x).convolve(x, params["weight"], params.get("bias"), window), x
+        with native.without_autocast(x):
+            return self._way(x).convolve(x, params["weight"], params.get("bias"), window), x
 
     def bwd(
         self, params: Tree, residuals: Tensor, grad: Tensor, *, input_grad: bool = True
@@ -154,7 +156,8 @@ class Conv2d(Layer):
         x, window = residuals, self._window
         check_kernel(self, params, x, window, self.bias)
         check_grad(self, grad, (len(x), self.out_channels, *window.count(self, x.shape[2:])), x)
-        dweight, dx = self._way(x).gradients(x, params["weight"], grad, window, input_grad)
+        with native.without_autocast(x):
+            dweight, dx = self._way(x).gradients(x, params["weight"], grad, window, input_grad)
         dbias = grad.sum((0, 2, 3)) if self.bias else None
         return like_params(params, dweight, dbias), dx
 
@@ -177,6 +180,7 @@ def check_options(who: str, bias: bool, method: str) -> None:
 
 
 def init_kernel(
+    layer: Layer,
     key: Key,
     weight_shape: Shape,
     bias: bool,
@@ -184,6 +188,7 @@ def init_kernel(
     device: torch.device | str | None,
 ) -> dict[str, Tensor]:
     """Weight and bias from U(−√q, √q), q = 1/(entries of the kernel of one output channel)."""
+    check_draw(layer, key, dtype)
     bound = torch.Size(weight_shape[1:]).numel() ** -0.5
     weight_key, bias_key = split(key)
     params = {"weight": uniform(weight_key, weight_shape, -bound, bound, dtype, device)}

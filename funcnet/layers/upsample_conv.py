@@ -39,7 +39,8 @@ class UpsampleConv2d(Layer):
     All give the same numbers.
 
     Shapes: x (N, C, H, W); y (N, O, H′, W′) with O = out_channels, H′ = s_h·H + 2p − kh + 1.
-    Parameters: {"weight": (O, C, kh, kw), "bias": (O,)}, those of the convolution.
+    Parameters: {"weight": (O, C, kh, kw), "bias": (O,)}, those of the convolution; on the CPU,
+    `init` lays the weight out tap by tap.
 
     Raises ValueError or TypeError for hyperparameters, shapes, dtypes and devices that do not fit.
     Upsampling and convolving against checkerboard artefacts: Odena et al., "Deconvolution and
@@ -87,7 +88,7 @@ class UpsampleConv2d(Layer):
         """{"weight", "bias"} for examples of shape (C, H, W)."""
         self.out_shape(shape)
         weight_shape = (self.out_channels, shape[0], *self._window.kernel_size)
-        params = init_kernel(key, weight_shape, self.bias, dtype, device)
+        params = init_kernel(self, key, weight_shape, self.bias, dtype, device)
         if self.method == "auto":
             params["weight"] = _way(params["weight"]).layout(params["weight"])
         return params
@@ -109,7 +110,8 @@ class UpsampleConv2d(Layer):
             return conv.apply(params, upsample.apply((), x)), x
         weight, bias = native.wide(params["weight"]), params.get("bias")
         bias = None if bias is None else native.wide(bias)
-        y = _way(x).convolve(native.wide(x), weight, bias, pair(self.scale), window)
+        with native.without_autocast(x):
+            y = _way(x).convolve(native.wide(x), weight, bias, pair(self.scale), window)
         return y.to(x.dtype), x
 
     def bwd(
@@ -125,9 +127,10 @@ class UpsampleConv2d(Layer):
             dparams, dx = conv.vjp(params, upsampled, grad, input_grad=input_grad)
             return dparams, None if dx is None else upsample.bwd((), kept, dx)[1]
         weight, wide_grad = native.wide(params["weight"]), native.wide(grad)
-        dweight, dx = _way(x).gradients(
-            native.wide(x), weight, wide_grad, pair(self.scale), window, input_grad
-        )
+        with native.without_autocast(x):
+            dweight, dx = _way(x).gradients(
+                native.wide(x), weight, wide_grad, pair(self.scale), window, input_grad
+            )
         dweight, dx = dweight.to(x.dtype), None if dx is None else dx.to(x.dtype)
         dbias = grad.sum((0, 2, 3)) if self.bias else None
         return like_params(params, dweight, dbias), dx

@@ -133,15 +133,15 @@ def make_case(
     """
     if isinstance(layer, Loss):
         x, target = params, x
-        drawn = torch.tensor(-1.375) if grad is None else torch.as_tensor(grad)
-        drawn = drawn.detach().to(x.dtype).to(x.device)
+        drawn = torch.as_tensor(-1.375 if grad is None else grad, device=x.device)
+        drawn = drawn.detach().to(x.dtype)
         return LossCase(layer, (), x.detach(), drawn, None, target)
     params = optree.tree_map(lambda leaf: leaf.detach(), params)
     x = x.detach()
     if grad is None:
         y = layer.apply(params, x, key=key)
         grad = signed(y.shape, seed=1).to(dtype=x.dtype, device=x.device)
-    return Case(layer, params, x, torch.as_tensor(grad).detach(), key)
+    return Case(layer, params, x, torch.as_tensor(grad, device=x.device).detach(), key)
 
 
 def flat(gradients: Any) -> Leaves:
@@ -153,7 +153,7 @@ def flat(gradients: Any) -> Leaves:
 def signed(shape: Sequence[int], seed: int) -> Tensor:
     """Numbers from N(0, 1) in float64 that depend on the seed alone."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device="cpu")
 
 
 def scale_of(leaf: Tensor) -> float:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -127,7 +128,7 @@ class _Judge:
         suspects: list[tuple[float, int, int]] = []
         for i, (ours, theirs) in enumerate(zip(self.gradients, references, strict=True)):
             self.errors.autograd = max(self.errors.autograd, _relative(ours, theirs))
-            if (self._excess(ours, theirs, torch.zeros(())) <= 1).all():
+            if (self._excess(ours, theirs, theirs.new_zeros(())) <= 1).all():
                 continue  # without a thought for rounding
             excess = self._excess(ours, theirs, self.floors[i])
             worst = excess.flatten().topk(min(_SUSPECTS, excess.numel()))
@@ -244,7 +245,8 @@ class _Judge:
         for i, leaf in enumerate(self.case.leaves):
             generator = torch.Generator().manual_seed(i)
             count = leaf.numel() if leaf.is_floating_point() and leaf.isfinite().all() else 0
-            orders.append(torch.randperm(count, generator=generator)[: self.most].tolist())
+            shuffled = torch.randperm(count, generator=generator, device="cpu")
+            orders.append(shuffled[: self.most].tolist())
         for turn in range(max(map(len, orders), default=0)):
             for i, order in enumerate(orders):
                 if turn < len(order):
@@ -291,9 +293,7 @@ class _Judge:
 
 def unravel(position: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The index of an entry, given its position in the flattened tensor."""
-    return (
-        tuple(int(i) for i in torch.unravel_index(torch.tensor(position), shape)) if shape else ()
-    )
+    return tuple(int(i) for i in np.unravel_index(position, shape)) if shape else ()
 
 
 def _relative(ours: Tensor, theirs: Tensor) -> float:

@@ -60,6 +60,7 @@ from funcnet.keys import key as make_key
 from funcnet.layer import Layer, Shape, Tree
 from funcnet.layers import Conv2d, ReLU, Sigmoid, Upsample2d, UpsampleConv2d
 from funcnet.losses import MSE, Loss
+from funcnet.tree import register_node
 
 Strategy: TypeAlias = st.SearchStrategy
 LAYOUTS = ("contiguous", "channels_last", "strided", "transposed", "offset", "expanded")
@@ -235,9 +236,10 @@ def tensors(
     exact = draw(st.booleans()) if integers is None else integers
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
     if exact:
-        x = torch.randint(-3, 4, tuple(shape), generator=generator).to(dtype)
+        x = torch.randint(-3, 4, tuple(shape), generator=generator, device="cpu").to(dtype)
     else:
-        x = torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(dtype)
+        double = torch.float64
+        x = torch.randn(tuple(shape), generator=generator, dtype=double, device="cpu").to(dtype)
     fitting = [layout for layout in layouts if layout != "channels_last" or x.ndim == 4]
     return laid_out(x.to(device), draw(st.sampled_from(fitting)))
 
@@ -330,6 +332,7 @@ def loss_cases(
 # --- Trees
 
 
+@register_node
 class Two(NamedTuple):
     """A namedtuple for trees."""
 

@@ -786,7 +786,7 @@ KEYS = _in(
     Row("uniform-upper-bound", "* (high - low) + low)", "* high + low)", "draws lie below high"),
     Row(
         "uniform-reaches-high",
-        "torch.where(x < high, x, low)",
+        "x.clamp(*_within(low, high, dtype))",
         "x",
         "the interval is half open after rounding, too",
     ),

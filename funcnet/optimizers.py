@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import optree
 import torch
@@ -75,9 +75,7 @@ class SGD:
 
     def init(self, params: Tree) -> SGDState:
         """No steps taken, all velocities 0 (none are kept without momentum)."""
-        ps, structure = optree.tree_flatten(params)
-        for i, p in enumerate(ps):
-            self._check_leaf(p, structure, i)
+        self._flatten(params)
         velocities = optree.tree_map(torch.zeros_like, params) if self.momentum else ()
         return SGDState(torch.zeros((), dtype=torch.int64, device="cpu"), velocities)
 
@@ -95,7 +93,7 @@ class SGD:
     ) -> tuple[Tree, SGDState]:
         if not isinstance(state, SGDState):
             raise TypeError(f"{self}: expected an SGDState, as init makes it, got {state!r:.80}")
-        ps, structure = optree.tree_flatten(params)
+        ps, structure = self._flatten(params)
         gs = self._leaves("grads", grads, ps, structure)
         vs = self._leaves("velocities", state.momentum, ps, structure) if self.momentum else ps
         if write:
@@ -142,6 +140,18 @@ class SGD:
             raise ValueError(f"{self}: expected lr(step) to be a scalar, got {tuple(lr.shape)}")
         return lr
 
+    def _flatten(self, params: Tree) -> tuple[list[Tensor], optree.PyTreeSpec]:
+        """The leaves of params, which must be what has a gradient, and their structure."""
+        ps, structure = optree.tree_flatten(params)
+        for i, p in enumerate(ps):
+            if not isinstance(p, Tensor) or not (p.is_floating_point() or p.is_complex()):
+                raise TypeError(
+                    f"{self}: expected floating-point tensors, got "
+                    f"{p.dtype if isinstance(p, Tensor) else type(p).__name__} at "
+                    f"{structure.accessors()[i].codify('params')}"
+                )
+        return ps, structure
+
     def _leaves(
         self, name: str, tree: Tree, ps: list[Tensor], structure: optree.PyTreeSpec
     ) -> list[Tensor]:
@@ -152,7 +162,6 @@ class SGD:
                 f"{self}: expected {name} with the structure of params, {structure}, got {other}"
             )
         for i, (leaf, p) in enumerate(zip(leaves, ps, strict=True)):
-            self._check_leaf(p, structure, i)
             if not isinstance(leaf, Tensor):
                 raise TypeError(
                     f"{self}: expected a tensor at {structure.accessors()[i].codify(name)}, "
@@ -164,15 +173,6 @@ class SGD:
                     f"{_describe(p)}, got {_describe(leaf)}"
                 )
         return leaves
-
-    def _check_leaf(self, p: Any, structure: optree.PyTreeSpec, i: int) -> None:
-        """Refuse a leaf of params that has no gradient."""
-        if not isinstance(p, Tensor) or not (p.is_floating_point() or p.is_complex()):
-            raise TypeError(
-                f"{self}: expected floating-point tensors, got "
-                f"{p.dtype if isinstance(p, Tensor) else type(p).__name__} at "
-                f"{structure.accessors()[i].codify('params')}"
-            )
 
     def _check_writable(self, *trees: list[Tensor]) -> None:
         may_ask = not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()

@@ -45,7 +45,7 @@ class Window:
         """How many windows fit on each axis. Raises ValueError where not even one does."""
         if min(size) < 1:
             raise ValueError(f"{layer}: expected pictures of at least 1×1, got size {tuple(size)}")
-        rows, columns = (self._count_on_axis(axis, size[axis]) for axis in (0, 1))
+        rows, columns = self._count_on_axis(0, size[0]), self._count_on_axis(1, size[1])
         if min(rows, columns) < 1:
             reach = tuple(
                 d * (k - 1) + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True)

@@ -20,7 +20,8 @@ two gradients of the matrix product:
 
     gather     dz_t[i] = Σ_a dy[s·(i − q_at) + a]
 
-The upsampled picture is never made.
+The upsampled picture is never made. Half precision is computed in float32, since each sum here is
+rounded to the dtype at hand, where the library's kernels would accumulate in float32.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def layout(weight: Tensor) -> Tensor:
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Pair, window: Window) -> Tensor:
     """y (N, O, H′, W′) of x (N, C, H, W) upsampled by `scale`, and weight (O, C, kh, kw)."""
+    dtype, x, weight = x.dtype, native.wide(x), native.wide(weight)
     rows, columns = _shifts(0, scale, window), _shifts(1, scale, window)
     height, width = window.count("convolve", (scale[0] * x.shape[2], scale[1] * x.shape[3]))
     kernel = _kernel(weight)
@@ -69,13 +71,14 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Pair, window
         y = _empty(z, (len(x), len(weight), height, width)) if y is None else y
         _spread(half, y[part], columns, dim=-1)
     assert y is not None
-    return y if bias is None else inplace.add(y, bias[:, None, None])
+    return (y if bias is None else inplace.add(y, native.wide(bias)[:, None, None])).to(dtype)
 
 
 def gradients(
     x: Tensor, weight: Tensor, grad: Tensor, scale: Pair, window: Window, input_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(dweight, dx); dx is None without `input_grad`."""
+    dtype, x, weight, grad = x.dtype, native.wide(x), native.wide(weight), native.wide(grad)
     rows, columns = _shifts(0, scale, window), _shifts(1, scale, window)
     (kh, kw), (height, width) = window.kernel_size, x.shape[2:]
     kernel = _kernel(weight)
@@ -96,7 +99,8 @@ def gradients(
             dx[part] = d
     assert dkernel is not None
     dtaps = dkernel.reshape(kh, kw, *weight.shape[:2])
-    return native.like(weight, dtaps.permute(2, 3, 0, 1)), dx
+    dweight = native.like(weight, dtaps.permute(2, 3, 0, 1)).to(dtype)
+    return dweight, None if dx is None else dx.to(dtype)
 
 
 def _kernel(weight: Tensor) -> Tensor:

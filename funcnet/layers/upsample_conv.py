@@ -108,11 +108,9 @@ class UpsampleConv2d(Layer):
         if self.method == "unfold":
             upsample, conv = self._two_steps
             return conv.apply(params, upsample.apply((), x)), x
-        weight, bias = native.wide(params["weight"]), params.get("bias")
-        bias = None if bias is None else native.wide(bias)
+        weight, bias = params["weight"], params.get("bias")
         with native.without_autocast(x):
-            y = _way(x).convolve(native.wide(x), weight, bias, pair(self.scale), window)
-        return y.to(x.dtype), x
+            return _way(x).convolve(x, weight, bias, pair(self.scale), window), x
 
     def bwd(
         self, params: Tree, residuals: Tensor, grad: Tensor, *, input_grad: bool = True
@@ -126,12 +124,9 @@ class UpsampleConv2d(Layer):
             upsampled, kept = upsample.fwd((), x)
             dparams, dx = conv.vjp(params, upsampled, grad, input_grad=input_grad)
             return dparams, None if dx is None else upsample.bwd((), kept, dx)[1]
-        weight, wide_grad = native.wide(params["weight"]), native.wide(grad)
+        weight, scale = params["weight"], pair(self.scale)
         with native.without_autocast(x):
-            dweight, dx = _way(x).gradients(
-                native.wide(x), weight, wide_grad, pair(self.scale), window, input_grad
-            )
-        dweight, dx = dweight.to(x.dtype), None if dx is None else dx.to(x.dtype)
+            dweight, dx = _way(x).gradients(x, weight, grad, scale, window, input_grad)
         dbias = grad.sum((0, 2, 3)) if self.bias else None
         return like_params(params, dweight, dbias), dx
 

@@ -17,10 +17,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import agreement
-import memory
 import torch
 from contenders import Contender
 from entries import OURS, entries
+from memory import Memory, measure
 from problem import Problem
 from timing import duration
 
@@ -72,9 +72,9 @@ class Worker:
         """Of a number of calls to "train" or "infer": the seconds of each, on average."""
         return lambda calls: float(self._ask("clock", mode, calls))
 
-    def memory(self, problem: Problem) -> memory.Memory:
+    def memory(self, problem: Problem) -> Memory:
         """That of a training step. The process must have done nothing else."""
-        found: memory.Memory = self._ask("memory", problem)
+        found: Memory = self._ask("memory", problem)
         return found
 
     def _ask(self, method: str, *args: Any) -> Any:
@@ -116,8 +116,8 @@ class _Session:
     def clock(self, mode: str, calls: int) -> float:
         return duration(getattr(self._contender, mode), calls, self._device)
 
-    def memory(self, problem: Problem) -> memory.Memory:
-        return memory.measure(self._entry, problem)
+    def memory(self, problem: Problem) -> Memory:
+        return measure(self._entry, problem)
 
 
 def _serve(connection: Connection, name: str, settings: Settings) -> None:

@@ -34,6 +34,7 @@ def save_plot(results: Results, path: Path) -> None:
     )
     for ax, (mode, title) in zip(axes, _TITLES.items(), strict=True):
         _draw(ax, results.mode(mode))
+        ax.set_xlim(*_limits(results.rows))
         ax.set_title(f"{title}, geometric mean {results.mean_ratio(mode):.2f}×")
     axes[0].set_yticks(range(len(rows)), [f"{row.network}, batch {row.batch}" for row in rows])
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
@@ -45,6 +46,12 @@ def save_plot(results: Results, path: Path) -> None:
     plt.close(figure)
 
 
+def _limits(rows: list[Row]) -> tuple[float, float]:
+    """Of an axis with room for every median."""
+    units = [time.median / row.times[OURS].median for row in rows for time in row.times.values()]
+    return min(units) / 1.3, max(units) * 1.3
+
+
 def _draw(ax: Axes, rows: list[Row]) -> None:
     ax.axvline(1, color="black", linewidth=1)
     for name, (color, marker) in _STYLES.items():
@@ -52,9 +59,9 @@ def _draw(ax: Axes, rows: list[Row]) -> None:
     for i, row in enumerate(rows):
         ax.annotate(
             f"{row.ratio:.2f}×",
-            (1.0, i),
+            (1.01, i),
             xycoords=("axes fraction", "data"),
-            ha="right",
+            ha="left",
             va="center",
             color="black" if row.ratio >= 1 else "#d62728",
         )
@@ -86,9 +93,7 @@ def _draw_contender(ax: Axes, rows: list[Row], name: str, color: str, marker: st
 
 
 def _dress(ax: Axes) -> None:
-    low, high = ax.get_xlim()
     ax.set_xscale("log")
-    ax.set_xlim(max(min(low, 0.8), 0.2), high * 1.5)  # room for the ratios
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.xaxis.set_minor_locator(NullLocator())

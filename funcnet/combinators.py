@@ -10,7 +10,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funcnet.keys import Key, check_draw, fold_in
+from funcnet.keys import Key, check_key, fold_in
 from funcnet.layer import Layer, Shape, Tree, as_shape, check_grad, check_tensor
 
 
@@ -56,7 +56,7 @@ class Sequential(Layer):
     ) -> Tree:
         """A tuple of the layers' parameters."""
         shape = as_shape(self, shape)
-        check_draw(self, key, dtype)
+        check_key(self, key)
         params = []
         for i in range(len(self)):
             layer_key = fold_in(key, i)

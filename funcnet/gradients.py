@@ -26,8 +26,8 @@ def value_and_grad(net: Layer, loss: Loss) -> ValueAndGrad:
     The gradient has the tree of params. Each residual is freed as soon as it has been used, and
     the gradient with respect to x is never formed. `key` is for layers that draw numbers.
 
-    Raises TypeError unless net is a Layer, and loss is none and has `fwd` and `bwd`; what the two
-    raise passes on.
+    Raises TypeError if net is no Layer, or if loss is a Layer or a class, or lacks `fwd` or `bwd`;
+    what the two raise passes through.
 
     >>> import funcnet as fn
     >>> net = fn.Sequential(fn.Conv2d(3, 3, padding="same"), fn.Sigmoid())

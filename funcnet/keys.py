@@ -18,6 +18,8 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from numbers import Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,8 +85,9 @@ def uniform(
 ) -> Tensor:
     """Numbers drawn evenly from [low, high); float32 on the CPU unless told otherwise.
 
-    Raises ValueError unless low ≤ high and the dtype holds both and what is between, TypeError for
-    a dtype that is not floating, or what is no key or shape.
+    Raises ValueError unless low ≤ high, both within the range of the dtype, and high − low within
+    that of the dtype they are drawn in, float64 or else float32; TypeError for a dtype that is not
+    floating, or what is no key or shape.
 
     >>> bool((uniform(key(0), (1000,), -1.0, 1.0).abs() <= 1).all())
     True
@@ -94,7 +97,7 @@ def uniform(
     dtype, draw_dtype = _dtypes("uniform", dtype)
     most = torch.finfo(dtype).max
     if not (max(abs(low), abs(high)) <= most and high - low <= float(np.finfo(draw_dtype).max)):
-        raise ValueError(f"uniform: expected a range that {dtype} holds, got [{low}, {high})")
+        raise ValueError(f"uniform: expected a range within {dtype}, got [{low}, {high})")
     unit = _generator("uniform", key).random(_sizes("uniform", shape), draw_dtype)
     x = (torch.from_numpy(np.asarray(unit)) * (high - low) + low).to(dtype)
     return x.clamp(*_within(low, high, dtype)).to(_device(device))
@@ -134,7 +137,7 @@ def bernoulli(
     >>> bernoulli(key(0), 1.0, (3,))
     tensor([True, True, True])
     """
-    if isinstance(p, Sequence):
+    if not isinstance(p, Real):
         raise TypeError(f"bernoulli: expected a probability p in [0, 1], got {p!r}")
     if not 0 <= p <= 1:
         raise ValueError(f"bernoulli: expected a probability p in [0, 1], got {p}")
@@ -144,8 +147,24 @@ def bernoulli(
 
 def check_draw(who: object, key: Key, dtype: torch.dtype | None) -> None:
     """Refuse what no numbers can be drawn with."""
-    _key_data(str(who), key)
-    _dtypes(str(who), dtype)
+    check_key(who, key)
+    _dtypes(who, dtype)
+
+
+def check_key(who: object, key: Key) -> None:
+    """Refuse what is no key."""
+    _key_data(who, key)
+
+
+def as_index(who: object, name: str, value: Any) -> int:
+    """`value` as an int."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(f"{who}: expected {name} to be an int, got {value!r}")
+    return number
 
 
 def _derive(purpose: str, data: int, item: int) -> Key:
@@ -158,19 +177,14 @@ def _generator(who: str, key: Key) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=_key_data(who, key)))
 
 
-def _key_data(who: str, key: Key) -> int:
+def _key_data(who: object, key: Key) -> int:
     if not isinstance(key, Key):
         raise TypeError(f"{who}: expected a key made by funcnet.key(seed), got {key!r}")
     return key.data
 
 
 def _uint64(who: str, name: str, value: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
-        raise TypeError(f"{who}: expected {name} to be an int, got {value!r}")
+    number = as_index(who, name, value)
     if not 0 <= number < 2**64:
         raise ValueError(f"{who}: expected {name} in [0, 2**64), got {number}")
     return number
@@ -182,7 +196,7 @@ def _sizes(who: str, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(_uint64(who, "every size in shape", size) for size in shape)
 
 
-def _dtypes(who: str, dtype: torch.dtype | None) -> tuple[torch.dtype, type[np.floating]]:
+def _dtypes(who: object, dtype: torch.dtype | None) -> tuple[torch.dtype, type[np.floating]]:
     """The dtype to return and the one to draw in: float64 for float64, else float32."""
     dtype = torch.float32 if dtype is None else dtype
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -191,10 +205,12 @@ def _dtypes(who: str, dtype: torch.dtype | None) -> tuple[torch.dtype, type[np.f
 
 
 def _within(low: float, high: float, dtype: torch.dtype) -> tuple[float, float]:
-    """The least and the greatest number of the dtype in [low, high), which rounding may leave."""
+    """The least and the greatest number of the dtype in [low, high), which rounding may leave; low,
+    rounded, where there is none."""
     first, last = (torch.tensor([end], dtype=dtype, device="cpu") for end in (low, high))
-    if first.item() < low:
-        first = torch.nextafter(first, torch.full_like(first, math.inf))
+    above = torch.nextafter(first, torch.full_like(first, math.inf))
+    if first.item() < low and above.item() < high:
+        first = above
     if last.item() >= high:
         last = torch.nextafter(last, torch.full_like(last, -math.inf))
     return first.item(), max(first.item(), last.item())

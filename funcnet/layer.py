@@ -29,7 +29,6 @@ A layer of one's own is one class with `init`, `out_shape`, `fwd` and `bwd`:
 
 from __future__ import annotations
 
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -38,7 +37,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from funcnet.keys import Key
+from funcnet.keys import Key, as_index
 
 Tree: TypeAlias = Any
 """Nested containers of tensors, as `optree` understands them."""
@@ -69,7 +68,8 @@ class Layer(ABC):
         """A class with passes of its own, or a mixin's, inherits none of these promises."""
         super().__init_subclass__(**kwargs)
         own = vars(cls)
-        parent = next(base for base in cls.__mro__[1:] if issubclass(base, Layer))
+        layers: list[Any] = [base for base in cls.__mro__[1:] if Layer in base.__mro__]
+        parent = next((base for base in layers if base.fwd is not Layer.fwd), Layer)
         passes = ("fwd", "bwd", "apply")
         if any(getattr(cls, name) is not getattr(parent, name) for name in passes):
             cls._owns_results = own.get("_owns_results", False)
@@ -149,12 +149,7 @@ def _collapse(value: Any) -> Any:
 
 def as_int(who: str, name: str, value: Any, least: int) -> int:
     """`value` as an int that is at least `least`."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
-        raise TypeError(f"{who}: expected {name} to be an int, got {value!r}")
+    number = as_index(who, name, value)
     if number < least:
         raise ValueError(f"{who}: expected {name} >= {least}, got {number}")
     return number

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from funcnet.autocast import without_autocast
 from funcnet.layer import check_like, check_tensor, source
 
 Reduction = Literal["mean", "sum"]
@@ -72,7 +73,8 @@ class MSE(Loss):
             )
         difference = x - target
         squares = difference.square()
-        return (squares.mean() if self.reduction == "mean" else squares.sum()), difference
+        with without_autocast(x):
+            return (squares.mean() if self.reduction == "mean" else squares.sum()), difference
 
     def bwd(self, residuals: Tensor, grad: Tensor | float = 1.0) -> Tensor:
         """dx."""

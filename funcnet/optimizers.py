@@ -177,7 +177,7 @@ class SGD:
     def _check_writable(self, *trees: list[Tensor]) -> None:
         may_ask = not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()
         for tensor in (leaf for leaves in trees for leaf in leaves):
-            if 0 in tensor.stride() and _overlaps_itself(tensor):
+            if _overlaps_itself(tensor):
                 raise ValueError(
                     f"{self}: expected tensors that can be written to, got an expanded one of "
                     f"shape {tuple(tensor.shape)} and stride {tensor.stride()}"
@@ -212,6 +212,8 @@ def _is_transforming() -> bool:
 
 def _overlaps_itself(x: Tensor) -> bool:
     """Whether x is expanded. The stride of an axis of size 1 may be anything."""
+    if 0 not in x.stride() or x.numel() < 2:
+        return False
     return any(n > 1 and step == 0 for n, step in zip(x.shape, x.stride(), strict=True))
 
 
@@ -228,7 +230,7 @@ def _concrete(step: Tensor) -> int | Tensor:
 def _check_number(name: str, value: float, least: float = 0.0) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"SGD: expected {name} to be a number, got {value!r}")
-    if not (math.isfinite(value) and value >= least):
+    if not (-math.inf < value < math.inf and value >= least):
         bound = "" if least == -math.inf else f" and >= {least:g}"
         raise ValueError(f"SGD: expected {name} to be finite{bound}, got {value}")
 

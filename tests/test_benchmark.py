@@ -110,6 +110,26 @@ def test_a_contender_that_fails_says_why_and_leaves_the_environment_as_it_was() 
 
 
 @pytest.mark.usefixtures("benchmark_modules")
+@pytest.mark.parametrize(
+    ("name", "keep_memory", "switch"),
+    [
+        ("torch.nn", False, "0"),
+        ("JAX stax, jit", False, "0"),
+        ("torch.nn", True, None),
+        ("funcnet, pure step", False, None),
+    ],
+)
+def test_who_keeps_freed_memory(name: str, keep_memory: bool, switch: str | None) -> None:
+    from worker import Settings, allocator_of
+
+    settings = Settings(torch.device("cpu"), threads=1, tf32=False, keep_memory=keep_memory)
+    before = dict(os.environ)
+    with allocator_of(name, settings):
+        assert os.environ.get("FUNCNET_KEEP_MEMORY") == switch
+    assert dict(os.environ) == before
+
+
+@pytest.mark.usefixtures("benchmark_modules")
 def test_operations_needed_by_the_denoiser() -> None:
     from arithmetic import operations
     from networks import denoiser

@@ -562,8 +562,31 @@ def test_a_tree_of_params_that_is_changed():
             params["weight"] = params["weight"].contiguous().clone()
             return super().fwd(params, x)
 
-    with pytest.raises(GradientMismatch, match="fwd: changes the tree of params that it was"):
-        check_vjp(Casting(), *case(Casting()))
+    @dataclass(frozen=True)
+    class Caching(Dense):
+        def fwd(self, params, x, *, key=None):
+            y, residuals = super().fwd(params, x)
+            params[f"z{len(params)}"] = y
+            return y, residuals
+
+    for layer in (Casting(), Caching()):
+        with pytest.raises(GradientMismatch, match="fwd: changes the tree of params that it was"):
+            check_vjp(layer, *case(layer))
+
+
+def test_strides_that_are_changed():
+    @dataclass(frozen=True)
+    class Turning(Elementwise):
+        def fwd(self, params, x, *, key=None):
+            y, residuals = super().fwd(params, x.clone())
+            x.t_()
+            return y, residuals
+
+    x = torch.full((3, 3), 2.0, dtype=torch.float64)
+    with torch.inference_mode():  # where tensors count no writes
+        x = x.clone()
+    with pytest.raises(GradientMismatch, match="fwd: writes to x"):
+        check_vjp(Turning("square"), (), x)
 
 
 @pytest.mark.parametrize("fault", ["input_grad", "vjp"])

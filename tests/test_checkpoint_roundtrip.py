@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections import OrderedDict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -202,15 +203,24 @@ def test_models_come_back(tmp_path: Path) -> None:
     assert torch.equal(again.apply(again_params, x), net.apply(params, x))
 
 
+@fn.register_node
+@dataclass(frozen=True)
+class Watching:
+    """Knows whether the garbage collector was on when it was made."""
+
+    collecting: bool = field(init=False, default_factory=gc.isenabled)
+
+
 @pytest.mark.parametrize("was_on", [False, True])
 def test_the_garbage_collector_is_left_as_it_was(was_on: bool, tmp_path: Path) -> None:
     good, bad = tmp_path / "good", tmp_path / "bad"
-    fn.save(good, [torch.ones(2)])
+    fn.save(good, [Watching()])
     bad.write_bytes(good.read_bytes()[:-1])
     if not was_on:
         gc.disable()
     try:
-        fn.load(good)
+        tree = fn.load(good)
+        assert tree[0].collecting is False
         assert gc.isenabled() == was_on
         with pytest.raises(fn.CheckpointError):
             fn.load(bad)

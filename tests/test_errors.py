@@ -172,13 +172,15 @@ def test_what_is_no_int(wrong):
 def test_what_is_no_floating_dtype(wrong):
     with refused(TypeError, f"uniform: expected a floating-point dtype of torch, got {wrong!r}"):
         fn.uniform(fn.key(0), (1,), dtype=wrong)
-    for layer in (fn.Conv2d(1, 1), fn.UpsampleConv2d(1), fn.Sequential(fn.ReLU())):
+    for layer in (fn.Conv2d(1, 1), fn.UpsampleConv2d(1)):
         with refused(
             TypeError, f"{layer}: expected a floating-point dtype of torch, got {wrong!r}"
         ):
             layer.init(fn.key(0), (1, 2, 2), dtype=wrong)
         with refused(TypeError, f"{layer}: expected a key made by funcnet.key(seed), got 0"):
             layer.init(0, (1, 2, 2))
+    with refused(TypeError, "Sequential(ReLU()): expected a key made by funcnet.key(seed), got 0"):
+        fn.Sequential(fn.ReLU()).init(0, (1, 2, 2))
 
 
 def test_what_is_no_layer():

@@ -103,13 +103,26 @@ def test_uniform_stays_within_ends_that_the_dtype_does_not_hold(seed, low, width
     assert low <= float(x.min()) <= float(x.max()) < high
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_uniform_where_the_dtype_has_no_number(dtype):
+    for value in (0.7, 0.1):
+        expected = torch.full((2,), value, dtype=dtype)
+        assert torch.equal(fn.uniform(fn.key(0), (2,), value, value, dtype=dtype), expected)
+    x = fn.uniform(fn.key(0), (2,), 1 + 1e-17, 1 + 2e-17, dtype=dtype)
+    assert torch.equal(x, torch.ones(2, dtype=dtype))
+
+
+@pytest.mark.parametrize("p", [[0.5], "x", np.array([0.5, 0.5]), torch.tensor(0.5)], ids=str)
+def test_probabilities_are_numbers(p):
+    with pytest.raises(TypeError, match="bernoulli: expected a probability p in"):
+        fn.bernoulli(fn.key(0), p, (3,))
+
+
 def test_uniform_of_a_range_that_no_number_spans():
     for low, high in ((-math.inf, math.inf), (-3e38, 3e38)):
-        with pytest.raises(
-            ValueError, match=r"uniform: expected a range that torch\.float32 holds"
-        ):
+        with pytest.raises(ValueError, match=r"uniform: expected a range within torch\.float32"):
             fn.uniform(fn.key(0), (3,), low, high)
-    with pytest.raises(ValueError, match=r"uniform: expected a range that torch\.float16 holds"):
+    with pytest.raises(ValueError, match=r"uniform: expected a range within torch\.float16"):
         fn.uniform(fn.key(0), (3,), 0.0, 1e5, dtype=torch.float16)
     assert fn.uniform(fn.key(0), (9,), -3e38, 3e38, torch.float64).isfinite().all()
 

@@ -154,6 +154,9 @@ def test_settings_that_do_not_go_together():
         fn.SGD(0.1, dampening=math.nan)
     with pytest.raises(TypeError, match="SGD: expected dampening to be a number, got True"):
         fn.SGD(0.1, dampening=True)
+    with pytest.raises(ValueError, match="SGD: expected lr to be finite and >= 0, got inf"):
+        fn.SGD(math.inf)
+    assert fn.SGD(10**400).lr == 10**400
     for name in ("nesterov", "maximize"):
         with pytest.raises(TypeError, match=f"SGD: expected {name} to be True or False, got 1"):
             fn.SGD(0.1, momentum=0.9, **{name: 1})
@@ -262,5 +265,7 @@ def test_step_writes_to_axes_of_size_1_with_any_stride():
     assert p.stride() == (1, 0)
     sgd.step_(p, torch.ones(3, 1), sgd.init(p))
     assert p.tolist() == [[0.5]] * 3
+    nothing = torch.empty(0, 1).expand(0, 3)
+    sgd.step_(nothing, torch.empty(0, 3), sgd.init(nothing))
     with pytest.raises(ValueError, match=r"an expanded one of shape \(3, 2\)"):
         sgd.step_(torch.ones(3, 1).expand(3, 2), torch.ones(3, 2), sgd.init(p))

@@ -32,12 +32,13 @@ def members(layer, x, count=3):
 
 
 @examples
-def test_global_settings_change_nothing(layer, shape):
+@pytest.mark.parametrize("given_dtype", [torch.float32, torch.bfloat16])
+def test_global_settings_change_nothing(layer, shape, given_dtype, device):
     """Not the default device and dtype, not autocast: not even the bits."""
     sgd = fn.SGD(0.1, momentum=0.9)
 
     def everything():
-        params, x, grad = make(layer, shape)
+        params, x, grad = make(layer, shape, dtype=given_dtype, device=device)
         y = layer.apply(params, x)
         dparams, dx = layer.vjp(params, x, grad)
         loss, grads = fn.value_and_grad(layer, fn.MSE())(params, x, grad)
@@ -47,7 +48,7 @@ def test_global_settings_change_nothing(layer, shape):
     dtype = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.float64)
-        with torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.device("meta"), torch.autocast(device, dtype=torch.float16):
             found = everything()
     finally:
         torch.set_default_dtype(dtype)
@@ -59,8 +60,19 @@ def test_global_settings_change_no_verdict_and_no_file(tmp_path):
     params, x, _ = make(net, (1, 4, 4))
     interleaved = torch.arange(6.0).reshape(3, 2)
     tree = {"net": params, "left": interleaved[:, 0], "right": interleaved[:, 1]}
+    overlapping = {"a": interleaved, "b": interleaved[:2]}
+
+    @given(strategies.cases(strategies.layers()))
+    @settings(max_examples=5)
+    def check_drawn(case):
+        check_vjp(*case)
+
     with torch.device("meta"):
         check_vjp(net, params, x)
+        check_vjp(fn.MSE(), x, torch.zeros_like(x, device="cpu"))
+        check_drawn()
+        with pytest.raises(ValueError, match="b: expected memory of its own"):
+            fn.save(tmp_path / "tree", overlapping)
         fn.save(tmp_path / "tree", tree)
         for mmap in (False, True):
             found = fn.load(tmp_path / "tree", mmap=mmap)

@@ -18,7 +18,7 @@ import torch
 
 Function = Callable[[], Any]
 Clock = Callable[[int], float]
-"""Of a number of calls: the seconds of each, on average."""
+"""Runs a function that many times; the average seconds of a call."""
 
 _SLICE = 0.02
 """Seconds that a function runs in its turn, at least."""

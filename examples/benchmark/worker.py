@@ -49,7 +49,7 @@ class Settings:
 
 
 class WorkerError(RuntimeError):
-    """A contender failed in its process, where the traceback in the message is from."""
+    """A contender failed. The message has the traceback, or the process printed it as it ended."""
 
 
 class Worker:
@@ -60,7 +60,7 @@ class Worker:
         self._name = name
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, name, settings))
-        with _allocator_of(name, settings):
+        with allocator_of(name, settings):
             self._process.start()
         theirs.close()
 
@@ -69,7 +69,7 @@ class Worker:
         return [torch.from_numpy(array) for array in self._ask("enter", problem)]
 
     def clock(self, mode: str) -> Callable[[int], float]:
-        """Of a number of calls to "train" or "infer": the seconds of each, on average."""
+        """Runs "train" or "infer" a number of times; the average seconds of a call."""
         return lambda calls: float(self._ask("clock", mode, calls))
 
     def memory(self, problem: Problem) -> Memory:
@@ -137,7 +137,7 @@ def _serve(connection: Connection, name: str, settings: Settings) -> None:
 
 
 @contextmanager
-def _allocator_of(name: str, settings: Settings) -> Iterator[None]:
+def allocator_of(name: str, settings: Settings) -> Iterator[None]:
     """Let a process that starts now keep freed memory only if it is ours, or all are to."""
     before = os.environ.get(SWITCH)
     if not (name.startswith(OURS) or settings.keep_memory):

@@ -30,7 +30,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     A symbolic link stays, and the file that it points to is replaced. The new file has the old
     one's mode, or the umask's. If anything is raised, the old file is as it was and nothing is left
-    behind; only if a failing disk refuses to make the renaming durable, the new file is in place.
+    behind; only if the disk fails while the renaming is made durable, the new file is in place. In
+    a folder that may be written but not listed, a power cut may undo the renaming.
 
     Raises OSError (FileNotFoundError, PermissionError, IsADirectoryError, …) with the path.
     """

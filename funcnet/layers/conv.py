@@ -24,6 +24,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from funcnet.autocast import without_autocast
 from funcnet.keys import Key, check_draw, split, uniform
 from funcnet.layer import (
     Layer,
@@ -146,7 +147,7 @@ class Conv2d(Layer):
         window.count(self, x.shape[2:])
         if self.method == "auto":
             x = native.layout(x)
-        with native.without_autocast(x):
+        with without_autocast(x):
             return self._way(x).convolve(x, params["weight"], params.get("bias"), window), x
 
     def bwd(
@@ -156,9 +157,9 @@ class Conv2d(Layer):
         x, window = residuals, self._window
         check_kernel(self, params, x, window, self.bias)
         check_grad(self, grad, (len(x), self.out_channels, *window.count(self, x.shape[2:])), x)
-        with native.without_autocast(x):
+        with without_autocast(x):
             dweight, dx = self._way(x).gradients(x, params["weight"], grad, window, input_grad)
-        dbias = grad.sum((0, 2, 3)) if self.bias else None
+            dbias = grad.sum((0, 2, 3)) if self.bias else None
         return like_params(params, dweight, dbias), dx
 
     def _way(self, x: Tensor) -> Any:

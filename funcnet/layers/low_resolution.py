@@ -71,7 +71,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Pair, window
         y = _empty(z, (len(x), len(weight), height, width)) if y is None else y
         _spread(half, y[part], columns, dim=-1)
     assert y is not None
-    return (y if bias is None else inplace.add(y, native.wide(bias)[:, None, None])).to(dtype)
+    return (y if bias is None else inplace.add(y, bias[:, None, None])).to(dtype)
 
 
 def gradients(

@@ -5,8 +5,6 @@ On the CPU, pictures are laid out in channels_last, which makes those kernels ab
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,14 +48,6 @@ def wide(x: Tensor) -> Tensor:
     bfloat16 return wrong numbers for pictures of few columns."""
     half = x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu"
     return x.float() if half else x
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[None]:
-    """Layers compute in the dtype they are handed: torch.autocast, a global state, is off."""
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:

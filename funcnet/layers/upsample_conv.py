@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcnet.autocast import without_autocast
 from funcnet.keys import Key
 from funcnet.layer import Layer, Shape, Tree, as_int, as_pair, as_shape, check_grad, source
-from funcnet.layers import low_resolution, native, transposed
+from funcnet.layers import low_resolution, transposed
 from funcnet.layers.conv import (
     Conv2d,
     Method,
@@ -109,7 +110,7 @@ class UpsampleConv2d(Layer):
             upsample, conv = self._two_steps
             return conv.apply(params, upsample.apply((), x)), x
         weight, bias = params["weight"], params.get("bias")
-        with native.without_autocast(x):
+        with without_autocast(x):
             return _way(x).convolve(x, weight, bias, pair(self.scale), window), x
 
     def bwd(
@@ -125,9 +126,9 @@ class UpsampleConv2d(Layer):
             dparams, dx = conv.vjp(params, upsampled, grad, input_grad=input_grad)
             return dparams, None if dx is None else upsample.bwd((), kept, dx)[1]
         weight, scale = params["weight"], pair(self.scale)
-        with native.without_autocast(x):
+        with without_autocast(x):
             dweight, dx = _way(x).gradients(x, weight, grad, scale, window, input_grad)
-        dbias = grad.sum((0, 2, 3)) if self.bias else None
+            dbias = grad.sum((0, 2, 3)) if self.bias else None
         return like_params(params, dweight, dbias), dx
 
     @property

@@ -89,7 +89,8 @@ def _literally(case: Case) -> list[str]:
 
 def _tree(tree: Any) -> str:
     """Code for plain containers of tensors."""
-    assert _is_plain(tree)
+    if tree is None:
+        return "None"
     if isinstance(tree, Tensor):
         return _literal(tree)
     if type(tree) is dict:
@@ -100,12 +101,12 @@ def _tree(tree: Any) -> str:
 
 
 def _is_plain(tree: Any) -> bool:
-    """Whether a tree is made of tuples, lists and dicts alone."""
+    """Whether a tree is made of tuples, lists, dicts and None alone."""
     if type(tree) in (tuple, list):
         return all(map(_is_plain, tree))
     if type(tree) is dict:
         return all(map(_is_plain, tree.values()))
-    return isinstance(tree, Tensor)
+    return tree is None or isinstance(tree, Tensor)
 
 
 def _literal(x: Tensor) -> str:

@@ -548,7 +548,7 @@ COMBINATORS = _in(
 
 LAYER = _in(
     "layer.py",
-    f"{REFUSALS} {VALUES} test_gate_properties.py test_gradients.py",
+    f"{REFUSALS} {VALUES} test_gate_properties.py test_gradients.py test_sequential.py",
     Row(
         "apply-without-key",
         "return self.fwd(params, x, key=key)[0]",
@@ -586,10 +586,10 @@ LAYER = _in(
         "tensors that are not floating-point are refused",
     ),
     Row(
-        "true-is-one",
-        "if number is None or isinstance(value, bool):",
-        "if number is None:",
-        "Conv2d(True, 3) is a mistake",
+        "mixins-bypassed",
+        "if any(getattr(cls, name) is not getattr(parent, name) for name in passes):",
+        "if not own.keys().isdisjoint(passes):",
+        "what a mixin overrides would be passed by in a Sequential",
     ),
     Row(
         "repr-loses-half-a-pair",
@@ -644,7 +644,13 @@ GRADIENTS = _in(
 
 OPTIMIZERS = _in(
     "optimizers.py",
-    "test_optimizers.py test_gate_properties.py",
+    "test_optimizers.py test_gate_properties.py test_transforms.py",
+    Row(
+        "lists-under-vmap",
+        "torch.compiler.is_compiling() or _is_transforming()",
+        "torch.compiler.is_compiling()",
+        "vmap has no rule for lists of tensors",
+    ),
     Row(
         "maximize-ignored",
         "gs = [-g for g in gs]",
@@ -749,7 +755,7 @@ OPTIMIZERS = _in(
     ),
     Row(
         "nan-is-a-learning-rate",
-        "if not (math.isfinite(value) and value >= least):",
+        "if not (-math.inf < value < math.inf and value >= least):",
         "if value < least or value == math.inf:",
         "NaN is out of range",
     ),
@@ -757,7 +763,19 @@ OPTIMIZERS = _in(
 
 KEYS = _in(
     "keys.py",
-    "test_keys.py",
+    f"test_keys.py {REFUSALS}",
+    Row(
+        "true-is-one",
+        "if number is None or isinstance(value, bool):",
+        "if number is None:",
+        "Conv2d(True, 3) is a mistake",
+    ),
+    Row(
+        "uniform-leaves-its-value",
+        "first.item() < low and above.item() < high",
+        "first.item() < low",
+        "an interval of one number that the dtype does not hold draws that number, rounded",
+    ),
     Row(
         "fold-in-collides-with-split",
         '_derive("fold_in", ',

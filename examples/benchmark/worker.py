@@ -95,7 +95,7 @@ class Worker:
         self._process.join()
 
 
-class _Session:
+class _Server:
     """What a worker is asked for, in its own process."""
 
     def __init__(self, name: str, settings: Settings) -> None:
@@ -123,14 +123,14 @@ class _Session:
 def _serve(connection: Connection, name: str, settings: Settings) -> None:
     """The process: answer until there are no more questions."""
     settings.apply()
-    session = _Session(name, settings)
+    server = _Server(name, settings)
     while True:
         try:
             method, args = connection.recv()
         except EOFError:
             return
         try:
-            answer = False, getattr(session, method)(*args)
+            answer = False, getattr(server, method)(*args)
         except Exception:
             answer = True, traceback.format_exc()
         connection.send(answer)

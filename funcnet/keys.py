@@ -62,8 +62,8 @@ def split(key: Key, num: int = 2) -> tuple[Key, ...]:
     >>> len(set(split(first, 5)) | {second})
     6
     """
-    data = _key_data("split", key)
-    return tuple(_derive("split", data, i) for i in range(_uint64("split", "num", num)))
+    check_key("split", key)
+    return tuple(_derive("split", key.data, i) for i in range(_uint64("split", "num", num)))
 
 
 def fold_in(key: Key, data: int) -> Key:
@@ -72,7 +72,8 @@ def fold_in(key: Key, data: int) -> Key:
     >>> fold_in(key(0), 7) == fold_in(key(0), 7)
     True
     """
-    return _derive("fold_in", _key_data("fold_in", key), _uint64("fold_in", "data", data))
+    check_key("fold_in", key)
+    return _derive("fold_in", key.data, _uint64("fold_in", "data", data))
 
 
 def uniform(
@@ -153,7 +154,8 @@ def check_draw(who: object, key: Key, dtype: torch.dtype | None) -> None:
 
 def check_key(who: object, key: Key) -> None:
     """Refuse what is no key."""
-    _key_data(who, key)
+    if not isinstance(key, Key):
+        raise TypeError(f"{who}: expected a key made by funcnet.key(seed), got {key!r}")
 
 
 def as_index(who: object, name: str, value: Any) -> int:
@@ -174,13 +176,8 @@ def _derive(purpose: str, data: int, item: int) -> Key:
 
 
 def _generator(who: str, key: Key) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=_key_data(who, key)))
-
-
-def _key_data(who: object, key: Key) -> int:
-    if not isinstance(key, Key):
-        raise TypeError(f"{who}: expected a key made by funcnet.key(seed), got {key!r}")
-    return key.data
+    check_key(who, key)
+    return np.random.Generator(np.random.Philox(key=key.data))
 
 
 def _uint64(who: str, name: str, value: int) -> int:

@@ -60,7 +60,7 @@ def save(path: _Path, tree: Tree, metadata: dict[str, Any] | None = None) -> Non
     anything is written: unknown classes, other keys, tensors that share memory, or are sparse,
     quantized, on the meta device, of a subclass, part of an autograd graph, or of a dtype that
     safetensors lacks; OSError with the path if it cannot be written, and then the old file is as it
-    was.
+    was; only if the disk fails while the new one's name is made durable, that is in place.
 
     >>> import tempfile, torch
     >>> path = tempfile.mkdtemp() + "/tree.safetensors"

@@ -784,14 +784,14 @@ KEYS = _in(
     ),
     Row(
         "split-ignores-the-key",
-        '_derive("split", data, i)',
+        '_derive("split", key.data, i)',
         '_derive("split", 0, i)',
         "different keys have different children",
     ),
     Row(
         "split-repeats",
-        '_derive("split", data, i)',
-        '_derive("split", data, i // 2)',
+        '_derive("split", key.data, i)',
+        '_derive("split", key.data, i // 2)',
         "the keys of a split are all different",
     ),
     Row(

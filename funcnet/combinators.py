@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -58,26 +58,28 @@ class Sequential(Layer):
         shape = as_shape(self, shape)
         check_key(self, key)
         params = []
-        for i in range(len(self)):
-            layer_key = fold_in(key, i)
-            params.append(self._call(i, "init", layer_key, shape, dtype=dtype, device=device))
-            shape = self._call(i, "out_shape", shape)
+        with _Position() as at:
+            for at.i, layer in enumerate(self.layers):
+                params.append(layer.init(fold_in(key, at.i), shape, dtype=dtype, device=device))
+                shape = layer.out_shape(shape)
         return tuple(params)
 
     def out_shape(self, shape: Sequence[int]) -> Shape:
         """The shape of one example after the last layer."""
         out = as_shape(self, shape)
-        for i in range(len(self)):
-            out = self._call(i, "out_shape", out)
+        with _Position() as at:
+            for at.i, layer in enumerate(self.layers):
+                out = layer.out_shape(out)
         return out
 
     def fwd(self, params: Tree, x: Tensor, *, key: Key | None = None) -> tuple[Tensor, list[Any]]:
         """(y, the layers' residuals)."""
         self._check(params, x)
         residuals = []
-        for i, name in enumerate(self._forward_methods("fwd", "_fwd_over")):
-            x, kept = self._call(i, name, params[i], x, key=_layer_key(key, i))
-            residuals.append(kept)
+        with _Position() as at:
+            for at.i, fwd in enumerate(self._forward("fwd", "_fwd_over")):
+                x, kept = fwd(params[at.i], x, key=_layer_key(key, at.i))
+                residuals.append(kept)
         if not self.layers:
             return x.clone(), [x.new_zeros(()).expand(x.shape)]  # what takes no memory
         return x, residuals
@@ -85,8 +87,9 @@ class Sequential(Layer):
     def apply(self, params: Tree, x: Tensor, *, key: Key | None = None) -> Tensor:
         """y; no residual outlives its layer."""
         self._check(params, x)
-        for i, name in enumerate(self._forward_methods("apply", "_apply_over")):
-            x = self._call(i, name, params[i], x, key=_layer_key(key, i))
+        with _Position() as at:
+            for at.i, apply in enumerate(self._forward("apply", "_apply_over")):
+                x = apply(params[at.i], x, key=_layer_key(key, at.i))
         return x if self.layers else x.clone()
 
     def bwd(
@@ -117,26 +120,21 @@ class Sequential(Layer):
         first = 0 if input_grad else _first_to_learn(params)
         dx: Tensor | None = grad
         owned = False
-        for i in reversed(range(first, len(self))):
-            name = "_bwd_over" if owned and self[i]._works_in_place else method
-            need = input_grad or i > first
-            dparams[i], dx = self._call(i, name, params[i], residuals.pop(), dx, input_grad=need)
-            owned = self[i]._owns_results
+        with _Position() as at:
+            for at.i in reversed(range(first, len(self))):
+                layer = self.layers[at.i]
+                bwd = getattr(layer, "_bwd_over" if owned and layer._works_in_place else method)
+                need = input_grad or at.i > first
+                dparams[at.i], dx = bwd(params[at.i], residuals.pop(), dx, input_grad=need)
+                owned = layer._owns_results
         return getattr(params, "_make", tuple)(dparams), dx
 
-    def _forward_methods(self, method: str, over: str) -> Iterator[str]:
-        """The method to call on each layer: `over` where the layer before owns what it hands on."""
+    def _forward(self, method: str, over: str) -> Iterator[Callable[..., Any]]:
+        """This method of each layer, or `over` where the layer before owns what it hands on."""
         owned = False
         for layer in self.layers:
-            yield over if owned and layer._works_in_place else method
+            yield getattr(layer, over if owned and layer._works_in_place else method)
             owned = layer._owns_results
-
-    def _call(self, i: int, method: str, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return getattr(self.layers[i], method)(*args, **kwargs)
-        except (ValueError, TypeError) as error:
-            error.args = (f"layer {i}: {error}",)
-            raise
 
     def _check(self, params: Tree, x: Tensor) -> None:
         if not isinstance(params, tuple):
@@ -168,6 +166,19 @@ class Sequential(Layer):
 
     def __repr__(self) -> str:
         return f"Sequential({', '.join(map(repr, self.layers))})"
+
+
+class _Position:
+    """A block that works on layer i: what is raised in it says so, `layer 2: …`."""
+
+    i: int
+
+    def __enter__(self) -> _Position:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, (ValueError, TypeError)):
+            error.args = (f"layer {self.i}: {error}",)
 
 
 def _layer_key(key: Key | None, i: int) -> Key | None:

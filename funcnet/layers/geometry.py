@@ -11,7 +11,7 @@ windows (https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv2d.html).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from torch import Tensor
@@ -34,6 +34,13 @@ class Window:
     sides: tuple[Pair, Pair] = ((0, 0), (0, 0))
     dilation: Pair = (1, 1)
     groups: int = 1
+    _reach: Pair = field(init=False)
+    _padding: Pair = field(init=False)
+
+    def __post_init__(self) -> None:
+        reach = tuple(d * (k - 1) + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True))
+        object.__setattr__(self, "_reach", reach)
+        object.__setattr__(self, "_padding", tuple(map(sum, self.sides)))
 
     @property
     def flat_sides(self) -> tuple[int, int, int, int]:
@@ -43,23 +50,17 @@ class Window:
 
     def count(self, layer: object, size: Sequence[int]) -> Pair:
         """How many windows fit on each axis. Raises ValueError where not even one does."""
+        height, width = size[0] + self._padding[0], size[1] + self._padding[1]
+        rows = (height - self._reach[0]) // self.stride[0] + 1
+        columns = (width - self._reach[1]) // self.stride[1] + 1
         if min(size) < 1:
             raise ValueError(f"{layer}: expected pictures of at least 1×1, got size {tuple(size)}")
-        rows, columns = self._count_on_axis(0, size[0]), self._count_on_axis(1, size[1])
-        if min(rows, columns) < 1:
-            reach = tuple(
-                d * (k - 1) + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True)
-            )
-            padded = tuple(n + sum(side) for n, side in zip(size, self.sides, strict=True))
+        if rows < 1 or columns < 1:
             raise ValueError(
-                f"{layer}: expected pictures at least as large as the kernel's reach {reach}, "
-                f"got size {tuple(size)}, {padded} with padding"
+                f"{layer}: expected pictures at least as large as the kernel's reach "
+                f"{self._reach}, got size {tuple(size)}, {(height, width)} with padding"
             )
         return rows, columns
-
-    def _count_on_axis(self, axis: int, length: int) -> int:
-        reach = self.dilation[axis] * (self.kernel_size[axis] - 1) + 1
-        return (length + sum(self.sides[axis]) - reach) // self.stride[axis] + 1
 
 
 def as_padding(who: str, padding: Padding) -> Pair | str:

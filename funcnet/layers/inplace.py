@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_threshold_backward = torch.ops.aten.threshold_backward
+
 
 def add(x: Tensor, y: Tensor) -> Tensor:
     """x + y, written over x."""
@@ -33,13 +35,12 @@ def add_into(out: Tensor, x: Tensor, y: Tensor) -> None:
 
 def relu_derivative(y: Tensor, grad: Tensor) -> Tensor:
     """grad where y > 0, else 0, written over grad."""
-    kernel = torch.ops.aten.threshold_backward
     dx: Tensor
     if not torch.compiler.is_compiling():
         try:
-            dx = kernel.grad_input(grad, y, 0, grad_input=grad)
+            dx = _threshold_backward.grad_input(grad, y, 0, grad_input=grad)
             return dx
         except RuntimeError:
             pass
-    dx = kernel(grad, y, 0)
+    dx = _threshold_backward(grad, y, 0)
     return dx

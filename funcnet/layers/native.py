@@ -12,10 +12,12 @@ from torch import Tensor
 from funcnet.layers import inplace
 from funcnet.layers.geometry import Pair, Window
 
+_backward = torch.ops.aten.convolution_backward.default
+
 
 def layout(x: Tensor) -> Tensor:
     """x in the memory format that is fastest on its device."""
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return x
     if not torch.compiler.is_compiling():
         try:
@@ -46,7 +48,7 @@ def _plain(x: Tensor, memory_format: torch.memory_format = torch.contiguous_form
 def wide(x: Tensor) -> Tensor:
     """x, in float32 where it is in half precision on the CPU, whose kernels for the gradients in
     bfloat16 return wrong numbers for pictures of few columns."""
-    half = x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu"
+    half = x.is_cpu and x.dtype in (torch.bfloat16, torch.float16)
     return x.float() if half else x
 
 
@@ -94,7 +96,7 @@ def kernel_gradients(
     """(dweight, dx) of a convolution, or a transposed one, by PyTorch's backward kernels."""
     dtype = x.dtype
     x, weight, grad = wide(x), wide(weight), wide(grad)
-    dx, dweight, _ = torch.ops.aten.convolution_backward(
+    dx, dweight, _ = _backward(
         layout(grad),
         x,
         _plain(weight),
@@ -107,7 +109,10 @@ def kernel_gradients(
         groups,
         (input_grad, True, False),
     )
-    return like(weight, dweight).to(dtype), dx.to(dtype) if input_grad else None
+    dweight = like(weight, dweight)
+    if dweight.dtype == dtype:  # as `to` would find out more slowly
+        return dweight, dx
+    return dweight.to(dtype), dx.to(dtype) if input_grad else None
 
 
 def like(weight: Tensor, dweight: Tensor) -> Tensor:

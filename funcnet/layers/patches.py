@@ -27,7 +27,7 @@ def are_worth_it(x: Tensor, window: Window) -> bool:
         and window.sides == ((0, 0), (0, 0))
         and window.dilation == (1, 1)
         and window.groups == 1
-        and x.device.type == "cpu"
+        and x.is_cpu
         and x.shape[1] >= _CHANNELS
         and x.numel() >= _PATCHES * math.prod(window.kernel_size) * x.shape[1]
     )

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import funcnet as fn
+from funcnet.checkpoint import checksums, container
 
 Content = dict[str, Any]
 
@@ -70,6 +71,35 @@ def test_damage_is_traced_to_its_tensor(path: Path, valid: bytes) -> None:
         fn.inspect(path)  # reads no tensor
 
 
+@pytest.mark.parametrize("group", [1, 100, 2**23])
+@given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=12), data=st.data())
+def test_many_tensors_of_many_blocks(
+    group: int, sizes: list[int], data: st.DataObject, path: Path
+) -> None:
+    """The threads share out the blocks of several tensors; each comes back to its own."""
+    tree = {f"{i}": torch.arange(size, dtype=torch.int16) + i for i, size in enumerate(sizes)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checksums, "BLOCK", 16)
+        patch.setattr(container, "_GROUP", group)
+        fn.save(path, tree)
+        for name, tensor in fn.load(path).items():
+            assert torch.equal(tensor, tree[name])
+        entries = read_entries(path.read_bytes())
+        name = data.draw(st.sampled_from(sorted(tree)))
+        start, stop = entries[name]["data_offsets"]
+        if start == stop:
+            return
+        whole = path.read_bytes()
+        place = (
+            len(whole) - sum(2 * size for size in sizes) + data.draw(st.integers(start, stop - 1))
+        )
+        damaged = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+        blocks = -(-(stop - start) // 16)
+        message = refused(path, damaged)
+        assert message.startswith(f"{name}: ")
+        assert f"damaged in 1 of its {blocks} blocks" in message
+
+
 @pytest.mark.parametrize("load", [fn.load, fn.load_model, fn.inspect])
 def test_every_truncation_is_found(load: Callable[[Path], Any], path: Path, valid: bytes) -> None:
     refused(path, valid + b"\0", load)
@@ -87,6 +117,11 @@ def test_any_damage_is_found(data: st.DataObject, path: Path, valid: bytes) -> N
     damaged = valid[:start] + new + valid[end:]
     if damaged != valid:
         refused(path, damaged)
+
+
+def read_entries(data: bytes) -> Content:
+    """The header, as any reader of safetensors has it."""
+    return dict(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]))
 
 
 class Boom:

@@ -230,12 +230,13 @@ def _read_tensors(
     dtype: torch.dtype | None,
     mmap: bool | None,
 ) -> dict[str, Tensor]:
-    size = sum(entry.stop - entry.start for entry in header.entries.values())
+    size = sum(entry.size for entry in header.entries.values())
     mapped = size >= MAPPED_FROM if mmap is None else mmap
+    as_they_are = device is None and dtype is None
     tensors = {}
     for name, tensor in read_tensors(file, header, mapped=mapped):
         converted = dtype if tensor.is_floating_point() else None
-        tensors[name] = tensor.to(device="cpu" if device is None else device, dtype=converted)
+        tensors[name] = tensor if as_they_are else tensor.to(device or "cpu", converted)
     return tensors
 
 

@@ -28,9 +28,8 @@ consecutive bits, and misses other damage once in four thousand million.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,8 +45,8 @@ MAX_VALUES = 20 * MAX_NODES
 MAX_RANK = 64
 """The most dimensions of a tensor, torch's own limit for most of what it does."""
 
-BLOCK = 2**22
-"""Bytes that one CRC-32 covers."""
+_GROUP = 2**23
+"""Bytes to work on at a time: enough for many threads, little enough to stay in a cache."""
 
 VERSION = "1"
 PREFIX = b'{"__metadata__":{"funcnet.header_crc32":"'
@@ -91,14 +90,18 @@ PAIRED = {DTYPES[name] for name in ("F4",) if name in DTYPES}
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor in the file: `start` and `stop` count from the beginning of the data."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
     stop: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.stop - self.start
 
 
 def stored_shape(dtype: torch.dtype, shape: Sequence[int]) -> tuple[int, ...]:
@@ -121,26 +124,18 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return memoryview(bits.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def block_count(entry: Entry) -> int:
-    """How many checksums the data of a tensor has."""
-    return -(-(entry.stop - entry.start) // BLOCK)
-
-
-def in_blocks(data: memoryview) -> list[memoryview]:
-    """The parts of a tensor's data that have checksums of their own."""
-    return [data[start : start + BLOCK] for start in range(0, len(data), BLOCK)]
-
-
-def digits_of(checksums: Iterable[int]) -> str:
-    """Checksums as the file has them."""
-    return "".join(f"{checksum:08x}" for checksum in checksums)
+def in_groups(entries: Mapping[str, Entry]) -> Iterator[list[tuple[str, Entry]]]:
+    """Names and entries in the order of the data, some at a time."""
+    group, size = [], 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
+        group.append((name, entry))
+        size += entry.size
+        if size >= _GROUP:
+            yield group
+            group, size = [], 0
+    yield group
 
 
 def count_values(text: bytes) -> int:
     """No fewer values than the JSON has, counted without parsing it."""
     return sum(text.count(mark) for mark in (b",", b":", b"[", b"{"))
-
-
-def threads() -> int:
-    """How many threads compute checksums."""
-    return min(8, os.cpu_count() or 1)

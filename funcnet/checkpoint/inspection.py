@@ -73,7 +73,7 @@ class Inspection:
 def _table(header: Header) -> list[str]:
     rows = [("name", "dtype", "shape", "elements", "bytes")]
     for name, entry in header.entries.items():
-        count, size = math.prod(entry.shape), entry.stop - entry.start
+        count, size = math.prod(entry.shape), entry.size
         dtype = str(entry.dtype).removeprefix("torch.")
         rows.append((_printable(name), dtype, str(entry.shape), f"{count:,}", f"{size:,}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -84,7 +84,7 @@ def _table(header: Header) -> list[str]:
 def _notes(header: Header) -> list[str]:
     entries = header.entries.values()
     count = sum(math.prod(entry.shape) for entry in entries)
-    size = sum(entry.stop - entry.start for entry in entries)
+    size = sum(entry.size for entry in entries)
     notes = [f"{len(entries):,} tensors, {count:,} elements, {size:,} bytes"]
     values = [
         f"{_printable(part.name)} = {_printable(json.dumps(part.json))}"

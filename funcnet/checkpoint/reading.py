@@ -15,9 +15,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from funcnet.checkpoint.checksums import BLOCK, block_count, digits, threads
 from funcnet.checkpoint.container import (
     ALIGNMENT,
-    BLOCK,
     CHECKSUM,
     DTYPES,
     KEYS,
@@ -30,11 +30,8 @@ from funcnet.checkpoint.container import (
     VERSION,
     Entry,
     as_bytes,
-    block_count,
     count_values,
-    digits_of,
-    in_blocks,
-    threads,
+    in_groups,
     torch_shape,
 )
 from funcnet.checkpoint.errors import CheckpointError
@@ -87,19 +84,46 @@ def read_tensors(file: BinaryIO, header: Header, *, mapped: bool) -> Iterator[tu
     data_end = header.size + max((entry.stop for entry in header.entries.values()), default=0)
     if view is not None and len(view) != data_end:
         raise CheckpointError("the file changed while it was read")
-    with ThreadPoolExecutor(threads()) as pool:
-        for name, entry in sorted(header.entries.items(), key=lambda item: item[1].start):
-            start = header.size + entry.start
-            # torch's own memory is aligned, and some of its numbers depend on it.
-            if view is not None and entry.start < entry.stop and start % ALIGNMENT == 0:
-                data = view[start : header.size + entry.stop]
-                tensor = torch.frombuffer(data, dtype=entry.dtype).reshape(entry.shape)
-            else:
-                tensor = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
-                data = as_bytes(tensor)
-                _read_into(data, file, start, name)
-            _check_data(data, header.checksums[name], name, pool)
-            yield name, tensor
+    with threads() as pool:
+        groups = _groups(file, header, view, pool)
+        for names, tensors, found in _one_ahead(groups):
+            for name, tensor, checksums in zip(names, tensors, found, strict=True):
+                _check(name, checksums, header.checksums[name])
+                yield name, tensor
+
+
+def _groups(
+    file: BinaryIO, header: Header, view: memoryview | None, pool: ThreadPoolExecutor
+) -> Iterator[tuple[list[str], list[Tensor], Iterator[str]]]:
+    """Names, tensors and their checksums, of which the last may still be in the making."""
+    for group in in_groups(header.entries):
+        tensors = [_tensor(name, entry, file, header, view) for name, entry in group]
+        found = digits([data for _, data in tensors], pool)
+        yield [name for name, _ in group], [tensor for tensor, _ in tensors], found
+
+
+def _one_ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """Each of the items, once the next has been asked for."""
+    previous = next(items)
+    for item in items:
+        yield previous
+        previous = item
+    yield previous
+
+
+def _tensor(
+    name: str, entry: Entry, file: BinaryIO, header: Header, view: memoryview | None
+) -> tuple[Tensor, memoryview]:
+    """A tensor and its bytes: in the map of the file where it can stay there, else its own."""
+    start = header.size + entry.start
+    # torch's own memory is aligned, and some of its numbers depend on it.
+    if view is not None and entry.size and start % ALIGNMENT == 0:
+        data = view[start : start + entry.size]
+        return torch.frombuffer(data, dtype=entry.dtype).reshape(entry.shape), data
+    tensor = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
+    data = as_bytes(tensor)
+    _read_into(data, file, start, name)
+    return tensor, data
 
 
 def _read_head(file: BinaryIO, file_size: int) -> bytes:
@@ -242,9 +266,9 @@ def _check_layout(entries: dict[str, Entry], data_size: int) -> None:
 def _checked_checksums(checksums: Any, entries: dict[str, Entry]) -> dict[str, str]:
     if not isinstance(checksums, dict) or checksums.keys() != entries.keys():
         raise CheckpointError("funcnet.crc32: expected a checksum for each tensor, got others")
-    for name, digits in checksums.items():
-        if not isinstance(digits, str) or len(digits) != 8 * block_count(entries[name]):
-            got = shorten(repr(digits))
+    for name, text in checksums.items():
+        if not isinstance(text, str) or len(text) != 8 * block_count(entries[name].size):
+            got = shorten(repr(text))
             raise CheckpointError(f"{label(name)}: expected a CRC-32 a block, got {got}")
     return checksums
 
@@ -273,16 +297,12 @@ def _read_into(data: memoryview, file: BinaryIO, start: int, name: str) -> None:
         data = data[count:]
 
 
-def _check_data(data: memoryview, checksums: str, name: str, pool: ThreadPoolExecutor) -> None:
-    blocks = in_blocks(data)
-    each = pool.map if len(blocks) > 1 else map
-    found = digits_of(each(zlib.crc32, blocks))
-    if found == checksums:
+def _check(name: str, found: str, expected: str) -> None:
+    if found == expected:
         return
-    damaged = [
-        i for i in range(len(blocks)) if found[8 * i : 8 * i + 8] != checksums[8 * i : 8 * i + 8]
-    ]
+    blocks = [slice(start, start + 8) for start in range(0, len(expected), 8)]
+    damaged = sum(found[block] != expected[block] for block in blocks)
     raise CheckpointError(
         f"{label(name)}: the data does not match its checksum: it is damaged "
-        f"in {len(damaged)} of its {len(blocks)} blocks of {BLOCK} bytes"
+        f"in {damaged} of its {len(blocks)} blocks of {BLOCK} bytes"
     )

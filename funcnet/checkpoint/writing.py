@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
 from torch import Tensor
 
+from funcnet.checkpoint.checksums import block_count, digits, threads
 from funcnet.checkpoint.container import (
     ALIGNMENT,
     CHECKSUM,
@@ -19,12 +19,9 @@ from funcnet.checkpoint.container import (
     VERSION,
     Entry,
     as_bytes,
-    block_count,
     count_values,
-    digits_of,
-    in_blocks,
+    in_groups,
     stored_shape,
-    threads,
 )
 
 
@@ -36,21 +33,20 @@ class Writer:
         self._texts = {key: _to_json(value) for key, value in texts.items()}
         self._entries = _lay_out(tensors)
         # Checksums are of fixed width: the header's size is known before the data's checksums are.
-        blanks = {name: "0" * 8 * block_count(entry) for name, entry in self._entries.items()}
+        blanks = {name: "0" * 8 * block_count(entry.size) for name, entry in self._entries.items()}
         self._size = len(self._header(blanks))
 
     def write(self, file: BinaryIO) -> None:
         """Write data, then the header before it. Each tensor is copied only where it must be."""
         file.seek(self._size)
         checksums = dict.fromkeys(self._entries, "")
-        with ThreadPoolExecutor(threads()) as pool:
-            for name, _ in sorted(self._entries.items(), key=lambda item: item[1].start):
-                data = as_bytes(self._tensors[name])
-                blocks = in_blocks(data)
-                found = pool.map(zlib.crc32, blocks) if len(blocks) > 1 else map(zlib.crc32, blocks)
-                for block in blocks:
-                    _write_all(file, block)
-                checksums[name] = digits_of(found)
+        with threads() as pool:
+            for group in in_groups(self._entries):
+                data = [as_bytes(self._tensors[name]) for name, _ in group]
+                found = digits(data, pool)  # while it is written
+                for one in data:
+                    _write_all(file, one)
+                checksums.update(zip((name for name, _ in group), found, strict=True))
         file.seek(0)
         _write_all(file, memoryview(self._header(checksums)))
 

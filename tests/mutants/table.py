@@ -842,9 +842,15 @@ CHECKPOINT = (
         "test_checkpoint_hostile.py",
         Row(
             "data-checksum-skipped",
-            "if found == checksums:",
-            "if len(found) == len(checksums):",
+            "if found == expected:",
+            "if len(found) == len(expected):",
             "a flipped bit in the data is found",
+        ),
+        Row(
+            "last-group-dropped",
+            "        previous = item\n    yield previous\n",
+            "        previous = item\n",
+            "the last tensors are read, too",
         ),
         Row(
             "header-checksum-skipped",
@@ -952,6 +958,16 @@ CHECKPOINT = (
             "    _check_untied(tensors)",
             "    list(tensors)",
             "tied tensors would come back apart",
+        ),
+    ),
+    *_in(
+        "checkpoint/checksums.py",
+        "test_checkpoint_hostile.py",
+        Row(
+            "blocks-shared-out-otherwise",
+            "found[first::count] = part",
+            "found[first * len(part) : (first + 1) * len(part)] = part",
+            "each block's checksum stands at its place",
         ),
     ),
     *_in(

@@ -74,7 +74,7 @@ class Sequential(Layer):
 
     def fwd(self, params: Tree, x: Tensor, *, key: Key | None = None) -> tuple[Tensor, list[Any]]:
         """(y, the layers' residuals)."""
-        self._check(params, x)
+        self._check(params, x, key)
         residuals = []
         with _Position() as at:
             for at.i, fwd in enumerate(self._forward("fwd", "_fwd_over")):
@@ -86,7 +86,7 @@ class Sequential(Layer):
 
     def apply(self, params: Tree, x: Tensor, *, key: Key | None = None) -> Tensor:
         """y; no residual outlives its layer."""
-        self._check(params, x)
+        self._check(params, x, key)
         with _Position() as at:
             for at.i, apply in enumerate(self._forward("apply", "_apply_over")):
                 x = apply(params[at.i], x, key=_layer_key(key, at.i))
@@ -136,7 +136,9 @@ class Sequential(Layer):
             yield getattr(layer, over if owned and layer._works_in_place else method)
             owned = layer._owns_results
 
-    def _check(self, params: Tree, x: Tensor) -> None:
+    def _check(self, params: Tree, x: Tensor, key: Key | None = None) -> None:
+        if key is not None:
+            check_key(self, key)
         if not isinstance(params, tuple):
             raise TypeError(
                 f"Sequential: expected params to be a tuple of {len(self)}, "

@@ -122,8 +122,7 @@ class Layer(ABC):
     def _bwd_consuming(
         self, params: Tree, residuals: Any, grad: Tensor, *, input_grad: bool = True
     ) -> tuple[Tree, Tensor | None]:
-        """`bwd` for a caller that has just got the residuals from `fwd` with these params and gives
-        them up: they need no check, and may be freed as they are used."""
+        """`bwd` for a caller that gives the residuals up: they may be freed as they are used."""
         return self.bwd(params, residuals, grad, input_grad=input_grad)
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import textwrap
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,6 +185,31 @@ def test_blocks_of_large_tensors(tmp_path: Path) -> None:
     (tmp_path / "t").write_bytes(data)
     with pytest.raises(fn.CheckpointError, match=r"large: .* damaged in 1 of its 7 blocks"):
         fn.load(tmp_path / "t")
+    data[-100] ^= 1
+    (tmp_path / "t").write_bytes(data)
+    with pytest.raises(fn.CheckpointError, match=r"large: .* damaged in 2 of its 7 blocks"):
+        fn.load(tmp_path / "t")
+
+
+def test_saving_and_loading_as_python_ends(tmp_path: Path) -> None:
+    """Too late for threads to be started."""
+    code = f"""
+        import atexit, torch, funcnet as fn
+        def at_exit():
+            fn.save({str(tmp_path / "t")!r}, tree)
+            assert all(map(torch.equal, fn.load({str(tmp_path / "t")!r}), tree))
+            print("both")
+        tree = [torch.arange(2.0**20), torch.arange(2.0**21)]
+        atexit.register(at_exit)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "both\n"
+
+
+def test_a_device_that_is_none_is_refused(tmp_path: Path) -> None:
+    fn.save(tmp_path / "t", [torch.ones(1)])
+    with pytest.raises(RuntimeError):
+        fn.load(tmp_path / "t", device="")
 
 
 def test_models_come_back(tmp_path: Path) -> None:

@@ -131,6 +131,8 @@ def test_parameters_that_do_not_fit(layer):
     ]:
         with refused(error, f"{layer}: {message}"):
             layer.apply(wrong, x)
+        with refused(error, f"{layer}: {message}"):
+            layer.bwd(wrong, x, torch.zeros(layer.apply(params, x).shape))
 
 
 @pytest.mark.parametrize("layer", [fn.ReLU(), fn.Sigmoid(), fn.Upsample2d(2)], ids=repr)
@@ -156,8 +158,9 @@ def test_pictures_too_small():
     with refused(ValueError, f"{layer}, after upsampling: expected pictures at least as large as"):
         layer.out_shape((1, 4, 4))
     layer = fn.Conv2d(1, 3, padding=3)
-    with refused(ValueError, f"{layer}: expected pictures of at least 1×1, got size (0, 5)"):
-        layer.out_shape((1, 0, 5))
+    for size in [(0, 5), (5, 0)]:
+        with refused(ValueError, f"{layer}: expected pictures of at least 1×1, got size {size}"):
+            layer.out_shape((1, *size))
 
 
 @pytest.mark.parametrize("wrong", [np.array([3, 3]), torch.tensor(1.5), "3"], ids=repr)
@@ -218,6 +221,46 @@ def test_networks():
         net.apply(((),), torch.ones(1))
     with refused(ValueError, "Sequential: expected residuals of 2 layers, got 1"):
         net.bwd(((), ()), [torch.ones(1)], torch.ones(1))
+    for call in (net.apply, net.fwd):
+        with refused(TypeError, f"{net}: expected a key made by funcnet.key(seed), got 5"):
+            call(((), ()), torch.ones(1), key=5)
+
+
+def test_positions_are_those_of_bad_input_only():
+    """A TypeError says which layer raised it; what is no refusal passes through as it is."""
+    net = fn.Sequential(fn.ReLU(), fn.Sigmoid())
+    with pytest.raises(TypeError, match=r"^layer 1: Sigmoid\(\): expected grad to be a tensor"):
+        net.bwd(((), ()), net.fwd(((), ()), torch.ones(1))[1], None)
+    with pytest.raises(RuntimeError, match=r"^out of order$"):
+        fn.Sequential(fn.ReLU(), OutOfOrder()).apply(((), ()), torch.ones(1))
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_each_position(position):
+    layers = [fn.ReLU(), fn.ReLU()]
+    layers.insert(position, fn.Conv2d(1, 9))
+    net, message = (
+        fn.Sequential(*layers),
+        rf"^layer {position}: Conv2d\(1, kernel_size=9\): expected",
+    )
+    params = net.init(fn.key(0), (1, 9, 9))
+    y, residuals = net.fwd(params, torch.ones(1, 1, 9, 9))
+    residuals[position] = torch.ones(1, 1, 2, 2)
+    for call in (
+        lambda: net.init(fn.key(0), (1, 4, 4)),
+        lambda: net.out_shape((1, 4, 4)),
+        lambda: net.apply(params, torch.ones(1, 1, 4, 4)),
+        lambda: net.bwd(params, residuals, torch.ones_like(y)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+class OutOfOrder(fn.ReLU):
+    """A layer that fails for a reason of its own."""
+
+    def fwd(self, params, x, *, key=None):
+        raise RuntimeError("out of order")
 
 
 def test_losses():

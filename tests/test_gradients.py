@@ -138,3 +138,20 @@ def test_what_is_no_loss_is_refused():
     for wrong in (fn.MSE, None, len):
         with pytest.raises(TypeError, match="value_and_grad: expected a loss, such as MSE"):
             fn.value_and_grad(fn.ReLU(), wrong)
+
+
+@pytest.mark.parametrize("layer", [fn.Conv2d(2, 1), fn.UpsampleConv2d(2), fn.ReLU()], ids=str)
+def test_a_bwd_that_is_put_in_later_is_used(layer, monkeypatch):
+    """A class decorator, say, or a profiler."""
+    own, calls = type(layer).bwd, []
+
+    def bwd(self, *args, **kwargs):
+        calls.append(self)
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(layer), "bwd", bwd)
+    net = fn.Sequential(layer, layer)
+    x = torch.ones(1, 2, 3, 3)
+    params = net.init(fn.key(0), (2, 3, 3))
+    fn.value_and_grad(net, fn.MSE())(params, x, torch.zeros_like(net.apply(params, x)))
+    assert layer in calls

@@ -236,7 +236,8 @@ def _read_tensors(
     tensors = {}
     for name, tensor in read_tensors(file, header, mapped=mapped):
         converted = dtype if tensor.is_floating_point() else None
-        tensors[name] = tensor if as_they_are else tensor.to(device or "cpu", converted)
+        target = "cpu" if device is None else device
+        tensors[name] = tensor if as_they_are else tensor.to(device=target, dtype=converted)
     return tensors
 
 

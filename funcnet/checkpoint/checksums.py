@@ -6,6 +6,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
 
 BLOCK = 2**22
@@ -29,8 +30,11 @@ def digits(data: Sequence[memoryview], pool: ThreadPoolExecutor) -> Iterator[str
     """
     blocks = [one[start : start + BLOCK] for one in data for start in range(0, len(one), BLOCK)]
     count = _count() if sum(map(len, blocks)) > BLOCK else 1  # a little is done sooner than shared
-    run = pool.map if count > 1 else map
-    parts = run(_checksums, [blocks[first::count] for first in range(count)])
+    shares = [blocks[first::count] for first in range(count)]
+    parts: Iterable[list[int]] = map(_checksums, shares)
+    if count > 1:
+        with suppress(RuntimeError):  # where Python is about to end, no thread can be started
+            parts = pool.map(_checksums, shares)
     return _in_order(data, parts, count)
 
 

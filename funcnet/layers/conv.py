@@ -154,22 +154,14 @@ class Conv2d(Layer):
         self, params: Tree, residuals: Tensor, grad: Tensor, *, input_grad: bool = True
     ) -> tuple[Tree, Tensor | None]:
         """({"weight": dweight, "bias": dbias}, dx)."""
-        check_kernel(self, params, residuals, self._window, self.bias)
-        return self._gradients(params, residuals, grad, input_grad=input_grad)
-
-    def _gradients(
-        self, params: Tree, residuals: Tensor, grad: Tensor, *, input_grad: bool = True
-    ) -> tuple[Tree, Tensor | None]:
-        """`bwd`, with params and residuals known to fit."""
         x, window = residuals, self._window
+        check_kernel(self, params, x, window, self.bias)
         batch, _, *size = x.shape
         check_grad(self, grad, (batch, self.out_channels, *window.count(self, size)), x)
         with without_autocast(x):
             dweight, dx = self._way(x).gradients(x, params["weight"], grad, window, input_grad)
             dbias = grad.sum((0, 2, 3)) if self.bias else None
         return like_params(params, dweight, dbias), dx
-
-    _bwd_consuming = _gradients
 
     def _way(self, x: Tensor) -> Any:
         """The module that convolves pictures like x."""

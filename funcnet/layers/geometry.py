@@ -34,8 +34,8 @@ class Window:
     sides: tuple[Pair, Pair] = ((0, 0), (0, 0))
     dilation: Pair = (1, 1)
     groups: int = 1
-    _reach: Pair = field(init=False)
-    _padding: Pair = field(init=False)
+    _reach: Pair = field(init=False, repr=False, compare=False)
+    _padding: Pair = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         reach = tuple(d * (k - 1) + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True))

@@ -117,14 +117,8 @@ class UpsampleConv2d(Layer):
         self, params: Tree, residuals: Tensor, grad: Tensor, *, input_grad: bool = True
     ) -> tuple[Tree, Tensor | None]:
         """({"weight": dweight, "bias": dbias}, dx)."""
-        check_kernel(self, params, residuals, self._window, self.bias)
-        return self._gradients(params, residuals, grad, input_grad=input_grad)
-
-    def _gradients(
-        self, params: Tree, residuals: Tensor, grad: Tensor, *, input_grad: bool = True
-    ) -> tuple[Tree, Tensor | None]:
-        """`bwd`, with params and residuals known to fit."""
-        x = residuals
+        x, window = residuals, self._window
+        check_kernel(self, params, x, window, self.bias)
         batch, _, *size = x.shape
         check_grad(self, grad, (batch, self.out_channels, *self._out_size(size)), x)
         if self.method == "unfold":
@@ -134,11 +128,9 @@ class UpsampleConv2d(Layer):
             return dparams, None if dx is None else upsample.bwd((), kept, dx)[1]
         weight, scale = params["weight"], pair(self.scale)
         with without_autocast(x):
-            dweight, dx = _way(x).gradients(x, weight, grad, scale, self._window, input_grad)
+            dweight, dx = _way(x).gradients(x, weight, grad, scale, window, input_grad)
             dbias = grad.sum((0, 2, 3)) if self.bias else None
         return like_params(params, dweight, dbias), dx
-
-    _bwd_consuming = _gradients
 
     @property
     def _two_steps(self) -> tuple[Upsample2d, Conv2d]:

@@ -336,3 +336,21 @@ def test_gradients_keep_the_order_of_params(layer):
     assert list(dparams) == ["bias", "weight"]
     dparams, _ = layer.vjp(defaultdict(list, params), x, layer.apply(params, x))
     assert type(dparams) is defaultdict
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (fn.Conv2d(1, 4, stride=(1, 2), padding=1, bias=False), (1, 1, 3, 3)),
+        (fn.Conv2d(1, 3, stride=(1, 2), bias=False), (2, 1, 4, 3)),
+    ],
+    ids=str,
+)
+def test_one_channel_with_the_strides_of_channels_last(layer, shape):
+    """PyTorch's kernel steps by 2 through the rows, and beyond the picture."""
+    plain = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
+    x = plain.as_strided(shape, (shape[2] * shape[3], 1, shape[3], 1))
+    params = layer.init(fn.key(0), shape[1:])
+    torch.testing.assert_close(layer.apply(params, x), reference(layer, params, plain))
+    turned = x.transpose(2, 3).contiguous().transpose(2, 3)
+    torch.testing.assert_close(layer.apply(params, turned), layer.apply(params, x))

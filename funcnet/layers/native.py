@@ -19,6 +19,9 @@ def layout(x: Tensor) -> Tensor:
     """x in the memory format that is fastest on its device."""
     if not x.is_cpu:
         return x
+    if x.shape[1] == 1:  # PyTorch's kernels are wrong for some with the strides of channels_last
+        x = x.contiguous()
+        return x if torch.compiler.is_compiling() else _plain(x)
     if not torch.compiler.is_compiling():
         try:
             x = x.contiguous(memory_format=torch.channels_last)
@@ -40,7 +43,9 @@ def _plain(x: Tensor, memory_format: torch.memory_format = torch.contiguous_form
     _, channels, height, width = x.shape
     image = channels * height * width
     row_major = (image, height * width, width, 1)
-    if x.stride() in (row_major, (image, 1, width * channels, channels)):
+    if x.stride() == row_major:
+        return x
+    if channels > 1 and x.stride() == (image, 1, width * channels, channels):
         return x
     return x.clone(memory_format=memory_format)
 

@@ -346,11 +346,23 @@ def test_gradients_keep_the_order_of_params(layer):
     ],
     ids=str,
 )
-def test_one_channel_with_the_strides_of_channels_last(layer, shape):
+@pytest.mark.parametrize("turned", ["x", "weight", "both"])
+def test_one_channel_with_the_strides_of_channels_last(layer, shape, turned):
     """PyTorch's kernel steps by 2 through the rows, and beyond the picture."""
-    plain = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
-    x = plain.as_strided(shape, (shape[2] * shape[3], 1, shape[3], 1))
-    params = layer.init(fn.key(0), shape[1:])
-    torch.testing.assert_close(layer.apply(params, x), reference(layer, params, plain))
-    turned = x.transpose(2, 3).contiguous().transpose(2, 3)
-    torch.testing.assert_close(layer.apply(params, turned), layer.apply(params, x))
+    x = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
+    weight = layer.init(fn.key(0), shape[1:])["weight"]
+    expected = reference(layer, {"weight": weight}, x)
+    x = x if turned == "weight" else as_channels_last(x)
+    params = {"weight": weight if turned == "x" else as_channels_last(weight)}
+    compiled = torch.compile(layer.apply, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(layer.apply(params, x), expected)
+    torch.testing.assert_close(compiled(params, x), expected)
+    mapped = torch.func.vmap(layer.apply, (None, 0))(params, x[None])
+    torch.testing.assert_close(mapped, expected[None])
+
+
+def as_channels_last(x):
+    """The numbers of x at the strides that channels_last has, one channel or more."""
+    _, channels, height, width = x.shape
+    strides = (channels * height * width, 1, width * channels, channels)
+    return torch.empty_strided(x.shape, strides).copy_(x)

@@ -16,18 +16,17 @@ _backward = torch.ops.aten.convolution_backward.default
 
 
 def layout(x: Tensor) -> Tensor:
-    """x in the memory format that is fastest on its device."""
+    """x in the memory format that is fastest on its device; row-major if it has one channel."""
     if not x.is_cpu:
         return x
-    if x.shape[1] == 1:  # PyTorch's kernels are wrong for some with the strides of channels_last
-        x = x.contiguous()
-        return x if torch.compiler.is_compiling() else _plain(x)
+    memory_format = torch.channels_last if x.shape[1] > 1 else torch.contiguous_format
     if not torch.compiler.is_compiling():
         try:
-            x = x.contiguous(memory_format=torch.channels_last)
-            return _plain(x, torch.channels_last)
+            return _plain(x.contiguous(memory_format=memory_format), memory_format)
         except RuntimeError:
             pass
+    if x.shape[1] == 1:
+        return x.clone(memory_format=memory_format)
     # torch.func.vmap knows no memory formats, but the same by another name.
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
@@ -36,16 +35,16 @@ def _plain(x: Tensor, memory_format: torch.memory_format = torch.contiguous_form
     """x with the strides of a new tensor, row-major or in channels_last.
 
     Those of axes of size 1 can be anything, and PyTorch's kernels, of which some take them at
-    their word, have been seen to return wrong numbers.
+    their word, have been seen to return wrong numbers: of one channel, with the strides of
+    channels_last, some pictures and kernels are read past their end.
     """
     if 1 not in x.shape:
         return x
     _, channels, height, width = x.shape
     image = channels * height * width
     row_major = (image, height * width, width, 1)
-    if x.stride() == row_major:
-        return x
-    if channels > 1 and x.stride() == (image, 1, width * channels, channels):
+    channels_last = (image, 1, width * channels, channels)
+    if x.stride() == row_major or (x.stride() == channels_last and channels > 1):
         return x
     return x.clone(memory_format=memory_format)
 

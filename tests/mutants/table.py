@@ -140,6 +140,12 @@ NATIVE = _in(
         "a dilated kernel has holes",
     ),
     Row(
+        "one-channel-in-channels-last",
+        "or (x.stride() == channels_last and channels > 1):",
+        "or x.stride() == channels_last:",
+        "pictures of one channel are not read past their end",
+    ),
+    Row(
         "gradients-in-half-precision",
         "half = x.is_cpu and",
         "half = False and",
@@ -147,8 +153,8 @@ NATIVE = _in(
     ),
     Row(
         "strides-taken-at-their-word",
-        "return x.clone(memory_format=memory_format)",
-        "return x",
+        "return x\n    return x.clone(memory_format=memory_format)",
+        "return x\n    return x",
         "PyTorch's kernels return wrong numbers for some strides of axes of size 1",
     ),
     Row(

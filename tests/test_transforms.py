@@ -201,9 +201,9 @@ COMPILED = [
 ]
 
 
-def compile_whole(function):
+def compile_whole(function, dynamic=None):
     torch._dynamo.reset()
-    return torch.compile(function, fullgraph=True, backend="aot_eager")
+    return torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -212,6 +212,19 @@ def test_compiled_apply_and_vjp(layer, shape):
     params, x, grad = make(layer, shape)
     close(compile_whole(layer.apply)(params, x), layer.apply(params, x))
     close(compile_whole(layer.vjp)(params, x, grad), layer.vjp(params, x, grad))
+
+
+GLOBAL = fn.Sequential(fn.Conv2d(8, 3, padding=1), fn.ReLU())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_compiled_for_pictures_of_any_size():
+    """A network that is a global: one that a closure holds is traced in another way."""
+    params = GLOBAL.init(fn.key(0), (3, 8, 8))
+    compiled = compile_whole(lambda params, x: GLOBAL.apply(params, x), dynamic=True)
+    for shape in [(2, 3, 8, 8), (3, 3, 8, 8), (5, 3, 10, 9)]:
+        x = fn.normal(fn.key(1), shape)
+        close(compiled(params, x), GLOBAL.apply(params, x))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

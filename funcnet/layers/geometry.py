@@ -92,7 +92,7 @@ def pair(value: int | Pair) -> Pair:
 
 def check_pictures(layer: object, x: Tensor, channels: int | str = "C") -> None:
     """Refuse x that is not a batch of pictures, with this many channels if a number is given."""
-    if x.ndim != 4 or channels not in (x.shape[1], "C"):
+    if x.ndim != 4 or (channels != "C" and channels != x.shape[1]):
         raise ValueError(
             f"{layer}: expected x of shape (N, {channels}, H, W), got {tuple(x.shape)}"
         )

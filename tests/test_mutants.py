@@ -68,6 +68,13 @@ def test_what_cannot_run_is_an_error_and_no_kill():
             assert not outcome.killed
 
 
+def test_a_bug_that_ends_the_process_is_killed():
+    crash = replace(HARMLESS, new="__import__('os').abort()\n")
+    with snapshot() as tree:
+        outcome = examine(crash, tree, HARMLESS.tests, limit=300)
+    assert (outcome.verdict, outcome.detail) == (Verdict.KILLED, "the process ended by SIGABRT")
+
+
 def test_a_run_out_of_time_is_told_apart():
     with snapshot() as tree:
         outcome = examine(HARMLESS, tree, HARMLESS.tests, limit=0.1)

@@ -33,6 +33,9 @@ _PYTEST = [
     *(f"--ignore=tests/{name}" for name in _LEFT_OUT),
 ]
 
+_CRASHES = {-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGFPE}
+"""How a process ends of a bug in it, and not of something done to it."""
+
 
 class GateError(Exception):
     """The gate cannot judge: a patch does not apply, or the suite fails without a bug."""
@@ -147,6 +150,8 @@ def _judge(code: int, output: str) -> tuple[Verdict, str]:
         return Verdict.SURVIVED, ""
     if code == 1 and failures:
         return Verdict.KILLED, failures[0].split(" - ")[0]
+    if code in _CRASHES:
+        return Verdict.KILLED, f"the process ended by {signal.Signals(-code).name}"
     return Verdict.ERROR, f"pytest ended with {code}:\n{output}"
 
 

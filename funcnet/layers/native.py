@@ -59,10 +59,13 @@ def wide(x: Tensor) -> Tensor:
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
     """y (N, O, H′, W′) of x (N, C, H, W) and weight (O, C/groups, kh, kw)."""
     x, padding = _pad_odd(x, window)
-    # oneDNN 3.x has been seen to crash on a bias where dilated windows see nothing but padding.
-    fused = bias if window.dilation == (1, 1) else None
-    y = F.conv2d(x, _plain(weight), fused, window.stride, padding, window.dilation, window.groups)
-    return y if bias is None or bias is fused else inplace.add(y, bias[:, None, None])
+    stride, dilation, groups = window.stride, window.dilation, window.groups
+    if dilation == (1, 1):
+        return F.conv2d(x, _plain(weight), bias, stride, padding, dilation, groups)
+    # oneDNN 3.x has been seen to crash where dilated windows see nothing but padding: on a bias,
+    # and in bfloat16.
+    y = F.conv2d(wide(x), _plain(wide(weight)), None, stride, padding, dilation, groups)
+    return (y if bias is None else inplace.add(y, bias[:, None, None])).to(x.dtype)
 
 
 def gradients(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from funcnet.layer import Tree, source
+from funcnet.layers import inplace
 
 Schedule: TypeAlias = Callable[[int], float]
 """The learning rate as a function of the number of steps taken, which starts at 0."""
@@ -196,18 +197,13 @@ def _add(xs: list[Tensor], ys: list[Tensor], alpha: float | Tensor, write: bool)
     """x + alpha · y of each x and y, into x if `write`."""
     if isinstance(alpha, Tensor):
         ys, alpha = [alpha.to(y.dtype) * y for y in ys], 1.0
-    if not xs or torch.compiler.is_compiling() or _is_transforming():
+    if not (xs and inplace.is_plain()):  # torch.func.vmap has no rule for lists of tensors
         pairs = zip(xs, ys, strict=True)
         return [x.add_(y, alpha=alpha) if write else x.add(y, alpha=alpha) for x, y in pairs]
     if not write:
         return list(torch._foreach_add(xs, ys, alpha=alpha))
     torch._foreach_add_(xs, ys, alpha=alpha)
     return xs
-
-
-def _is_transforming() -> bool:
-    """Whether torch.func is at work, whose vmap has no rule for lists of tensors."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _overlaps_itself(x: Tensor) -> bool:

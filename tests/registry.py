@@ -68,6 +68,7 @@ REGISTRY: dict[type[Layer], Row] = {
                 (3, 8, 8),
             ),
             (fn.Sequential(fn.Upsample2d(2), fn.ReLU(), fn.Conv2d(2, 3), fn.ReLU()), (1, 2, 2)),
+            (fn.Sequential(fn.UpsampleConv2d(16, bias=False), fn.Sigmoid()), (2, 2, 3)),
         ),
     ),
 }

@@ -185,6 +185,27 @@ def test_torch_func_agrees(layer, shape, device):
     close(layer.vjp(params, x, grad), vjp(grad))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@examples
+def test_forward_derivatives_along_one_direction(layer, shape, device):
+    params, x, _ = make(layer, shape, dtype=torch.float64, device=device)
+    direction, xs = x.flip(0), torch.stack([x, 2 * x, -x])
+
+    def derivative(x):
+        return torch.func.jvp(lambda x: layer.apply(params, x), (x,), (direction,))
+
+    mapped = torch.func.vmap(derivative)(xs)
+    close(mapped, stack([derivative(x) for x in xs]))
+
+
+def test_what_apply_returns_may_be_written_over():
+    layer = fn.UpsampleConv2d(16, bias=False)
+    params, x, grad = make(layer, (3, 4, 4))
+    leaf = x.clone().requires_grad_()
+    layer.apply(params, leaf).mul_(2).backward(grad)
+    close(leaf.grad, layer.vjp(params, x, 2 * grad)[1])
+
+
 # --- torch.compile. Compiling is slow: few cases, the backend that only traces.
 
 

@@ -120,7 +120,7 @@ class ReLU(Activation):
         return torch.relu(x)
 
     def _value_(self, x: Tensor) -> Tensor:
-        return torch.relu_(x)
+        return inplace.relu(x)
 
     def _derivative(self, y: Tensor, grad: Tensor) -> Tensor:
         dx: Tensor = torch.ops.aten.threshold_backward(grad, y, 0)
@@ -145,7 +145,7 @@ class Sigmoid(Activation):
         return torch.sigmoid(x)
 
     def _value_(self, x: Tensor) -> Tensor:
-        return torch.sigmoid_(x)
+        return inplace.sigmoid(x)
 
     def _derivative(self, y: Tensor, grad: Tensor) -> Tensor:
         dx: Tensor = torch.ops.aten.sigmoid_backward(grad, y)

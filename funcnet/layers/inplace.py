@@ -1,7 +1,7 @@
 """Work on memory that funcnet has just made itself, in one pass and without new memory.
 
-Such calls are an economy and no more: where torch refuses them (under torch.func.vmap, autograd or
-torch.compile), the same numbers come by way of new memory.
+Such calls are an economy and no more: where torch refuses them, as autograd some, or may refuse
+them halfway, as torch.func, the same numbers come by way of new memory.
 """
 
 from __future__ import annotations
@@ -12,19 +12,33 @@ from torch import Tensor
 _threshold_backward = torch.ops.aten.threshold_backward
 
 
+def is_plain() -> bool:
+    """Whether torch runs as usual: not inside of torch.func, nor traced by torch.compile."""
+    return not (torch.compiler.is_compiling() or _is_transforming())
+
+
+def _is_transforming() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def add(x: Tensor, y: Tensor) -> Tensor:
     """x + y, written over x."""
-    if not torch.compiler.is_compiling():
-        try:
-            return x.add_(y)
-        except RuntimeError:
-            pass
-    return x + y
+    return x.add_(y) if is_plain() else x + y
+
+
+def relu(x: Tensor) -> Tensor:
+    """max(x, 0), written over x."""
+    return torch.relu_(x) if is_plain() else torch.relu(x)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + e⁻ˣ), written over x."""
+    return torch.sigmoid_(x) if is_plain() else torch.sigmoid(x)
 
 
 def add_into(out: Tensor, x: Tensor, y: Tensor) -> None:
     """out = x + y."""
-    if not torch.compiler.is_compiling():
+    if is_plain():
         try:
             torch.add(x, y, out=out)
             return
@@ -36,7 +50,7 @@ def add_into(out: Tensor, x: Tensor, y: Tensor) -> None:
 def relu_derivative(y: Tensor, grad: Tensor) -> Tensor:
     """grad where y > 0, else 0, written over grad."""
     dx: Tensor
-    if not torch.compiler.is_compiling():
+    if is_plain():
         try:
             dx = _threshold_backward.grad_input(grad, y, 0, grad_input=grad)
             return dx

@@ -214,6 +214,9 @@ def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     """New memory for pictures (n, …, O, H, W), in the same format."""
     if shape[-3] < _LANES:
         return like.new_empty(tuple(shape))
-    batch, *channels, height, width = shape
-    last = range(3, 3 + len(channels))
-    return like.new_empty((batch, height, width, *channels)).permute(0, *last, 1, 2)
+    *channels, height, width = shape[1:]
+    pixel = math.prod(channels)
+    inner = (math.prod(channels[i + 1 :]) for i in range(len(channels)))
+    # Not a permuted view: autograd lets nobody write over one that was filled part by part.
+    strides = (height * width * pixel, *inner, width * pixel, pixel)
+    return like.new_empty_strided(tuple(shape), strides)

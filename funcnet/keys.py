@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 _KEY_BYTES = 16
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +88,13 @@ def uniform(
     """Numbers drawn evenly from [low, high); float32 on the CPU unless told otherwise.
 
     Raises ValueError unless low ≤ high, both within the range of the dtype, and high − low within
-    that of the dtype they are drawn in, float64 or else float32; TypeError for a dtype that is not
-    floating, or what is no key or shape.
+    that of the dtype they are drawn in, float64 or else float32; TypeError for a dtype that is none
+    of float16, bfloat16, float32 and float64, or what is no number, key or shape.
 
     >>> bool((uniform(key(0), (1000,), -1.0, 1.0).abs() <= 1).all())
     True
     """
+    low, high = _number("uniform", "low", low), _number("uniform", "high", high)
     if not low <= high:
         raise ValueError(f"uniform: expected low <= high, got low={low}, high={high}")
     dtype, draw_dtype = _dtypes("uniform", dtype)
@@ -114,12 +116,13 @@ def normal(
 ) -> Tensor:
     """Numbers from the normal distribution N(mean, std²); float32 on the CPU unless told otherwise.
 
-    Raises ValueError unless std ≥ 0, TypeError for a dtype that is not floating, or what is no key
-    or shape.
+    Raises ValueError unless std ≥ 0, TypeError for a dtype that is none of float16, bfloat16,
+    float32 and float64, or what is no number, key or shape.
 
     >>> normal(key(0), (2, 3), dtype=torch.float64).dtype
     torch.float64
     """
+    mean, std = _number("normal", "mean", mean), _number("normal", "std", std)
     if not std >= 0:
         raise ValueError(f"normal: expected std >= 0, got {std}")
     dtype, draw_dtype = _dtypes("normal", dtype)
@@ -180,6 +183,15 @@ def _generator(who: str, key: Key) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key.data))
 
 
+def _number(who: str, name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{who}: expected {name} to be a number, got {value!r}") from None
+    except OverflowError:
+        raise ValueError(f"{who}: expected {name} to fit in a float, got a larger int") from None
+
+
 def _uint64(who: str, name: str, value: int) -> int:
     number = as_index(who, name, value)
     if not 0 <= number < 2**64:
@@ -196,8 +208,10 @@ def _sizes(who: str, shape: Sequence[int]) -> tuple[int, ...]:
 def _dtypes(who: object, dtype: torch.dtype | None) -> tuple[torch.dtype, type[np.floating]]:
     """The dtype to return and the one to draw in: float64 for float64, else float32."""
     dtype = torch.float32 if dtype is None else dtype
-    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"{who}: expected a floating-point dtype of torch, got {dtype!r}")
+    if dtype not in _DTYPES:
+        raise TypeError(
+            f"{who}: expected a floating-point dtype of torch, of 16 bits or more, got {dtype!r}"
+        )
     return dtype, np.float64 if dtype == torch.float64 else np.float32
 
 

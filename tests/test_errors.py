@@ -173,11 +173,15 @@ def test_what_is_no_int(wrong):
 
 @pytest.mark.parametrize("wrong", ["float32", np.float32, torch.int64], ids=repr)
 def test_what_is_no_floating_dtype(wrong):
-    with refused(TypeError, f"uniform: expected a floating-point dtype of torch, got {wrong!r}"):
+    with refused(
+        TypeError,
+        f"uniform: expected a floating-point dtype of torch, of 16 bits or more, got {wrong!r}",
+    ):
         fn.uniform(fn.key(0), (1,), dtype=wrong)
     for layer in (fn.Conv2d(1, 1), fn.UpsampleConv2d(1)):
         with refused(
-            TypeError, f"{layer}: expected a floating-point dtype of torch, got {wrong!r}"
+            TypeError,
+            f"{layer}: expected a floating-point dtype of torch, of 16 bits or more, got {wrong!r}",
         ):
             layer.init(fn.key(0), (1, 2, 2), dtype=wrong)
         with refused(TypeError, f"{layer}: expected a key made by funcnet.key(seed), got 0"):

@@ -156,6 +156,11 @@ def test_keys_are_values():
         key.data = 1
 
 
+def test_numbers_may_be_large_ints():
+    assert fn.normal(fn.key(0), (3,), mean=10**30).sub(1e30).abs().max() < 1e24
+    assert fn.uniform(fn.key(0), (3,), 0, 10**30, torch.float64).max() < 1e30
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -173,6 +178,14 @@ def test_keys_are_values():
         (lambda: fn.uniform(fn.key(0), (1,), 1.0, 0.0), ValueError, "expected low <= high"),
         (lambda: fn.uniform(fn.key(0), (1,), math.nan), ValueError, "expected low <= high"),
         (lambda: fn.uniform(fn.key(0), (1,), dtype=torch.int64), TypeError, "floating-point dtype"),
+        (
+            lambda: fn.uniform(fn.key(0), (1,), dtype=torch.float8_e5m2),
+            TypeError,
+            r"uniform: expected a floating-point dtype of torch, of 16 bits or more, got .*e5m2",
+        ),
+        (lambda: fn.uniform(fn.key(0), (1,), 0, 10**400), ValueError, "expected high to fit"),
+        (lambda: fn.normal(fn.key(0), (1,), mean=10**400), ValueError, "expected mean to fit"),
+        (lambda: fn.normal(fn.key(0), (1,), mean=None), TypeError, "expected mean to be a number"),
         (lambda: fn.normal(fn.key(0), (1,), std=-1.0), ValueError, "normal: expected std >= 0"),
         (lambda: fn.normal(fn.key(0), (1,), std=math.nan), ValueError, "normal: expected std >= 0"),
         (lambda: fn.bernoulli(fn.key(0), 1.5, (1,)), ValueError, r"probability p in \[0, 1\]"),

@@ -37,7 +37,7 @@ class UpsampleConv2d(Layer):
     the other; "auto" never makes the upsampled picture. On the CPU it does the convolution at low
     resolution, with kh·kw products a source pixel whatever the scale, half precision in float32;
     on other devices, where the number of calls counts most, it is a single transposed convolution.
-    All give the same numbers.
+    All give the same numbers while these are finite: of padding, no product with NaN is made.
 
     Shapes: x (N, C, H, W); y (N, O, H′, W′) with O = out_channels, H′ = s_h·H + 2p − kh + 1.
     Parameters: {"weight": (O, C, kh, kw), "bias": (O,)}, those of the convolution; on the CPU,

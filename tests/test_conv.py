@@ -104,8 +104,7 @@ def test_products_over_patches_are_exact(case):
     layer, params, x = case
     derivation = with_method(layer, "unfold")
     with pytest.MonkeyPatch.context() as patch:  # worth it or not
-        patch.setattr(patches, "_CHANNELS", 0)
-        patch.setattr(patches, "_PATCHES", 0)
+        patch.setattr(patches, "_TINY", 0)
         y = layer.apply(params, x)
         grad = integers(y.shape, x.dtype)
         dparams, dx = layer.vjp(params, x, grad)
@@ -115,11 +114,19 @@ def test_products_over_patches_are_exact(case):
     assert all(torch.equal(dparams[name], expected[name]) for name in params)
 
 
-def test_many_patches_are_worth_it():
-    layer = fn.Conv2d(3, 2, stride=2)
-    x = fn.normal(fn.key(1), (2, 16, 33, 34), dtype=torch.float64)
-    assert patches.are_worth_it(x, layer._window)
+@pytest.mark.parametrize(
+    ("batch", "out_channels", "forward", "backward"),
+    [(2, 3, True, True), (14, 3, False, True), (22, 3, False, False), (5, 2000, False, False)],
+)
+def test_few_patches_are_worth_it(batch, out_channels, forward, backward):
+    layer = fn.Conv2d(out_channels, 2, stride=2)
+    x = fn.normal(fn.key(1), (batch, 16, 11, 21), dtype=torch.float64)
     params = layer.init(fn.key(0), x.shape[1:], dtype=torch.float64)
+    ways = [
+        patches.are_worth_it(x, params["weight"], layer._window, (5, 10), backward=way)
+        for way in (False, True)
+    ]
+    assert ways == [forward, backward]
     y, residuals = layer.fwd(params, x)
     torch.testing.assert_close(y, reference(layer, params, x))
     derivation = with_method(layer, "unfold")
@@ -327,8 +334,7 @@ def test_patches_are_for_kernels_with_nothing_else_to_heed(change):
     params = layer.init(fn.key(0), (2, 5, 6), dtype=torch.float64)
     x = fn.normal(fn.key(1), (2, 2, 5, 6), dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(patches, "_CHANNELS", 0)
-        patch.setattr(patches, "_PATCHES", 0)
+        patch.setattr(patches, "_TINY", 0)
         y = layer.apply(params, x)
     torch.testing.assert_close(y, with_method(layer, "unfold").apply(params, x))
 

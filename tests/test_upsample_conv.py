@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import funcnet as fn
-from funcnet.layers import low_resolution, transposed
+from funcnet.layers import low_resolution, pixelwise, transposed
 from funcnet.layers.geometry import Window, padding_sides
 from funcnet.testing import strategies
 
@@ -138,11 +138,23 @@ def test_many_channels_and_pictures():
         torch.testing.assert_close(layer.bwd(params, residuals, grad), (expected, dx))
 
 
-def test_in_parts_as_in_one(monkeypatch):
-    layer = fn.UpsampleConv2d(3)
+@pytest.mark.parametrize("out_channels", [3, 17])  # planes, and pixels
+def test_in_parts_as_in_one(monkeypatch, out_channels):
+    layer = fn.UpsampleConv2d(out_channels)
     params = layer.init(fn.key(0), (2, 4, 4))
     x = fn.normal(fn.key(1), (7, 2, 4, 4))
-    grad = fn.normal(fn.key(2), (7, 3, 8, 8))
+    grad = fn.normal(fn.key(2), (7, out_channels, 8, 8))
     whole = layer.apply(params, x), layer.vjp(params, x, grad)
-    monkeypatch.setattr(low_resolution, "_CHUNK_ENTRIES", 900)
+    monkeypatch.setattr(low_resolution, "_CHUNK_ENTRIES", 300 * out_channels)
     torch.testing.assert_close((layer.apply(params, x), layer.vjp(params, x, grad)), whole)
+
+
+@pytest.mark.parametrize("out_channels", [3, 17])
+def test_large_products_as_small_ones(monkeypatch, out_channels):
+    layer = fn.UpsampleConv2d(out_channels)
+    params = layer.init(fn.key(0), (2, 4, 4))
+    x = fn.normal(fn.key(1), (3, 2, 4, 4))
+    grad = fn.normal(fn.key(2), (3, out_channels, 8, 8))
+    small = layer.apply(params, x), layer.vjp(params, x, grad)
+    monkeypatch.setattr(pixelwise, "_FEW", 0)
+    torch.testing.assert_close((layer.apply(params, x), layer.vjp(params, x, grad)), small)

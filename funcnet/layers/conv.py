@@ -144,11 +144,12 @@ class Conv2d(Layer):
         """(y, x)."""
         window = self._window
         check_kernel(self, params, x, window, self.bias)
-        window.count(self, x.shape[2:])
+        count = window.count(self, x.shape[2:])
         if self.method == "auto":
             x = native.layout(x)
         with without_autocast(x):
-            return self._way(x).convolve(x, params["weight"], params.get("bias"), window), x
+            way = self._way(x, params["weight"], count)
+            return way.convolve(x, params["weight"], params.get("bias"), window), x
 
     def bwd(
         self, params: Tree, residuals: Tensor, grad: Tensor, *, input_grad: bool = True
@@ -156,18 +157,20 @@ class Conv2d(Layer):
         """({"weight": dweight, "bias": dbias}, dx)."""
         x, window = residuals, self._window
         check_kernel(self, params, x, window, self.bias)
-        batch, _, *size = x.shape
-        check_grad(self, grad, (batch, self.out_channels, *window.count(self, size)), x)
+        count = window.count(self, x.shape[2:])
+        check_grad(self, grad, (len(x), self.out_channels, *count), x)
         with without_autocast(x):
-            dweight, dx = self._way(x).gradients(x, params["weight"], grad, window, input_grad)
+            way = self._way(x, params["weight"], count, backward=True)
+            dweight, dx = way.gradients(x, params["weight"], grad, window, input_grad)
             dbias = grad.sum((0, 2, 3)) if self.bias else None
         return like_params(params, dweight, dbias), dx
 
-    def _way(self, x: Tensor) -> Any:
-        """The module that convolves pictures like x."""
+    def _way(self, x: Tensor, weight: Tensor, count: Pair, backward: bool = False) -> Any:
+        """The module that convolves pictures like x, with `count` windows along each axis."""
         if self.method == "unfold":
             return unfold
-        return patches if patches.are_worth_it(x, self._window) else native
+        worth_it = patches.are_worth_it(x, weight, self._window, count, backward)
+        return patches if worth_it else native
 
     def __repr__(self) -> str:
         return source(self)

@@ -32,10 +32,9 @@ from itertools import pairwise
 from typing import TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from funcnet.layers import inplace, native
+from funcnet.layers import inplace, native, pixelwise
 from funcnet.layers.geometry import Pair, Window
 
 _CHUNK_ENTRIES = 2**21
@@ -62,9 +61,11 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Pair, window
     rows, columns = _shifts(0, scale, window), _shifts(1, scale, window)
     height, width = window.count("convolve", (scale[0] * x.shape[2], scale[1] * x.shape[3]))
     kernel = _kernel(weight)
+    in_planes = len(weight) < _LANES
+    products = pixelwise.convolve_to_planes if in_planes else pixelwise.convolve
     y: Tensor | None = None
     for part, pixels in _chunks(native.layout(x), weight):
-        z = _layout(F.conv2d(pixels, kernel), len(weight))
+        z = products(pixels, kernel)
         z = torch.unflatten(z, 1, (*window.kernel_size, -1))  # (n, kh, kw, O, H, W)
         half = _empty(z, (len(z), *z.shape[2:4], height, x.shape[3]))  # (n, kw, O, H′, W)
         _spread(z, half, rows, dim=-2)
@@ -90,7 +91,7 @@ def gradients(
         _gather(dy, half, columns, dim=-1)
         z = _empty(dy, (len(dy), kh, *half.shape[1:3], height, width))  # (n, kh, kw, O, H, W)
         _gather(half, z, rows, dim=-2)
-        dk, d = native.kernel_gradients(pixels, kernel, z.flatten(1, 3), input_grad)
+        dk, d = pixelwise.gradients(pixels, kernel, z.flatten(1, 3), input_grad)
         dkernel = dk if dkernel is None else dkernel.add_(dk)
         if d is None or len(d) == len(x):
             dx = d
@@ -104,8 +105,8 @@ def gradients(
 
 
 def _kernel(weight: Tensor) -> Tensor:
-    """K (kh·kw·O, C, 1, 1)."""
-    return weight.permute(2, 3, 0, 1).reshape(-1, weight.shape[1], 1, 1)
+    """K (kh·kw·O, C)."""
+    return weight.permute(2, 3, 0, 1).flatten(0, 2)
 
 
 def _shifts(axis: int, scale: Pair, window: Window) -> Shifts:

@@ -194,8 +194,8 @@ PATCHES = _in(
     ),
     Row(
         "remainder-dropped-at-the-start",
-        "x[:, :, : rows * size[0], : columns * size[1]]",
-        "x[:, :, x.shape[2] % size[0] :, x.shape[3] % size[1] :]",
+        "x.permute(0, 2, 3, 1).unfold(",
+        "x[:, :, x.shape[2] % size[0] :, x.shape[3] % size[1] :].permute(0, 2, 3, 1).unfold(",
         "windows are counted from the beginning",
     ),
     Row(
@@ -221,6 +221,23 @@ PATCHES = _in(
         "window.dilation == (1, 1)",
         "window.dilation[0] == 1",
         "dilation on either axis rules the patch products out",
+    ),
+)
+
+PIXELWISE = _in(
+    "layers/pixelwise.py",
+    "test_conv.py test_upsample_conv.py",
+    Row(
+        "planes-of-the-last-picture",
+        "torch.bmm(dy, _rows_of_each(x)).sum(0)",
+        "torch.bmm(dy, _rows_of_each(x))[-1]",
+        "dK sums over the pictures",
+    ),
+    Row(
+        "pixels-without-a-bias",
+        "torch.mm(rows, transposed) if bias is None else",
+        "torch.mm(rows, transposed) if True else",
+        "the bias is added to every pixel",
     ),
 )
 
@@ -277,7 +294,7 @@ CONV = _in(
     ),
     Row(
         "grad-of-another-shape",
-        "check_grad(self, grad, (batch, self.out_channels, *window.count(self, size)), x)",
+        "check_grad(self, grad, (len(x), self.out_channels, *count), x)",
         "check_grad(self, grad, grad.shape, x)",
         "grad has the shape of y, or the call is refused",
     ),
@@ -398,8 +415,8 @@ LOW_RESOLUTION = _in(
     ),
     Row(
         "taps-transposed",
-        "return weight.permute(2, 3, 0, 1).reshape(",
-        "return weight.permute(3, 2, 0, 1).reshape(",
+        "return weight.permute(2, 3, 0, 1).flatten(",
+        "return weight.permute(3, 2, 0, 1).flatten(",
         "the taps of a kernel are in row-major order",
     ),
     Row(
@@ -761,8 +778,8 @@ OPTIMIZERS = _in(
     ),
     Row(
         "structure-unchecked",
-        "if other != structure:",
-        "if len(leaves) != len(ps):",
+        "structure.flatten_up_to(tree)",
+        "optree.tree_leaves(tree)",
         "grads of another structure are refused, not matched by position",
     ),
     Row(
@@ -1005,6 +1022,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *UNFOLD,
     *NATIVE,
     *PATCHES,
+    *PIXELWISE,
     *CONV,
     *ACTIVATIONS,
     *INPLACE,

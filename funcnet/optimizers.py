@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import optree
 import torch
@@ -157,11 +157,13 @@ class SGD:
         self, name: str, tree: Tree, ps: list[Tensor], structure: optree.PyTreeSpec
     ) -> list[Tensor]:
         """The leaves of a tree that must match params."""
-        leaves, other = optree.tree_flatten(tree)
-        if other != structure:
+        try:
+            leaves: list[Any] = structure.flatten_up_to(tree)
+        except ValueError:
+            other = optree.tree_structure(tree)
             raise ValueError(
                 f"{self}: expected {name} with the structure of params, {structure}, got {other}"
-            )
+            ) from None
         for i, (leaf, p) in enumerate(zip(leaves, ps, strict=True)):
             if not isinstance(leaf, Tensor):
                 raise TypeError(

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import OrderedDict
 from fractions import Fraction
 
 import numpy as np
@@ -187,10 +188,21 @@ def test_trees_that_do_not_match_change_nothing(method):
             getattr(sgd, method)(params, grads, state)
     with pytest.raises(TypeError, match=r"expected a tensor at grads\['b'\]"):
         getattr(sgd, method)(params, {"a": torch.ones(2), "b": 1.0}, state)
+    with pytest.raises(TypeError, match=r"expected a tensor at grads\['b'\], got tuple"):
+        getattr(sgd, method)(params, {"a": torch.ones(2), "b": (torch.ones(3),)}, state)
     with pytest.raises(ValueError, match="velocities with the structure of params"):
         getattr(sgd, method)(params, params, fn.SGD(0.1).init(params))
     assert all((leaf == 1).all() for leaf in params.values())
     assert all((leaf == 0).all() for leaf in state.momentum.values())
+
+
+@pytest.mark.parametrize("method", ["step", "step_"])
+def test_leaves_are_matched_by_key_in_dicts_of_any_kind(method):
+    sgd, params = fn.SGD(1.0), {"a": torch.zeros(2), "b": torch.zeros(2)}
+    grads = OrderedDict(b=torch.full((2,), 2.0), a=torch.ones(2))
+    params, _ = getattr(sgd, method)(params, grads, sgd.init(params))
+    assert type(params) is dict
+    assert same(params, {"a": torch.full((2,), -1.0), "b": torch.full((2,), -2.0)})
 
 
 def test_what_is_expanded_cannot_be_written_into():

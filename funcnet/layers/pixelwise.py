@@ -4,8 +4,8 @@ With the C channels of each of the P = N·H·W pixels as a row of X, and the ker
 
     Y = X·Kᵀ + bias        dX = dY·K        dK = dYᵀ·X.
 
-In channels_last these rows are how pictures lie in memory. Where the channels of y lie apart, plane
-by plane, the same holds for each picture n by itself: Yₙ = K·Xₙᵀ, dXₙ = dYₙᵀ·K, dK = Σₙ dYₙ·Xₙ.
+In channels_last these rows are how pictures lie in memory. Yᵀ = K·Xᵀ has the channels of y apart
+from each other, plane by plane.
 
 PyTorch's convolution kernels do the same, but lay K out anew at every call, which takes most of the
 time of a small product. Large products are left to them: they are as fast as `torch.mm` at least,
@@ -39,34 +39,24 @@ def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def convolve_to_planes(x: Tensor, kernel: Tensor) -> Tensor:
-    """y (N, O, H, W), row-major."""
+    """y (N, O, H, W), of which each picture's channels are planes."""
     if not are_few(_pixels(x), kernel):
         return convolve(x, kernel).contiguous()
-    y = torch.bmm(kernel.expand(len(x), -1, -1), _rows_of_each(x).mT)
-    return torch.unflatten(y, 2, x.shape[2:])
+    planes = torch.unflatten(torch.mm(kernel, _rows(x).t()), 1, (len(x), *x.shape[2:]))
+    return planes.transpose(0, 1)
 
 
 def gradients(
     x: Tensor, kernel: Tensor, grad: Tensor, input_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(dkernel, dx), for grad in channels_last or row-major; dx is None without `input_grad`."""
+    """(dkernel, dx); dx is None without `input_grad`."""
     if not are_few(_pixels(x), kernel):
         weight = kernel[:, :, None, None]
         dweight, dx = native.kernel_gradients(x, weight, grad, input_grad)
         return dweight.flatten(1), dx
-    if grad.is_contiguous():
-        dy = grad.flatten(2)  # (N, O, H·W)
-        dkernel = torch.bmm(dy, _rows_of_each(x)).sum(0)
-        if not input_grad:
-            return dkernel, None
-        drows = torch.bmm(dy.mT, kernel.expand(len(x), -1, -1)).flatten(0, 1)
-    else:
-        dy = _rows(grad)
-        dkernel = torch.mm(dy.t(), _rows(x))
-        if not input_grad:
-            return dkernel, None
-        drows = torch.mm(dy, kernel)
-    return dkernel, _pictures(drows, x)
+    dy = _rows(grad)
+    dkernel = torch.mm(dy.t(), _rows(x))
+    return dkernel, _pictures(torch.mm(dy, kernel), x) if input_grad else None
 
 
 def _pixels(x: Tensor) -> int:
@@ -74,13 +64,8 @@ def _pixels(x: Tensor) -> int:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(N·H·W, C), a view of x (N, C, H, W) if that is in channels_last."""
+    """X (N·H·W, C), a view of x (N, C, H, W) if that is in channels_last."""
     return x.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def _rows_of_each(x: Tensor) -> Tensor:
-    """(N, H·W, C)."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def _pictures(rows: Tensor, like: Tensor) -> Tensor:

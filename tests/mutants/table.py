@@ -228,10 +228,10 @@ PIXELWISE = _in(
     "layers/pixelwise.py",
     "test_conv.py test_upsample_conv.py",
     Row(
-        "planes-of-the-last-picture",
-        "torch.bmm(dy, _rows_of_each(x)).sum(0)",
-        "torch.bmm(dy, _rows_of_each(x))[-1]",
-        "dK sums over the pictures",
+        "pixels-paired-across-the-diagonal",
+        "torch.mm(dy.t(), _rows(x))",
+        "torch.mm(dy.t(), _rows(x.mT))",
+        "dK is the sum over pixels of y's gradient there and x there",
     ),
     Row(
         "pixels-without-a-bias",

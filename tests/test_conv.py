@@ -299,6 +299,23 @@ def test_half_precision_is_close_to_float64(case):
 @pytest.mark.parametrize(
     ("layer", "shape"),
     [
+        (fn.Conv2d(1, (1, 2), stride=(1, 2)), (16, 15, 5, 3)),
+        (fn.Conv2d(16, 4, stride=4, padding=(2, 0), bias=False), (16, 16, 11, 32)),
+        (fn.Conv2d(17, (1, 4), stride=(1, 4), bias=False), (1, 130, 6, 5)),
+    ],
+    ids=str,
+)
+def test_bfloat16_with_a_stride(layer, shape):
+    """PyTorch's convolution returns anything, up to NaN, on processors with tiles (AMX)."""
+    params = layer.init(fn.key(0), shape[1:], dtype=torch.bfloat16)
+    x = fn.normal(fn.key(1), shape, dtype=torch.bfloat16)
+    expected = reference(layer, {name: leaf.double() for name, leaf in params.items()}, x.double())
+    torch.testing.assert_close(layer.apply(params, x).double(), expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
         (fn.Conv2d(8, 2, stride=2, padding=1), (8, 3, 3, 1)),
         (fn.UpsampleConv2d(16, 1, scale=4, padding=0), (3, 12, 6, 1)),
     ],

@@ -139,22 +139,14 @@ def test_many_channels_and_pictures():
 
 
 @pytest.mark.parametrize("out_channels", [3, 17])  # planes, and pixels
-def test_in_parts_as_in_one(monkeypatch, out_channels):
+@pytest.mark.parametrize(
+    ("module", "limit", "value"), [(low_resolution, "_CHUNK_ENTRIES", 900), (pixelwise, "_FEW", 0)]
+)
+def test_in_parts_and_by_large_products(monkeypatch, out_channels, module, limit, value):
     layer = fn.UpsampleConv2d(out_channels)
     params = layer.init(fn.key(0), (2, 4, 4))
     x = fn.normal(fn.key(1), (7, 2, 4, 4))
     grad = fn.normal(fn.key(2), (7, out_channels, 8, 8))
     whole = layer.apply(params, x), layer.vjp(params, x, grad)
-    monkeypatch.setattr(low_resolution, "_CHUNK_ENTRIES", 300 * out_channels)
+    monkeypatch.setattr(module, limit, value)
     torch.testing.assert_close((layer.apply(params, x), layer.vjp(params, x, grad)), whole)
-
-
-@pytest.mark.parametrize("out_channels", [3, 17])
-def test_large_products_as_small_ones(monkeypatch, out_channels):
-    layer = fn.UpsampleConv2d(out_channels)
-    params = layer.init(fn.key(0), (2, 4, 4))
-    x = fn.normal(fn.key(1), (3, 2, 4, 4))
-    grad = fn.normal(fn.key(2), (3, out_channels, 8, 8))
-    small = layer.apply(params, x), layer.vjp(params, x, grad)
-    monkeypatch.setattr(pixelwise, "_FEW", 0)
-    torch.testing.assert_close((layer.apply(params, x), layer.vjp(params, x, grad)), small)

@@ -36,15 +36,15 @@ def sigmoid(x: Tensor) -> Tensor:
     return torch.sigmoid_(x) if is_plain() else torch.sigmoid(x)
 
 
-def add_into(out: Tensor, x: Tensor, y: Tensor) -> None:
-    """out = x + y."""
+def add_into(out: Tensor, x: Tensor, y: Tensor, alpha: int = 1) -> None:
+    """out = x + alpha · y."""
     if is_plain():
         try:
-            torch.add(x, y, out=out)
+            torch.add(x, y, alpha=alpha, out=out)
             return
         except RuntimeError:
             pass
-    out.copy_(x).add_(y)
+    out.copy_(x).add_(y, alpha=alpha)
 
 
 def relu_derivative(y: Tensor, grad: Tensor) -> Tensor:

@@ -51,7 +51,9 @@ Shifts: TypeAlias = list[list[int]]
 
 
 def layout(weight: Tensor) -> Tensor:
-    """The same weights (O, C, kh, kw) in the order of K: the pixels of the kernel come first."""
+    """The same weights (O, C, kh, kw), on the CPU in the order of K: tap by tap."""
+    if not weight.is_cpu:
+        return weight
     return weight.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
 
 
@@ -67,9 +69,9 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Pair, window
     for part, pixels in _chunks(native.layout(x), weight):
         z = products(pixels, kernel)
         z = torch.unflatten(z, 1, (*window.kernel_size, -1))  # (n, kh, kw, O, H, W)
-        half = _empty(z, (len(z), *z.shape[2:4], height, x.shape[3]))  # (n, kw, O, H′, W)
+        half = empty(z, (len(z), *z.shape[2:4], height, x.shape[3]))  # (n, kw, O, H′, W)
         _spread(z, half, rows, dim=-2)
-        y = _empty(z, (len(x), len(weight), height, width)) if y is None else y
+        y = empty(z, (len(x), len(weight), height, width)) if y is None else y
         _spread(half, y[part], columns, dim=-1)
     assert y is not None
     return (y if bias is None else inplace.add(y, bias[:, None, None])).to(dtype)
@@ -87,16 +89,16 @@ def gradients(
     dx: Tensor | None = None
     for part, pixels in _chunks(native.layout(x), weight):
         dy = _layout(grad[part], len(weight))
-        half = _empty(dy, (len(dy), kw, *dy.shape[1:3], width))  # (n, kw, O, H′, W)
+        half = empty(dy, (len(dy), kw, *dy.shape[1:3], width))  # (n, kw, O, H′, W)
         _gather(dy, half, columns, dim=-1)
-        z = _empty(dy, (len(dy), kh, *half.shape[1:3], height, width))  # (n, kh, kw, O, H, W)
+        z = empty(dy, (len(dy), kh, *half.shape[1:3], height, width))  # (n, kh, kw, O, H, W)
         _gather(half, z, rows, dim=-2)
         dk, d = pixelwise.gradients(pixels, kernel, z.flatten(1, 3), input_grad)
         dkernel = dk if dkernel is None else dkernel.add_(dk)
         if d is None or len(d) == len(x):
             dx = d
         else:
-            dx = _empty(d, x.shape) if dx is None else dx
+            dx = empty(d, x.shape) if dx is None else dx
             dx[part] = d
     assert dkernel is not None
     dtaps = dkernel.reshape(kh, kw, *weight.shape[:2])
@@ -122,9 +124,9 @@ def _spread(z: Tensor, y: Tensor, shifts: Shifts, dim: int) -> None:
     """y (n, …) of z (n, k, …), one dimension of the sum."""
     taps = z.unbind(1)
     for phase, q in enumerate(shifts):
-        out = _phase(y, phase, len(shifts), dim)
+        out = strided(y, phase, len(shifts), dim)
         same = phase and q == shifts[phase - 1]
-        before = _phase(y, phase - 1, len(shifts), dim) if same else None
+        before = strided(y, phase - 1, len(shifts), dim) if same else None
         if before is not None and before.shape == out.shape:
             out.copy_(before)
         else:
@@ -133,7 +135,7 @@ def _spread(z: Tensor, y: Tensor, shifts: Shifts, dim: int) -> None:
 
 def _gather(y: Tensor, z: Tensor, shifts: Shifts, dim: int) -> None:
     """The adjoint of `_spread`: z (n, k, …) of y (n, …)."""
-    phases = _merged([_phase(y, phase, len(shifts), dim) for phase in range(len(shifts))], shifts)
+    phases = _merged([strided(y, phase, len(shifts), dim) for phase in range(len(shifts))], shifts)
     for tap in range(z.shape[1]):
         _add_up(z.select(1, tap), [(dy, -q[tap]) for dy, q in phases], dim)
 
@@ -149,9 +151,9 @@ def _merged(phases: list[Tensor], shifts: Shifts) -> list[tuple[Tensor, list[int
     return merged
 
 
-def _phase(y: Tensor, phase: int, scale: int, dim: int) -> Tensor:
-    """y[phase::scale] along `dim`, the last or the last but one."""
-    entries = slice(phase, None, scale)
+def strided(y: Tensor, start: int, step: int, dim: int) -> Tensor:
+    """y[start::step] along `dim`, the last or the last but one."""
+    entries = slice(start, None, step)
     return y[..., entries] if dim == -1 else y[..., entries, :]
 
 
@@ -211,7 +213,7 @@ def _layout(pictures: Tensor, out_channels: int) -> Tensor:
     return pictures.contiguous() if out_channels < _LANES else native.layout(pictures)
 
 
-def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     """New memory for pictures (n, …, O, H, W), in the same format."""
     if shape[-3] < _LANES:
         return like.new_empty(tuple(shape))

@@ -19,11 +19,6 @@ from funcnet.layers import native
 from funcnet.layers.geometry import Pair, Window
 
 
-def layout(weight: Tensor) -> Tensor:
-    """Weights (O, C, kh, kw) in the order that is fastest here: any."""
-    return weight
-
-
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Pair, window: Window) -> Tensor:
     """y (N, O, H′, W′) of x (N, C, H, W) upsampled by `scale`, and weight (O, C, kh, kw)."""
     y = F.conv_transpose2d(native.layout(x), _kernel(weight, scale), stride=scale)

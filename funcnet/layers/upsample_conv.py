@@ -1,6 +1,7 @@
 """Nearest-neighbour upsampling followed by a convolution, in one layer.
 
-`low_resolution.py` and `transposed.py` are two exact ways that never make the upsampled picture.
+`low_resolution.py`, `karatsuba.py` and `transposed.py` are exact ways that never make the upsampled
+picture.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from funcnet.autocast import without_autocast
 from funcnet.keys import Key
 from funcnet.layer import Layer, Shape, Tree, as_int, as_pair, as_shape, check_grad, source
-from funcnet.layers import low_resolution, transposed
+from funcnet.layers import karatsuba, low_resolution, transposed
 from funcnet.layers.conv import (
     Conv2d,
     Method,
@@ -35,8 +36,9 @@ class UpsampleConv2d(Layer):
     `kernel_size`, `scale` and `padding` are ints or pairs (height, width); `padding` may also be
     "same" (y as large as the upsampled picture) or "valid" (none). `method="unfold"` does one after
     the other; "auto" never makes the upsampled picture. On the CPU it does the convolution at low
-    resolution, with kh·kw products a source pixel whatever the scale, half precision in float32;
-    on other devices, where the number of calls counts most, it is a single transposed convolution.
+    resolution, with kh·kw products a source pixel whatever the scale, or fewer for many pixels at
+    scale 2 with 3×3 taps, and half precision in float32; on other devices, where the number of
+    calls counts most, it is a single transposed convolution.
     All give the same numbers while these are finite: of padding, no product with NaN is made.
 
     Shapes: x (N, C, H, W); y (N, O, H′, W′) with O = out_channels, H′ = s_h·H + 2p − kh + 1.
@@ -91,7 +93,7 @@ class UpsampleConv2d(Layer):
         weight_shape = (self.out_channels, shape[0], *self._window.kernel_size)
         params = init_kernel(self, key, weight_shape, self.bias, dtype, device)
         if self.method == "auto":
-            params["weight"] = _way(params["weight"]).layout(params["weight"])
+            params["weight"] = low_resolution.layout(params["weight"])
         return params
 
     def out_shape(self, shape: Sequence[int]) -> Shape:
@@ -111,7 +113,7 @@ class UpsampleConv2d(Layer):
             return conv.apply(params, upsample.apply((), x)), x
         weight, bias = params["weight"], params.get("bias")
         with without_autocast(x):
-            return _way(x).convolve(x, weight, bias, pair(self.scale), window), x
+            return self._way(x, weight).convolve(x, weight, bias, pair(self.scale), window), x
 
     def bwd(
         self, params: Tree, residuals: Tensor, grad: Tensor, *, input_grad: bool = True
@@ -128,9 +130,16 @@ class UpsampleConv2d(Layer):
             return dparams, None if dx is None else upsample.bwd((), kept, dx)[1]
         weight, scale = params["weight"], pair(self.scale)
         with without_autocast(x):
-            dweight, dx = _way(x).gradients(x, weight, grad, scale, window, input_grad)
+            dweight, dx = self._way(x, weight).gradients(x, weight, grad, scale, window, input_grad)
             dbias = grad.sum((0, 2, 3)) if self.bias else None
         return like_params(params, dweight, dbias), dx
+
+    def _way(self, x: Tensor, weight: Tensor) -> Any:
+        """The module that is fastest for pictures like x."""
+        if not x.is_cpu:
+            return transposed
+        worth_it = karatsuba.is_worth_it(x, weight, pair(self.scale), self._window)
+        return karatsuba if worth_it else low_resolution
 
     @property
     def _two_steps(self) -> tuple[Upsample2d, Conv2d]:
@@ -150,8 +159,3 @@ class UpsampleConv2d(Layer):
 
     def __repr__(self) -> str:
         return source(self)
-
-
-def _way(x: Tensor) -> Any:
-    """The way that is fastest for tensors like x."""
-    return low_resolution if x.is_cpu else transposed

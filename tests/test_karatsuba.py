@@ -1,0 +1,159 @@
+"""Karatsuba's way of upsampling by 2 with 3×3 taps, against the two steps that it stands for."""
+
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_properties import close, same
+from test_transforms import compile_whole
+
+import funcnet as fn
+from funcnet.layers import karatsuba, low_resolution, pixelwise, transposed
+from funcnet.testing import check_vjp, strategies
+
+LAYERS = st.builds(fn.UpsampleConv2d, st.sampled_from([1, 2, 16, 17]), bias=st.booleans())
+EVEN = st.sampled_from([2, 4, 6, 8])
+SHAPES = st.tuples(st.integers(1, 3), EVEN, EVEN)
+FLOAT64 = st.just(torch.float64)
+
+
+def cases(**kwargs):
+    return strategies.cases(LAYERS, shapes=SHAPES, batches=st.integers(1, 3), **kwargs)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def everything():
+    """Have even the smallest pictures done this way."""
+    with mock.patch.multiple(karatsuba, _MANY_PIXELS=0, _MANY_PRODUCTS=0):
+        yield
+
+
+def steps(layer):
+    conv = fn.Conv2d(layer.out_channels, 3, padding=1, bias=layer.bias, method="unfold")
+    return fn.Sequential(fn.Upsample2d(2), conv)
+
+
+@pytest.mark.parametrize("few", [pixelwise._FEW, 0], ids=["mm", "conv1x1"])
+@given(case=cases(dtypes=FLOAT64), data=st.data())
+def test_value_and_gradients_are_those_of_the_two_steps(few, case, data):
+    layer, params, x = case
+    assert layer._way(x, params["weight"]) is karatsuba
+    with mock.patch.object(pixelwise, "_FEW", few):
+        y, residuals = layer.fwd(params, x)
+        grad = data.draw(strategies.tensors(y.shape, torch.float64))
+        dparams, dx = layer.bwd(params, residuals, grad)
+        without, nothing = layer.bwd(params, residuals, grad, input_grad=False)
+    close(y, steps(layer).apply(((), params), x))
+    (_, expected), expected_dx = steps(layer).vjp(((), params), x, grad)
+    close((dparams, dx), (expected, expected_dx))
+    assert nothing is None
+    assert same(without, dparams)
+
+
+@given(cases(integers=True), st.data())
+def test_exact_on_integers(case, data):
+    """Value and adjoints, ⟨f(x), g⟩ = ⟨x, dx(g)⟩ = ⟨w, dw(x, g)⟩: bit for bit."""
+    layer, params, x = case
+    arguments = (layer.scale, layer._window)
+    y = karatsuba.convolve(x, params["weight"], params.get("bias"), *arguments)
+    assert same(y, steps(layer).apply(((), params), x))
+    grad = data.draw(strategies.tensors(y.shape, x.dtype, integers=True))
+    dweight, dx = karatsuba.gradients(x, params["weight"], grad, *arguments, True)
+    product = (karatsuba.convolve(x, params["weight"], None, *arguments) * grad).sum()
+    assert (x * dx).sum() == product
+    assert (params["weight"] * dweight).sum() == product
+
+
+@given(cases(dtypes=strategies.dtypes() | st.sampled_from([torch.bfloat16, torch.float16])))
+def test_the_contract_holds(case):
+    check_vjp(*case)
+
+
+def test_errors_are_those_of_rounding():
+    layer = fn.UpsampleConv2d(128, bias=False)
+    params, x = layer.init(fn.key(0), (128, 16, 16)), fn.normal(fn.key(1), (8, 128, 16, 16))
+    grad = fn.normal(fn.key(2), (8, 128, 32, 32))
+    y, (dparams, dx) = layer.apply(params, x), layer.vjp(params, x, grad)
+    double = {"weight": params["weight"].double()}
+    exact_y, exact = steps(layer).apply(((), double), x.double()), grad.double()
+    ((_, exact_dparams), exact_dx) = steps(layer).vjp(((), double), x.double(), exact)
+    pairs = [(y, exact_y), (dparams["weight"], exact_dparams["weight"]), (dx, exact_dx)]
+    for ours, theirs in pairs:
+        assert (ours - theirs).norm() < 2e-6 * theirs.norm()
+
+
+@pytest.mark.parametrize("out_channels", [2, 17])
+def test_transforms(out_channels):
+    layer = fn.UpsampleConv2d(out_channels)
+    key = fn.key(0)
+    each = [layer.init(fn.fold_in(key, i), (3, 4, 2), dtype=torch.float64) for i in range(2)]
+    stacked = {name: torch.stack([params[name] for params in each]) for name in each[0]}
+    x = fn.normal(key, (2, 2, 3, 4, 2), dtype=torch.float64)
+    grad = fn.normal(key, (2, 2, out_channels, 8, 4), dtype=torch.float64)
+    apply, vjp = torch.func.vmap(layer.apply), torch.func.vmap(layer.vjp)
+    for i, params in enumerate(each):
+        close(apply(stacked, x)[i], layer.apply(params, x[i]))
+        (dparams, dx), expected = vjp(stacked, x, grad), layer.vjp(params, x[i], grad[i])
+        close(({name: leaf[i] for name, leaf in dparams.items()}, dx[i]), expected)
+        over_params = torch.func.vmap(layer.apply, in_dims=(0, None))(stacked, x[0])
+        close(over_params[i], layer.apply(params, x[0]))
+        over_x = torch.func.vmap(layer.apply, in_dims=(None, 0))(each[0], x)
+        close(over_x[i], layer.apply(each[0], x[i]))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("out_channels", [2, 17])
+def test_autograd_goes_through(out_channels):
+    layer = fn.UpsampleConv2d(out_channels, bias=False)
+    weight = layer.init(fn.key(0), (2, 4, 2), dtype=torch.float64)["weight"].requires_grad_()
+    x = fn.normal(fn.key(1), (2, 2, 4, 2), dtype=torch.float64).requires_grad_()
+    grad = fn.normal(fn.key(2), (2, out_channels, 8, 4), dtype=torch.float64).requires_grad_()
+
+    def apply(weight, x):
+        return layer.apply({"weight": weight}, x)
+
+    def vjp(weight, x, grad):
+        dparams, dx = layer.vjp({"weight": weight}, x, grad)
+        return dparams["weight"], dx
+
+    assert torch.autograd.gradcheck(apply, (weight, x), fast_mode=True, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(apply, (weight, x), fast_mode=True)
+    assert torch.autograd.gradcheck(vjp, (weight, x, grad), fast_mode=True)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_compiled():
+    layer = fn.UpsampleConv2d(17)
+    params, x = layer.init(fn.key(0), (3, 4, 4)), fn.normal(fn.key(1), (2, 3, 4, 4))
+    grad = fn.normal(fn.key(2), (2, 17, 8, 8))
+    close(compile_whole(layer.apply)(params, x), layer.apply(params, x))
+    close(compile_whole(layer.vjp)(params, x, grad), layer.vjp(params, x, grad))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "way"),
+    [
+        (fn.UpsampleConv2d(64), (8, 64, 32, 32), karatsuba),
+        (fn.UpsampleConv2d(64, padding=1), (8, 64, 32, 32), karatsuba),
+        (fn.UpsampleConv2d(128), (2, 128, 32, 32), karatsuba),
+        (fn.UpsampleConv2d(128), (2, 127, 32, 32), low_resolution),
+        (fn.UpsampleConv2d(1024), (1, 1024, 32, 32), low_resolution),
+        (fn.UpsampleConv2d(64), (8, 64, 33, 32), low_resolution),
+        (fn.UpsampleConv2d(64), (8, 64, 32, 33), low_resolution),
+        (fn.UpsampleConv2d(64, scale=3), (8, 64, 32, 32), low_resolution),
+        (fn.UpsampleConv2d(64, scale=(2, 1)), (8, 64, 32, 32), low_resolution),
+        (fn.UpsampleConv2d(64, 5), (8, 64, 32, 32), low_resolution),
+        (fn.UpsampleConv2d(64, padding=0), (8, 64, 32, 32), low_resolution),
+        (fn.UpsampleConv2d(64, padding=(1, 0)), (8, 64, 32, 32), low_resolution),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_for_many_pixels_and_channels_alone(layer, shape, way):
+    many = {"_MANY_PIXELS": 2048, "_MANY_PRODUCTS": 2**25}
+    x = torch.zeros(1).expand(shape)
+    weight = torch.zeros(1).expand(layer.out_channels, shape[1], *layer.kernel_size)
+    with mock.patch.multiple(karatsuba, **many):
+        assert layer._way(x, weight) is way
+    assert layer._way(x.to("meta"), weight) is transposed

@@ -98,7 +98,7 @@ class SGD:
         gs = self._leaves("grads", grads, ps, structure)
         vs = self._leaves("velocities", state.momentum, ps, structure) if self.momentum else ps
         if write:
-            self._check_writable(ps, vs)
+            self._check_writable(ps + vs if self.momentum else ps)
         count = _concrete(state.step)
         ps, vs = self._update(ps, gs, vs, self._lr(count), count, write)
         velocities = structure.unflatten(vs) if self.momentum else ()
@@ -177,9 +177,9 @@ class SGD:
                 )
         return leaves
 
-    def _check_writable(self, *trees: list[Tensor]) -> None:
+    def _check_writable(self, tensors: list[Tensor]) -> None:
         may_ask = not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()
-        for tensor in (leaf for leaves in trees for leaf in leaves):
+        for tensor in tensors:
             if _overlaps_itself(tensor):
                 raise ValueError(
                     f"{self}: expected tensors that can be written to, got an expanded one of "

@@ -21,6 +21,8 @@ def layout(x: Tensor) -> Tensor:
         return x
     memory_format = torch.channels_last if x.shape[1] > 1 else torch.contiguous_format
     if not torch.compiler.is_compiling():
+        if x.stride() == _strides(x, memory_format):  # as `contiguous` would find out more slowly
+            return x
         try:
             return _plain(x.contiguous(memory_format=memory_format), memory_format)
         except RuntimeError:
@@ -38,15 +40,19 @@ def _plain(x: Tensor, memory_format: torch.memory_format = torch.contiguous_form
     their word, have been seen to return wrong numbers: of one channel, with the strides of
     channels_last, some pictures and kernels are read past their end.
     """
-    if 1 not in x.shape:
+    if 1 not in x.shape or x.stride() == _strides(x, torch.contiguous_format):
         return x
-    _, channels, height, width = x.shape
-    image = channels * height * width
-    row_major = (image, height * width, width, 1)
-    channels_last = (image, 1, width * channels, channels)
-    if x.stride() == row_major or (x.stride() == channels_last and channels > 1):
+    if x.shape[1] > 1 and x.stride() == _strides(x, torch.channels_last):
         return x
     return x.clone(memory_format=memory_format)
+
+
+def _strides(x: Tensor, memory_format: torch.memory_format) -> tuple[int, ...]:
+    """Those of a new tensor of the shape of x (N, C, H, W)."""
+    _, channels, height, width = x.shape
+    if memory_format == torch.channels_last:
+        return channels * height * width, 1, width * channels, channels
+    return channels * height * width, height * width, width, 1
 
 
 def wide(x: Tensor) -> Tensor:

@@ -147,9 +147,15 @@ NATIVE = _in(
     ),
     Row(
         "one-channel-in-channels-last",
-        "or (x.stride() == channels_last and channels > 1):",
-        "or x.stride() == channels_last:",
+        "if x.shape[1] > 1 and x.stride() == _strides(x, torch.channels_last):",
+        "if x.stride() == _strides(x, torch.channels_last):",
         "pictures of one channel are not read past their end",
+    ),
+    Row(
+        "strides-of-single-entries-trusted",
+        "if x.stride() == _strides(x, memory_format):",
+        "if x.is_contiguous(memory_format=memory_format):",
+        "axes of size 1 may have any stride, and PyTorch's kernels believe it",
     ),
     Row(
         "gradients-in-half-precision",

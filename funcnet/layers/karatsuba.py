@@ -65,9 +65,10 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Pair, window
     """y (N, O, 2H, 2W) of x (N, C, H, W) upsampled by 2, and weight (O, C, 3, 3)."""
     dtype, x, weight = x.dtype, native.wide(x), native.wide(weight)
     half = []
-    for rows, sums in zip(_factors(native.layout(x), -2), _sums(weight), strict=True):
-        factors = zip(_factors(rows, -1), _kernels(weight, sums), strict=True)
-        half.append(_spread([_products(factor, kernel) for factor, kernel in factors], -1))
+    along_height = zip(_factors(native.layout(x), -2), _kernels(weight, _sums(weight)), strict=True)
+    for rows, kernels in along_height:
+        along_width = zip(_factors(rows, -1), kernels, strict=True)
+        half.append(_spread([_products(factor, kernel) for factor, kernel in along_width], -1))
     y = _spread(half, -2)
     return (y if bias is None else inplace.add(y, bias[:, None, None])).to(dtype)
 
@@ -77,24 +78,26 @@ def gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """(dweight, dx); dx is None without `input_grad`."""
     dtype, x, weight, grad = x.dtype, native.wide(x), native.wide(weight), native.wide(grad)
+    sums = _sums(weight)
     dtaps: list[Tensor] = []
     dhalf: list[Tensor] = []
     along_height = zip(
         _factors(native.layout(x), -2),
-        _sums(weight),
+        sums,
+        _kernels(weight, sums),
         _gather(native.layout(grad), -2),
         strict=True,
     )
-    for rows, sums, dy in along_height:
+    for rows, matrix, kernels, dy in along_height:
         dkernels: list[Tensor] = []
         dfactors: list[Tensor] = []
-        along_width = zip(_factors(rows, -1), _kernels(weight, sums), _gather(dy, -1), strict=True)
+        along_width = zip(_factors(rows, -1), kernels, _gather(dy, -1), strict=True)
         for factor, kernel, dz in along_width:
             dkernel, dfactor = _product_gradients(factor, kernel, dz, input_grad)
             dkernels.append(dkernel)
             if dfactor is not None:
                 dfactors.append(dfactor)
-        dtaps.append(torch.mm(sums.t(), torch.cat(dkernels).reshape(len(sums), -1)))
+        dtaps.append(torch.mm(matrix.t(), torch.cat(dkernels).reshape(len(matrix), -1)))
         if input_grad:
             dhalf.append(_join(dfactors, -1))
     dweight = (dtaps[0] + dtaps[1] + dtaps[2]).reshape(3, 3, *weight.shape[:2])
@@ -109,11 +112,15 @@ def _sums(weight: Tensor) -> list[Tensor]:
     return [matrix.flatten(2).flatten(0, 1) for matrix in sums]
 
 
-def _kernels(weight: Tensor, sums: Tensor) -> tuple[Tensor, ...]:
-    """Kw: the kernels (e, k, O, C) of each factor along the width, which has e of them."""
+def _kernels(weight: Tensor, sums: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """Kw for each factor along the height: (e, k, O, C) for those along the width, e kernels each.
+
+    Made as they are asked for.
+    """
     taps = weight.permute(2, 3, 0, 1).flatten(2).flatten(0, 1)
-    kernels = torch.mm(sums, taps).reshape(sum(_ENTRIES), -1, *weight.shape[:2])
-    return torch.split(kernels, _ENTRIES)
+    for matrix in sums:
+        kernels = torch.mm(matrix, taps).reshape(sum(_ENTRIES), -1, *weight.shape[:2])
+        yield torch.split(kernels, _ENTRIES)
 
 
 def _products(factor: Tensor, kernel: Tensor) -> Tensor:

@@ -12,11 +12,8 @@ _NOTHING = nullcontext()
 
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """A block in which autocast is off on the device of x."""
-    if x.is_cpu:  # asked first, as `device` takes ten times as long
-        device, enabled = "cpu", torch.is_autocast_enabled("cpu")
-    else:
-        device = x.device.type
-        enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if not enabled:
+    device = "cpu" if x.is_cpu else x.device.type  # which takes ten times as long to ask
+    available = x.is_cpu or torch.amp.is_autocast_available(device)
+    if not available or not torch.is_autocast_enabled(device):
         return _NOTHING
     return torch.autocast(device, enabled=False)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_properties import close, same
 from test_transforms import compile_whole
+from test_upsample_conv import assert_exact_on_integers, two_steps
 
 import funcnet as fn
 from funcnet.layers import karatsuba, low_resolution, pixelwise, transposed
@@ -17,6 +18,7 @@ LAYERS = st.builds(fn.UpsampleConv2d, st.sampled_from([1, 2, 16, 17]), bias=st.b
 EVEN = st.sampled_from([2, 4, 6, 8])
 SHAPES = st.tuples(st.integers(1, 3), EVEN, EVEN)
 FLOAT64 = st.just(torch.float64)
+MANY = {name: getattr(karatsuba, name) for name in ("_MANY_PIXELS", "_MANY_PRODUCTS")}
 
 
 def cases(**kwargs):
@@ -26,13 +28,8 @@ def cases(**kwargs):
 @pytest.fixture(scope="module", autouse=True)
 def everything():
     """Have even the smallest pictures done this way."""
-    with mock.patch.multiple(karatsuba, _MANY_PIXELS=0, _MANY_PRODUCTS=0):
+    with mock.patch.multiple(karatsuba, **dict.fromkeys(MANY, 0)):
         yield
-
-
-def steps(layer):
-    conv = fn.Conv2d(layer.out_channels, 3, padding=1, bias=layer.bias, method="unfold")
-    return fn.Sequential(fn.Upsample2d(2), conv)
 
 
 @pytest.mark.parametrize("few", [pixelwise._FEW, 0], ids=["mm", "conv1x1"])
@@ -45,25 +42,16 @@ def test_value_and_gradients_are_those_of_the_two_steps(few, case, data):
         grad = data.draw(strategies.tensors(y.shape, torch.float64))
         dparams, dx = layer.bwd(params, residuals, grad)
         without, nothing = layer.bwd(params, residuals, grad, input_grad=False)
-    close(y, steps(layer).apply(((), params), x))
-    (_, expected), expected_dx = steps(layer).vjp(((), params), x, grad)
+    close(y, two_steps(layer).apply(((), params), x))
+    (_, expected), expected_dx = two_steps(layer).vjp(((), params), x, grad)
     close((dparams, dx), (expected, expected_dx))
     assert nothing is None
     assert same(without, dparams)
 
 
-@given(cases(integers=True), st.data())
-def test_exact_on_integers(case, data):
-    """Value and adjoints, ⟨f(x), g⟩ = ⟨x, dx(g)⟩ = ⟨w, dw(x, g)⟩: bit for bit."""
-    layer, params, x = case
-    arguments = (layer.scale, layer._window)
-    y = karatsuba.convolve(x, params["weight"], params.get("bias"), *arguments)
-    assert same(y, steps(layer).apply(((), params), x))
-    grad = data.draw(strategies.tensors(y.shape, x.dtype, integers=True))
-    dweight, dx = karatsuba.gradients(x, params["weight"], grad, *arguments, True)
-    product = (karatsuba.convolve(x, params["weight"], None, *arguments) * grad).sum()
-    assert (x * dx).sum() == product
-    assert (params["weight"] * dweight).sum() == product
+@given(cases(integers=True), st.integers(0, 99))
+def test_exact_on_integers(case, seed):
+    assert_exact_on_integers(karatsuba, case, seed)
 
 
 @given(cases(dtypes=strategies.dtypes() | st.sampled_from([torch.bfloat16, torch.float16])))
@@ -76,10 +64,10 @@ def test_errors_are_those_of_rounding():
     params, x = layer.init(fn.key(0), (128, 16, 16)), fn.normal(fn.key(1), (8, 128, 16, 16))
     grad = fn.normal(fn.key(2), (8, 128, 32, 32))
     y, (dparams, dx) = layer.apply(params, x), layer.vjp(params, x, grad)
-    double = {"weight": params["weight"].double()}
-    exact_y, exact = steps(layer).apply(((), double), x.double()), grad.double()
-    ((_, exact_dparams), exact_dx) = steps(layer).vjp(((), double), x.double(), exact)
-    pairs = [(y, exact_y), (dparams["weight"], exact_dparams["weight"]), (dx, exact_dx)]
+    net, double = two_steps(layer), ((), {"weight": params["weight"].double()})
+    exact_y = net.apply(double, x.double())
+    (_, exact), exact_dx = net.vjp(double, x.double(), grad.double())
+    pairs = [(y, exact_y), (dparams["weight"], exact["weight"]), (dx, exact_dx)]
     for ours, theirs in pairs:
         assert (ours - theirs).norm() < 2e-6 * theirs.norm()
 
@@ -151,9 +139,8 @@ def test_compiled():
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_for_many_pixels_and_channels_alone(layer, shape, way):
-    many = {"_MANY_PIXELS": 2048, "_MANY_PRODUCTS": 2**25}
     x = torch.zeros(1).expand(shape)
     weight = torch.zeros(1).expand(layer.out_channels, shape[1], *layer.kernel_size)
-    with mock.patch.multiple(karatsuba, **many):
+    with mock.patch.multiple(karatsuba, **MANY):
         assert layer._way(x, weight) is way
     assert layer._way(x.to("meta"), weight) is transposed

@@ -159,10 +159,10 @@ def _spread(z: list[Tensor], dim: int) -> Tensor:
     line = _lines(y, dim)
     b, s, a = (_lines(products, dim).movedim(1, -1) for products in z)
     # A view at a time: autograd loses track of those that were taken before y was written to.
-    even = _even_pairs(line)
+    even = _pairs(line, 0)
     inplace.add_into(even, s, b, -1)
     even.sub_(a)
-    inplace.add_into(_odd_pairs(line), a[..., :-1, :], b[..., 1:, :])
+    inplace.add_into(_pairs(line, 1), a[..., :-1, :], b[..., 1:, :])
     line[..., 0].copy_(b[..., 0, 1])
     line[..., -1].copy_(a[..., -1, 0])
     return y
@@ -171,7 +171,7 @@ def _spread(z: list[Tensor], dim: int) -> Tensor:
 def _gather(dy: Tensor, dim: int) -> Iterator[Tensor]:
     """The adjoint of `_spread`, made as it is asked for: dz for b, for S and for a."""
     line = _lines(dy, dim)
-    even, odd = _even_pairs(line), _odd_pairs(line)
+    even, odd = _pairs(line, 0), _pairs(line, 1)
     dz, db = _new_products(dy, 2, dim)
     inplace.add_into(db[..., 1:, :], odd, even[..., 1:, :], -1)
     db[..., 0, :].copy_(even[..., 0, :]).neg_()
@@ -194,14 +194,12 @@ def _new_products(dy: Tensor, entries: int, dim: int) -> tuple[Tensor, Tensor]:
     return z, _lines(z, dim).movedim(1, -1)
 
 
-def _even_pairs(line: Tensor) -> Tensor:
-    """The v_i of even i, (…, n/2, 2) of a line (…, 2n)."""
-    return torch.unflatten(line[..., 1:-1], -1, (-1, 2))[..., 0::2, :]
+def _pairs(line: Tensor, parity: int) -> Tensor:
+    """The v_i of even i, or of odd i from 1 to n−3, of a line (…, 2n): (…, 2) each.
 
-
-def _odd_pairs(line: Tensor) -> Tensor:
-    """Those of odd i from 1 to n−3; of v_{−1} and v_{n−1}, line has a single entry at its ends."""
-    return torch.unflatten(line[..., 1:-1], -1, (-1, 2))[..., 1::2, :]
+    Of v_{−1} and v_{n−1}, the line has a single entry at its ends.
+    """
+    return torch.unflatten(line[..., 1:-1], -1, (-1, 2))[..., parity::2, :]
 
 
 def _lines(x: Tensor, dim: int) -> Tensor:

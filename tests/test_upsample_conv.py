@@ -148,9 +148,9 @@ def test_many_channels_and_pictures():
 )
 def test_in_parts_and_by_large_products(monkeypatch, out_channels, module, limit, value):
     layer = fn.UpsampleConv2d(out_channels)
-    params = layer.init(fn.key(0), (2, 4, 4))
-    x = fn.normal(fn.key(1), (7, 2, 4, 4))
-    grad = fn.normal(fn.key(2), (7, out_channels, 8, 8))
+    params = layer.init(fn.key(0), (2, 4, 4), dtype=torch.float64)
+    x = fn.normal(fn.key(1), (7, 2, 4, 4), dtype=torch.float64)
+    grad = fn.normal(fn.key(2), (7, out_channels, 8, 8), dtype=torch.float64)
     whole = layer.apply(params, x), layer.vjp(params, x, grad)
     monkeypatch.setattr(module, limit, value)
     torch.testing.assert_close((layer.apply(params, x), layer.vjp(params, x, grad)), whole)

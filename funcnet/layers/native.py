@@ -58,8 +58,11 @@ def _strides(x: Tensor, memory_format: torch.memory_format) -> tuple[int, ...]:
 def wide(x: Tensor) -> Tensor:
     """x, in float32 where it is in half precision on the CPU, whose kernels for the gradients in
     bfloat16 return wrong numbers for pictures of few columns."""
-    half = x.is_cpu and x.dtype in (torch.bfloat16, torch.float16)
-    return x.float() if half else x
+    return x.float() if _is_narrow(x) else x
+
+
+def _is_narrow(x: Tensor) -> bool:
+    return x.dtype in (torch.bfloat16, torch.float16) and x.is_cpu
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
@@ -89,7 +92,7 @@ def gradients(
         window.dilation,
         window.groups,
     )
-    if dx is not None and dx.shape != x.shape:
+    if dx is not None and padded is not x:
         dx = dx[:, :, : x.shape[2], : x.shape[3]]
     return dweight, dx
 
@@ -107,8 +110,12 @@ def kernel_gradients(
     transposed: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """(dweight, dx) of a convolution, or a transposed one, by PyTorch's backward kernels."""
-    dtype = x.dtype
-    x, weight, grad = wide(x), wide(weight), wide(grad)
+    if _is_narrow(x):
+        sizes = stride, padding, dilation, groups
+        dweight, dx = kernel_gradients(
+            x.float(), weight.float(), grad.float(), input_grad, *sizes, transposed=transposed
+        )
+        return dweight.to(x.dtype), None if dx is None else dx.to(x.dtype)
     dx, dweight, _ = _backward(
         layout(grad),
         x,
@@ -122,10 +129,7 @@ def kernel_gradients(
         groups,
         (input_grad, True, False),
     )
-    dweight = like(weight, dweight)
-    if dweight.dtype == dtype:  # as `to` would find out more slowly
-        return dweight, dx
-    return dweight.to(dtype), dx.to(dtype) if input_grad else None
+    return like(weight, dweight), dx
 
 
 def like(weight: Tensor, dweight: Tensor) -> Tensor:

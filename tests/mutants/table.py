@@ -159,8 +159,8 @@ NATIVE = _in(
     ),
     Row(
         "gradients-in-half-precision",
-        "half = x.is_cpu and",
-        "half = False and",
+        "torch.float16) and x.is_cpu",
+        "torch.float16) and not x.is_cpu",
         "PyTorch's gradients in bfloat16 are wrong for pictures of few columns",
     ),
     Row(

@@ -125,9 +125,9 @@ def test_compiled():
     [
         (fn.UpsampleConv2d(64), (8, 64, 32, 32), karatsuba),
         (fn.UpsampleConv2d(64, padding=1), (8, 64, 32, 32), karatsuba),
-        (fn.UpsampleConv2d(128), (2, 128, 32, 32), karatsuba),
-        (fn.UpsampleConv2d(128), (2, 127, 32, 32), low_resolution),
-        (fn.UpsampleConv2d(1024), (1, 1024, 32, 32), low_resolution),
+        (fn.UpsampleConv2d(64), (4, 128, 32, 32), karatsuba),
+        (fn.UpsampleConv2d(64), (4, 127, 32, 32), low_resolution),
+        (fn.UpsampleConv2d(1024), (3, 1024, 32, 32), low_resolution),
         (fn.UpsampleConv2d(64), (8, 64, 33, 32), low_resolution),
         (fn.UpsampleConv2d(64), (8, 64, 32, 33), low_resolution),
         (fn.UpsampleConv2d(64, scale=3), (8, 64, 32, 32), low_resolution),

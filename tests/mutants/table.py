@@ -492,8 +492,8 @@ KARATSUBA = _in(
     "test_karatsuba.py",
     Row(
         "rows-of-taps-for-columns",
-        '"ev,ku->ekuv"',
-        '"ev,ku->ekvu"',
+        "for h in down for w in across",
+        "for w in across for h in down",
         "the taps of a kernel are in row-major order",
     ),
     Row(

@@ -8,8 +8,8 @@ In channels_last these rows are how pictures lie in memory. Yᵀ = K·Xᵀ has t
 from each other, plane by plane.
 
 PyTorch's convolution kernels do the same, but lay K out anew at every call, which takes most of the
-time of a small product. Large products are left to them where `torch.mm` is slower: MKL, which does
-it, is at half its speed on processors that are not Intel's.
+time of a small product. Large products are left to them where `torch.mm`, done by MKL, is slower:
+on processors that are not Intel's.
 """
 
 from __future__ import annotations

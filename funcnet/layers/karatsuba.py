@@ -41,15 +41,18 @@ _MANY_PIXELS, _MANY_PRODUCTS = 4096, 2**25
 
 _WINDOW = Window((3, 3), sides=((1, 1), (1, 1)))
 
-_TAPS = ((0.0, 0.0, 1.0), (0.0, 1.0, 1.0), (1.0, 1.0, 1.0), (1.0, 1.0, 0.0), (1.0, 0.0, 0.0))
-"""K in one dimension: the taps that make up each entry of b, S and a."""
+_TAPS = (
+    ((0.0, 0.0, 1.0), (0.0, 1.0, 1.0)),
+    ((1.0, 1.0, 1.0),),
+    ((1.0, 1.0, 0.0), (1.0, 0.0, 0.0)),
+)
+"""K in one dimension: the taps that make up each entry of b, of S and of a."""
 
-_ENTRIES = [2, 1, 2]
-"""How many entries b, S and a have."""
+_ENTRIES = [len(entries) for entries in _TAPS]
 
 _SUMS = [
-    [[h * w for h in down for w in across] for across in _TAPS for down in rows]
-    for rows in (_TAPS[:2], _TAPS[2:3], _TAPS[3:])
+    [[h * w for h in down for w in across] for group in _TAPS for across in group for down in rows]
+    for rows in _TAPS
 ]
 """K (5·k, kh·kw) for each factor along the height, which has k kernels."""
 

@@ -498,8 +498,8 @@ KARATSUBA = _in(
     ),
     Row(
         "sums-of-two-taps-swapped",
-        "((0.0, 0.0, 1.0), (0.0, 1.0, 1.0), ",
-        "((0.0, 1.0, 1.0), (0.0, 0.0, 1.0), ",
+        "((0.0, 0.0, 1.0), (0.0, 1.0, 1.0)),",
+        "((0.0, 1.0, 1.0), (0.0, 0.0, 1.0)),",
         "of a pair, the first output sees one tap of the second pixel, the other two",
     ),
     Row(

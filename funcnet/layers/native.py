@@ -69,7 +69,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> 
     """y (N, O, H′, W′) of x (N, C, H, W) and weight (O, C/groups, kh, kw)."""
     x, padding = _pad_odd(x, window)
     stride, dilation, groups = window.stride, window.dilation, window.groups
-    if dilation == (1, 1) and (stride == (1, 1) or wide(x) is x):
+    if dilation == (1, 1) and (stride == (1, 1) or not _is_narrow(x)):
         return F.conv2d(x, _plain(weight), bias, stride, padding, dilation, groups)
     # oneDNN 3.x has been seen to crash where dilated windows see nothing but padding: on a bias,
     # and in bfloat16; in which, with a stride, it also returns wrong numbers on some processors.

@@ -14,7 +14,7 @@ from funcnet.checkpoint import (
 from funcnet.combinators import Sequential
 from funcnet.gradients import value_and_grad
 from funcnet.keys import Key, bernoulli, fold_in, key, normal, split, uniform
-from funcnet.layer import Layer
+from funcnet.layer import Layer, Param
 from funcnet.layers import Conv2d, ReLU, Sigmoid, Upsample2d, UpsampleConv2d
 from funcnet.losses import MSE, Loss
 from funcnet.memory import keep_freed_memory
@@ -34,6 +34,7 @@ __all__ = [
     "Key",
     "Layer",
     "Loss",
+    "Param",
     "ReLU",
     "SGDState",
     "Sequential",

@@ -7,8 +7,9 @@ from typing import Protocol
 from torch import Tensor
 
 from funcnet.keys import Key
-from funcnet.layer import Layer, Tree
+from funcnet.layer import Layer, Tree, is_private
 from funcnet.losses import Loss
+from funcnet.ops.need import Need
 
 
 class ValueAndGrad(Protocol):
@@ -50,7 +51,9 @@ def value_and_grad(net: Layer, loss: Loss) -> ValueAndGrad:
         value, loss_residuals = loss.fwd(y, target)
         grad = loss.bwd(loss_residuals)
         del y, loss_residuals  # the network's backward pass needs the memory
-        dparams, _ = net._bwd_consuming(params, residuals, grad, input_grad=False)
-        return value, dparams
+        if is_private(net):
+            need = Need(params=True, input=False, consume=True)
+            return value, net._checked_bwd(params, residuals, grad, need)[0]
+        return value, net.bwd(params, residuals, grad, input_grad=False)[0]
 
     return value_and_grad_of

@@ -14,7 +14,6 @@ NumPy's counter-based Philox generator (Salmon et al., "Parallel random numbers:
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -24,6 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from funcnet.checks import as_index, name_of
 
 _KEY_BYTES = 16
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -158,18 +159,7 @@ def check_draw(who: object, key: Key, dtype: torch.dtype | None) -> None:
 def check_key(who: object, key: Key) -> None:
     """Refuse what is no key."""
     if not isinstance(key, Key):
-        raise TypeError(f"{who}: expected a key made by funcnet.key(seed), got {key!r}")
-
-
-def as_index(who: object, name: str, value: Any) -> int:
-    """`value` as an int."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
-        raise TypeError(f"{who}: expected {name} to be an int, got {value!r}")
-    return number
+        raise TypeError(f"{name_of(who)}: expected a key made by funcnet.key(seed), got {key!r}")
 
 
 def _derive(purpose: str, data: int, item: int) -> Key:
@@ -210,7 +200,8 @@ def _dtypes(who: object, dtype: torch.dtype | None) -> tuple[torch.dtype, type[n
     dtype = torch.float32 if dtype is None else dtype
     if dtype not in _DTYPES:
         raise TypeError(
-            f"{who}: expected a floating-point dtype of torch, of 16 bits or more, got {dtype!r}"
+            f"{name_of(who)}: expected a floating-point dtype of torch, of 16 bits or more, "
+            f"got {dtype!r}"
         )
     return dtype, np.float64 if dtype == torch.float64 else np.float32
 

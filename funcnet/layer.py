@@ -1,43 +1,60 @@
 """What a layer is: a frozen dataclass of hyperparameters with pure functions on parameter trees.
 
-A layer of one's own is one class with `init`, `out_shape`, `fwd` and `bwd`:
+Callers call `init`, `out_shape`, `apply`, `vjp`, `fwd` and `bwd`, which check their arguments.
+Authors write the mathematics, and are handed nothing unchecked:
 
     >>> from dataclasses import dataclass
     >>> import funcnet as fn
     >>> import torch
+    >>> from funcnet.initializers import Uniform
     >>> @dataclass(frozen=True)
     ... class Scale(fn.Layer):
     ...     "y = w ∘ x, a weight for each channel; dx = w ∘ dy, dw = Σ x ∘ dy over N, H and W."
     ...
-    ...     def init(self, key, shape, *, dtype=None, device=None):
-    ...         return {"weight": fn.normal(key, (shape[0], 1, 1), dtype=dtype, device=device)}
+    ...     _axes = "CHW"
     ...
-    ...     def out_shape(self, shape):
-    ...         return shape
+    ...     def _params(self, shape):
+    ...         return {"weight": fn.Param((shape[0], 1, 1), Uniform(-1, 1))}
     ...
-    ...     def fwd(self, params, x, *, key=None):
+    ...     def _fwd(self, params, x, key):
     ...         return params["weight"] * x, x
     ...
-    ...     def bwd(self, params, residuals, grad, *, input_grad=True):
-    ...         dweight = (residuals * grad).sum((0, 2, 3)).reshape(-1, 1, 1)
-    ...         return {"weight": dweight}, params["weight"] * grad if input_grad else None
+    ...     def _bwd(self, params, x, dy, need):
+    ...         dweight = (x * dy).sum((0, 2, 3))[:, None, None] if need.params else None
+    ...         return {"weight": dweight}, params["weight"] * dy if need.input else None
     >>> layer = Scale()
     >>> params = layer.init(fn.key(0), (3, 4, 4))
     >>> layer.apply(params, torch.ones(2, 3, 4, 4)).shape
     torch.Size([2, 3, 4, 4])
+    >>> layer.apply(params, torch.ones(2, 5, 4, 4))
+    Traceback (most recent call last):
+    ValueError: Scale(): expected x of shape (N, 3, H, W), got (2, 5, 4, 4)
+
+A layer may also write the public four (`init`, `out_shape`, `fwd`, `bwd`) and nothing else. Then it
+checks for itself, and its `bwd` need not know of `param_grad`.
+
+What a layer returns shares no memory with what it was handed: where an operation may return a view
+of x, as `flatten` does, it has to be cloned.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
-from typing import Any, TypeAlias
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
+import optree
 import torch
 from torch import Tensor
 
-from funcnet.keys import Key, as_index
+from funcnet.checks import as_shape, check_like, check_tensor, name_of, sizes
+from funcnet.fields import Hyperparameters
+from funcnet.initializers import Initializer
+from funcnet.keys import Key, check_draw, check_key, split
+from funcnet.ops.autocast import without_autocast
+from funcnet.ops.inplace import is_plain
+from funcnet.ops.need import Need
 
 Tree: TypeAlias = Any
 """Nested containers of tensors, as `optree` understands them."""
@@ -46,38 +63,74 @@ Shape: TypeAlias = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Layer(ABC):
+class Param:
+    """A parameter as a layer declares it: its shape, and how it is drawn.
+
+    `layout` puts a new parameter into the memory format that the layer's kernels want.
+    """
+
+    shape: Shape
+    initializer: Initializer
+    layout: Callable[[Tensor], Tensor] | None = None
+
+
+class Spec(NamedTuple):
+    """What is known of a tensor before it is computed: batch (N,), shape of one example, dtype.
+
+    The batch is () for a tensor without axes.
+    """
+
+    batch: Shape
+    shape: Shape
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Layer(Hyperparameters):
     """A pure function y = f(params, x) with its gradient, described by hyperparameters alone.
 
-    Shapes: `shape` is that of one example, (C, H, W); x and y put the batch first, (N, C, H, W).
+    Shapes: `shape` is the shape of one example, (C, H, W); x and y put the batch first,
+    (N, C, H, W).
 
     `fwd` returns y and the residuals, the least that `bwd` needs; `bwd` returns the gradients of
     Σ grad ∘ y with respect to params (a tree like params) and to x. Both are pure: nothing is
     written to a tensor that was handed in, and no state is kept between them.
     """
 
-    _owns_results = False
-    """Whether y of `fwd` and dx of `bwd` are new memory, shared with nothing, the residuals and
-    dparams included. What follows such a layer may work in place."""
+    _fresh: ClassVar[bool] = False
+    """The promise that y shares no memory with the residuals, nor dx with residuals or dparams.
 
-    _works_in_place = False
-    """Whether there are `_fwd_over`, `_bwd_over` and `_apply_over`, which write over what the layer
-    before or behind owns."""
+    What follows such a layer in a Sequential may write over its results, and does so where it has
+    `_fwd_` and `_bwd_`, which do in place what `_fwd` and `_bwd` do. `check_vjp` verifies it.
+    """
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """A class with passes of its own, or a mixin's, inherits none of these promises."""
-        super().__init_subclass__(**kwargs)
-        own = vars(cls)
-        layers: list[Any] = [base for base in cls.__mro__[1:] if Layer in base.__mro__]
-        parent = next((base for base in layers if base.fwd is not Layer.fwd), Layer)
-        passes = ("fwd", "bwd", "apply")
-        if any(getattr(cls, name) is not getattr(parent, name) for name in passes):
-            cls._owns_results = own.get("_owns_results", False)
-            cls._works_in_place = own.get("_works_in_place", False)
-            if "_bwd_consuming" not in own:
-                cls._bwd_consuming = Layer._bwd_consuming  # type: ignore[method-assign]
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        cls = type(self)
+        if cls.fwd is Layer.fwd and cls._fwd is Layer._fwd:
+            raise TypeError(f"{cls.__name__}: expected a layer that writes _fwd, or fwd")
 
-    @abstractmethod
+    # --- What authors write
+
+    def _params(self, shape: Shape) -> Mapping[str, Any]:
+        """The parameters for examples of `shape`: a `Param`, or a dict of such, by name."""
+        return {}
+
+    def _out_shape(self, shape: Shape) -> Shape:
+        """The shape of one example of y. Raises ValueError for a shape that does not fit."""
+        return shape
+
+    def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
+        """(y, residuals)."""
+        raise NotImplementedError
+
+    def _bwd(self, params: Any, residuals: Any, grad: Tensor, need: Need) -> tuple[Any, Any]:
+        """(dparams, dx); what is not needed may be None."""
+        raise NotImplementedError
+
+    # --- What callers call
+
     def init(
         self,
         key: Key,
@@ -87,24 +140,44 @@ class Layer(ABC):
         device: torch.device | str | None = None,
     ) -> Tree:
         """Parameters for examples of `shape`, drawn from `key`; () if there is nothing to learn."""
+        shape = self._as_shape(shape)
+        check_draw(self, key, dtype)
+        self.out_shape(shape)
+        return self._init(key, shape, dtype, device)
 
-    @abstractmethod
     def out_shape(self, shape: Sequence[int]) -> Shape:
         """The shape of one example of y, given that of x. No tensor is made."""
-
-    @abstractmethod
-    def fwd(self, params: Tree, x: Tensor, *, key: Key | None = None) -> tuple[Tensor, Any]:
-        """(y, residuals). `key` is for layers that draw numbers; without one they evaluate."""
-
-    @abstractmethod
-    def bwd(
-        self, params: Tree, residuals: Any, grad: Tensor, *, input_grad: bool = True
-    ) -> tuple[Tree, Tensor | None]:
-        """(dparams, dx), where grad has the shape of y; dx is None if `input_grad` is False."""
+        return self._out_shape(self._as_shape(shape))
 
     def apply(self, params: Tree, x: Tensor, *, key: Key | None = None) -> Tensor:
         """y = f(params, x)."""
-        return self.fwd(params, x, key=key)[0]
+        if not is_private(self):
+            return self.fwd(params, x, key=key)[0]
+        self._admit(params, x, getattr(x, "shape", ()), key)
+        with without_autocast(x):
+            return self._apply(params, x, key)
+
+    def fwd(self, params: Tree, x: Tensor, *, key: Key | None = None) -> tuple[Tensor, Any]:
+        """(y, residuals). `key` is for layers that draw numbers; without one they evaluate."""
+        self._admit(params, x, getattr(x, "shape", ()), key)
+        with without_autocast(x):
+            y, residuals = self._fwd(params, x, key)
+        return y, (x.new_empty((0, *x.shape)), residuals)  # no entries: it tells x's shape to bwd
+
+    def bwd(
+        self,
+        params: Tree,
+        residuals: Any,
+        grad: Tensor,
+        *,
+        input_grad: bool = True,
+        param_grad: bool = True,
+    ) -> tuple[Tree, Tensor | None]:
+        """(dparams, dx), where grad has the shape of y.
+
+        dx is None if `input_grad` is False or x is of integers, dparams if `param_grad` is False.
+        """
+        return self._checked_bwd(params, residuals, grad, Need(param_grad, input_grad))
 
     def vjp(
         self,
@@ -114,128 +187,308 @@ class Layer(ABC):
         *,
         key: Key | None = None,
         input_grad: bool = True,
+        param_grad: bool = True,
     ) -> tuple[Tree, Tensor | None]:
         """(dparams, dx): the vector-Jacobian product of `apply` with grad, which has y's shape."""
         _, residuals = self.fwd(params, x, key=key)
-        return self.bwd(params, residuals, grad, input_grad=input_grad)
+        return public_bwd(self, params, residuals, grad, Need(param_grad, input_grad))
 
-    def _bwd_consuming(
-        self, params: Tree, residuals: Any, grad: Tensor, *, input_grad: bool = True
+    # --- What combinators write
+
+    def _init(
+        self, key: Key, shape: Shape, dtype: torch.dtype | None, device: torch.device | str | None
+    ) -> Tree:
+        declared = self._params(shape)
+        keys = iter(split(key, max(1, len(_flat(declared)))))
+
+        def draw(params: Mapping[str, Any]) -> Tree:
+            return {name: draw_one(param) for name, param in params.items()}
+
+        def draw_one(param: Any) -> Tree:
+            if isinstance(param, Mapping):
+                return draw(param)
+            value = param.initializer(next(keys), param.shape, dtype, device)
+            return value if param.layout is None else param.layout(value)
+
+        return draw(declared) if declared else ()
+
+    def _apply(self, params: Any, x: Tensor, key: Key | None) -> Tensor:
+        """y alone."""
+        return self._fwd(params, x, key)[0]
+
+    def _check(self, params: Tree, x: Spec) -> Spec:
+        """The spec of y. Raises unless params and x fit this layer and each other."""
+        self._check_x(x)
+        if self._axes is not None and not _has_rank(self._axes, x.shape):
+            raise self._unfit(x)
+        like = self._check_params(params, x)
+        return Spec(x.batch, self._out_shape(x.shape), like.dtype, like.device)
+
+    def _check_x(self, x: Spec) -> None:
+        """Raise TypeError unless x is floating-point."""
+        if not x.dtype.is_floating_point:
+            raise TypeError(f"{name_of(self)}: expected x to be floating-point, got {x.dtype}")
+
+    def _learns(self, params: Tree) -> bool:
+        """Whether there are parameters to compute gradients for."""
+        return bool(optree.tree_leaves(params))
+
+    def _children(self) -> tuple[tuple[str, Layer], ...]:
+        """(name, layer) of each layer among the fields, as paths name it; an only one has no name.
+
+        Layers in a tuple are named by their positions.
+        """
+        values = [getattr(self, field.name) for field in fields(self)]
+        layers = [value for value in values if isinstance(value, Layer)]
+        for value in values:
+            if isinstance(value, tuple) and value and all(isinstance(v, Layer) for v in value):
+                return tuple((str(i), layer) for i, layer in enumerate(value))
+        if len(layers) == 1:
+            return (("", layers[0]),)
+        return tuple((str(i), layer) for i, layer in enumerate(layers))
+
+    def _child_shapes(self, shape: Shape) -> tuple[Shape, ...]:
+        """The shape of one example of each child's x."""
+        return (shape,) * len(self._children())
+
+    # --- The checks at the boundary
+
+    def _checked_bwd(
+        self, params: Tree, residuals: Any, grad: Tensor, need: Need
     ) -> tuple[Tree, Tensor | None]:
-        """`bwd` for a caller that gives the residuals up: they may be freed as they are used."""
-        return self.bwd(params, residuals, grad, input_grad=input_grad)
+        like, kept = _opened(self, residuals)
+        y = self._admit(params, like, like.shape[1:])
+        if not isinstance(grad, Tensor) or grad.dtype != y.dtype or grad.device != y.device:
+            check_like(self._describe_last(), "grad", grad, "x", y)
+        if grad.shape != (*like.shape[1:2], *y.shape):
+            expected = (*like.shape[1:2], *y.shape)
+            raise ValueError(
+                f"{self._describe_last()}: expected grad of shape {expected}, "
+                f"got {tuple(grad.shape)}"
+            )
+        if not like.is_floating_point():
+            need = need._replace(input=False)
+        with without_autocast(grad):
+            dparams, dx = self._bwd(params, kept, grad, need)
+        return like_params(params, dparams) if need.params else None, dx if need.input else None
 
+    def _admit(self, params: Tree, x: Any, shape: Shape, key: Key | None = None) -> Spec:
+        """The spec of y, remembered for what has been accepted; else params and x are checked."""
+        if key is not None:
+            check_key(self, key)
+        if not is_plain():
+            return self._check(params, _spec(self, x, shape))
+        accepted: tuple[tuple[Any, Spec], ...] = self.__dict__.get("_accepted", ())
+        leaves, structure = optree.tree_flatten(params)
+        try:
+            seen = (
+                (len(shape), *shape[1:], x.dtype, x.device),
+                structure,
+                [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves],
+            )
+        except AttributeError:  # not tensors: the check will say so
+            seen = None
+        for known, y in accepted:
+            if seen == known:
+                return y
+        y = self._check(params, _spec(self, x, shape))
+        # One assignment, so that threads may do this at once.
+        self.__dict__["_accepted"] = ((seen, y), *accepted[: _MOST_REMEMBERED - 1])
+        return y
 
-def source(value: Any) -> str:
-    """The code that builds a dataclass of ours, without defaults: `Conv2d(8, kernel_size=3)`."""
-    arguments = []
-    for position, field in enumerate(field for field in fields(value) if field.init):
-        argument = _collapse(getattr(value, field.name))
-        if position == 0 and field.default is MISSING:
-            arguments.append(repr(argument))
-        elif argument != _collapse(field.default):
-            arguments.append(f"{field.name}={argument!r}")
-    return f"{type(value).__name__}({', '.join(arguments)})"
+    def _as_shape(self, shape: Sequence[int]) -> Shape:
+        sizes_of_one = as_shape(self, shape)
+        if self._axes is not None and not _has_rank(self._axes, sizes_of_one):
+            expected = sizes(tuple(self._axes))
+            raise ValueError(
+                f"{name_of(self)}: expected the shape of one example, {expected}, "
+                f"got {sizes_of_one}"
+            )
+        return sizes_of_one
 
-
-def _collapse(value: Any) -> Any:
-    """3 for (3, 3), which means the same."""
-    is_square = isinstance(value, tuple) and len(value) == 2 and value[0] == value[1]
-    return value[0] if is_square else value
-
-
-# --- Refusing bad input. Every message names who refuses, what was expected and what came.
-
-
-def as_int(who: str, name: str, value: Any, least: int) -> int:
-    """`value` as an int that is at least `least`."""
-    number = as_index(who, name, value)
-    if number < least:
-        raise ValueError(f"{who}: expected {name} >= {least}, got {number}")
-    return number
-
-
-def as_pair(who: str, name: str, value: Any, least: int) -> tuple[int, int]:
-    """`value`, an int or a pair (height, width), as a pair of ints that are at least `least`."""
-    if not isinstance(value, (tuple, list)):
-        value = (value, value)
-    if len(value) != 2:
-        raise ValueError(f"{who}: expected {name} to be an int or a pair of ints, got {value!r}")
-    return as_int(who, name, value[0], least), as_int(who, name, value[1], least)
-
-
-def as_shape(layer: object, shape: Sequence[int], rank: int | None = None) -> Shape:
-    """`shape` of one example as a tuple of ints, of the given rank."""
-    if not isinstance(shape, Sequence) or isinstance(shape, str):
-        raise TypeError(f"{layer}: expected shape to be a tuple of ints, got {shape!r}")
-    if rank is not None and len(shape) != rank:
+    def _check_params(self, params: Tree, x: Spec) -> Any:
+        """What x's successor is like: a parameter for x of integers, else x."""
+        declared = self._params(x.shape)
+        if not declared:
+            check_no_params(self, params)
+            return x
+        like = x if x.dtype.is_floating_point else _first_tensor(params, x)
+        wrong = _misshapen(self, declared, params, like, "")
+        if wrong is None:
+            return like
+        fitting = self._x_that_fits(params, x)
+        if fitting is not None:
+            raise self._unfit(x, fitting)
+        name, param, got = wrong
         raise ValueError(
-            f"{layer}: expected the shape of one example, (C, H, W), got {tuple(shape)}"
-        )
-    return tuple(as_int(str(layer), "every size in shape", size, 0) for size in shape)
-
-
-def check_tensor(layer: object, name: str, x: Any) -> None:
-    """Refuse what is not a floating-point tensor."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{layer}: expected {name} to be a tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"{layer}: expected {name} to be floating-point, got {x.dtype}")
-
-
-def check_like(layer: object, name: str, tensor: Any, like_name: str, like: Tensor) -> None:
-    """Refuse a tensor whose dtype or device is not that of another."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{layer}: expected {name} to be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype != like.dtype or tensor.device != like.device:
-        raise TypeError(
-            f"{layer}: expected {name} to have the dtype and device of {like_name}, "
-            f"{like.dtype} on {like.device}, got {tensor.dtype} on {tensor.device}"
+            f"{name_of(self)}: expected {name} of shape {sizes(param.shape)}, got {tuple(got)}"
         )
 
+    def _x_that_fits(self, params: Tree, x: Spec) -> tuple[int, int] | None:
+        """(axis, size) of the one size of x by which all of params would fit, if there is one."""
+        got = _shapes(self._params(x.shape), params)
+        numbers = {size for shape in got for size in shape if size > 0}
+        factors = {1} | {v for f in fields(self) if type(v := getattr(self, f.name)) is int}
+        candidates = sorted({size * factor for size in numbers for factor in factors})
+        for axis, size in enumerate(x.shape):
+            for other in candidates:
+                shape = (*x.shape[:axis], other, *x.shape[axis + 1 :])
+                if other != size and [p.shape for p in _flat(self._params(shape))] == got:
+                    return axis, other
+        return None
 
-def check_grad(layer: object, grad: Any, y_shape: Sequence[int], like: Tensor) -> None:
-    """Refuse a grad that has not the shape of y, or the dtype and device of x."""
-    check_like(layer, "grad", grad, "x", like)
-    if grad.shape != y_shape:
-        raise ValueError(
-            f"{layer}: expected grad of shape {tuple(y_shape)}, got {tuple(grad.shape)}"
+    def _unfit(self, x: Spec, fitting: tuple[int, int] | None = None) -> ValueError:
+        """The error that x has a shape that does not fit."""
+        letters = list(self._axes or ["*"] * len(x.shape))
+        if fitting is not None:
+            letters[fitting[0] - len(x.shape)] = str(fitting[1])
+        return ValueError(
+            f"{name_of(self)}: expected x of shape {sizes(('N', *letters))}, "
+            f"got {(*x.batch, *x.shape)}"
         )
+
+    def _describe_last(self) -> str:
+        """The name, in a message about grad, of the layer that made y."""
+        return name_of(self)
+
+
+_MOST_REMEMBERED = 8
+
+
+# --- Running a layer inside another, which has checked what it hands on
+
+
+def is_private(layer: Layer) -> bool:
+    """Whether a layer leaves `fwd` and `bwd` to the base class, so that they may be passed by."""
+    cls = type(layer)
+    return cls.fwd is Layer.fwd and cls.bwd is Layer.bwd
+
+
+def run_apply(layer: Layer, params: Tree, x: Tensor, key: Key | None) -> Tensor:
+    """y of a layer whose params and x have been checked by `check`."""
+    if is_private(layer) and type(layer).apply is Layer.apply:
+        return layer._apply(params, x, key)
+    return layer.apply(params, x, key=key)
+
+
+def run_fwd(layer: Layer, params: Tree, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
+    """(y, residuals) of a layer whose params and x have been checked by `check`."""
+    cls = type(layer)
+    if cls.fwd is Layer.fwd and cls.bwd is Layer.bwd:
+        return layer._fwd(params, x, key)
+    return layer.fwd(params, x, key=key)
+
+
+def run_bwd(
+    layer: Layer, params: Tree, residuals: Any, grad: Tensor, need: Need
+) -> tuple[Tree, Tensor | None]:
+    """(dparams, dx) from the residuals of `run_fwd`."""
+    cls = type(layer)
+    if cls.fwd is Layer.fwd and cls.bwd is Layer.bwd:
+        return layer._bwd(params, residuals, grad, need)
+    return public_bwd(layer, params, residuals, grad, need)
+
+
+def public_bwd(
+    layer: Layer, params: Tree, residuals: Any, grad: Tensor, need: Need
+) -> tuple[Tree, Tensor | None]:
+    """(dparams, dx) by a layer's `bwd`, which may know nothing of `param_grad`."""
+    if need.params:
+        return layer.bwd(params, residuals, grad, input_grad=need.input)
+    parameters = inspect.signature(layer.bwd).parameters.values()
+    if any(p.name == "param_grad" or p.kind is p.VAR_KEYWORD for p in parameters):
+        return layer.bwd(params, residuals, grad, input_grad=need.input, param_grad=False)
+    return None, layer.bwd(params, residuals, grad, input_grad=need.input)[1]
+
+
+def check(layer: Layer, params: Tree, x: Spec) -> Spec:
+    """The spec of y. Raises unless params and x fit; a layer with its own `fwd` checks itself."""
+    if is_private(layer):
+        return layer._check(params, x)
+    return x._replace(shape=tuple(layer.out_shape(x.shape)))
+
+
+def like_params(params: Tree, dparams: Tree) -> Tree:
+    """dparams in the containers of params: a dict of the same kind, in the same order."""
+    structure = optree.tree_structure(params)
+    if structure == optree.tree_structure(dparams):
+        return dparams
+    try:
+        return structure.unflatten(structure.flatten_up_to(dparams))
+    except (ValueError, TypeError):
+        return dparams  # a wrong tree, which is for `check_vjp` to find
 
 
 def check_no_params(layer: object, params: Tree) -> None:
-    """Refuse parameters for a layer that has none."""
+    """Raise ValueError unless params are ()."""
     if not (isinstance(params, tuple) and not params):
         got = f"a tuple of {len(params)}" if isinstance(params, tuple) else type(params).__name__
-        raise ValueError(f"{layer}: expected no parameters, (), got {got}")
+        raise ValueError(f"{name_of(layer)}: expected no parameters, (), got {got}")
 
 
-def check_params(
-    layer: object,
-    params: Tree,
-    shapes: dict[str, tuple[int | str, ...]],
-    like_name: str,
-    like: Tensor,
-) -> None:
-    """Refuse params that are not a dict of tensors with these names and shapes, like `like`.
+def _spec(layer: Layer, x: Any, shape: Shape) -> Spec:
+    if not isinstance(x, Tensor):
+        check_tensor(layer, "x", x)
+    return Spec(tuple(shape[:1]), tuple(shape[1:]), x.dtype, x.device)
 
-    A letter in a shape stands for a size that is not known: no tensor has that shape.
-    """
+
+def _opened(layer: Layer, residuals: Any) -> tuple[Tensor, Any]:
+    """What `fwd` has wrapped up: (a tensor without entries for x, the layer's residuals)."""
+    if isinstance(residuals, tuple) and len(residuals) == 2 and isinstance(residuals[0], Tensor):
+        return residuals
+    got = type(residuals).__name__
+    raise TypeError(f"{name_of(layer)}: expected residuals as fwd returns them, got {got}")
+
+
+def _has_rank(axes: str, shape: Shape) -> bool:
+    return len(shape) >= len(axes) - 1 if "…" in axes else len(shape) == len(axes)
+
+
+def _flat(declared: Mapping[str, Any]) -> list[Param]:
+    params: list[Param] = []
+    for param in declared.values():
+        params.extend(_flat(param) if isinstance(param, Mapping) else [param])
+    return params
+
+
+def _shapes(declared: Mapping[str, Any], params: Tree) -> list[Shape]:
+    """The shapes of params, in the order in which they are declared."""
+    shapes: list[Shape] = []
+    for name, param in declared.items():
+        value = params[name]
+        shapes.extend(_shapes(param, value) if isinstance(param, Mapping) else [tuple(value.shape)])
+    return shapes
+
+
+def _first_tensor(params: Tree, default: Any) -> Any:
+    leaves = optree.tree_leaves(params)
+    return next((leaf for leaf in leaves if isinstance(leaf, Tensor)), default)
+
+
+def _misshapen(
+    layer: Layer, declared: Mapping[str, Any], params: Tree, like: Any, prefix: str
+) -> tuple[str, Param, Shape] | None:
+    """The first parameter of another shape. Raises for another structure, dtype or device."""
+    where = f"{prefix.rstrip('.')} " if prefix else "params "
     if not isinstance(params, dict):
         raise TypeError(
-            f"{layer}: expected params to be a dict with {_names(shapes)}, "
+            f"{name_of(layer)}: expected {where}to be a dict with {_names(declared)}, "
             f"got {type(params).__name__}"
         )
-    if params.keys() != shapes.keys():
-        raise ValueError(f"{layer}: expected params with {_names(shapes)}, got {_names(params)}")
-    for name, shape in shapes.items():
-        check_like(layer, name, params[name], like_name, like)
-        if params[name].shape != shape:
-            expected = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
-            raise ValueError(
-                f"{layer}: expected {name} of shape ({expected}), got {tuple(params[name].shape)}"
-            )
+    if params.keys() != declared.keys():
+        raise ValueError(
+            f"{name_of(layer)}: expected {where}with {_names(declared)}, got {_names(params)}"
+        )
+    wrong = None
+    for name, param in declared.items():
+        if isinstance(param, Mapping):
+            wrong = wrong or _misshapen(layer, param, params[name], like, f"{prefix}{name}.")
+            continue
+        check_like(layer, prefix + name, params[name], "x", like)
+        if params[name].shape != param.shape:
+            wrong = wrong or (prefix + name, param, params[name].shape)
+    return wrong
 
 
-def _names(params: dict[str, Any]) -> str:
+def _names(params: Mapping[str, Any]) -> str:
     return "keys " + ", ".join(map(repr, sorted(map(str, params)))) if params else "no keys"

@@ -7,9 +7,8 @@ from typing import TypeAlias
 
 import optree
 
-from funcnet.combinators import Sequential
 from funcnet.keys import key
-from funcnet.layer import Layer, Shape, as_shape
+from funcnet.layer import Layer, Shape
 
 Row: TypeAlias = tuple[str, str, str, int]
 """Path, code, output and number of parameters of a layer."""
@@ -31,7 +30,7 @@ def summary(net: Layer, shape: Sequence[int]) -> str:
     if not isinstance(net, Layer):
         raise TypeError(f"summary: expected net to be a Layer, got {net!r}")
     net.out_shape(shape)
-    rows = list(_rows(net, as_shape(net, shape), ""))
+    rows = list(_rows(net, tuple(shape), ""))
     total = f"{sum(count for *_, count in rows):,}"
     table = [
         ("path", "layer", "output", "parameters"),
@@ -46,10 +45,10 @@ def summary(net: Layer, shape: Sequence[int]) -> str:
 
 
 def _rows(layer: Layer, shape: Shape, path: str) -> Iterator[Row]:
-    if isinstance(layer, Sequential):
-        for i, inner in enumerate(layer):
-            yield from _rows(inner, shape, f"{path}.{i}" if path else str(i))
-            shape = inner.out_shape(shape)
+    children = layer._children()
+    if children:
+        for (name, child), before in zip(children, layer._child_shapes(shape), strict=True):
+            yield from _rows(child, before, ".".join(filter(None, (path, name))))
         return
     leaves = optree.tree_leaves(layer.init(key(0), shape, device="meta"))
     count = sum(leaf.numel() for leaf in leaves)

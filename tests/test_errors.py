@@ -112,6 +112,7 @@ def test_x_that_is_no_picture(layer):
 def test_parameters_that_do_not_fit(layer):
     params, x, _ = make(layer, (3, 4, 4))
     weight, bias = params["weight"], params["bias"]
+    y, residuals = layer.fwd(params, x)
     for wrong, error, message in [
         ((), TypeError, "expected params to be a dict with keys 'bias', 'weight', got tuple"),
         ({"weight": weight}, ValueError, "expected params with keys 'bias', 'weight', got keys 'w"),
@@ -132,7 +133,7 @@ def test_parameters_that_do_not_fit(layer):
         with refused(error, f"{layer}: {message}"):
             layer.apply(wrong, x)
         with refused(error, f"{layer}: {message}"):
-            layer.bwd(wrong, x, torch.zeros(layer.apply(params, x).shape))
+            layer.bwd(wrong, residuals, torch.zeros_like(y))
 
 
 @pytest.mark.parametrize("layer", [fn.ReLU(), fn.Sigmoid(), fn.Upsample2d(2)], ids=repr)
@@ -146,7 +147,7 @@ def test_parameters_where_there_are_none(layer):
 def test_pictures_too_small():
     layer = fn.Conv2d(1, 5, dilation=2)
     message = (
-        f"{layer}: expected pictures at least as large as the kernel's reach (9, 9), "
+        f"{layer}: expected images at least as large as the kernel's reach (9, 9), "
         "got size (8, 20), (8, 20) with padding"
     )
     with refused(ValueError, message):
@@ -155,11 +156,11 @@ def test_pictures_too_small():
     with refused(ValueError, message):
         layer.apply(params, torch.zeros(2, 1, 8, 20))
     layer = fn.UpsampleConv2d(1, 9, padding=0)
-    with refused(ValueError, f"{layer}, after upsampling: expected pictures at least as large as"):
+    with refused(ValueError, f"{layer}, after upsampling: expected images at least as large as"):
         layer.out_shape((1, 4, 4))
     layer = fn.Conv2d(1, 3, padding=3)
     for size in [(0, 5), (5, 0)]:
-        with refused(ValueError, f"{layer}: expected pictures of at least 1×1, got size {size}"):
+        with refused(ValueError, f"{layer}: expected images of at least 1×1, got size {size}"):
             layer.out_shape((1, *size))
 
 
@@ -186,7 +187,9 @@ def test_what_is_no_floating_dtype(wrong):
             layer.init(fn.key(0), (1, 2, 2), dtype=wrong)
         with refused(TypeError, f"{layer}: expected a key made by funcnet.key(seed), got 0"):
             layer.init(0, (1, 2, 2))
-    with refused(TypeError, "Sequential(ReLU()): expected a key made by funcnet.key(seed), got 0"):
+    with refused(
+        TypeError, "Sequential of 1 layers: expected a key made by funcnet.key(seed), got 0"
+    ):
         fn.Sequential(fn.ReLU()).init(0, (1, 2, 2))
 
 
@@ -211,7 +214,7 @@ def test_shapes_of_examples():
     for layer in (fn.Upsample2d(2), fn.ReLU(), CONV):
         with refused(ValueError, f"{layer}: expected every size in shape >= 0, got -1"):
             layer.init(fn.key(0), (1, -1, 2))
-    with refused(ValueError, "layer 1: Conv2d(1, kernel_size=9): expected pictures at least"):
+    with refused(ValueError, "layer 1: Conv2d(1, kernel_size=9): expected images at least"):
         fn.Sequential(fn.Upsample2d(2), fn.Conv2d(1, 9)).init(fn.key(0), (1, 4, 4))
 
 
@@ -219,14 +222,19 @@ def test_networks():
     with refused(TypeError, "Sequential: expected layer 1 to be a Layer, got 'relu'"):
         fn.Sequential(fn.ReLU(), "relu")
     net = fn.Sequential(fn.ReLU(), fn.Sigmoid())
-    with refused(TypeError, "Sequential: expected params to be a tuple of 2, got list"):
+    with refused(TypeError, "Sequential of 2 layers: expected params to be a tuple of 2, got list"):
         net.apply([(), ()], torch.ones(1))
-    with refused(ValueError, "Sequential: expected params of 2 layers, got 1"):
+    with refused(ValueError, "Sequential of 2 layers: expected params of 2 layers, got 1"):
         net.apply(((),), torch.ones(1))
-    with refused(ValueError, "Sequential: expected residuals of 2 layers, got 1"):
+    with refused(TypeError, "Sequential of 2 layers: expected residuals as fwd returns them, got"):
         net.bwd(((), ()), [torch.ones(1)], torch.ones(1))
+    _, residuals = net[:1].fwd(((),), torch.ones(1))
+    with refused(ValueError, "Sequential of 2 layers: expected residuals of 2 layers, got 1"):
+        net.bwd(((), ()), residuals, torch.ones(1))
     for call in (net.apply, net.fwd):
-        with refused(TypeError, f"{net}: expected a key made by funcnet.key(seed), got 5"):
+        with refused(
+            TypeError, "Sequential of 2 layers: expected a key made by funcnet.key(seed), got 5"
+        ):
             call(((), ()), torch.ones(1), key=5)
 
 
@@ -249,12 +257,12 @@ def test_each_position(position):
     )
     params = net.init(fn.key(0), (1, 9, 9))
     y, residuals = net.fwd(params, torch.ones(1, 1, 9, 9))
-    residuals[position] = torch.ones(1, 1, 2, 2)
+    broken = [*params[:position], {"weight": torch.ones(1)}, *params[position + 1 :]]
     for call in (
         lambda: net.init(fn.key(0), (1, 4, 4)),
         lambda: net.out_shape((1, 4, 4)),
         lambda: net.apply(params, torch.ones(1, 1, 4, 4)),
-        lambda: net.bwd(params, residuals, torch.ones_like(y)),
+        lambda: net.bwd(tuple(broken), residuals, torch.ones_like(y)),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -268,7 +276,7 @@ class OutOfOrder(fn.ReLU):
 
 
 def test_losses():
-    with refused(ValueError, "MSE(): expected target of shape (3, 1), that of x, got (3,)"):
+    with refused(ValueError, "MSE(): expected target of shape (3, 1), x's shape, got (3,)"):
         fn.MSE().apply(torch.zeros(3, 1), torch.zeros(3))
     with refused(TypeError, "MSE(): expected target to have the dtype and device of x"):
         fn.MSE().apply(torch.zeros(3), torch.zeros(3).double())
@@ -282,7 +290,7 @@ def test_losses():
         fn.MSE().vjp(torch.zeros(3), torch.zeros(3), None)
     with refused(TypeError, "MSE(): expected grad to have the dtype and device of x"):
         fn.MSE().vjp(torch.zeros(3), torch.zeros(3), torch.ones(()).double())
-    with refused(ValueError, 'MSE: expected reduction "mean" or "sum", got \'none\''):
+    with refused(ValueError, 'MSE: expected reduction to be "mean" or "sum", got \'none\''):
         fn.MSE("none")
 
 

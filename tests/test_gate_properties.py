@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from test_properties import close, same
 
 import funcnet as fn
-from funcnet.layers import low_resolution, transposed
+from funcnet.ops import low_resolution, transposed
+from funcnet.ops.need import Need
 from funcnet.testing import strategies
 
 PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
@@ -74,7 +75,7 @@ def test_same_is_same_after_upsampling(way, kernel, scale):
     close(way.convolve(x, params["weight"], None, scale, layer._window), y)
     grad = fn.normal(fn.key(2), y.shape, dtype=torch.float64)
     (_, dparams), dx = steps.vjp(((), params), x, grad)
-    gradients = way.gradients(x, params["weight"], grad, scale, layer._window, True)
+    gradients = way.gradients(x, params["weight"], grad, scale, layer._window, Need())
     close(gradients, (dparams["weight"], dx))
 
 

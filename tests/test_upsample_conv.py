@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import funcnet as fn
-from funcnet.layers import low_resolution, pixelwise, transposed
-from funcnet.layers.geometry import Window, padding_sides
+from funcnet.ops import low_resolution, pixelwise, transposed
+from funcnet.ops.need import Need
+from funcnet.ops.window import Window, padding_sides
 from funcnet.testing import strategies
 
 LAYERS = strategies.upsample_conv2d(max_channels=3, max_kernel=5, max_scale=4, max_padding=5)
@@ -69,10 +70,10 @@ def test_each_way_is_the_two_steps(way, case):
     torch.testing.assert_close(y, steps.apply(((), params), x), rtol=1e-11, atol=1e-11)
     grad = fn.normal(fn.key(1), y.shape, dtype=x.dtype)
     (_, expected), expected_dx = steps.vjp(((), params), x, grad)
-    dweight, dx = way.gradients(x, weight, grad, scale, window, True)
+    dweight, dx = way.gradients(x, weight, grad, scale, window, Need())
     torch.testing.assert_close(dweight, expected["weight"], rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(dx, expected_dx, rtol=1e-10, atol=1e-10)
-    without, nothing = way.gradients(x, weight, grad, scale, window, False)
+    without, nothing = way.gradients(x, weight, grad, scale, window, Need(input=False))
     assert nothing is None
     torch.testing.assert_close(without, dweight)
 
@@ -85,7 +86,7 @@ def assert_exact_on_integers(way, case, seed):
     assert torch.equal(y, reference(layer, {"weight": weight}, x))
     generator = torch.Generator().manual_seed(seed)
     grad = torch.randint(-3, 4, y.shape, generator=generator).to(x.dtype)
-    dweight, dx = way.gradients(x, weight, grad, scale, window, True)
+    dweight, dx = way.gradients(x, weight, grad, scale, window, Need())
     product = (y * grad).sum()
     assert (x * dx).sum() == product
     assert (weight * dweight).sum() == product

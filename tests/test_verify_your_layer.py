@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).parents[1] / "examples" / "verify_your_layer.py"
 def test_it_finds_the_mistake_and_ends_well(capsys):
     runpy.run_path(str(SCRIPT), run_name="__main__")
     out = capsys.readouterr().out
-    assert "Hasty(start=1.0): the gradient for params['slope'][" in out
+    assert "Hasty(): the gradient for params['slope'][" in out
     assert "it is too small by a factor of 4: a mean over the batch instead of a sum" in out
     assert out.index("To replay it") < out.index("Mended") < out.index("50 random cases")
 

@@ -18,9 +18,7 @@ import funcnet as fn
 
 _STEPS = 20
 
-_METHODS = {"fwd": "forward", "_fwd_over": "forward", "bwd": "backward"} | dict.fromkeys(
-    ("_bwd_over", "_bwd_consuming"), "backward"
-)
+_METHODS = {"_fwd": "forward", "_fwd_": "forward", "_bwd": "backward", "_bwd_": "backward"}
 
 Seconds = dict[tuple[int, str], float]
 

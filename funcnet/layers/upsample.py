@@ -1,30 +1,31 @@
-"""Nearest-neighbour upsampling by whole numbers."""
+"""Nearest-neighbour upsampling by whole numbers, alone and followed by a convolution."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from funcnet.checks import name_of
+from funcnet.fields import Flag, Padding, Size, Sizes
 from funcnet.keys import Key
-from funcnet.layer import (
-    Layer,
-    Shape,
-    Tree,
-    as_pair,
-    as_shape,
-    check_grad,
-    check_no_params,
-    check_tensor,
-    source,
+from funcnet.layer import Layer, Param, Shape
+from funcnet.layers.conv import (
+    Conv2d,
+    Method,
+    count_windows,
+    kernel_gradients,
+    kernel_params,
 )
-from funcnet.layers.geometry import Pair, check_pictures, pair
+from funcnet.ops import low_resolution, upsampling
+from funcnet.ops.need import Need
+from funcnet.ops.window import Pair, Window, padding_sides
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Upsample2d(Layer):
     """Every pixel becomes a block of s_h × s_w copies:
 
@@ -34,7 +35,7 @@ class Upsample2d(Layer):
     `scale` is an int or a pair (height, width).
 
     Shapes: x (N, C, H, W); y (N, C, s_h·H, s_w·W). No parameters.
-    Raises ValueError or TypeError for x that is not a batch of pictures.
+    Raises ValueError or TypeError for x that is not a batch of images.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.Upsample.html
 
     >>> Upsample2d(2).apply((), torch.tensor([[[[1.0, 2.0]]]]))
@@ -42,57 +43,119 @@ class Upsample2d(Layer):
               [1., 1., 2., 2.]]]])
     """
 
-    _owns_results = True
+    scale: Sizes
 
-    scale: int | Pair
+    _axes = "CHW"
+    _fresh = True
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "scale", as_pair("Upsample2d", "scale", self.scale, 1))
-
-    def init(
-        self,
-        key: Key,
-        shape: Sequence[int],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> Tree:
-        """(): there is nothing to learn."""
-        self.out_shape(shape)
-        return ()
-
-    def out_shape(self, shape: Sequence[int]) -> Shape:
-        """(C, s_h·H, s_w·W) of (C, H, W)."""
-        channels, height, width = as_shape(self, shape, rank=3)
-        rows, columns = pair(self.scale)
+    def _out_shape(self, shape: Shape) -> Shape:
+        channels, height, width = shape
+        rows, columns = _pair(self.scale)
         return channels, rows * height, columns * width
 
-    def fwd(self, params: Tree, x: Tensor, *, key: Key | None = None) -> tuple[Tensor, Tensor]:
-        """(y, zeros of x's shape that take no memory)."""
-        check_no_params(self, params)
-        check_tensor(self, "x", x)
-        check_pictures(self, x)
-        rows, columns = pair(self.scale)
+    def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor]:
+        rows, columns = _pair(self.scale)
         pixels = x.permute(0, 2, 3, 1)[:, :, None, :, None]  # (N, H, 1, W, 1, C): copied whole
         blocks = pixels.expand(-1, -1, rows, -1, columns, -1)
-        copies = blocks.clone(memory_format=torch.contiguous_format)  # flatten may make a view
+        # Where expanding changes nothing, flatten() would return a view of x.
+        copies = blocks.clone(memory_format=torch.contiguous_format)
         y = copies.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
-        return y, x.new_zeros(()).expand(x.shape)
+        return y, x.new_empty((0, *x.shape))
 
-    def bwd(
-        self, params: Tree, residuals: Tensor, grad: Tensor, *, input_grad: bool = True
-    ) -> tuple[Tree, Tensor | None]:
-        """((), dx)."""
-        check_no_params(self, params)
-        x = residuals
-        batch, channels, height, width = x.shape
-        rows, columns = pair(self.scale)
-        check_grad(self, grad, (batch, channels, rows * height, columns * width), x)
-        if not input_grad:
+    def _bwd(self, params: Any, like: Tensor, grad: Tensor, need: Need) -> Any:
+        if not need.input:
             return (), None
         if not grad.numel():
-            return (), torch.zeros_like(x)
-        return (), F.avg_pool2d(grad, (rows, columns), divisor_override=1)
+            return (), grad.new_zeros(like.shape[1:])
+        return (), F.avg_pool2d(grad, _pair(self.scale), divisor_override=1)
 
-    def __repr__(self) -> str:
-        return source(self)
+
+@dataclass(frozen=True)
+class UpsampleConv2d(Layer):
+    """`Upsample2d(scale)`, then `Conv2d(out_channels, kernel_size, padding=padding)`.
+
+    `kernel_size`, `scale` and `padding` are ints or pairs (height, width); `padding` may also be
+    "same" (y as large as the upsampled image) or "valid" (none). `method="unfold"` does one after
+    the other; "auto" never makes the upsampled image. On the CPU it does the convolution at low
+    resolution, with kh·kw products a source pixel whatever the scale, or fewer for many pixels at
+    scale 2 with 3×3 taps, and half precision in float32; on other devices, where the number of
+    calls counts most, it is a single transposed convolution.
+    All give the same numbers while these are finite: of padding, no product with NaN is made.
+
+    Shapes: x (N, C, H, W); y (N, O, H′, W′) with O = out_channels, H′ = s_h·H + 2p − kh + 1.
+    Parameters: {"weight": (O, C, kh, kw), "bias": (O,)}, as for the convolution; on the CPU,
+    `init` lays the weight out tap by tap.
+
+    Raises ValueError or TypeError for hyperparameters, shapes, dtypes and devices that do not fit.
+    Upsampling and convolving against checkerboard artefacts: Odena et al., "Deconvolution and
+    checkerboard artifacts", Distill, 2016.
+
+    >>> import funcnet as fn
+    >>> layer = fn.UpsampleConv2d(3)
+    >>> params = layer.init(fn.key(0), (8, 16, 16))
+    >>> layer.apply(params, torch.zeros(2, 8, 16, 16)).shape
+    torch.Size([2, 3, 32, 32])
+    """
+
+    out_channels: Size
+    kernel_size: Sizes = 3
+    scale: Sizes = 2
+    padding: Padding = "same"
+    bias: Flag = True
+    method: Method = "auto"
+    _window: Window = field(init=False, repr=False, compare=False)
+    _steps: tuple[Upsample2d, Conv2d] = field(init=False, repr=False, compare=False)
+
+    _axes = "CHW"
+    _fresh = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kernel_size, padding = _pair(self.kernel_size), self.padding
+        steps = (
+            Upsample2d(self.scale),
+            Conv2d(
+                self.out_channels, kernel_size, padding=padding, bias=self.bias, method=self.method
+            ),
+        )
+        window = Window(kernel_size, sides=padding_sides(padding, kernel_size))
+        object.__setattr__(self, "_window", window)
+        object.__setattr__(self, "_steps", steps)
+
+    def _params(self, shape: Shape) -> dict[str, Param]:
+        weight_shape = (self.out_channels, shape[0], *self._window.kernel_size)
+        return kernel_params(
+            weight_shape, self.bias, self.method == "auto" and low_resolution.layout
+        )
+
+    def _out_shape(self, shape: Shape) -> Shape:
+        channels, height, width = shape
+        if channels < 1:
+            raise ValueError(f"{self}: expected at least 1 channel, got {channels}")
+        rows, columns = _pair(self.scale)
+        upsampled = (rows * height, columns * width)
+        who = f"{name_of(self)}, after upsampling"
+        return self.out_channels, *count_windows(who, self._window, upsampled)
+
+    def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor]:
+        if self.method == "unfold":
+            upsample, conv = self._steps
+            return conv._fwd(params, upsample._fwd((), x, None)[0], None)[0], x
+        weight, bias = params["weight"], params.get("bias")
+        return upsampling.convolve(x, weight, bias, _pair(self.scale), self._window), x
+
+    def _bwd(self, params: Any, x: Tensor, grad: Tensor, need: Need) -> Any:
+        if self.method == "unfold":
+            upsample, conv = self._steps
+            upsampled, kept = upsample._fwd((), x, None)
+            dparams, dupsampled = conv._bwd(params, upsampled, grad, need)
+            return dparams, upsample._bwd((), kept, dupsampled, need)[1]
+        weight, scale = params["weight"], _pair(self.scale)
+        dweight, dx = upsampling.gradients(x, weight, grad, scale, self._window, need)
+        return kernel_gradients(dweight, grad, self.bias), dx
+
+
+def _pair(sizes: Any) -> Pair:
+    """The pair that `Sizes` has made of a field."""
+    pair: Pair = sizes
+    return pair

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import funcnet
-from funcnet.combinators import Sequential
 from funcnet.keys import key as make_key
 from funcnet.keys import normal
+from funcnet.layer import Layer
 from funcnet.testing.case import Case, LossCase
 
 _MOST_LITERAL = 400
@@ -137,5 +137,5 @@ def _import_of(layer: Any) -> list[str]:
 
 def _classes(layer: Any) -> set[type]:
     """That of a layer, and of those in it."""
-    inner = layer if isinstance(layer, Sequential) else ()
-    return {type(layer)}.union(*map(_classes, inner))
+    inner = layer._children() if isinstance(layer, Layer) else ()
+    return {type(layer)}.union(*(_classes(child) for _, child in inner))

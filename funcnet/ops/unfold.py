@@ -22,25 +22,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcnet.layers.geometry import Window
+from funcnet.ops.need import Need
+from funcnet.ops.window import Window
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
     """y (N, O, H′, W′) of x (N, C, H, W) and weight (O, C/groups, kh, kw)."""
-    size = window.count("convolve", x.shape[2:])
+    size = window.count(x.shape[2:])
     y = _matrix(weight, window) @ _patches(x, window)
     y = y.reshape(len(x), len(weight), *size)
     return y if bias is None else y + bias[:, None, None]
 
 
 def gradients(
-    x: Tensor, weight: Tensor, grad: Tensor, window: Window, input_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """(dweight, dx); dx is None without `input_grad`."""
+    x: Tensor, weight: Tensor, grad: Tensor, window: Window, need: Need
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dweight, dx), None where it is not needed."""
     grad = torch.unflatten(grad.flatten(2), 1, (window.groups, -1))  # (N, groups, O/groups, L)
-    dkernel = torch.einsum("ngol,ngpl->gop", grad, _patches(x, window))
-    if not input_grad:
-        return dkernel.reshape(weight.shape), None
+    dweight = None
+    if need.params:
+        dkernel = torch.einsum("ngol,ngpl->gop", grad, _patches(x, window))
+        dweight = dkernel.reshape(weight.shape)
+    if not need.input:
+        return dweight, None
     dpatches = _matrix(weight, window).transpose(1, 2) @ grad
     left, right, top, bottom = window.flat_sides
     height, width = x.shape[2:]
@@ -52,7 +56,7 @@ def gradients(
         stride=window.stride,
     )
     dx = padded[:, :, top : top + height, left : left + width]
-    return dkernel.reshape(weight.shape), dx.contiguous()
+    return dweight, dx.contiguous()
 
 
 def _patches(x: Tensor, window: Window) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcnet.layers import inplace
-from funcnet.layers.geometry import Pair, Window
+from funcnet.ops import inplace
+from funcnet.ops.need import Need
+from funcnet.ops.window import Pair, Window
 
 _backward = torch.ops.aten.convolution_backward.default
 
@@ -19,10 +20,11 @@ def layout(x: Tensor) -> Tensor:
     """x in the memory format that is fastest on its device; row-major if it has one channel."""
     if not x.is_cpu:
         return x
-    memory_format = torch.channels_last if x.shape[1] > 1 else torch.contiguous_format
+    _, channels, height, width = x.shape
+    if channels > 1 and x.stride() == (channels * height * width, 1, width * channels, channels):
+        return x
+    memory_format = torch.channels_last if channels > 1 else torch.contiguous_format
     if not torch.compiler.is_compiling():
-        if x.stride() == _strides(x, memory_format):  # as `contiguous` would find out more slowly
-            return x
         try:
             return _plain(x.contiguous(memory_format=memory_format), memory_format)
         except RuntimeError:
@@ -67,7 +69,9 @@ def _is_narrow(x: Tensor) -> bool:
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
     """y (N, O, H′, W′) of x (N, C, H, W) and weight (O, C/groups, kh, kw)."""
-    x, padding = _pad_odd(x, window)
+    padding = (window.sides[0][0], window.sides[1][0])
+    if not window.is_even:
+        x = _pad_odd(x, window)
     stride, dilation, groups = window.stride, window.dilation, window.groups
     if dilation == (1, 1) and (stride == (1, 1) or not _is_narrow(x)):
         return F.conv2d(x, _plain(weight), bias, stride, padding, dilation, groups)
@@ -78,15 +82,16 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> 
 
 
 def gradients(
-    x: Tensor, weight: Tensor, grad: Tensor, window: Window, input_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """(dweight, dx); dx is None without `input_grad`."""
-    padded, padding = _pad_odd(x, window)
+    x: Tensor, weight: Tensor, grad: Tensor, window: Window, need: Need
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dweight, dx), None where it is not needed."""
+    padding = (window.sides[0][0], window.sides[1][0])
+    padded = x if window.is_even else _pad_odd(x, window)
     dweight, dx = kernel_gradients(
         padded,
         weight,
         grad,
-        input_grad,
+        need,
         window.stride,
         padding,
         window.dilation,
@@ -101,21 +106,21 @@ def kernel_gradients(
     x: Tensor,
     weight: Tensor,
     grad: Tensor,
-    input_grad: bool,
+    need: Need,
     stride: Pair = (1, 1),
     padding: Pair = (0, 0),
     dilation: Pair = (1, 1),
     groups: int = 1,
     *,
     transposed: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dx) of a convolution, or a transposed one, by PyTorch's backward kernels."""
     if _is_narrow(x):
         sizes = stride, padding, dilation, groups
         dweight, dx = kernel_gradients(
-            x.float(), weight.float(), grad.float(), input_grad, *sizes, transposed=transposed
+            x.float(), weight.float(), grad.float(), need, *sizes, transposed=transposed
         )
-        return dweight.to(x.dtype), None if dx is None else dx.to(x.dtype)
+        return cast(dweight, x.dtype), cast(dx, x.dtype)
     dx, dweight, _ = _backward(
         layout(grad),
         x,
@@ -127,9 +132,14 @@ def kernel_gradients(
         transposed,
         (0, 0),
         groups,
-        (input_grad, True, False),
+        (need.input, need.params, False),
     )
-    return like(weight, dweight), dx
+    return None if dweight is None else like(weight, dweight), dx
+
+
+def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """x in another dtype, where it is there."""
+    return None if x is None else x.to(dtype)
 
 
 def like(weight: Tensor, dweight: Tensor) -> Tensor:
@@ -137,9 +147,7 @@ def like(weight: Tensor, dweight: Tensor) -> Tensor:
     return dweight if dweight.stride() == weight.stride() else dweight.contiguous()
 
 
-def _pad_odd(x: Tensor, window: Window) -> tuple[Tensor, Pair]:
-    """(x with what "same" pads only after, the padding that is left, equal on both sides)."""
+def _pad_odd(x: Tensor, window: Window) -> Tensor:
+    """x with what "same" pads after an axis beyond what it pads before."""
     (top, bottom), (left, right) = window.sides
-    if (top, left) != (bottom, right):
-        x = F.pad(x, (0, right - left, 0, bottom - top))
-    return x, (top, left)
+    return F.pad(x, (0, right - left, 0, bottom - top))

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcnet.layers import native
-from funcnet.layers.geometry import Pair, Window
+from funcnet.ops import native
+from funcnet.ops.need import Need
+from funcnet.ops.window import Pair, Window
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Pair, window: Window) -> Tensor:
@@ -27,13 +28,15 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Pair, window
 
 
 def gradients(
-    x: Tensor, weight: Tensor, grad: Tensor, scale: Pair, window: Window, input_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """(dweight, dx); dx is None without `input_grad`."""
+    x: Tensor, weight: Tensor, grad: Tensor, scale: Pair, window: Window, need: Need
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dweight, dx), None where it is not needed."""
     whole = F.pad(grad, tuple(-side for side in _crop(window)))
     dkernel, dx = native.kernel_gradients(
-        native.layout(x), _kernel(weight, scale), whole, input_grad, stride=scale, transposed=True
+        native.layout(x), _kernel(weight, scale), whole, need, stride=scale, transposed=True
     )
+    if dkernel is None:
+        return None, dx
     rows, columns = (_tap_sums(weight, axis, scale) for axis in (0, 1))
     return torch.einsum("ut,vr,couv->octr", rows, columns, dkernel), dx
 

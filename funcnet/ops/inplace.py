@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_threshold_backward = torch.ops.aten.threshold_backward
-
 
 def is_plain() -> bool:
     """Whether torch runs as usual: not inside of torch.func, nor traced by torch.compile."""
@@ -26,16 +24,6 @@ def add(x: Tensor, y: Tensor) -> Tensor:
     return x.add_(y) if is_plain() else x + y
 
 
-def relu(x: Tensor) -> Tensor:
-    """max(x, 0), written over x."""
-    return torch.relu_(x) if is_plain() else torch.relu(x)
-
-
-def sigmoid(x: Tensor) -> Tensor:
-    """1 / (1 + e⁻ˣ), written over x."""
-    return torch.sigmoid_(x) if is_plain() else torch.sigmoid(x)
-
-
 def add_into(out: Tensor, x: Tensor, y: Tensor, alpha: int = 1) -> None:
     """out = x + alpha · y."""
     if is_plain():
@@ -45,16 +33,3 @@ def add_into(out: Tensor, x: Tensor, y: Tensor, alpha: int = 1) -> None:
         except RuntimeError:
             pass
     out.copy_(x).add_(y, alpha=alpha)
-
-
-def relu_derivative(y: Tensor, grad: Tensor) -> Tensor:
-    """grad where y > 0, else 0, written over grad."""
-    dx: Tensor
-    if is_plain():
-        try:
-            dx = _threshold_backward.grad_input(grad, y, 0, grad_input=grad)
-            return dx
-        except RuntimeError:
-            pass
-    dx = _threshold_backward(grad, y, 0)
-    return dx

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcnet.layers import native
+from funcnet.ops import native
+from funcnet.ops.need import Need
 
 
 def _is_intel() -> bool:
@@ -58,16 +59,16 @@ def convolve_to_planes(x: Tensor, kernel: Tensor) -> Tensor:
 
 
 def gradients(
-    x: Tensor, kernel: Tensor, grad: Tensor, input_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """(dkernel, dx); dx is None without `input_grad`."""
+    x: Tensor, kernel: Tensor, grad: Tensor, need: Need
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dkernel, dx), None where it is not needed."""
     if not are_few(_pixels(x), kernel):
         weight = kernel[:, :, None, None]
-        dweight, dx = native.kernel_gradients(x, weight, grad, input_grad)
-        return dweight.flatten(1), dx
+        dweight, dx = native.kernel_gradients(x, weight, grad, need)
+        return None if dweight is None else dweight.flatten(1), dx
     dy = _rows(grad)
-    dkernel = torch.mm(dy.t(), _rows(x))
-    return dkernel, _pictures(torch.mm(dy, kernel), x) if input_grad else None
+    dkernel = torch.mm(dy.t(), _rows(x)) if need.params else None
+    return dkernel, _pictures(torch.mm(dy, kernel), x) if need.input else None
 
 
 def _pixels(x: Tensor) -> int:

@@ -32,9 +32,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from funcnet.layers import inplace, native, pixelwise
-from funcnet.layers.geometry import Pair, Window
-from funcnet.layers.low_resolution import empty, strided
+from funcnet.ops import inplace, native, pixelwise
+from funcnet.ops.low_resolution import empty, strided
+from funcnet.ops.need import Need
+from funcnet.ops.window import Pair, Window
 
 _MANY_PIXELS, _MANY_PRODUCTS = 4096, 2**25
 """From how many source pixels, and products of them with a single tap, this is faster: measured."""
@@ -84,9 +85,9 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Pair, window
 
 
 def gradients(
-    x: Tensor, weight: Tensor, grad: Tensor, scale: Pair, window: Window, input_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """(dweight, dx); dx is None without `input_grad`."""
+    x: Tensor, weight: Tensor, grad: Tensor, scale: Pair, window: Window, need: Need
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dweight, dx), None where it is not needed."""
     dtype, x, weight, grad = x.dtype, native.wide(x), native.wide(weight), native.wide(grad)
     sums = _sums_like(weight)
     dtaps: list[Tensor] = []
@@ -103,16 +104,20 @@ def gradients(
         dfactors: list[Tensor] = []
         along_width = zip(_factors(rows, -1), kernels, _gather(dy, -1), strict=True)
         for factor, kernel, dz in along_width:
-            dkernel, dfactor = _product_gradients(factor, kernel, dz, input_grad)
-            dkernels.append(dkernel)
+            dkernel, dfactor = _product_gradients(factor, kernel, dz, need)
+            if dkernel is not None:
+                dkernels.append(dkernel)
             if dfactor is not None:
                 dfactors.append(dfactor)
-        dtaps.append(torch.mm(matrix.t(), torch.cat(dkernels).reshape(len(matrix), -1)))
-        if input_grad:
+        if need.params:
+            dtaps.append(torch.mm(matrix.t(), torch.cat(dkernels).reshape(len(matrix), -1)))
+        if need.input:
             dhalf.append(_join(dfactors, -1))
+    dx = _join(dhalf, -2).to(dtype) if need.input else None
+    if not need.params:
+        return None, dx
     dweight = (dtaps[0] + dtaps[1] + dtaps[2]).reshape(3, 3, *weight.shape[:2])
-    dweight = native.like(weight, dweight.permute(2, 3, 0, 1)).to(dtype)
-    return dweight, _join(dhalf, -2).to(dtype) if input_grad else None
+    return native.like(weight, dweight.permute(2, 3, 0, 1)).to(dtype), dx
 
 
 def _sums_like(weight: Tensor) -> list[Tensor]:
@@ -137,11 +142,11 @@ def _products(factor: Tensor, kernel: Tensor) -> Tensor:
 
 
 def _product_gradients(
-    factor: Tensor, kernel: Tensor, dz: Tensor, input_grad: bool
-) -> tuple[Tensor, Tensor | None]:
+    factor: Tensor, kernel: Tensor, dz: Tensor, need: Need
+) -> tuple[Tensor | None, Tensor | None]:
     """(dkernel (e·k·O, C), dfactor)."""
     factor, kernel, dz = native.layout(factor), kernel.flatten(0, 2), dz.flatten(1, 3)
-    return pixelwise.gradients(factor, kernel, dz, input_grad)
+    return pixelwise.gradients(factor, kernel, dz, need)
 
 
 def _factors(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,8 +34,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from funcnet.layers import inplace, native, pixelwise
-from funcnet.layers.geometry import Pair, Window
+from funcnet.ops import inplace, native, pixelwise
+from funcnet.ops.need import Need
+from funcnet.ops.window import Pair, Window
 
 _CHUNK_ENTRIES = 2**21
 """Entries of z made at a time: what is written should still be in the cache when it is read."""
@@ -61,7 +62,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Pair, window
     """y (N, O, H′, W′) of x (N, C, H, W) upsampled by `scale`, and weight (O, C, kh, kw)."""
     dtype, x, weight = x.dtype, native.wide(x), native.wide(weight)
     rows, columns = _shifts(0, scale, window), _shifts(1, scale, window)
-    height, width = window.count("convolve", (scale[0] * x.shape[2], scale[1] * x.shape[3]))
+    height, width = window.count((scale[0] * x.shape[2], scale[1] * x.shape[3]))
     kernel = _kernel(weight)
     in_planes = len(weight) < _LANES
     products = pixelwise.convolve_to_planes if in_planes else pixelwise.convolve
@@ -78,9 +79,9 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Pair, window
 
 
 def gradients(
-    x: Tensor, weight: Tensor, grad: Tensor, scale: Pair, window: Window, input_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """(dweight, dx); dx is None without `input_grad`."""
+    x: Tensor, weight: Tensor, grad: Tensor, scale: Pair, window: Window, need: Need
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dweight, dx), None where it is not needed."""
     dtype, x, weight, grad = x.dtype, native.wide(x), native.wide(weight), native.wide(grad)
     rows, columns = _shifts(0, scale, window), _shifts(1, scale, window)
     (kh, kw), (height, width) = window.kernel_size, x.shape[2:]
@@ -93,17 +94,19 @@ def gradients(
         _gather(dy, half, columns, dim=-1)
         z = empty(dy, (len(dy), kh, *half.shape[1:3], height, width))  # (n, kh, kw, O, H, W)
         _gather(half, z, rows, dim=-2)
-        dk, d = pixelwise.gradients(pixels, kernel, z.flatten(1, 3), input_grad)
-        dkernel = dk if dkernel is None else dkernel.add_(dk)
+        dk, d = pixelwise.gradients(pixels, kernel, z.flatten(1, 3), need)
+        dkernel = dk if dkernel is None or dk is None else dkernel.add_(dk)
         if d is None or len(d) == len(x):
             dx = d
         else:
             dx = empty(d, x.shape) if dx is None else dx
             dx[part] = d
-    assert dkernel is not None
+    dx = native.cast(dx, dtype)
+    if dkernel is None:
+        return None, dx
     dtaps = dkernel.reshape(kh, kw, *weight.shape[:2])
     dweight = native.like(weight, dtaps.permute(2, 3, 0, 1)).to(dtype)
-    return dweight, None if dx is None else dx.to(dtype)
+    return dweight, dx
 
 
 def _kernel(weight: Tensor) -> Tensor:

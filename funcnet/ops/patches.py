@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcnet.layers import native, pixelwise
-from funcnet.layers.geometry import Pair, Window
+from funcnet.ops import native, pixelwise
+from funcnet.ops.need import Need
+from funcnet.ops.window import Pair, Window
 
 _FEW, _FEW_BACKWARD = 256, 1024
 """Up to how many patches this may be faster than PyTorch's kernels, forward and backward, if the
@@ -22,20 +23,19 @@ _TINY = 20480
 """Up to how many numbers in all PyTorch has a leaner kernel for a single picture."""
 
 
-def are_worth_it(x: Tensor, weight: Tensor, window: Window, count: Pair, backward: bool) -> bool:
-    """Whether this is a convolution over patches, and faster so: with `count` along each axis."""
-    windows = len(x) * count[0] * count[1]
-    return (
-        window.stride == window.kernel_size
-        and window.sides == ((0, 0), (0, 0))
-        and window.dilation == (1, 1)
-        and window.groups == 1
+def are_worth_it(x: Tensor, weight: Tensor, window: Window, backward: bool) -> bool:
+    """Whether this is a convolution over patches, and faster so."""
+    if not (
+        window.cuts_patches
         and x.is_cpu
         and x.element_size() >= 4
-        and (len(x) > 1 or x.numel() > _TINY)
-        and windows <= (_FEW_BACKWARD if backward else _FEW)
-        and pixelwise.are_few(windows, weight)
-    )
+        and (x.shape[0] > 1 or x.numel() > _TINY)
+    ):
+        return False
+    rows, columns = window.count(x.shape[2:])
+    windows = x.shape[0] * rows * columns
+    few = _FEW_BACKWARD if backward else _FEW
+    return windows <= few and pixelwise.are_few(windows, weight)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
@@ -44,14 +44,16 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> 
 
 
 def gradients(
-    x: Tensor, weight: Tensor, grad: Tensor, window: Window, input_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """(dweight, dx); dx is None without `input_grad`."""
+    x: Tensor, weight: Tensor, grad: Tensor, window: Window, need: Need
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dweight, dx), None where it is not needed."""
     patches, grad = to_patches(x, window.kernel_size), native.layout(grad)
-    dmatrix, dpatches = pixelwise.gradients(patches, _matrix(weight), grad, input_grad)
+    dmatrix, dpatches = pixelwise.gradients(patches, _matrix(weight), grad, need)
+    dx = None if dpatches is None else _from_patches(dpatches, window.kernel_size, x)
+    if dmatrix is None:
+        return None, dx
     out_channels, channels, height, width = weight.shape
     dweight = dmatrix.reshape(out_channels, height, width, channels).permute(0, 3, 1, 2)
-    dx = None if dpatches is None else _from_patches(dpatches, window.kernel_size, x)
     return native.like(weight, dweight), dx
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, NamedTuple, TypeAlias
 
 import optree
 import torch
 from torch import Tensor
 
-from funcnet.layer import Tree, source
-from funcnet.layers import inplace
+from funcnet.checks import as_number
+from funcnet.fields import Finite, Flag, Hyperparameters, NonNegative
+from funcnet.layer import Tree
+from funcnet.ops import inplace
 
 Schedule: TypeAlias = Callable[[int], float]
 """The learning rate as a function of the number of steps taken, which starts at 0."""
@@ -26,8 +26,8 @@ class SGDState(NamedTuple):
     momentum: Tree
 
 
-@dataclass(frozen=True, repr=False)
-class SGD:
+@dataclass(frozen=True)
+class SGD(Hyperparameters):
     """Stochastic gradient descent, step for step the numbers of `torch.optim.SGD`:
 
         g ← −g if maximize;  g ← g + weight_decay · p
@@ -52,22 +52,16 @@ class SGD:
     """
 
     lr: float | Schedule
-    momentum: float = 0.0
-    dampening: float = 0.0
-    weight_decay: float = 0.0
-    nesterov: bool = False
-    maximize: bool = False
+    momentum: NonNegative = 0.0
+    dampening: Finite = 0.0
+    weight_decay: NonNegative = 0.0
+    nesterov: Flag = False
+    maximize: Flag = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not callable(self.lr):
-            _check_number("lr", self.lr)
-        _check_number("momentum", self.momentum)
-        _check_number("dampening", self.dampening, least=-math.inf)
-        _check_number("weight_decay", self.weight_decay)
-        for name in ("nesterov", "maximize"):
-            if not isinstance(getattr(self, name), bool):
-                got = getattr(self, name)
-                raise TypeError(f"SGD: expected {name} to be True or False, got {got!r}")
+            as_number("SGD", "lr", self.lr, 0.0)
         if self.nesterov and not (self.momentum > 0 and self.dampening == 0):
             raise ValueError(
                 "SGD: expected momentum > 0 and dampening 0 with nesterov=True, "
@@ -135,7 +129,7 @@ class SGD:
     def _lr(self, count: int | Tensor) -> float | Tensor:
         lr = self.lr(count) if callable(self.lr) else self.lr  # type: ignore[arg-type]
         if not isinstance(lr, Tensor):
-            _check_number("lr(step)", lr)
+            as_number("SGD", "lr(step)", lr, 0.0)
             return float(lr)
         if lr.ndim:
             raise ValueError(f"{self}: expected lr(step) to be a scalar, got {tuple(lr.shape)}")
@@ -191,9 +185,6 @@ class SGD:
                     f"{tuple(tensor.shape)} made in inference mode"
                 )
 
-    def __repr__(self) -> str:
-        return source(self)
-
 
 def _add(xs: list[Tensor], ys: list[Tensor], alpha: float | Tensor, write: bool) -> list[Tensor]:
     """x + alpha · y of each x and y, into x if `write`."""
@@ -223,14 +214,6 @@ def _concrete(step: Tensor) -> int | Tensor:
         return int(step)
     except RuntimeError:  # torch.func.vmap over states
         return step
-
-
-def _check_number(name: str, value: float, least: float = 0.0) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"SGD: expected {name} to be a number, got {value!r}")
-    if not (-math.inf < value < math.inf and value >= least):
-        bound = "" if least == -math.inf else f" and >= {least:g}"
-        raise ValueError(f"SGD: expected {name} to be finite{bound}, got {value}")
 
 
 def _describe(x: Tensor) -> str:

@@ -1,0 +1,78 @@
+"""Checks that refuse bad input. A message names who refuses, what was expected and what came."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+
+def name_of(who: Any) -> str:
+    """The name of a layer in a message: its code, or a combinator's kind and size."""
+    describe = getattr(who, "_describe", None)
+    return str(who) if describe is None else str(describe())
+
+
+def as_index(who: object, name: str, value: Any) -> int:
+    """`value` as an int. Raises TypeError for anything that is not one, bools included."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(f"{name_of(who)}: expected {name} to be an int, got {value!r}")
+    return number
+
+
+def as_int(who: object, name: str, value: Any, least: int) -> int:
+    """`value` as an int. Raises ValueError if it is less than `least`."""
+    number = as_index(who, name, value)
+    if number < least:
+        raise ValueError(f"{name_of(who)}: expected {name} >= {least}, got {number}")
+    return number
+
+
+def as_number(who: object, name: str, value: Any, least: float = float("-inf")) -> float:
+    """`value` as it came. Raises unless it is a finite number and at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name_of(who)}: expected {name} to be a number, got {value!r}")
+    number: Any = value
+    if not (float("-inf") < number < float("inf") and number >= least):
+        bound = "" if least == float("-inf") else f" and >= {least:g}"
+        raise ValueError(f"{name_of(who)}: expected {name} to be finite{bound}, got {value}")
+    return value  # type: ignore[return-value]
+
+
+def as_shape(who: object, shape: Any) -> tuple[int, ...]:
+    """The shape of one example as a tuple of ints. Raises unless every size is at least 0."""
+    if not isinstance(shape, Sequence) or isinstance(shape, str):
+        raise TypeError(f"{name_of(who)}: expected shape to be a tuple of ints, got {shape!r}")
+    return tuple(as_int(who, "every size in shape", size, 0) for size in shape)
+
+
+def check_tensor(who: object, name: str, x: Any) -> None:
+    """Raise TypeError unless x is a floating-point tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name_of(who)}: expected {name} to be a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name_of(who)}: expected {name} to be floating-point, got {x.dtype}")
+
+
+def check_like(who: object, name: str, tensor: Any, like_name: str, like: Any) -> None:
+    """Raise TypeError unless a tensor has the dtype and device of `like`."""
+    if not isinstance(tensor, Tensor):
+        got = type(tensor).__name__
+        raise TypeError(f"{name_of(who)}: expected {name} to be a tensor, got {got}")
+    if tensor.dtype != like.dtype or tensor.device != like.device:
+        raise TypeError(
+            f"{name_of(who)}: expected {name} to have the dtype and device of {like_name}, "
+            f"{like.dtype} on {like.device}, got {tensor.dtype} on {tensor.device}"
+        )
+
+
+def sizes(shape: Sequence[object]) -> str:
+    """A shape as a message shows it, letters for sizes that are not known: `(N, 3, H, W)`."""
+    return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"

@@ -1,0 +1,5 @@
+"""Layers made of layers."""
+
+from funcnet.combinators.sequential import Sequential
+
+__all__ = ["Sequential"]

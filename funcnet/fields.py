@@ -1,0 +1,242 @@
+"""Hyperparameters: frozen dataclasses whose fields convert and refuse what they are given.
+
+The type of a field says what it takes. `kernel_size: Sizes` turns 3 into (3, 3) for a layer of two
+axes and refuses 0, and the layer itself writes no check for that:
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass(frozen=True)
+    ... class Blur(Hyperparameters):
+    ...     kernel_size: Sizes
+    ...     bias: Flag = True
+    ...
+    ...     _axes = "CHW"
+    >>> Blur(3) == Blur((3, 3)), Blur((3, 5), bias=False)
+    (True, Blur((3, 5), bias=False))
+    >>> Blur(0)
+    Traceback (most recent call last):
+    ValueError: Blur: expected kernel_size >= 1, got 0
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from types import SimpleNamespace
+from typing import Annotated, Any, ClassVar, Protocol, TypeAlias, get_args, get_type_hints
+
+from funcnet.checks import as_index, as_int, as_number
+
+
+class Kind(Protocol):
+    """A kind of hyperparameter: what it converts to, and what it refuses."""
+
+    def convert(self, owner: type, name: str, value: Any) -> Any:
+        """`value` in its one form. Raises ValueError or TypeError, naming the owner and field."""
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """A value made of hyperparameters: comparable, hashable, picklable, with code for its repr."""
+
+    _axes: ClassVar[str | None] = None
+    """A letter for each axis of one example, `CHW`; None for any rank. `…` stands for any axes."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keep `@dataclass` from writing a repr of its own."""
+        super().__init_subclass__(**kwargs)
+        if "__repr__" not in vars(cls):
+            # As the class's own attribute, which the decorator leaves alone.
+            cls.__repr__ = cls.__repr__  # type: ignore[method-assign]
+
+    def __post_init__(self) -> None:
+        for name, kind in kinds(type(self)).items():
+            object.__setattr__(self, name, kind.convert(type(self), name, getattr(self, name)))
+
+    def __repr__(self) -> str:
+        return source(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: whatever else is kept is derived from them."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.init}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
+
+
+def kinds(cls: Any) -> dict[str, Kind]:
+    """The kinds of a dataclass's fields, by name. A field of any other type is left alone."""
+    found: dict[str, Kind] | None = vars(cls).get("_kinds")
+    if found is None:
+        hints = {field.name: _hint(cls, field.name) for field in fields(cls) if field.init}
+        found = {
+            name: extra
+            for name, hint in hints.items()
+            for extra in get_args(hint)[1:]
+            if hasattr(extra, "convert")
+        }
+        cls._kinds = found
+    return found
+
+
+def _hint(cls: type, name: str) -> Any:
+    """The annotation of a field, evaluated where its class was defined; None where it cannot be."""
+    owner = next(base for base in cls.__mro__ if name in inspect.get_annotations(base))
+    annotated: Any = SimpleNamespace(__annotations__={name: inspect.get_annotations(owner)[name]})
+    try:
+        namespace = vars(sys.modules[owner.__module__])
+        return get_type_hints(annotated, namespace, include_extras=True)[name]
+    except (NameError, KeyError, TypeError, AttributeError, SyntaxError):
+        return None  # a user's annotation may name what exists for the type checker alone
+
+
+# --- The code of a value
+
+
+def source(value: Any) -> str:
+    """The code that builds a value of hyperparameters, defaults left out.
+
+    What may be given by position without a default comes first, `Conv2d(8, kernel_size=3)`; a
+    constructor with a variable number of arguments gets them all: `Sequential(ReLU(), Sigmoid())`.
+    """
+    arguments: list[str] = []
+    various = _variable(type(value))
+    for position, field in enumerate(field for field in fields(value) if field.init):
+        argument = getattr(value, field.name)
+        if field.name == various:
+            arguments.extend(map(repr, argument))
+            continue
+        kind = kinds(type(value)).get(field.name)
+        shown, default = _short(kind, argument), _short(kind, field.default)
+        if position == 0 and field.default is MISSING:
+            arguments.append(repr(shown))
+        elif shown != default:
+            arguments.append(f"{field.name}={shown!r}")
+    return f"{type(value).__name__}({', '.join(arguments)})"
+
+
+def _variable(cls: Any) -> str | None:
+    """The name of the constructor's `*arguments`, if it has such."""
+    parameters = inspect.signature(cls).parameters.values()
+    return next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
+
+
+def _short(kind: Kind | None, value: Any) -> Any:
+    """3 for (3, 3), where that means the same."""
+    is_alike = isinstance(kind, PerAxis) and isinstance(value, tuple) and len(set(value)) == 1
+    return value[0] if is_alike else value
+
+
+# --- Kinds
+
+
+@dataclass(frozen=True)
+class Whole:
+    """An int that is at least `least`; any int if that is None."""
+
+    least: int | None = None
+
+    def convert(self, owner: type, name: str, value: Any) -> int:
+        if self.least is None:
+            return as_index(owner.__name__, name, value)
+        return as_int(owner.__name__, name, value, self.least)
+
+
+@dataclass(frozen=True)
+class PerAxis:
+    """An int, or one for each axis after the channels; some also take None, or a word."""
+
+    least: int
+    words: tuple[str, ...] = ()
+    may_be_none: bool = False
+
+    def convert(self, owner: Any, name: str, value: Any) -> Any:
+        who, count = owner.__name__, len(owner._axes) - 1
+        if value is None and self.may_be_none:
+            return value
+        if isinstance(value, str) and self.words:
+            if value in self.words:
+                return value
+            words = " or ".join(f'"{word}"' for word in self.words)
+            raise ValueError(
+                f"{who}: expected {name} to be an int, {_tuple_of(count)}, {words}, got {value!r}"
+            )
+        entries = tuple(value) if isinstance(value, (tuple, list)) else (value,) * count
+        if len(entries) != count:
+            raise ValueError(
+                f"{who}: expected {name} to be an int or {_tuple_of(count)} of ints, got {value!r}"
+            )
+        return tuple(as_int(who, name, entry, self.least) for entry in entries)
+
+
+def _tuple_of(count: int) -> str:
+    return {1: "a tuple of one", 2: "a pair", 3: "a triple"}.get(count, f"a tuple of {count}")
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """One of some values, by type and value: 1 is not True."""
+
+    choices: tuple[Any, ...]
+
+    def convert(self, owner: type, name: str, value: Any) -> Any:
+        for choice in self.choices:
+            if type(value) is type(choice) and value == choice:
+                return choice
+        expected = " or ".join(f'"{c}"' if isinstance(c, str) else repr(c) for c in self.choices)
+        error = TypeError if isinstance(self.choices[0], bool) else ValueError
+        raise error(f"{owner.__name__}: expected {name} to be {expected}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Number:
+    """A finite number that is at least `least`, and at most `most`."""
+
+    least: float = float("-inf")
+    most: float = float("inf")
+
+    def convert(self, owner: type, name: str, value: Any) -> float:
+        number = as_number(owner.__name__, name, value, self.least)
+        if not number <= self.most:
+            raise ValueError(f"{owner.__name__}: expected {name} <= {self.most:g}, got {value}")
+        return number
+
+
+@dataclass(frozen=True)
+class InstanceOf:
+    """An instance of a class, which is looked up when it is needed; or None, where that may be."""
+
+    cls: Callable[[], type]
+    expected: str
+    may_be_none: bool = False
+
+    def convert(self, owner: type, name: str, value: Any) -> Any:
+        if isinstance(value, self.cls()) or (value is None and self.may_be_none):
+            return value
+        raise TypeError(f"{owner.__name__}: expected {name} to be {self.expected}, got {value!r}")
+
+
+# --- The types that fields are declared by
+
+Size: TypeAlias = Annotated[int, Whole(1)]
+"""An int ≥ 1."""
+
+Sizes: TypeAlias = Annotated[int | tuple[int, ...], PerAxis(1)]
+"""An int ≥ 1, or one for each axis; kept as a tuple."""
+
+Padding: TypeAlias = Annotated[int | tuple[int, ...] | str, PerAxis(0, ("same", "valid"))]
+"""An int ≥ 0, or one for each axis, kept as a tuple; or "same" or "valid", as in PyTorch."""
+
+Flag: TypeAlias = Annotated[bool, OneOf((True, False))]
+"""True or False."""
+
+Finite: TypeAlias = Annotated[float, Number()]
+"""A finite number."""
+
+NonNegative: TypeAlias = Annotated[float, Number(0.0)]
+"""A finite number ≥ 0."""
+
+Probability: TypeAlias = Annotated[float, Number(0.0, 1.0)]
+"""A number in [0, 1]."""

@@ -1,0 +1,71 @@
+"""What a loss is: a function of x and a target to a scalar, with its gradient by x."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Real
+from typing import Annotated, Any, Literal, TypeAlias
+
+from torch import Tensor
+
+from funcnet.checks import check_like, check_tensor, name_of
+from funcnet.fields import Hyperparameters, OneOf
+from funcnet.ops.autocast import without_autocast
+
+Reduction: TypeAlias = Annotated[Literal["mean", "sum"], OneOf(("mean", "sum"))]
+
+
+@dataclass(frozen=True)
+class Loss(Hyperparameters):
+    """A function of x and a target to a scalar, with its gradient with respect to x.
+
+    `apply`, `vjp`, `fwd` and `bwd` check their arguments; an author writes `_fwd` and `_bwd`, and
+    `_check` where the target is not like x. An author may also write `fwd` and `bwd` alone; then
+    the loss checks for itself.
+    """
+
+    def _check(self, x: Tensor, target: Any) -> None:
+        """Raise unless x and target fit each other."""
+        check_like(self, "target", target, "x", x)
+        if x.shape != target.shape:
+            raise ValueError(
+                f"{name_of(self)}: expected target of shape {tuple(x.shape)}, x's shape, "
+                f"got {tuple(target.shape)}"
+            )
+
+    def _fwd(self, x: Tensor, target: Any) -> tuple[Tensor, Any]:
+        """(value, residuals)."""
+        raise NotImplementedError(f"{type(self).__name__} writes neither _fwd nor fwd")
+
+    def _bwd(self, residuals: Any, grad: Tensor | float) -> Tensor:
+        """dx."""
+        raise NotImplementedError(f"{type(self).__name__} writes neither _bwd nor bwd")
+
+    def fwd(self, x: Tensor, target: Any) -> tuple[Tensor, Any]:
+        """(value, residuals); the value is a scalar."""
+        check_tensor(self, "x", x)
+        self._check(x, target)
+        with without_autocast(x):
+            value, residuals = self._fwd(x, target)
+        return value, (x.new_empty(0), residuals)  # no entries: it tells x's dtype to bwd
+
+    def bwd(self, residuals: Any, grad: Tensor | float = 1.0) -> Tensor:
+        """dx, where grad is a scalar."""
+        like, kept = residuals
+        if not isinstance(grad, Real):
+            check_like(self, "grad", grad, "x", like)
+            assert isinstance(grad, Tensor)
+            if grad.ndim != 0:
+                raise ValueError(
+                    f"{name_of(self)}: expected grad to be a scalar, got shape {tuple(grad.shape)}"
+                )
+        with without_autocast(like):
+            return self._bwd(kept, grad)
+
+    def apply(self, x: Tensor, target: Any) -> Tensor:
+        """The value of the loss, a scalar."""
+        return self.fwd(x, target)[0]
+
+    def vjp(self, x: Tensor, target: Any, grad: Tensor | float = 1.0) -> Tensor:
+        """dx, the gradient of grad · loss(x, target) with respect to x."""
+        return self.bwd(self.fwd(x, target)[1], grad)

@@ -1,0 +1,39 @@
+"""The mean squared error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from funcnet.losses.loss import Loss, Reduction
+
+
+@dataclass(frozen=True)
+class MSE(Loss):
+    """The mean squared error: Σ (x − target)² / n, with n the number of entries, or 1 for "sum".
+
+    dx = 2 (x − target) / n · grad. The residual is x − target.
+
+    Shapes: x and target alike, of any rank; the value is 0-dimensional.
+    Raises ValueError unless x and target have one shape: nothing is broadcast.
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.MSELoss.html
+
+    >>> import torch
+    >>> MSE().apply(torch.tensor([1.0, 5.0]), torch.tensor([1.0, 3.0]))
+    tensor(2.)
+    >>> MSE().vjp(torch.tensor([1.0, 5.0]), torch.tensor([1.0, 3.0]))
+    tensor([0., 2.])
+    """
+
+    reduction: Reduction = "mean"
+
+    def _fwd(self, x: Tensor, target: Any) -> tuple[Tensor, Tensor]:
+        difference = x - target
+        squares = difference.square()
+        return (squares.mean() if self.reduction == "mean" else squares.sum()), difference
+
+    def _bwd(self, difference: Tensor, grad: Tensor | float) -> Tensor:
+        count = difference.numel() if self.reduction == "mean" else 1
+        return difference * (grad * (2 / max(count, 1)))

@@ -1,0 +1,14 @@
+"""What is asked of a backward pass: what is not asked for is not computed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Need(NamedTuple):
+    """Whether gradients of parameters and of the input are needed."""
+
+    params: bool = True
+    input: bool = True
+    consume: bool = False
+    """Whether residuals may be freed as they are used, since nobody uses them again."""

@@ -1,0 +1,5 @@
+"""Optimisers: steps that map over parameter trees, any that `optree` accepts."""
+
+from funcnet.optimizers.sgd import SGD, SGDState
+
+__all__ = ["SGD", "SGDState"]

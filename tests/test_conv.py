@@ -15,8 +15,8 @@ from funcnet.ops import native, patches, pixelwise, unfold
 from funcnet.ops.window import Window
 from funcnet.testing import strategies
 
-CASES = strategies.cases(strategies.conv2d())
-EXACT = strategies.cases(strategies.conv2d(), integers=True)
+CASES = strategies.cases(strategies.layers(fn.Conv2d))
+EXACT = strategies.cases(strategies.layers(fn.Conv2d), integers=True)
 
 
 def reference(layer, params, x):
@@ -48,7 +48,7 @@ def test_value_is_that_of_torch(case):
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
-@given(strategies.cases(strategies.conv2d(), dtypes=st.just(torch.float64)))
+@given(strategies.cases(strategies.layers(fn.Conv2d), dtypes=st.just(torch.float64)))
 def test_gradient_is_that_of_autograd(case):
     layer, params, x = case
     # For x laid out otherwise, autograd's weight gradient of grouped convolutions may be wrong.
@@ -64,7 +64,7 @@ def test_gradient_is_that_of_autograd(case):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
-@given(strategies.cases(strategies.conv2d(), dtypes=st.just(torch.float64)))
+@given(strategies.cases(strategies.layers(fn.Conv2d), dtypes=st.just(torch.float64)))
 def test_both_methods_give_the_same_numbers(case):
     layer, params, x = case
     auto, derivation = with_method(layer, "auto"), with_method(layer, "unfold")
@@ -157,7 +157,7 @@ def test_adjoints_are_exact(case):
         assert (params["bias"] * dparams["bias"]).sum() == (added * grad).sum()
 
 
-@given(strategies.cases(strategies.conv2d(), dtypes=st.just(torch.float64)), st.data())
+@given(strategies.cases(strategies.layers(fn.Conv2d), dtypes=st.just(torch.float64)), st.data())
 def test_any_layout_of_grad(case, data):
     layer, params, x = case
     shape = layer.apply(params, x).shape
@@ -181,7 +181,7 @@ def test_out_shape_is_the_formula(height, kernel, stride, padding, dilation):
             layer.out_shape((1, height, height))
 
 
-@given(strategies.conv2d(), st.data())
+@given(strategies.layers(fn.Conv2d), st.data())
 def test_weights_start_within_the_bound(layer, data):
     shape = data.draw(strategies.shapes(layer))
     bound = (shape[0] // layer.groups * layer.kernel_size[0] * layer.kernel_size[1]) ** -0.5
@@ -281,7 +281,7 @@ def test_windows_that_see_nothing_but_padding(layer, shape, dtype):
 
 @given(
     strategies.cases(
-        st.one_of(strategies.conv2d(), strategies.upsample_conv2d()),
+        st.one_of(strategies.layers(fn.Conv2d), strategies.layers(fn.UpsampleConv2d)),
         dtypes=st.sampled_from([torch.bfloat16, torch.float16]),
         batches=st.sampled_from([1, 8]),
     )

@@ -72,7 +72,7 @@ def _flat(net):
             yield layer
 
 
-@given(strategies.cases(strategies.conv2d() | strategies.upsample_conv2d()))
+@given(strategies.cases(strategies.layers(fn.Conv2d) | strategies.layers(fn.UpsampleConv2d)))
 def test_another_dtype_of_x(case):
     layer, params, x = case
     other = torch.float32 if x.dtype == torch.float64 else torch.float64
@@ -80,7 +80,7 @@ def test_another_dtype_of_x(case):
         layer.apply(params, x.to(other))
 
 
-@given(strategies.cases(strategies.conv2d() | strategies.upsample_conv2d()))
+@given(strategies.cases(strategies.layers(fn.Conv2d) | strategies.layers(fn.UpsampleConv2d)))
 def test_another_number_of_channels(case):
     layer, params, x = case
     channels = x.shape[1]

@@ -1,4 +1,4 @@
-"""What holds for every layer, driven by the registry."""
+"""What holds for every layer, driven by the registry, a budget for each class."""
 
 import copy
 import inspect
@@ -9,19 +9,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from registry import EVERY_LAYER, EXAMPLE_IDS, EXAMPLES, REGISTRY
+from registry import (
+    EVERY_LAYER,
+    EXAMPLE_IDS,
+    EXAMPLES,
+    LAYERS,
+    budget,
+    cases_of,
+    key_for,
+    make,
+)
 
 import funcnet as fn
 from funcnet.testing import check_vjp, strategies
+from funcnet.testing.registry import REGISTRY
 
 examples = pytest.mark.parametrize(("layer", "shape"), EXAMPLES, ids=EXAMPLE_IDS)
-
-
-def make(layer, shape, batch=2, dtype=torch.float32, device="cpu"):
-    params = layer.init(fn.key(3), shape, dtype=dtype, device=device)
-    x = fn.normal(fn.key(4), (batch, *shape), dtype=dtype, device=device)
-    grad = fn.normal(fn.key(5), layer.apply(params, x).shape, dtype=dtype, device=device)
-    return params, x, grad
+classes = pytest.mark.parametrize("cls", LAYERS, ids=lambda cls: cls.__name__)
 
 
 def same(a, b):
@@ -46,61 +50,119 @@ def test_every_layer_has_a_row():
 # --- The gradient, by check_vjp: every oracle and the whole contract
 
 
+@classes
+@budget(10)
 @given(st.data())
-@pytest.mark.parametrize("cls", REGISTRY, ids=lambda cls: cls.__name__)
 def test_gradient(cls, data):
-    check_vjp(*data.draw(strategies.cases(REGISTRY[cls].strategy)))
+    case = data.draw(cases_of(cls))
+    check_vjp(*case, key=key_for(case.layer))
 
 
 @examples
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_gradient_of_examples(layer, shape, dtype, device):
     params, x, grad = make(layer, shape, dtype=dtype, device=device)
-    check_vjp(layer, params, x, grad=grad)
+    check_vjp(layer, params, x, grad=grad, key=key_for(layer))
+
+
+# --- The twin in torch.nn
+
+
+@pytest.mark.parametrize(
+    "cls", [cls for cls in LAYERS if REGISTRY[cls].twin], ids=lambda cls: cls.__name__
+)
+@pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch says that it makes a copy
+@budget(20)
+@given(st.data())
+def test_value_and_gradients_are_torchs(cls, data):
+    batches = st.sampled_from([2, 1, 3])
+    layer, params, x = data.draw(cases_of(cls, dtypes=st.just(torch.float64), batches=batches))
+    twin = REGISTRY[cls].twin(layer, tuple(x.shape[1:])).double()
+    twin.load_state_dict(flat(params), strict=bool(params))
+    x = x.clone(memory_format=torch.contiguous_format)  # in others, torch's may be wrong
+    x = x.requires_grad_() if x.is_floating_point() else x
+    y = twin(x)
+    key = key_for(layer)
+    ours = layer.apply(params, x.detach(), key=key)
+    close(ours, y.detach(), rtol=1e-9, atol=1e-9)
+    grad = fn.normal(fn.key(1), y.shape, dtype=torch.float64)
+    leaves = [*twin.parameters(), *([x] if x.requires_grad else [])]
+    if not leaves or not y.requires_grad:
+        return
+    expected = torch.autograd.grad(y, leaves, grad, allow_unused=True)
+    expected = [
+        torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, expected, strict=True)
+    ]
+    dparams, dx = layer.vjp(params, x.detach(), grad, key=key)
+    named = dict(zip(dict(twin.named_parameters()), expected, strict=False))
+    close(flat(dparams), {name: named[name] for name in flat(dparams)}, rtol=1e-9, atol=1e-9)
+    if dx is not None:
+        close(dx, expected[-1], rtol=1e-9, atol=1e-9)
+
+
+def flat(params, prefix=""):
+    """Nested dicts of tensors under torch's names."""
+    if not isinstance(params, dict):
+        return {}
+    found = {}
+    for name, value in params.items():
+        inner = isinstance(value, dict)
+        found |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return found
 
 
 # --- Metamorphic laws
 
 
-@given(strategies.cases(EVERY_LAYER, integers=True, dtypes=st.just(torch.float64)), st.data())
-def test_a_network_is_the_composition_of_its_layers(case, data):
+@classes
+@budget(6)
+@given(st.data())
+def test_a_network_is_the_composition_of_its_layers(cls, data):
+    case = data.draw(cases_of(cls, integers=True, dtypes=st.just(torch.float64)))
     layer, params, x = case
-    y = layer.apply(params, x)
-    shape = tuple(y.shape[1:])
-    after = data.draw(strategies.networks())
-    if not strategies.takes(after, shape):
+    key = key_for(layer)
+    y = layer.apply(params, x, key=None if key is None else fn.fold_in(key, 0))
+    after = data.draw(strategies.networks(max_layers=2))
+    if not strategies.takes(after, tuple(y.shape[1:])) or key_for(after) is not None:
         after = fn.Sigmoid()
-    after_params = after.init(fn.key(1), shape, dtype=x.dtype)
+    after_params = after.init(fn.key(1), y.shape[1:], dtype=y.dtype)
     net, both = fn.Sequential(layer, after), (params, after_params)
-    grad = fn.normal(fn.key(2), after.apply(after_params, y).shape, dtype=x.dtype)
+    grad = fn.normal(fn.key(2), after.apply(after_params, y).shape, dtype=y.dtype)
     dafter, dy = after.vjp(after_params, y, grad)
-    dparams, dx = layer.vjp(params, x, dy)
-    close(net.apply(both, x), after.apply(after_params, y))
-    close(net.vjp(both, x, grad), ((dparams, dafter), dx))
+    dparams, dx = layer.vjp(params, x, dy, key=None if key is None else fn.fold_in(key, 0))
+    close(net.apply(both, x, key=key), after.apply(after_params, y))
+    close(net.vjp(both, x, grad, key=key), ((dparams, dafter), dx))
 
 
-@given(strategies.cases(EVERY_LAYER, dtypes=st.just(torch.float64), batches=st.just(3)))
-def test_a_batch_is_the_sum_of_its_examples(case):
+@classes
+@budget(6)
+@given(st.data())
+def test_a_batch_is_the_sum_of_its_examples(cls, data):
+    case = data.draw(cases_of(cls, dtypes=st.just(torch.float64), batches=st.just(3)))
     layer, params, x = case
+    if getattr(layer, "couples_examples", False):
+        return
     y = layer.apply(params, x)
-    grad = fn.normal(fn.key(0), y.shape, dtype=x.dtype)
+    grad = fn.normal(fn.key(0), y.shape, dtype=y.dtype)
     each = [layer.vjp(params, x[i : i + 1], grad[i : i + 1]) for i in range(3)]
     sums = optree.tree_map(lambda *leaves: sum(leaves), *(dparams for dparams, _ in each))
     dparams, dx = layer.vjp(params, x, grad)
     close(dparams, sums, rtol=1e-9, atol=1e-9)
-    close(dx, torch.cat([dx for _, dx in each]), rtol=1e-9, atol=1e-9)
+    if dx is not None:
+        close(dx, torch.cat([dx for _, dx in each]), rtol=1e-9, atol=1e-9)
     close(y, torch.cat([layer.apply(params, x[i : i + 1]) for i in range(3)]))
 
 
-@given(strategies.cases(EVERY_LAYER, dtypes=st.just(torch.float64)))
-def test_vjp_is_linear_in_grad(case):
-    layer, params, x = case
-    shape = layer.apply(params, x).shape
-    a, b = (fn.normal(key, shape, dtype=x.dtype) for key in fn.split(fn.key(0)))
-    combined = layer.vjp(params, x, 3 * a - b)
-    parts = optree.tree_map(
-        lambda p, q: 3 * p - q, layer.vjp(params, x, a), layer.vjp(params, x, b)
-    )
+@classes
+@budget(6)
+@given(st.data())
+def test_vjp_is_linear_in_grad(cls, data):
+    layer, params, x = data.draw(cases_of(cls, dtypes=st.just(torch.float64)))
+    key = key_for(layer)
+    shape = layer.apply(params, x, key=key).shape
+    a, b = (fn.normal(k, shape, dtype=torch.float64) for k in fn.split(fn.key(0)))
+    combined, of_a, of_b = (layer.vjp(params, x, g, key=key) for g in (3 * a - b, a, b))
+    parts = optree.tree_map(lambda p, q: 3 * p - q, of_a, of_b)
     close(combined, parts, rtol=1e-9, atol=1e-9)
 
 
@@ -116,50 +178,69 @@ def restrided(draw, x):
     return x.as_strided(x.shape, strides)
 
 
-@given(strategies.cases(EVERY_LAYER), st.data())
-def test_strides_do_not_matter(case, data):
+@classes
+@budget(6)
+@given(st.data())
+def test_strides_do_not_matter(cls, data):
     """PyTorch's convolutions return wrong numbers for some strides along axes of size 1."""
-    layer, params, x = case
+    layer, params, x = data.draw(cases_of(cls))
+    key = key_for(layer)
     params, x = optree.tree_map(torch.Tensor.contiguous, (params, x.clone()))
-    grad = fn.normal(fn.key(0), layer.apply(params, x).shape, dtype=x.dtype)
-    y, gradients = layer.apply(params, x), layer.vjp(params, x, grad)
+    y = layer.apply(params, x, key=key)
+    grad = fn.normal(fn.key(0), y.shape, dtype=y.dtype)
+    gradients = layer.vjp(params, x, grad, key=key)
     params, x, grad = optree.tree_map(lambda leaf: data.draw(restrided(leaf)), (params, x, grad))
-    close(layer.apply(params, x), y)
-    close(layer.vjp(params, x, grad), gradients, rtol=1e-4, atol=1e-4)
+    close(layer.apply(params, x, key=key), y)
+    close(layer.vjp(params, x, grad, key=key), gradients, rtol=1e-4, atol=1e-4)
 
 
 # --- Purity
 
 
-@given(strategies.cases(EVERY_LAYER))
-def test_the_same_answer_twice_in_memory_of_its_own(case):
-    layer, params, x = case
-    grad = fn.normal(fn.key(0), layer.apply(params, x).shape, dtype=x.dtype)
+@classes
+@budget(6)
+@given(st.data())
+def test_the_same_answer_twice_in_memory_of_its_own(cls, data):
+    layer, params, x = data.draw(cases_of(cls))
+    key = key_for(layer)
+    y = layer.apply(params, x, key=key)
+    grad = fn.normal(fn.key(0), y.shape, dtype=y.dtype)
     kept = copy.deepcopy((params, x, grad))
-    y, (dparams, dx) = layer.apply(params, x), layer.vjp(params, x, grad)
+    dparams, dx = layer.vjp(params, x, grad, key=key)
     assert same((params, x, grad), kept)
-    assert same((y, dparams, dx), (layer.apply(params, x), *layer.vjp(params, x, grad)))
+    again = layer.apply(params, x, key=key), *layer.vjp(params, x, grad, key=key)
+    assert same((y, dparams, dx), again)
     inputs = {leaf.untyped_storage().data_ptr() for leaf in optree.tree_leaves((params, x, grad))}
     for result in optree.tree_leaves((y, dparams, dx)):
         assert not result.numel() or result.untyped_storage().data_ptr() not in inputs
 
 
-@given(strategies.cases(EVERY_LAYER))
-def test_out_shape_is_true(case):
-    layer, params, x = case
-    assert layer.apply(params, x).shape == (len(x), *layer.out_shape(x.shape[1:]))
+@classes
+@budget(6)
+@given(st.data())
+def test_out_shape_is_true(cls, data):
+    layer, params, x = data.draw(cases_of(cls))
+    y = layer.apply(params, x, key=key_for(layer))
+    assert y.shape == (len(x), *layer.out_shape(x.shape[1:]))
 
 
-@given(strategies.cases(EVERY_LAYER))
-def test_bwd_may_be_called_twice_and_without_dx(case):
-    layer, params, x = case
-    y, residuals = layer.fwd(params, x)
-    grad = fn.normal(fn.key(0), y.shape, dtype=x.dtype)
+@classes
+@budget(6)
+@given(st.data())
+def test_what_is_not_asked_for_is_none(cls, data):
+    """And bwd may be called twice on the same residuals."""
+    layer, params, x = data.draw(cases_of(cls))
+    y, residuals = layer.fwd(params, x, key=key_for(layer))
+    grad = fn.normal(fn.key(0), y.shape, dtype=y.dtype)
     dparams, dx = layer.bwd(params, residuals, grad)
     assert same(layer.bwd(params, residuals, grad), (dparams, dx))
     without, nothing = layer.bwd(params, residuals, grad, input_grad=False)
     assert nothing is None
     close(without, dparams)
+    nothing, alone = layer.bwd(params, residuals, grad, param_grad=False)
+    assert nothing is None
+    close(alone, dx)
+    assert layer.bwd(params, residuals, grad, input_grad=False, param_grad=False) == (None, None)
 
 
 # --- Layers are values
@@ -180,6 +261,16 @@ def test_equality_hash_and_pickle(one, other):
     assert (one == other) == (repr(one) == repr(other))
 
 
+@classes
+@given(st.data())
+def test_what_a_layer_remembers_is_no_part_of_it(cls, data):
+    layer, params, x = data.draw(cases_of(cls, batches=st.just(2)))
+    before = repr(layer), hash(layer), pickle.dumps(layer)
+    layer.apply(params, x, key=key_for(layer))
+    assert (repr(layer), hash(layer), pickle.dumps(layer)) == before
+    assert pickle.loads(before[2]) == layer
+
+
 @examples
 def test_init_follows_its_key_alone(layer, shape, device):
     first = layer.init(fn.key(7), shape, device=device)
@@ -189,8 +280,6 @@ def test_init_follows_its_key_alone(layer, shape, device):
     assert torch.equal(torch.get_rng_state(), state)
     on_cpu = layer.init(fn.key(7), shape)
     assert same(optree.tree_map(lambda leaf: leaf.cpu(), first), on_cpu)
-    other = layer.init(fn.key(8), shape, device=device)
-    assert not optree.tree_leaves(first) or not same(first, other)
 
 
 @examples
@@ -206,9 +295,34 @@ def test_init_in_a_dtype(layer, shape, dtype, device):
 
 @examples
 def test_a_batch_of_nothing(layer, shape, device):
+    if getattr(layer, "couples_examples", False):
+        return
     params, x, grad = make(layer, shape, batch=0, device=device)
     y = layer.apply(params, x)
     assert y.shape == (0, *layer.out_shape(shape))
     dparams, dx = layer.vjp(params, x, grad)
-    assert dx.shape == x.shape
+    assert dx is None or dx.shape == x.shape
     assert all(not leaf.any() for leaf in optree.tree_leaves(dparams))
+
+
+# --- Transforms
+
+
+@examples
+def test_a_map_over_examples_and_parameters(layer, shape):
+    """torch.func.vmap of apply and vjp is each alone."""
+    key = key_for(layer)
+    params, x, grad = make(layer, shape, batch=6, dtype=torch.float64)
+    xs, grads = x.unflatten(0, (2, 3)), grad.unflatten(0, (2, 3))
+    many = optree.tree_map(lambda leaf: torch.stack([leaf, 1.5 * leaf]), params)
+
+    def one(params, x, grad):
+        y = layer.apply(params, x, key=key)
+        dparams, dx = layer.vjp(params, x, grad, key=key, input_grad=x.is_floating_point())
+        return (y, dparams) if dx is None else (y, dparams, dx)
+
+    mapped = torch.func.vmap(one)(many, xs, grads)
+    each = [
+        one(optree.tree_map(lambda leaf, i=i: leaf[i], many), xs[i], grads[i]) for i in range(2)
+    ]
+    close(mapped, optree.tree_map(lambda *leaves: torch.stack(leaves), *each))

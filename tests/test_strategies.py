@@ -9,24 +9,25 @@ import pytest
 import torch
 from hypothesis import find, given, settings
 from hypothesis import strategies as st
+from registry import LAYERS, cases_of, key_for
 from users_layers import Dense
 
 import funcnet as fn
 from funcnet.testing import __main__ as command
 from funcnet.testing import check_vjp, strategies
 
-LAYERS = ["layers", "activations", "upsample2d", "conv2d", "upsample_conv2d", "networks"]
 SEARCH = settings(max_examples=20_000, database=None)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("cls", LAYERS)
 @given(data=st.data())
-def test_cases_fit(name, data):
-    layer, params, x = data.draw(strategies.cases(getattr(strategies, name)()))
+def test_cases_fit(cls, data):
+    layer, params, x = data.draw(cases_of(cls))
     assert isinstance(layer, fn.Layer)
     expected = layer.init(fn.key(0), x.shape[1:])
     assert optree.tree_structure(params) == optree.tree_structure(expected)
-    assert layer.apply(params, x).shape[1:] == layer.out_shape(x.shape[1:])
+    y = layer.apply(params, x, key=key_for(layer))
+    assert y.shape[1:] == layer.out_shape(x.shape[1:])
 
 
 @given(strategies.cases(integers=True))
@@ -115,7 +116,7 @@ AWKWARD = {
 
 @pytest.mark.parametrize("name", AWKWARD)
 def test_awkward_convolutions_are_in_reach(name):
-    find(strategies.cases(strategies.conv2d()), AWKWARD[name], settings=SEARCH)
+    find(strategies.cases(strategies.layers(fn.Conv2d)), AWKWARD[name], settings=SEARCH)
 
 
 NETWORKS = {
@@ -142,7 +143,7 @@ def test_networks_in_reach(name):
 
 
 def test_cases_shrink_to_the_least():
-    cases = strategies.cases(strategies.conv2d())
+    cases = strategies.cases(strategies.layers(fn.Conv2d))
     least = find(cases, lambda case: case.x.numel() > 0, settings=SEARCH)
     assert repr(least.layer) == "Conv2d(1, kernel_size=1, bias=False)"
     assert least.x.shape == (1, 1, 1, 1)
@@ -152,7 +153,7 @@ def test_cases_shrink_to_the_least():
 
 def test_shrinking_keeps_what_matters():
     found = find(
-        strategies.cases(strategies.conv2d()),
+        strategies.cases(strategies.layers(fn.Conv2d)),
         lambda case: case.layer.stride[0] > 1 and case.x.shape[2] > 4,
         settings=SEARCH,
     )

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import funcnet as fn
 from funcnet.testing import strategies
 
-CASES = strategies.cases(strategies.upsample2d())
+CASES = strategies.cases(strategies.layers(fn.Upsample2d))
 
 
 @given(CASES)
@@ -20,7 +20,7 @@ def test_value_is_that_of_torch(case):
     assert torch.equal(y[:, :, :: layer.scale[0], :: layer.scale[1]], x)
 
 
-@given(strategies.cases(strategies.upsample2d(), integers=True), st.integers(0, 99))
+@given(strategies.cases(strategies.layers(fn.Upsample2d), integers=True), st.integers(0, 99))
 def test_adjoint_is_exact(case, seed):
     """⟨up(x), g⟩ = ⟨x, dx(g)⟩, in integers, so bit for bit."""
     layer, params, x = case

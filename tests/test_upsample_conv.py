@@ -14,7 +14,7 @@ from funcnet.ops.need import Need
 from funcnet.ops.window import Window, padding_sides
 from funcnet.testing import strategies
 
-LAYERS = strategies.upsample_conv2d(max_channels=3, max_kernel=5, max_scale=4, max_padding=5)
+LAYERS = strategies.layers(fn.UpsampleConv2d)
 CASES = strategies.cases(LAYERS)
 WAYS = pytest.mark.parametrize("way", [low_resolution, transposed], ids=["low", "transposed"])
 

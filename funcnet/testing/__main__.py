@@ -24,17 +24,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from funcnet.layers import ReLU, Sigmoid
 from funcnet.testing import strategies
 from funcnet.testing.check_vjp import inspect_vjp
 from funcnet.testing.mathematics import Errors
+from funcnet.testing.registry import REGISTRY
 
 _LAYERS: dict[str, strategies.Strategy[Any]] = {
-    "ReLU": st.just(ReLU()),
-    "Sigmoid": st.just(Sigmoid()),
-    "Upsample2d": strategies.upsample2d(),
-    "Conv2d": strategies.conv2d(),
-    "UpsampleConv2d": strategies.upsample_conv2d(),
+    **{cls.__name__: strategies.layers(cls) for cls in REGISTRY},
     "Sequential": strategies.networks(),
     "MSE": strategies.losses(),
 }

@@ -1,8 +1,7 @@
 """Hypothesis strategies: layers with random hyperparameters, and tensors that fit them.
 
-    layers()                one layer of the vocabulary: any of the next four
-    conv2d()  upsample2d()  upsample_conv2d()  activations()
-    networks()              Sequentials, nested ones and the empty one among them
+    layers()                any layer of the vocabulary; layers(Conv2d, ReLU) any of these
+    networks()              Sequentials of any layers, nested ones and the empty one among them
     losses()
     cases(layers())         (layer, params, x) that fit together, of networks and one's own too
     loss_cases()            (loss, x, target)
@@ -12,18 +11,21 @@
     trees()                 nested dicts, lists, tuples, None, … of tensors
     invalid_layers()        (make, error, message): make() raises error with this message in it
 
-Everything shrinks to the smallest network, kernel, channel count and size. The awkward cases are
-always in reach: strides that leave a remainder, padding beyond the kernel's reach, dilation with
-stride, groups, pictures of size 1, batches of 0, 1 and 3, expanded, strided and channels_last
-tensors, exact zeros and ties. Numbers come from one drawn seed, so that drawing is fast.
+Layers, their settings and their shapes come from the registry. Everything shrinks to the smallest
+network, kernel, channel count and size. The awkward cases are always in reach: strides that leave
+a remainder, padding beyond the kernel's reach, dilation with stride, groups, images of size 1,
+batches of 0, 1 and 3, expanded, strided and channels_last tensors, exact zeros and ties. Numbers
+come from one drawn seed, so that drawing is fast.
 
-    >>> from hypothesis import given
+    >>> from hypothesis import given, settings
     >>> import funcnet as fn
     >>> from funcnet.testing import check_vjp, strategies
-    >>> @given(strategies.layers())
+    >>> @settings(deadline=None)
+    ... @given(strategies.layers())
     ... def test_repr_builds_the_layer(layer):
     ...     assert eval(f"fn.{layer!r}") == layer
-    >>> @given(strategies.cases(strategies.layers()))
+    >>> @settings(deadline=None)
+    ... @given(strategies.cases(strategies.layers()))
     ... def test_every_gradient_is_right(case):
     ...     layer, params, x = case
     ...     check_vjp(layer, params, x)
@@ -33,15 +35,20 @@ are found by asking its `out_shape`, which refuses others by a ValueError:
 
     >>> from hypothesis import strategies as st
     >>> my_layers = st.builds(fn.Conv2d, st.integers(1, 4), st.integers(1, 3))
-    >>> @given(strategies.cases(my_layers, dtypes=st.just(torch.float64)))
+    >>> @settings(deadline=None)
+    ... @given(strategies.cases(my_layers, dtypes=st.just(torch.float64)))
     ... def test_my_gradient_is_right(case):
     ...     check_vjp(*case)
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, fields
+from functools import lru_cache, partial
+from itertools import product
 from typing import Any, NamedTuple, TypeAlias
 
 import optree
@@ -49,6 +56,7 @@ import torch
 from torch import Tensor
 
 try:
+    from hypothesis import reject
     from hypothesis import strategies as st
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
@@ -56,131 +64,75 @@ except ModuleNotFoundError as error:
     ) from error
 
 from funcnet.combinators import Sequential
+from funcnet.fields import Number, OneOf, PerAxis, Whole, kinds
 from funcnet.keys import key as make_key
 from funcnet.layer import Layer, Shape, Tree
-from funcnet.layers import Conv2d, ReLU, Sigmoid, Upsample2d, UpsampleConv2d
 from funcnet.losses import MSE, Loss
+from funcnet.testing.registry import REGISTRY
 from funcnet.tree import register_node
 
 Strategy: TypeAlias = st.SearchStrategy
 LAYOUTS = ("contiguous", "channels_last", "strided", "transposed", "offset", "expanded")
 
-_LARGEST_SIDE = 512
-_MOST_CHANNELS = 12
+_LEAVES = tuple(cls for cls in REGISTRY if not issubclass(cls, Sequential))
+_LARGEST = 4096
+"""How many entries an example may have that a random network makes."""
 
 
 # --- Layers
 
 
-def layers() -> Strategy[Layer]:
-    """Any layer of the vocabulary, with any hyperparameters."""
-    return st.one_of(activations(), upsample2d(), conv2d(), upsample_conv2d())
-
-
-def activations() -> Strategy[Layer]:
-    """ReLU and Sigmoid."""
-    return st.sampled_from([ReLU(), Sigmoid()])
-
-
-def upsample2d(max_scale: int = 3) -> Strategy[Upsample2d]:
-    """Upsample2d with any scale, or two."""
-    return st.builds(Upsample2d, _sides(1, max_scale))
+@st.composite
+def layers(draw: st.DrawFn, *classes: type[Layer]) -> Layer:
+    """Any layer of the vocabulary, or any of these classes, with any hyperparameters."""
+    row = REGISTRY[draw(st.sampled_from(classes or _LEAVES))]
+    try:
+        return row.draw(lambda some: draw(st.sampled_from(list(some))))
+    except ValueError:
+        reject()
 
 
 @st.composite
-def conv2d(
+def networks(
     draw: st.DrawFn,
-    max_channels: int = 4,
-    max_kernel: int = 4,
-    max_stride: int = 3,
-    max_padding: int = 4,
-    max_dilation: int = 3,
-    groups: Strategy[int] | None = None,
-    methods: Sequence[str] = ("auto", "unfold"),
-) -> Conv2d:
-    """Conv2d with any hyperparameters. `groups` are those it may have, by default any up to 3."""
-    group_count = draw(st.sampled_from([1, 2, 3]) if groups is None else groups)
-    multiples = [m for m in range(1, max_channels + 1) if m * group_count <= max_channels] or [1]
-    kernel_size = draw(_sides(1, max_kernel))
-    stride = draw(st.sampled_from([*_pairs(1, max_stride), *[kernel_size] * max_stride]))
-    paddings = [*_pairs(0, max_padding), *["valid"] * 3]
-    if stride == (1, 1):
-        paddings += ["same"] * 10
-    return Conv2d(
-        group_count * draw(st.sampled_from(_repeated(multiples, max_channels))),
-        kernel_size,
-        stride=stride,
-        padding=draw(st.sampled_from(paddings)),
-        dilation=draw(_sides(1, max_dilation)),
-        groups=group_count,
-        bias=draw(st.booleans()),
-        method=draw(st.sampled_from(methods)),
-    )
+    max_layers: int = 4,
+    max_depth: int = 2,
+    parts: Strategy[Layer] | None = None,
+) -> Sequential:
+    """Sequentials of up to `max_layers` layers, some of them Sequentials, down to `max_depth`.
+
+    The layers are any of the vocabulary that fit each other, or what `parts` draws of them.
+    """
+    shape = draw(st.sampled_from(_FIRST_SHAPES))
+    return _network(draw, layers() if parts is None else parts, shape, max_layers, max_depth)[0]
 
 
-def upsample_conv2d(
-    max_channels: int = 4,
-    max_kernel: int = 4,
-    max_scale: int = 3,
-    max_padding: int = 3,
-    methods: Sequence[str] = ("auto", "unfold"),
-) -> Strategy[UpsampleConv2d]:
-    """UpsampleConv2d with any hyperparameters."""
-    return st.builds(
-        UpsampleConv2d,
-        st.integers(1, max_channels),
-        _sides(1, max_kernel),
-        scale=_sides(1, max_scale),
-        padding=st.sampled_from([*_pairs(0, max_padding), *["valid", "same"] * 4]),
-        bias=st.booleans(),
-        method=st.sampled_from(methods),
-    )
+_FIRST_SHAPES = ((2, 4, 4), (4, 8), (4,), (6, 5, 4), (3, 12))
 
 
-@st.composite
-def networks(draw: st.DrawFn, max_layers: int = 4, max_depth: int = 2) -> Sequential:
-    """Sequentials of up to `max_layers` layers, some of them Sequentials, down to `max_depth`."""
-    return _network(draw, _Channels(), max_layers, max_depth)
+def _network(
+    draw: st.DrawFn, parts: Strategy[Layer], shape: Shape, max_layers: int, depth: int
+) -> tuple[Sequential, Shape]:
+    """A network that takes examples of `shape`, and the shape of one example of its y."""
+    chosen: list[Layer] = []
+    for _ in range(draw(st.integers(0, max_layers))):
+        layer: Layer
+        if depth and draw(st.integers(0, 4)) == 4:
+            layer, out = _network(draw, parts, shape, 2, depth - 1)
+        else:
+            layer = draw(parts)
+            if not takes(layer, shape):
+                continue
+            out = layer.out_shape(shape)
+        if 0 < math.prod(out) <= _LARGEST:
+            chosen.append(layer)
+            shape = out
+    return Sequential(*chosen), shape
 
 
 def losses() -> Strategy[Loss]:
     """MSE with any reduction."""
     return st.builds(MSE, st.sampled_from(["sum", "mean"]))
-
-
-class _Channels:
-    """How many channels the network has so far, None before a layer has settled it."""
-
-    count: int | None = None
-
-
-def _network(draw: st.DrawFn, channels: _Channels, max_layers: int, depth: int) -> Sequential:
-    parts: list[Layer] = []
-    for _ in range(draw(st.integers(0, max_layers))):
-        kinds = ["activation", "conv", "upsample", "upsample_conv", *(["network"] if depth else [])]
-        kind = draw(st.sampled_from(kinds))
-        if kind == "network":
-            parts.append(_network(draw, channels, 2, depth - 1))
-            continue
-        layer = draw(_part(kind, channels.count))
-        channels.count = getattr(layer, "out_channels", channels.count)
-        parts.append(layer)
-    return Sequential(*parts)
-
-
-def _part(kind: str, channels: int | None) -> Strategy[Layer]:
-    """A layer that takes this many channels, and does not change sizes by much."""
-    if kind == "activation":
-        return activations()
-    if kind == "upsample":
-        return upsample2d(max_scale=2)
-    if kind == "upsample_conv":
-        return upsample_conv2d(max_channels=3, max_kernel=3, max_scale=2, max_padding=2)
-    divisors = [d for d in (1, 2, 3) if channels is None or channels % d == 0]
-    return conv2d(
-        max_channels=3, max_kernel=3, max_stride=2, max_padding=2, max_dilation=2,
-        groups=st.sampled_from(divisors),
-    )  # fmt: skip
 
 
 # --- Tensors
@@ -193,28 +145,59 @@ def dtypes() -> Strategy[torch.dtype]:
 
 @st.composite
 def shapes(draw: st.DrawFn, layer: Layer, max_extra: int = 3) -> Shape:
-    """Shapes (C, H, W) of one example that a layer takes: up to `max_extra` above the smallest.
+    """Shapes of one example that a layer takes, sizes up to `max_extra` choices above the least.
 
     Raises ValueError if the layer's out_shape refuses all that this knows how to try.
     """
-    widest = _LARGEST_SIDE
-    fitting = [c for c in range(1, _MOST_CHANNELS + 1) if takes(layer, (c, widest, widest))]
-    if not fitting:
-        raise ValueError(f"shapes: expected a layer that takes (C, H, W) for some C, got {layer}")
-    channels = draw(st.sampled_from(_repeated(fitting[:3], 3)))
-    least_height = _least(lambda height: takes(layer, (channels, height, widest)))
-    least_width = _least(lambda width: takes(layer, (channels, widest, width)))
-    extra = st.integers(0, max_extra)
-    return channels, least_height + draw(extra), least_width + draw(extra)
+    starts = _least_shapes(layer)
+    if not starts:
+        raise ValueError(f"shapes: expected a layer that takes some small shape, got {layer}")
+    shape = draw(st.sampled_from(starts))
+    for axis, least in enumerate(shape):
+        others = [(*shape[:axis], n, *shape[axis + 1 :]) for n in range(least, least + 13)]
+        fitting = [other for other in others if takes(layer, other)]
+        shape = draw(st.sampled_from((fitting[: max_extra + 1] * 4)[: max(4, max_extra + 1)]))
+    return shape
+
+
+_SIZES = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 20, 27)
+_LARGE = 512
+
+
+@lru_cache(maxsize=4096)
+def _least_shapes(layer: Layer) -> tuple[Shape, ...]:
+    """The least shape that a layer takes of each rank that it takes."""
+    axes = layer._axes
+    ranks = (3, 2, 1, 4, 0) if axes is None or "…" in axes else (len(axes),)
+    found = (_least_shape(layer, rank) for rank in ranks)
+    return tuple(shape for shape in found if shape is not None)
+
+
+def _least_shape(layer: Layer, rank: int) -> Shape | None:
+    """The least shape of a rank; of large images, only the channels are searched for."""
+    large = ((channels, *(_LARGE,) * (rank - 1)) for channels in _SIZES if rank > 1)
+    for shape in large:
+        if takes(layer, shape):
+            return _shrunk(layer, shape)
+    sizes = _SIZES if rank < 4 else (1, 2, 3, 4, 6)
+    candidates = sorted(product(sizes, repeat=rank), key=lambda shape: (sum(shape), shape))
+    return next((shape for shape in candidates if takes(layer, shape)), None)
+
+
+def _shrunk(layer: Layer, shape: Shape) -> Shape:
+    """The shape with each size as small as the layer takes it, one axis after the other."""
+    for axis in range(len(shape)):
+        others = ((*shape[:axis], n, *shape[axis + 1 :]) for n in range(1, shape[axis] + 1))
+        shape = next(other for other in others if takes(layer, other))
+    return shape
 
 
 def takes(layer: Layer, shape: Shape) -> bool:
     """Whether the layer's out_shape accepts the shape of one example."""
     try:
-        layer.out_shape(shape)
-    except (ValueError, TypeError):
+        return min(layer.out_shape(shape), default=1) > 0
+    except (ValueError, TypeError, IndexError):
         return False
-    return True
 
 
 @st.composite
@@ -305,11 +288,34 @@ def cases(
     shape = draw(shapes if isinstance(shapes, st.SearchStrategy) else shapes(layer))
     batch = draw(st.sampled_from([1, 2, 3, 0]) if batches is None else batches)
     dtype = draw(_any_dtypes() if dtypes is None else dtypes)
-    x = draw(tensors((batch, *shape), dtype, device, layouts, integers))
+    classes = _classes(layer)
+    if classes is None:
+        x = draw(tensors((batch, *shape), dtype, device, layouts, integers))
+    else:
+        x = draw(_indices((batch, *shape), classes, device))
     params = layer.init(make_key(draw(st.integers(0, 2**16))), shape, dtype=dtype, device=device)
     if integers:
         params = optree.tree_map(lambda leaf: (leaf * 8).round().clamp(-3, 3), params)
     return FittingCase(layer, params, x)
+
+
+def _classes(layer: Layer) -> int | None:
+    """The number that x's integers are below, if the layer, or the first in it, takes integers."""
+    row = REGISTRY.get(type(layer))
+    if row is not None and row.classes is not None:
+        return row.classes(layer)
+    children = layer._children()
+    return _classes(children[0][1]) if children else None
+
+
+@st.composite
+def _indices(
+    draw: st.DrawFn, shape: Sequence[int], classes: int, device: torch.device | str
+) -> Tensor:
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    dtype = draw(st.sampled_from([torch.int64, torch.int32]))
+    x = torch.randint(classes, tuple(shape), generator=generator, device="cpu", dtype=dtype)
+    return x.to(device)
 
 
 @st.composite
@@ -377,102 +383,52 @@ class Invalid(NamedTuple):
 
 def invalid_layers() -> Strategy[Invalid]:
     """Settings that no layer takes, with the error that each must give."""
-    sizes = {"out_channels": 1, "kernel_size": 1, "padding": 0}
-    return st.one_of(
-        _bad_numbers(Conv2d, {**sizes, "stride": 1, "dilation": 1, "groups": 1}),
-        _bad_numbers(UpsampleConv2d, {**sizes, "scale": 1}),
-        _bad_numbers(Upsample2d, {"scale": 1}),
-        _bad_options(),
-        _bad_groups(),
-    )
+    return st.sampled_from(sorted(_invalid(), key=lambda invalid: invalid.message))
 
 
-@st.composite
-def _bad_numbers(draw: st.DrawFn, cls: type[Layer], least: dict[str, int]) -> Invalid:
-    """One number too small, not an int, or not as many as there should be."""
-    good: dict[str, Any] = {
-        name: 1 for name in ("out_channels", "kernel_size", "scale") if name in least
-    }
-    name = draw(st.sampled_from(sorted(least)))
-    small = draw(st.integers(-3, least[name] - 1))
-    choices: list[tuple[Any, type[Exception], str]] = [
-        (small, ValueError, f" >= {least[name]}, got {small}"),
-        (1.5, TypeError, " to be an int, got 1.5"),
-        (True, TypeError, " to be an int, got True"),
-        (None, TypeError, " to be an int, got None"),
-    ]
-    if name not in ("out_channels", "groups"):
-        choices.append(((1, small), ValueError, f" >= {least[name]}, got {small}"))
-        choices.append(((1, 2, 3), ValueError, " to be an int or a pair of ints, got (1, 2, 3)"))
-    value, error, complaint = draw(st.sampled_from(choices))
-    message = f"{cls.__name__}: expected {name}{complaint}"
-    return Invalid(lambda: cls(**{**good, name: value}), error, message)
+def _invalid() -> Iterator[Invalid]:
+    """One hyperparameter after the other with each value that its kind refuses."""
+    for cls, row in REGISTRY.items():
+        good = row.draw(lambda some: some[0])
+        names = [f.name for f in fields(cls) if f.init]
+        for name, kind in kinds(cls).items():
+            for value, error, complaint in _refused(cls, kind):
+                others = {n: getattr(good, n) for n in names if _is_required(cls, n)}
+                message = f"{cls.__name__}: expected {name}{complaint}"
+                yield Invalid(partial(cls, **{**others, name: value}), error, message)
 
 
-@st.composite
-def _bad_options(draw: st.DrawFn) -> Invalid:
-    cls = draw(st.sampled_from([Conv2d, UpsampleConv2d]))
-    name, value, error = draw(
-        st.sampled_from(
-            [
-                ("bias", 1, TypeError),
-                ("bias", None, TypeError),
-                ("method", "fast", ValueError),
-                ("method", None, ValueError),
-                ("padding", "full", ValueError),
-            ]
-        )
-    )
-    return Invalid(lambda: cls(1, 1, **{name: value}), error, f"{cls.__name__}: expected {name}")
+def _is_required(cls: type[Layer], name: str) -> bool:
+    return next(f.default for f in fields(cls) if f.name == name) is MISSING
 
 
-@st.composite
-def _bad_groups(draw: st.DrawFn) -> Invalid:
-    """Groups that do not divide the channels, and "same" with a stride."""
-    groups = draw(st.integers(2, 5))
-    out_channels = groups * draw(st.integers(0, 3)) + draw(st.integers(1, groups - 1))
-    channels = groups * draw(st.integers(0, 3)) + draw(st.integers(1, groups - 1))
-    stride = draw(_sides(1, 3).filter(lambda pair: pair != (1, 1)))
-    not_dividing_outputs = Invalid(
-        lambda: Conv2d(out_channels, 1, groups=groups),
-        ValueError,
-        f"Conv2d: expected groups to divide out_channels={out_channels}, got groups={groups}",
-    )
-    not_dividing_inputs = Invalid(
-        lambda: Conv2d(groups, 1, groups=groups).out_shape((channels, 8, 8)),
-        ValueError,
-        f"expected channels that groups={groups} divides, got {channels}",
-    )
-    same_with_stride = Invalid(
-        lambda: Conv2d(1, 1, stride=stride, padding="same"),
-        ValueError,
-        'Conv2d: expected stride 1 with padding="same", got',
-    )
-    choices = st.sampled_from([not_dividing_outputs, not_dividing_inputs, same_with_stride])
-    chosen: Invalid = draw(choices)
-    return chosen
-
-
-def _sides(least: int, most: int) -> Strategy[tuple[int, int]]:
-    """(height, width), as often alike as not."""
-    return st.sampled_from(_pairs(least, most))
-
-
-def _pairs(least: int, most: int) -> list[Any]:
-    """All pairs, the simplest first, those alike several times.
-
-    One choice from a list, because Hypothesis thinks fewer choices simpler than smaller numbers.
-    """
-    sides = range(least, most + 1)
-    squares = [(n, n) for n in sides]
-    others = [(m, n) for m in sides for n in sides if m != n]
-    return squares + sorted(others, key=max) + squares * (len(sides) - 1)
-
-
-def _repeated(values: list[int], count: int) -> list[int]:
-    """At least `count` of the values, so that there is always a choice of as many."""
-    return (values * count)[: max(count, len(values))]
-
-
-def _least(fits: Callable[[int], bool]) -> int:
-    return next((n for n in range(1, _LARGEST_SIDE) if fits(n)), _LARGEST_SIDE)
+def _refused(cls: type[Layer], kind: Any) -> Iterator[tuple[Any, type[Exception], str]]:
+    """(value, error, complaint) of what a kind of hyperparameter refuses."""
+    if isinstance(kind, Whole):
+        yield from ((wrong, TypeError, f" to be an int, got {wrong}") for wrong in (1.5, True))
+        if kind.least is not None:
+            small = kind.least - 1
+            yield small, ValueError, f" >= {kind.least}, got {small}"
+    elif isinstance(kind, PerAxis):
+        yield from ((wrong, TypeError, f" to be an int, got {wrong}") for wrong in (1.5, True))
+        small = kind.least - 1
+        yield small, ValueError, f" >= {kind.least}, got {small}"
+        count = len(cls._axes or "") - 1
+        yield (kind.least,) * (count - 1) + (small,), ValueError, f" >= {kind.least}, got {small}"
+        many = (1,) * (count + 1)
+        yield many, ValueError, " to be an int or "
+        if kind.words:
+            yield "full", ValueError, " to be an int, "
+    elif isinstance(kind, OneOf):
+        wrong = 1 if isinstance(kind.choices[0], bool) else "other"
+        error = TypeError if wrong == 1 else ValueError
+        yield wrong, error, " to be "
+        yield None, error, " to be "
+    elif isinstance(kind, Number):
+        yield "1", TypeError, " to be a number, got '1'"
+        yield True, TypeError, " to be a number, got True"
+        yield math.nan, ValueError, " to be finite"
+        if kind.least > -math.inf:
+            yield kind.least - 1, ValueError, " to be finite and >= "
+        if kind.most < math.inf:
+            yield kind.most + 1, ValueError, f" <= {kind.most:g}, got "

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
+from funcnet.fields import Number, OneOf, PerAxis, Whole, kinds
 from funcnet.layer import Layer, Shape
 
 _Choice = TypeVar("_Choice")
@@ -23,11 +24,12 @@ class Choose(Protocol):
 class Row:
     """A layer class: settings to try, examples worth trying every time, its twin in torch.nn.
 
-    `settings` gives the choices for a hyperparameter, the simplest first; the others' follow from
-    the kinds of their fields, and what the constructor refuses is drawn again. `build` makes a layer
-    where hyperparameters depend on each other. `twin` makes the torch.nn module that computes the
-    same from examples of a shape, with parameters of the same names; None where there is none.
-    `classes` is the number that integers in x are below, for a layer that takes integers.
+    `settings` gives the choices for a hyperparameter, the simplest first; the others' choices
+    follow from the kinds of their fields, and what the constructor refuses is drawn again. `build`
+    makes a layer where hyperparameters depend on each other. `twin` makes the torch.nn module that
+    computes the same from examples of a shape, with parameters of the same names; None where there
+    is none. `classes` is the number that the integers in x are below, for a layer that takes them.
+    `needs_key` says that the layer refuses to evaluate without a key.
     """
 
     layer: type[Layer]
@@ -36,3 +38,55 @@ class Row:
     build: Callable[[Choose], Layer] | None = None
     twin: Callable[[Any, Shape], nn.Module] | None = None
     classes: Callable[[Any], int] | None = None
+    needs_key: bool = False
+
+    def draw(self, choose: Choose) -> Layer:
+        """A layer with settings chosen at random. Raises ValueError for some that do not fit."""
+        if self.build is not None:
+            return self.build(choose)
+        chosen = {
+            name: choose(choices(self.layer, name, self.settings.get(name)))
+            for name in (f.name for f in fields(self.layer) if f.init)
+        }
+        return self.layer(**chosen)
+
+
+def choices(cls: type[Layer], name: str, given: Sequence[Any] | None = None) -> Sequence[Any]:
+    """The choices for a hyperparameter: those given, or what the kind of its field suggests."""
+    if given is not None:
+        return given
+    kind = kinds(cls).get(name)
+    default = next(f.default for f in fields(cls) if f.name == name)
+    if isinstance(kind, Whole):
+        least = 0 if kind.least is None else kind.least
+        return [least, least + 1, least + 2, least + 3]
+    if isinstance(kind, PerAxis):
+        tuples: list[Any] = per_axis(kind.least, kind.least + 2, len(cls._axes or "CHW") - 1)
+        return [*tuples, *kind.words, *([None] if kind.may_be_none else [])]
+    if isinstance(kind, OneOf):
+        return sorted(kind.choices, key=str)
+    if isinstance(kind, Number):
+        numbers = [default, 0.0, 0.5, 1.0, 2.0, -1.5]
+        return [n for n in numbers if n is not MISSING and kind.least <= n <= kind.most]
+    if default is MISSING:
+        raise ValueError(f"registry: expected settings for {name} of {cls.__name__}")
+    return [default]
+
+
+def per_axis(least: int, most: int, axes: int) -> list[tuple[int, ...]]:
+    """Tuples of sizes, one an axis, the simplest first; equal ones come several times.
+
+    One choice from a list, because Hypothesis thinks fewer choices simpler than smaller numbers.
+    """
+    alike = [(n,) * axes for n in range(least, most + 1)]
+    if axes == 1:
+        return alike
+    others = [
+        (*[m] * axis, n, *[m] * (axes - axis - 1))
+        for axis in range(axes)
+        for m in range(least, most + 1)
+        for n in range(least, most + 1)
+        if m != n
+    ]
+    distinct = sorted(set(others), key=lambda sizes: (max(sizes), sizes))
+    return alike + distinct + alike * (most - least)

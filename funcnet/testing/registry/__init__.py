@@ -1,0 +1,19 @@
+"""The registry: one row a layer, which drives all else.
+
+    REGISTRY[Conv2d]          its row: settings, examples with shapes, its twin in torch.nn
+
+The strategies, `python -m funcnet.testing`, the benchmark's translation to torch.nn and the tests
+that cut across all layers read it. A new layer is its file, one export, and one row here.
+"""
+
+from __future__ import annotations
+
+from funcnet.layer import Layer
+from funcnet.testing.registry import activations, combinators, conv, upsample
+from funcnet.testing.registry.row import Choose, Row
+
+__all__ = ["REGISTRY", "Choose", "Row"]
+
+REGISTRY: dict[type[Layer], Row] = {
+    row.layer: row for family in (activations, conv, upsample, combinators) for row in family.ROWS
+}

@@ -516,20 +516,20 @@ FAULTS = {
     "y is x": "y shares memory with x",
     "y is strided x": "y shares memory with x",
     "vjp writes to strided x": "vjp: writes to x",
-    "offset of x": "an x that is at an offset in its memory changes y",
+    "offset of x": "x in the memory layout 'offset' changes y",
     "y is a view of x": "y shares memory with x",
     "three results": r"fwd: expected a pair \(y, residuals\), got a tuple of 3",
     "hidden state": "state is kept between fwd and bwd",
     "bwd writes grad": "bwd: writes to grad",
-    "bwd writes residuals": "bwd: writes to (residuals 0|x)",
-    "bwd marks x": "bwd: writes to (residuals 0|x)",
+    "bwd writes residuals": "bwd: writes to (residuals|x)",
+    "bwd marks x": "bwd: writes to (residuals|x)",
     "dx despite input_grad": "expected dx to be None with input_grad=False, got Tensor",
     "dx shape": r"bwd: expected dx of shape \(3, 6\), got \(1, 3, 6\)",
     "dx dtype": "bwd: expected dx to be torch.float64 on cpu, got torch.float32",
     "dx is grad": "the gradient for x shares memory with grad",
     "no dx": "bwd: expected dx to be a tensor, got None",
-    "layout": "a grad that is (strided|transposed in memory|expanded) changes the gradient for x",
-    "expanded": "a grad that is expanded changes the gradient for x",
+    "layout": "grad in the memory layout 'strided' changes the gradient for x",
+    "expanded": "grad in the memory layout 'expanded.*' changes the gradient for x",
     "tree": "bwd: expected dx to be a tensor, got a tuple of 0",
     "tree of dparams": "bwd: expected dparams with the tree of params",
 }
@@ -676,7 +676,5 @@ def test_bad_arguments():
         check_vjp(3, params, x)
     with pytest.raises(TypeError, match="expected params of tensors, got float"):
         check_vjp(Dense(), {**params, "bias": 1.0}, x)
-    with pytest.raises(
-        ValueError, match=r"expected grad of shape \(3, 4\), that of y, got \(4, 3\)"
-    ):
+    with pytest.raises(ValueError, match=r"expected grad of y's shape, \(3, 4\), got \(4, 3\)"):
         check_vjp(Dense(), params, x, grad=torch.ones(4, 3, dtype=x.dtype))

@@ -26,8 +26,7 @@ from hypothesis import strategies as st
 
 from funcnet.layers import ReLU, Sigmoid
 from funcnet.testing import strategies
-from funcnet.testing.check_vjp import inspect_vjp
-from funcnet.testing.mathematics import Errors
+from funcnet.testing.check import Errors, inspect_vjp
 
 _LAYERS: dict[str, strategies.Strategy[Any]] = {
     "ReLU": st.just(ReLU()),

@@ -60,10 +60,10 @@ from funcnet.keys import key as make_key
 from funcnet.layer import Layer, Shape, Tree
 from funcnet.layers import Conv2d, ReLU, Sigmoid, Upsample2d, UpsampleConv2d
 from funcnet.losses import MSE, Loss
+from funcnet.testing.layouts import LAYOUTS, fits, laid_out
 from funcnet.tree import register_node
 
 Strategy: TypeAlias = st.SearchStrategy
-LAYOUTS = ("contiguous", "channels_last", "strided", "transposed", "offset", "expanded")
 
 _LARGEST_SIDE = 512
 _MOST_CHANNELS = 12
@@ -240,29 +240,8 @@ def tensors(
     else:
         double = torch.float64
         x = torch.randn(tuple(shape), generator=generator, dtype=double, device="cpu").to(dtype)
-    fitting = [layout for layout in layouts if layout != "channels_last" or x.ndim == 4]
+    fitting = [layout for layout in layouts if fits(layout, x.ndim)]
     return laid_out(x.to(device), draw(st.sampled_from(fitting)))
-
-
-def laid_out(x: Tensor, layout: str) -> Tensor:
-    """x in one of `LAYOUTS`; an expanded one repeats the first of its entries along the last axis.
-
-    >>> laid_out(torch.zeros(2, 3), "transposed").stride()
-    (1, 2)
-    """
-    if not x.ndim:
-        return x
-    if layout == "channels_last":
-        return x.contiguous(memory_format=torch.channels_last)
-    if layout == "strided":
-        return torch.stack([x, torch.full_like(x, 7)], -1)[..., 0]
-    if layout == "transposed":
-        return x.permute(*reversed(range(x.ndim))).contiguous().permute(*reversed(range(x.ndim)))
-    if layout == "offset":
-        return torch.cat([x.new_full((1,), 7), x.flatten()])[1:].view(x.shape)
-    if layout == "expanded":
-        return x[..., :1].clone().expand(x.shape)
-    return x
 
 
 class FittingCase(NamedTuple):

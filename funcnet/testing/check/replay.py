@@ -1,4 +1,4 @@
-"""The code that replays a case."""
+"""Code that replays a case."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ import funcnet
 from funcnet.combinators import Sequential
 from funcnet.keys import key as make_key
 from funcnet.keys import normal
-from funcnet.testing.case import Case, LossCase
+from funcnet.testing.check.case import Case, LossCase, make_case
 
 _MOST_LITERAL = 400
 
 
 def snippet(case: Case, fails: Callable[[Case], bool]) -> str:
-    """Code that raises again. Tensors are drawn from keys if such ones fail too, the smallest batch
-    first; otherwise they are written out if they are few, and else taken from the exception.
+    """Code that raises the same again.
+
+    It draws its tensors from keys if such a case fails too, the smallest batch first. Otherwise it
+    spells the tensors out if they have few entries, or takes them from the exception.
     """
     drawn = None if isinstance(case, LossCase) or case.key is not None else _drawn(case, fails)
-    literal = _entries(case) <= _MOST_LITERAL and _is_plain(case.params)
+    literal = _entries(case) <= _MOST_LITERAL and _is_builtin(case.params)
     known = drawn is not None or literal
     lines = ["import torch", "import funcnet as fn", "from funcnet.testing import check_vjp"]
     if not known:
@@ -47,7 +49,7 @@ def _entries(case: Case) -> int:
 
 def _from_exception(case: Case) -> list[str]:
     return [
-        "# Not written out: catch the exception as `error`, and its tensors are",
+        "# The tensors are too large to be spelled out: catch the exception as `error`.",
         "layer, params, x, grad = error.layer, error.params, error.x, error.grad",
         "check_vjp(layer, x, error.target, grad=grad)"
         if case.is_loss
@@ -65,11 +67,10 @@ def _drawn(case: Case, fails: Callable[[Case], bool]) -> Case | None:
         try:
             params = case.layer.init(make_key(0), shape[1:], dtype=dtype, device=device)
             x = normal(make_key(1), shape, dtype=dtype, device=device)
-            grad = torch.zeros_like(case.layer.apply(params, x))
-            drawn = Case(case.layer, params, x, grad)
+            drawn = make_case(case.layer, params, x, None, None)
             if optree.tree_structure(params) == optree.tree_structure(case.params) and fails(drawn):
                 return drawn
-        except Exception:  # the user's init may be anything, and a snippet is only a service
+        except Exception:  # a user's init may not work with a key, and the snippet is optional
             continue
     return None
 
@@ -88,7 +89,7 @@ def _literally(case: Case) -> list[str]:
 
 
 def _tree(tree: Any) -> str:
-    """Code for plain containers of tensors."""
+    """Code for a tree of tuples, lists, dicts, None and tensors."""
     if tree is None:
         return "None"
     if isinstance(tree, Tensor):
@@ -100,12 +101,12 @@ def _tree(tree: Any) -> str:
     return "(" + "".join(f"{_tree(v)}, " for v in tree).strip() + ")"
 
 
-def _is_plain(tree: Any) -> bool:
-    """Whether a tree is made of tuples, lists, dicts and None alone."""
+def _is_builtin(tree: Any) -> bool:
+    """Whether `_tree` can spell a tree."""
     if type(tree) in (tuple, list):
-        return all(map(_is_plain, tree))
+        return all(map(_is_builtin, tree))
     if type(tree) is dict:
-        return all(map(_is_plain, tree.values()))
+        return all(map(_is_builtin, tree.values()))
     return tree is None or isinstance(tree, Tensor)
 
 
@@ -116,12 +117,12 @@ def _literal(x: Tensor) -> str:
 
 
 def _on(device: torch.device) -> str:
-    """The argument that puts a tensor there."""
+    """The argument that puts a tensor on a device."""
     return "" if device.type == "cpu" else f', device="{device}"'
 
 
 def _source(layer: Any) -> str:
-    """The layer's repr, without the function that its class may have been defined in."""
+    """The layer's repr, without the names of functions that its classes are defined in."""
     return re.sub(r"[\w.]*<locals>\.", "", repr(layer))
 
 
@@ -136,6 +137,6 @@ def _import_of(layer: Any) -> list[str]:
 
 
 def _classes(layer: Any) -> set[type]:
-    """That of a layer, and of those in it."""
+    """The classes of a layer and of the layers in it."""
     inner = layer if isinstance(layer, Sequential) else ()
     return {type(layer)}.union(*map(_classes, inner))

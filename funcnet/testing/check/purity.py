@@ -1,11 +1,10 @@
-"""That a call leaves what it was handed and all global state alone, and returns new memory."""
+"""Purity: a call writes to no input and no global state, and its results share no memory."""
 
 from __future__ import annotations
 
 import operator
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,7 +12,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funcnet.testing.case import Case, Leaves
+from funcnet.testing.check.case import Case, Leaves
 from funcnet.testing.errors import GradientMismatch
 from funcnet.testing.layouts import bits
 
@@ -23,18 +22,12 @@ _Result = TypeVar("_Result")
 def pure(
     case: Case, who: str, call: Callable[[], _Result], extra: dict[str, Tensor] | None = None
 ) -> _Result:
-    """What `call` returns, held to leaving its inputs, and `extra` ones, as they were."""
-    with _watched(case, who, {**case.inputs, **(extra or {})}):
-        return call()
-
-
-@contextmanager
-def _watched(case: Case, who: str, inputs: dict[str, Any]) -> Iterator[None]:
-    tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
+    """Return `call()`. Raise GradientMismatch if it changes an input, or a tensor in `extra`."""
+    tensors = _tensors({**case.inputs, **(extra or {})})
     before = {name: (_description(x), bits(x)) for name, x in tensors.items()}
     leaves, structure = optree.tree_flatten(case.params)
     states = random_states(case)
-    yield
+    result = call()
     expect_states(case, who, states)
     for name, x in tensors.items():
         description, old = before[name]
@@ -43,15 +36,20 @@ def _watched(case: Case, who: str, inputs: dict[str, Any]) -> Iterator[None]:
     leaves_after, structure_after = optree.tree_flatten(case.params)
     if structure_after != structure or not all(map(operator.is_, leaves_after, leaves)):
         raise GradientMismatch(f"{who}: changes the tree of params that it was handed")
+    return result
+
+
+def _tensors(named: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: x for name, x in named.items() if isinstance(x, Tensor)}
 
 
 def _description(x: Tensor) -> tuple[Any, ...]:
-    """What else there is to write to a tensor."""
+    """The properties of a tensor, besides its entries, that a call can change."""
     return x.shape, x.stride(), x.requires_grad, 0 if x.is_inference() else x._version
 
 
 def random_states(case: Case) -> list[Any]:
-    """Of all generators that a layer may not draw from."""
+    """The states of all generators that a layer must not draw from."""
     states: list[Any] = [
         torch.get_rng_state(),
         np.random.get_state(legacy=False),
@@ -70,7 +68,6 @@ def seed_torch(case: Case, seed: int) -> None:
 
 
 def restore_random_states(case: Case, states: list[Any]) -> None:
-    """The inverse of `random_states`."""
     torch.set_rng_state(states[0])
     np.random.set_state(states[1])
     random.setstate(states[2])
@@ -79,7 +76,7 @@ def restore_random_states(case: Case, states: list[Any]) -> None:
 
 
 def expect_states(case: Case, who: str, states: list[Any]) -> None:
-    """That `random_states` are what they were."""
+    """Raise GradientMismatch unless `random_states` are still these."""
     for name, old, new in zip(
         ("torch", "numpy", "random", "torch.cuda"), states, random_states(case), strict=False
     ):
@@ -96,26 +93,23 @@ def _same_state(old: Any, new: Any) -> bool:
     return bool(old == new)
 
 
-def expect_unshared(case: Case, name: str, result: Tensor) -> None:
-    """Memory apart from that of the inputs."""
-    if not result.numel():
-        return
-    for other, x in case.inputs.items():
-        if isinstance(x, Tensor) and _storage(x) == _storage(result):
+def expect_unshared(name: str, result: Tensor, others: Mapping[str, Any], why: str = "") -> None:
+    """Raise GradientMismatch if a result shares storage with one of the other tensors."""
+    for other, x in _tensors(others).items():
+        if x.numel() and result.numel() and _storage(x) == _storage(result):
             raise GradientMismatch(
-                f"{name} shares memory with {other}: whoever writes to one changes the other"
+                f"{name} shares memory with {other}{why}: whoever writes to one changes the other"
             )
 
 
 def expect_own(case: Case, gradients: Leaves) -> None:
-    """Memory of their own for all gradients."""
+    """Raise GradientMismatch if a gradient shares memory with an input or another gradient."""
     found: dict[int, str] = {}
     for name, gradient in zip(case.names, gradients, strict=True):
-        expect_unshared(case, f"the gradient for {name}", gradient)
-        other = found.setdefault(gradient.data_ptr(), name)
-        if gradient.numel() and other != name:
+        expect_unshared(f"the gradient for {name}", gradient, case.inputs)
+        if gradient.numel() and found.setdefault(gradient.data_ptr(), name) != name:
             raise GradientMismatch(
-                f"the gradients for {other} and {name} share memory: "
+                f"the gradients for {found[gradient.data_ptr()]} and {name} share memory: "
                 "whoever writes to one changes the other"
             )
 

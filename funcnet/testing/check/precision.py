@@ -1,0 +1,48 @@
+"""The comparison of a low-precision dtype with float64, up to what rounding in it can do."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from funcnet.testing.check.case import Case
+from funcnet.testing.check.comparison import Errors, excess, largest_error, worst
+from funcnet.testing.check.rounding import TRIALS, allowance, gradient_moves, value_moves
+from funcnet.testing.check.tolerances import ACROSS_DTYPES, OVERFLOW
+
+
+def find_inexact(case: Case, double: Case, errors: Errors) -> str | None:
+    """How y or a gradient in the case's dtype is further from float64 than rounding explains."""
+    dtype = case.x.dtype
+    epsilon = torch.finfo(dtype).eps
+    y, exact = case.apply(), double.apply()
+    if _off(y, exact, value_moves(double, epsilon, 1)) is not None:
+        if case.key is not None:
+            return None  # in another dtype a layer may draw other numbers from the same key
+        index = _off(y, exact, value_moves(double, epsilon, TRIALS))
+        if index is not None:
+            return _complaint("y", y, exact, index)
+    compared = list(zip(case.gradients(), double.gradients(), strict=True))
+    moves = gradient_moves(double, epsilon, 2)
+    if any(_off(*pair, move) is not None for pair, move in zip(compared, moves, strict=True)):
+        moves = gradient_moves(double, epsilon, TRIALS)
+    for name, (a, b), move in zip(case.names, compared, moves, strict=True):
+        index = _off(a, b, move)
+        if index is not None:
+            return _complaint(f"the gradient for {name}", a, b, index)
+        errors.working = max(errors.working, epsilon * largest_error(a, b, move))
+    return None
+
+
+def _off(a: Tensor, b: Tensor, move: Tensor) -> tuple[int, ...] | None:
+    """The index of the entry of a that is furthest from float64's b; None if none is too far."""
+    info = torch.finfo(a.dtype)
+    off = excess(a, b, allowance(move, a.dtype) + ACROSS_DTYPES * info.eps * b.abs())
+    return worst(off.masked_fill(b.abs() > OVERFLOW * info.max, 0.0))
+
+
+def _complaint(name: str, a: Tensor, b: Tensor, index: tuple[int, ...]) -> str:
+    return (
+        f"in {a.dtype}, {name} is further from float64 than rounding explains: "
+        f"expected about {float(b[index]):.9g} at {list(index)}, got {float(a[index]):.9g}"
+    )

@@ -605,6 +605,39 @@ def test_what_rounding_in_half_precision_hides(fault):
         check_vjp(Half(), params, x)
 
 
+@dataclass(frozen=True)
+class Choosy(Dense):
+    """A Dense whose bwd takes `param_grad`, with a fault where it is False."""
+
+    fault: str = ""
+
+    def bwd(self, params, residuals, grad, *, input_grad=True, param_grad=True):
+        dparams, dx = super().bwd(params, residuals, grad, input_grad=input_grad)
+        if param_grad:
+            return dparams, dx
+        if self.fault == "dx" and dx is not None:
+            dx[1, 2] *= 1 + 1e-5
+        return dparams if self.fault == "dparams" else None, dx
+
+    def vjp(self, params, x, grad, *, key=None, **need):
+        dparams, dx = self.bwd(params, self.fwd(params, x)[1], grad, **need)
+        return () if self.fault == "vjp" and dparams is None else dparams, dx
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("dparams", "bwd: expected dparams to be None with param_grad=False, got dict"),
+        ("dx", r"bwd: param_grad=False changes the gradient for x, at \[1, 2\]"),
+        ("vjp", "vjp: expected dparams to be None with param_grad=False, got a tuple of 0"),
+    ],
+)
+def test_param_grad_where_the_layer_takes_it(fault, message):
+    check_vjp(Choosy(), *case(Choosy()))
+    with pytest.raises(GradientMismatch, match=message):
+        check_vjp(Choosy(fault=fault), *case(Choosy()))
+
+
 def test_broken_is_right_without_a_fault():
     check_vjp(Broken(), *case(Broken()))
 

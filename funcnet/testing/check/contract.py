@@ -8,10 +8,12 @@ may differ by what rounding in that dtype can do.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,7 +47,7 @@ def check_calls(case: Case) -> None:
     gradients = _check_bwd(case, y, residuals)
     _check_vjp_and_apply(case, y, gradients)
     if not case.is_loss:
-        _check_no_input_grad(case, residuals, gradients)
+        _check_need(case, residuals, gradients)
     _check_no_state(case, pristine, gradients)
 
 
@@ -87,21 +89,24 @@ def _check_bwd(case: Case, y: Tensor, residuals: Any) -> Leaves:
     return gradients
 
 
-def _check_gradients(case: Case, who: str, result: Any, input_grad: bool = True) -> Leaves:
+def _check_gradients(case: Case, who: str, result: Any, without: str = "") -> Leaves:
+    """The gradients that were asked for. `without` names the argument of bwd that was False."""
     dparams, dx = _pair(who, "(dparams, dx)", result)
+    for name, gradient, need in (("dparams", dparams, "param_grad"), ("dx", dx, "input_grad")):
+        if without == need and gradient is not None:
+            raise GradientMismatch(
+                f"{who}: expected {name} to be None with {need}=False, got {_kind(gradient)}"
+            )
+    asked = {"input_grad": slice(-1), "param_grad": slice(-1, None)}.get(without, slice(None))
     expected, got = optree.tree_structure(case.params), optree.tree_structure(dparams)
-    if expected != got:
+    if expected != got and without != "param_grad":
         raise GradientMismatch(
             f"{who}: expected dparams with the tree of params, {expected}, got {got}"
         )
-    gradients = [*optree.tree_leaves(dparams), *([dx] if input_grad else [])]
-    for name, leaf, gradient in zip(case.names, case.leaves, gradients, strict=False):
+    gradients = [*optree.tree_leaves(dparams), *([] if without == "input_grad" else [dx])]
+    for name, leaf, gradient in zip(case.names[asked], case.leaves[asked], gradients, strict=True):
         label = "dx" if name == "x" else f"the gradient for {name}"
         _expect_like(who, label, gradient, leaf.shape, leaf)
-    if not input_grad and dx is not None:
-        raise GradientMismatch(
-            f"{who}: expected dx to be None with input_grad=False, got {_kind(dx)}"
-        )
     return gradients
 
 
@@ -115,13 +120,22 @@ def _check_vjp_and_apply(case: Case, y: Tensor, gradients: Leaves) -> None:
     _expect_close(case, "vjp and fwd + bwd differ", result, gradients)
 
 
-def _check_no_input_grad(case: Case, residuals: Any, gradients: Leaves) -> None:
-    for who, call in (
-        ("bwd", lambda: case.bwd(residuals, input_grad=False)),
-        ("vjp", lambda: case.vjp(input_grad=False)),
+def _check_need(case: Case, residuals: Any, gradients: Leaves) -> None:
+    """Ask bwd and vjp for one of the two gradients."""
+    for who, method, call in (
+        ("bwd", case.layer.bwd, partial(case.bwd, residuals)),
+        ("vjp", case.layer.vjp, case.vjp),
     ):
-        result = _check_gradients(case, who, pure(case, who, call), input_grad=False)
-        _expect_close(case, f"{who}: input_grad=False changes dparams", result, gradients[:-1])
+        for need in ("input_grad", "param_grad") if _takes_param_grad(method) else ("input_grad",):
+            result = pure(case, who, partial(call, **{need: False}))
+            got = _check_gradients(case, who, result, without=need)
+            got = [*got, gradients[-1]] if need == "input_grad" else [*gradients[:-1], *got]
+            _expect_close(case, f"{who}: {need}=False changes the gradient", got, gradients)
+
+
+def _takes_param_grad(method: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(method).parameters.values()
+    return any(p.name == "param_grad" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _check_no_state(case: Case, pristine: Any, gradients: Leaves) -> None:

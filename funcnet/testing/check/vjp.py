@@ -37,9 +37,10 @@ def check_vjp(
     gradient of the result, drawn if not given. `key` goes to layers that draw numbers.
 
     - The contract: the tree of dparams, shapes, dtypes, devices; `apply` agrees with `fwd`, `vjp`
-      with `bwd`; `input_grad=False`; `out_shape`; `init` ignores global randomness; no call writes
-      to its inputs or returns their memory; no global random state is used; the same call twice
-      gives the same bits; no state between `fwd` and `bwd`; any memory layout; a batch of 0.
+      with `bwd`; `input_grad=False`, and `param_grad=False` where the layer takes it; `out_shape`;
+      `init` ignores global randomness; no call writes to its inputs or returns their memory; no
+      global random state is used; the same call twice gives the same bits; no state between `fwd`
+      and `bwd`; any memory layout; a batch of 0.
     - The mathematics, in float64: autograd of `apply` where it can follow; central differences,
       entry by entry where that is little work and along random directions; the power that Taylor's
       remainder falls by; linearity in grad; a batch is the sum of its examples. Only a numeric

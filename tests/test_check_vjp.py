@@ -638,6 +638,74 @@ def test_param_grad_where_the_layer_takes_it(fault, message):
         check_vjp(Choosy(fault=fault), *case(Choosy()))
 
 
+@dataclass(frozen=True)
+class Marked(Dense):
+    """A Dense whose residuals hold a tensor without entries, in memory of its own or of x."""
+
+    view: bool = False
+    _fresh = True
+
+    def fwd(self, params, x, *, key=None):
+        y, (x, _) = super().fwd(params, x)
+        return y, (x[None][:0] if self.view else x.new_empty(0, *x.shape), (x, y.clone()))
+
+    def bwd(self, params, residuals, grad, *, input_grad=True):
+        return super().bwd(params, residuals[1], grad, input_grad=input_grad)
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_residuals_without_entries(view):
+    for dtype in (torch.float64, torch.float32):
+        check_vjp(Marked(view=view), *case(Marked(), dtype=dtype))
+        check_vjp(Marked(view=view), *case(Marked(), (0, 6), dtype))
+
+
+@dataclass(frozen=True)
+class Fresh(Plain):
+    """⌊x⌋ + b, which promises that y and dx are memory of their own, and may lie."""
+
+    lie: str = ""
+    _fresh: ClassVar[bool] = True
+
+    def init(self, key, shape, *, dtype=None, device=None):
+        return {"bias": fn.normal(key, shape, dtype=dtype, device=device)}
+
+    def fwd(self, params, x, *, key=None):
+        y = x.floor() + params["bias"]
+        kept = {"y": y[:1], "a transposed y": y.T.contiguous()}.get(self.lie, y.clone())
+        return y, {"kept": kept, "zeros": torch.zeros_like(x)}
+
+    def bwd(self, params, residuals, grad, *, input_grad=True):
+        both = torch.cat([residuals["zeros"], grad.sum(0)[None]])
+        dbias, dx = both[-1], residuals["zeros"] if self.lie == "dx" else both[:-1]
+        dbias = dbias if self.lie == "dparams" else dbias.clone()
+        return {"bias": dbias}, dx if input_grad else None
+
+
+@dataclass(frozen=True)
+class Modest(Fresh):
+    """The same without the promise."""
+
+    _fresh: ClassVar[bool] = False
+
+
+@pytest.mark.parametrize(
+    ("lie", "message"),
+    [
+        ("y", r"y of fwd shares memory with residuals\['kept'\] \(Fresh declares _fresh\)"),
+        ("a transposed y", r"y of fwd shares memory with residuals\['kept'\]"),
+        ("dx", r"dx of bwd shares memory with residuals\['zeros'\] \(Fresh declares _fresh\)"),
+        ("dparams", r"dx of bwd shares memory with dparams\['bias'\] \(Fresh declares _fresh\)"),
+    ],
+)
+def test_the_promise_that_results_are_fresh(lie, message):
+    params, x = case(Fresh())
+    check_vjp(Fresh(), params, x)
+    check_vjp(Modest(lie), params, x)
+    with pytest.raises(GradientMismatch, match=message):
+        check_vjp(Fresh(lie), params, x)
+
+
 def test_broken_is_right_without_a_fault():
     check_vjp(Broken(), *case(Broken()))
 

@@ -45,6 +45,7 @@ def check_calls(case: Case) -> None:
     pristine = _copied(case.layer)
     y, residuals = _check_fwd(case)
     gradients = _check_bwd(case, y, residuals)
+    _check_fresh(case)
     _check_vjp_and_apply(case, y, gradients)
     if not case.is_loss:
         _check_need(case, residuals, gradients)
@@ -81,7 +82,7 @@ def _check_fwd(case: Case) -> tuple[Tensor, Any]:
 
 
 def _check_bwd(case: Case, y: Tensor, residuals: Any) -> Leaves:
-    kept = {"y": y, "grad": case.grad, **_named(residuals)}
+    kept = {"y": y, "grad": case.grad, **_named("residuals", residuals)}
     result = pure(case, "bwd", lambda: case.bwd(residuals), kept)
     gradients = _check_gradients(case, "bwd", result)
     expect_own(case, gradients)
@@ -157,12 +158,28 @@ def _check_no_state(case: Case, pristine: Any, gradients: Leaves) -> None:
         raise GradientMismatch(complaint)
 
 
+def _check_fresh(case: Case) -> None:
+    """Hold a layer that declares `_fresh = True` to it.
+
+    Then y of fwd shares no storage with the residuals, nor dx of bwd with the residuals or dparams,
+    so that the next layer may write over y and dx.
+    """
+    if not getattr(case.layer, "_fresh", False):
+        return
+    y, residuals = case.fwd()
+    dparams, dx = case.bwd(residuals)
+    kept, why = _named("residuals", residuals), f" ({type(case.layer).__name__} declares _fresh)"
+    expect_unshared("y of fwd", y, kept, why)
+    expect_unshared("dx of bwd", dx, {**kept, **_named("dparams", dparams)}, why)
+
+
 def _check_layouts(case: Case, residuals: Any, gradients: Leaves) -> None:
     for name, grad in other_layouts(case.grad):
         there = case.at(case.leaves, grad)
         straight = case.at(case.leaves, row_major(grad))
         got = flat(pure(there, "bwd", lambda there=there: there.bwd(residuals)))  # type: ignore[misc]
         expect_own(there, got)
+        _check_fresh(there)
         want = gradients if same(grad, case.grad) else flat(straight.bwd(residuals))
         _expect_close(
             straight, f"grad in the memory layout {name!r} changes the gradient", got, want
@@ -183,6 +200,7 @@ def _expect_the_same(there: Case, straight: Case, complaint: str) -> None:
     _expect_close(straight, f"{complaint} y", [y], [straight.apply()], of_value=True)
     got = flat(pure(there, "vjp", there.vjp))
     expect_own(there, got)
+    _check_fresh(there)
     _expect_close(straight, f"{complaint} the gradient", got, straight.gradients())
 
 
@@ -297,9 +315,9 @@ def _expect_close(
     raise GradientMismatch(f"{complaint}{place}")
 
 
-def _named(residuals: Any) -> dict[str, Any]:
-    names = (accessor.codify("residuals") for accessor in optree.tree_accessors(residuals))
-    return dict(zip(names, optree.tree_leaves(residuals), strict=True))
+def _named(name: str, tree: Any) -> dict[str, Any]:
+    names = (accessor.codify(name) for accessor in optree.tree_accessors(tree))
+    return dict(zip(names, optree.tree_leaves(tree), strict=True))
 
 
 def _other(leaf: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How far results are apart, entry by entry and at worst."""
+"""The comparison of results, entry by entry and at worst."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Errors:
 
 
 def excess(got: Tensor, want: Tensor, allowed: Tensor) -> Tensor:
-    """How many times the allowed difference each entry of `got` is off.
+    """The difference of each entry, in units of the difference that is allowed.
 
     0 where both are equal or `want` is not finite, infinite where only `got` is not finite.
     """

@@ -10,13 +10,11 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import optree
 import torch
 from torch import Tensor
@@ -25,15 +23,7 @@ from funcnet.keys import fold_in
 from funcnet.keys import key as make_key
 from funcnet.testing.check.case import Case, Leaves, flat, signed
 from funcnet.testing.check.comparison import excess, worst
-from funcnet.testing.check.purity import (
-    expect_own,
-    expect_states,
-    expect_unshared,
-    pure,
-    random_states,
-    restore_random_states,
-    seed_torch,
-)
+from funcnet.testing.check.purity import expect_own, expect_unshared, pure, under_two_seeds
 from funcnet.testing.check.rounding import TRIALS, allowance, gradient_moves, value_moves
 from funcnet.testing.check.tolerances import SAME_DTYPE
 from funcnet.testing.errors import GradientMismatch
@@ -177,7 +167,7 @@ def _check_layouts(case: Case, residuals: Any, gradients: Leaves) -> None:
     for name, grad in other_layouts(case.grad):
         there = case.at(case.leaves, grad)
         straight = case.at(case.leaves, row_major(grad))
-        got = flat(pure(there, "bwd", lambda there=there: there.bwd(residuals)))  # type: ignore[misc]
+        got = flat(pure(there, "bwd", partial(there.bwd, residuals)))
         expect_own(there, got)
         _check_fresh(there)
         want = gradients if same(grad, case.grad) else flat(straight.bwd(residuals))
@@ -214,21 +204,12 @@ def _takes(case: Case) -> bool:
 
 
 def _check_init(case: Case) -> None:
-    shape = tuple(case.x.shape[1:])
     key = make_key(0) if case.key is None else fold_in(case.key, 0)
-    states = random_states(case)
-    try:
-        found = []
-        for seed in (1, 2):
-            seed_torch(case, seed)
-            np.random.seed(seed)
-            random.seed(seed)
-            before = random_states(case)
-            found.append(optree.tree_leaves(case.layer.init(key, shape)))
-            expect_states(case, "init", before)
-    finally:
-        restore_random_states(case, states)
-    if len(found[0]) != len(found[1]) or not all(map(same, *found)):
+    shape = tuple(case.x.shape[1:])
+    first, second = under_two_seeds(
+        case, "init", lambda: optree.tree_leaves(case.layer.init(key, shape))
+    )
+    if len(first) != len(second) or not all(map(same, first, second)):
         raise GradientMismatch(
             "init: the same key gives different parameters, as if drawn from global randomness"
         )

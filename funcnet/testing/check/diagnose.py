@@ -42,9 +42,8 @@ def where(finding: Finding) -> str:
         return ""
     places = bad.nonzero()
     parts = []
-    for low, high, size in zip(
-        places.amin(0).tolist(), places.amax(0).tolist(), bad.shape, strict=True
-    ):
+    edges = zip(places.amin(0).tolist(), places.amax(0).tolist(), bad.shape, strict=True)
+    for low, high, size in edges:
         whole = (low, high) == (0, size - 1)
         parts.append(":" if whole else str(low) if low == high else f"{low}:{high + 1}")
     return "" if set(parts) == {":"} else f"[{', '.join(parts)}]"
@@ -89,10 +88,8 @@ def _over_part_of_the_batch(finding: Finding) -> Iterator[tuple[str, Tensor]]:
         grad[which] = case.grad[which]
         part = autograd_gradients(case.at(case.leaves, grad))
         if part is not None:
-            yield (
-                f"only the {name} example counts: the sum over the batch is missing",
-                part[finding.leaf],
-            )
+            explanation = f"only the {name} example counts: the sum over the batch is missing"
+            yield explanation, part[finding.leaf]
 
 
 def _ignores_grad(case: Case, leaf: int, wrong: Tensor) -> bool:
@@ -103,8 +100,7 @@ def _ignores_grad(case: Case, leaf: int, wrong: Tensor) -> bool:
 
 def _factor(case: Case, wrong: Tensor, right: Tensor) -> str | None:
     """Name a factor that all entries are off by."""
-    where_right = right != 0
-    if not where_right.any():
+    if not right.any():
         return None
     factor = float((wrong * right).sum() / right.square().sum())
     if abs(factor - 1) > ALIKE and _alike(wrong, factor * right):

@@ -12,7 +12,7 @@ from funcnet.testing.check.tolerances import ACROSS_DTYPES, OVERFLOW
 
 
 def find_inexact(case: Case, double: Case, errors: Errors) -> str | None:
-    """How y or a gradient in the case's dtype is further from float64 than rounding explains."""
+    """Say which of y and the gradients is further from float64 than rounding explains."""
     dtype = case.x.dtype
     epsilon = torch.finfo(dtype).eps
     y, exact = case.apply(), double.apply()

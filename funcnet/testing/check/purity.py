@@ -26,9 +26,9 @@ def pure(
     tensors = _tensors({**case.inputs, **(extra or {})})
     before = {name: (_description(x), bits(x)) for name, x in tensors.items()}
     leaves, structure = optree.tree_flatten(case.params)
-    states = random_states(case)
+    states = _random_states(case)
     result = call()
-    expect_states(case, who, states)
+    _expect_states(case, who, states)
     for name, x in tensors.items():
         description, old = before[name]
         if _description(x) != description or not torch.equal(bits(x), old):
@@ -48,39 +48,45 @@ def _description(x: Tensor) -> tuple[Any, ...]:
     return x.shape, x.stride(), x.requires_grad, 0 if x.is_inference() else x._version
 
 
-def random_states(case: Case) -> list[Any]:
+def under_two_seeds(case: Case, who: str, call: Callable[[], _Result]) -> list[_Result]:
+    """Return `call()` twice, under two global seeds; the random states are restored."""
+    states = _random_states(case)
+    results = []
+    try:
+        for seed in (1, 2):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds every device
+            if case.x.device.type == "cuda":
+                torch.cuda.manual_seed(seed)
+            np.random.seed(seed)
+            random.seed(seed)
+            before = _random_states(case)
+            results.append(call())
+            _expect_states(case, who, before)
+    finally:
+        torch.set_rng_state(states["torch"])
+        np.random.set_state(states["numpy"])
+        random.setstate(states["random"])
+        if "torch.cuda" in states:
+            torch.cuda.set_rng_state(states["torch.cuda"], case.x.device)
+    return results
+
+
+def _random_states(case: Case) -> dict[str, Any]:
     """The states of all generators that a layer must not draw from."""
-    states: list[Any] = [
-        torch.get_rng_state(),
-        np.random.get_state(legacy=False),
-        random.getstate(),
-    ]
+    states = {
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.get_state(legacy=False),
+        "random": random.getstate(),
+    }
     if case.x.device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(case.x.device))
+        states["torch.cuda"] = torch.cuda.get_rng_state(case.x.device)
     return states
 
 
-def seed_torch(case: Case, seed: int) -> None:
-    """`torch.manual_seed`, on the devices of the case only."""
-    torch.default_generator.manual_seed(seed)
-    if case.x.device.type == "cuda":
-        torch.cuda.manual_seed(seed)
-
-
-def restore_random_states(case: Case, states: list[Any]) -> None:
-    torch.set_rng_state(states[0])
-    np.random.set_state(states[1])
-    random.setstate(states[2])
-    if len(states) > 3:
-        torch.cuda.set_rng_state(states[3], case.x.device)
-
-
-def expect_states(case: Case, who: str, states: list[Any]) -> None:
-    """Raise GradientMismatch unless `random_states` are still these."""
-    for name, old, new in zip(
-        ("torch", "numpy", "random", "torch.cuda"), states, random_states(case), strict=False
-    ):
-        if not _same_state(old, new):
+def _expect_states(case: Case, who: str, states: dict[str, Any]) -> None:
+    """Raise GradientMismatch unless the random states are still these."""
+    for name, new in _random_states(case).items():
+        if not _same_state(states[name], new):
             raise GradientMismatch(f"{who}: draws from the global random state of {name}")
 
 

@@ -26,10 +26,9 @@ def snippet(case: Case, fails: Callable[[Case], bool]) -> str:
     spells the tensors out if they have few entries, or takes them from the exception.
     """
     drawn = None if isinstance(case, LossCase) or case.key is not None else _drawn(case, fails)
-    literal = _entries(case) <= _MOST_LITERAL and _is_builtin(case.params)
-    known = drawn is not None or literal
+    entries = sum(x.numel() for x in case.inputs.values())
     lines = ["import torch", "import funcnet as fn", "from funcnet.testing import check_vjp"]
-    if not known:
+    if drawn is None and not (entries <= _MOST_LITERAL and _is_builtin(case.params)):
         return "\n".join([*lines, *_from_exception(case)])
     lines += [*_import_of(case.layer), f"layer = {_source(case.layer)}"]
     if drawn is None:
@@ -41,10 +40,6 @@ def snippet(case: Case, fails: Callable[[Case], bool]) -> str:
         "check_vjp(layer, params, x)",
     ]
     return "\n".join(lines)
-
-
-def _entries(case: Case) -> int:
-    return sum(x.numel() for x in case.inputs.values())
 
 
 def _from_exception(case: Case) -> list[str]:
@@ -60,9 +55,8 @@ def _from_exception(case: Case) -> list[str]:
 def _drawn(case: Case, fails: Callable[[Case], bool]) -> Case | None:
     """A failing case of the same shapes, drawn from keys."""
     dtype, device = case.x.dtype, case.x.device
-    for count in sorted(
-        {min(1, len(case.x)), min(2, len(case.x)), len(case.x)} if case.x.ndim else ()
-    ):
+    batch = len(case.x) if case.x.ndim else None
+    for count in [] if batch is None else sorted({min(1, batch), min(2, batch), batch}):
         shape = (count, *case.x.shape[1:])
         try:
             params = case.layer.init(make_key(0), shape[1:], dtype=dtype, device=device)
@@ -82,27 +76,21 @@ def _literally(case: Case) -> list[str]:
         lines.append(f"target = {_literal(case.target)}")
         arguments = "layer, x, target"
     else:
-        lines.append(f"params = {_tree(case.params)}")
+        params = optree.tree_map(lambda leaf: _Code(_literal(leaf)), case.params)
+        lines.append(f"params = {params!r}")
         arguments = "layer, params, x"
     lines.append(f"grad = {_literal(case.grad)}")
     return [*lines, f"check_vjp({arguments}, grad=grad{key})"]
 
 
-def _tree(tree: Any) -> str:
-    """Code for a tree of tuples, lists, dicts, None and tensors."""
-    if tree is None:
-        return "None"
-    if isinstance(tree, Tensor):
-        return _literal(tree)
-    if type(tree) is dict:
-        return "{" + ", ".join(f"{k!r}: {_tree(v)}" for k, v in tree.items()) + "}"
-    if type(tree) is list:
-        return "[" + ", ".join(map(_tree, tree)) + "]"
-    return "(" + "".join(f"{_tree(v)}, " for v in tree).strip() + ")"
+class _Code(str):
+    """Code that is its own repr, so that the repr of a tree of it is code."""
+
+    __repr__ = str.__str__
 
 
 def _is_builtin(tree: Any) -> bool:
-    """Whether `_tree` can spell a tree."""
+    """Whether a tree is made of tuples, lists, dicts and None alone."""
     if type(tree) in (tuple, list):
         return all(map(_is_builtin, tree))
     if type(tree) is dict:

@@ -67,5 +67,5 @@ def complete(mismatch: GradientMismatch, case: Case, examine: Callable[[Case], N
 
 
 def _fault(mismatch: GradientMismatch) -> str:
-    """What is wrong, without the index."""
+    """The kind of mismatch, without the index."""
     return (mismatch.leaf or str(mismatch.args[0])).split(" at [")[0].rsplit("[", 1)[0]

@@ -24,7 +24,7 @@ TRIALS = 12
 
 
 def value_moves(case: Case, epsilon: float, trials: int = 2) -> Tensor:
-    """How far each entry of y moves when params and x are nudged by a relative `epsilon`."""
+    """The move of each entry of y when params and x are nudged by a relative `epsilon`."""
     y = case.apply()
     moves = torch.zeros_like(y)
     for trial in range(trials):
@@ -35,7 +35,7 @@ def value_moves(case: Case, epsilon: float, trials: int = 2) -> Tensor:
 def gradient_moves(
     case: Case, epsilon: float, trials: int = 3, by: Callable[[Case], Leaves] = Case.gradients
 ) -> Leaves:
-    """How far each entry of the gradients moves when inputs and residuals are nudged."""
+    """The move of each entry of the gradients when inputs and residuals are nudged."""
     residuals = case.fwd()[1] if by is Case.gradients else None
 
     def results(there: Case, kept: Any) -> Leaves:

@@ -90,16 +90,17 @@ class _Search:
         self.most = max(_WORK // max(work, 1), 48)
 
     @cached_property
-    def noise(self) -> Tensor:
-        """y's rounding."""
+    def noise(self) -> Tensor:  # of y
         return value_moves(self.case, _EPSILON)
 
     @cached_property
     def floors(self) -> Leaves:
-        """The gradients' rounding, ours or autograd's."""
+        """The rounding of our gradients or autograd's, whichever is larger."""
         moves = gradient_moves(self.case, _EPSILON)
         if self.autograd is not None:
-            theirs = gradient_moves(self.case, _EPSILON, 2, by=_autograd)
+            theirs = gradient_moves(
+                self.case, _EPSILON, 2, lambda case: autograd_gradients(case) or case.gradients()
+            )
             moves = [torch.maximum(a, b) for a, b in zip(moves, theirs, strict=True)]
         return [allowance(move, torch.float64) for move in moves]
 
@@ -121,9 +122,7 @@ class _Search:
                 continue  # the floors, which take more evaluations, are not needed
             off = excess(ours, theirs, allowed + self.floors[i]).flatten()
             top = off.topk(min(_SUSPECTS, off.numel())).indices.tolist()
-            suspects += [
-                (float(off[position]), i, position) for position in top if off[position] > 1
-            ]
+            suspects += [(float(off[p]), i, p) for p in top if off[p] > 1]
         for _, i, position in sorted(suspects, reverse=True)[: 2 * _SUSPECTS]:
             mine = float(self.gradients[i].flatten()[position])
             other = float(references[i].flatten()[position])
@@ -140,13 +139,12 @@ class _Search:
         return None
 
     def _along_directions(self) -> Finding | None:
-        for i, gradient in enumerate(self.gradients):
-            leaf = self.case.leaves[i]
+        for i, leaf in enumerate(self.case.leaves):
             if not _movable(leaf) or not leaf.numel():
                 continue
             for trial in range(1 if self.autograd is not None else 3):
                 v = self._direction(leaf, 31 * i + trial, relative=trial != 1)
-                taylor = self._refuted(i, v, gradient, record=True)
+                taylor = self._refuted(i, v, record=True)
                 found = None if taylor is None else self._halve(i, v, taylor)
                 if found is not None:
                     return found
@@ -158,10 +156,10 @@ class _Search:
         size = torch.where(leaf == 0, scale, leaf.abs()) if relative else scale
         return signed(leaf.shape, seed).to(leaf) * size
 
-    def _refuted(self, i: int, v: Tensor, gradient: Tensor, record: bool = False) -> float | None:
+    def _refuted(self, i: int, v: Tensor, record: bool = False) -> float | None:
         """The power of Taylor's remainder along v if the gradient is wrong there."""
         line = self._line(i, v)
-        terms = gradient * v
+        terms = self.gradients[i] * v
         derivative, norm = float(terms.sum()), float(terms.norm())
         numeric = slope(line)
         taylor = taylor_slope(line, derivative)
@@ -180,13 +178,12 @@ class _Search:
 
     def _halve(self, i: int, v: Tensor, taylor: float) -> Finding | None:
         """Find a wrong entry of a leaf whose gradient is wrong along v."""
-        gradient = self.gradients[i]
         positions = v.flatten().nonzero().flatten()
         while len(positions) > 1:
             for half in positions.tensor_split(2):
                 part = torch.zeros_like(v).flatten()
                 part[half] = v.flatten()[half]
-                if self._refuted(i, part.reshape(v.shape), gradient) is not None:
+                if self._refuted(i, part.reshape(v.shape)) is not None:
                     positions = half
                     break
             else:
@@ -266,8 +263,3 @@ class _Search:
                 reference = None  # autograd shares the mistake
         floor = self.floors[i]
         return Finding(self.case, i, index, self.gradients, numeric, floor, reference, taylor)
-
-
-def _autograd(case: Case) -> Leaves:
-    """Autograd's gradients at a point beside one where they exist."""
-    return autograd_gradients(case) or case.gradients()

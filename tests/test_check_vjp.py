@@ -1,4 +1,4 @@
-"""check_vjp passes what is right, and says of what is wrong where, how much and why."""
+"""check_vjp passes right layers, and says where a wrong one is off, how much and why."""
 
 import math
 import random
@@ -31,7 +31,7 @@ def mismatch(layer, shape=(3, 6), dtype=torch.float64, **kwargs):
     return caught.value
 
 
-# --- What is right passes
+# --- Right layers pass
 
 
 @given(
@@ -59,7 +59,7 @@ def test_right_layers_pass_at_any_scale(layer, scale, exponent):
 
 
 @pytest.mark.parametrize("name", ["log", "sqrt", "reciprocal"])
-def test_where_a_function_is_not_defined_nobody_steps(name):
+def test_no_step_leaves_the_domain_of_a_function(name):
     for x in (torch.tensor([[1e-9, 1.0, 1e3]]), torch.tensor([[1e-300, 2e-5]])):
         check_vjp(Elementwise(name), (), x.double())
 
@@ -228,8 +228,8 @@ def test_the_snippet_replays_the_case(shape, name):
     assert again.value.leaf.split("[")[1] == caught.value.leaf.split("[")[1]
 
 
-def test_a_snippet_with_the_numbers_where_no_key_gives_such_a_case():
-    """The gradient is wrong for large x only, which a normal distribution does not draw."""
+def test_a_snippet_with_numbers_that_no_key_draws():
+    """The gradient is wrong only for large x, which a normal distribution does not draw."""
 
     @dataclass(frozen=True)
     class Clipped(Plain):
@@ -260,7 +260,7 @@ def test_a_snippet_imports_every_layer_of_a_network():
         assert line in caught.value.snippet.splitlines()
 
 
-def test_a_snippet_of_params_in_containers_that_code_does_not_spell():
+def test_a_snippet_of_params_in_containers_that_are_not_builtin():
     @dataclass(frozen=True)
     class Odd(Plain):
         def init(self, key, shape, *, dtype=None, device=None):
@@ -281,7 +281,7 @@ def test_a_snippet_of_params_in_containers_that_code_does_not_spell():
 
 
 def test_a_gradient_that_shares_its_mistake_with_autograd():
-    """apply's own autograd.Function is wrong just as vjp is: differences know better."""
+    """Both vjp and the autograd.Function in apply are wrong: only differences show it."""
 
     class Cubed(torch.autograd.Function):
         @staticmethod
@@ -337,8 +337,8 @@ def test_one_entry_that_is_wrong_in_an_autograd_function_too():
 
 
 @pytest.mark.parametrize("name", ["log", "inverse"])
-def test_layers_that_refuse_what_they_are_not_defined_for(name):
-    """Their exceptions at points that are the check's own are no fault of theirs."""
+def test_layers_that_refuse_x_outside_their_domain(name):
+    """An exception at a point that the check has chosen is not a fault of the layer."""
 
     @dataclass(frozen=True)
     class Refusing(Plain):
@@ -357,8 +357,8 @@ def test_layers_that_refuse_what_they_are_not_defined_for(name):
 
 
 @pytest.mark.parametrize("low", [True, False])
-def test_what_happens_to_extreme_gradients_only(low):
-    """Clipping far above, or flushing far below, what a test's grad is like."""
+def test_faults_of_extreme_gradients_only(low):
+    """Clipping of very large gradients, or flushing of very small ones."""
 
     def spoil(dw, db, dx, x, g):
         return dw, db, torch.where(dx.abs() < 1e-9, 0.0, dx) if low else dx.clamp(-1e6, 1e6)
@@ -414,7 +414,7 @@ def test_losses():
 
 @dataclass(frozen=True)
 class Broken(Elementwise):
-    """The square of x, with a fault of another kind than a wrong number."""
+    """The square of x, with a fault that is not a wrong number."""
 
     name: str = "square"
     fault: str = ""
@@ -583,14 +583,14 @@ def test_strides_that_are_changed():
             return y, residuals
 
     x = torch.full((3, 3), 2.0, dtype=torch.float64)
-    with torch.inference_mode():  # where tensors count no writes
+    with torch.inference_mode():  # its tensors have no version counter
         x = x.clone()
     with pytest.raises(GradientMismatch, match="fwd: writes to x"):
         check_vjp(Turning("square"), (), x)
 
 
 @pytest.mark.parametrize("fault", ["input_grad", "vjp"])
-def test_what_rounding_in_half_precision_hides(fault):
+def test_faults_that_rounding_in_half_precision_hides(fault):
     @dataclass(frozen=True)
     class Half(Dense):
         def vjp(self, params, x, grad, *, key=None, input_grad=True):
@@ -720,7 +720,7 @@ def test_broken_contracts_are_named(fault):
     assert "To replay it:" in str(caught.value)
 
 
-def test_a_batch_of_nothing_should_work():
+def test_a_batch_of_0_should_work():
     @dataclass(frozen=True)
     class Reshaping(Flatten):
         def fwd(self, params, x, *, key=None):
@@ -732,7 +732,7 @@ def test_a_batch_of_nothing_should_work():
 
 
 def test_the_working_dtype_is_held_to_float64():
-    """A sum in half precision inside of a float32 layer; a float64 one does without."""
+    """A float32 layer rounds to half precision on its way, a float64 one does not."""
 
     @dataclass(frozen=True)
     class Coarse(Dense):
@@ -747,7 +747,7 @@ def test_the_working_dtype_is_held_to_float64():
     assert "in torch.float32, the gradient for params['weight'] is further" in str(error)
 
 
-# --- What is not a verdict
+# --- Other exceptions
 
 
 def test_exceptions_of_the_layer_pass_unchanged():

@@ -459,9 +459,7 @@ class Broken(Elementwise):
             y = y * (1 + 1e-16 * self.memory["count"]) + 1e-12 * self.memory["count"]
         if self("y dtype"):
             y = y.float()
-        if self("y is x"):
-            y = x
-        if self("y is strided x") and not x.is_contiguous():
+        if self("y is x") or (self("y is strided x") and not x.is_contiguous()):
             y = x
         if self("offset of x"):
             y = x.as_strided(x.shape, x.stride(), 0) ** 2
@@ -494,11 +492,8 @@ class Broken(Elementwise):
             dx = dx * (1 + 1e-3)
         if self("expanded") and 0 in grad.stride():
             dx = dx * (1 + 1e-3)
-        return (
-            (dparams, ())
-            if self("tree")
-            else ((({},), dx) if self("tree of dparams") else (dparams, dx))
-        )
+        dparams = ({},) if self("tree of dparams") else dparams
+        return dparams, () if self("tree") else dx
 
 
 FAULTS = {

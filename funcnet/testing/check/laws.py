@@ -1,6 +1,6 @@
 """Laws that need no oracle: the gradient is linear in grad, and a batch is the sum of its examples.
 
-Each is a function of a float64 case that returns how the law is broken, or None.
+Each check is a function of a float64 case that raises `GradientMismatch`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from funcnet.testing.check.case import Case, Leaves, scale_of, signed
 from funcnet.testing.check.comparison import excess, worst
 from funcnet.testing.check.rounding import allowance, gradient_moves, value_moves
 from funcnet.testing.check.tolerances import COUPLED, LAW_ROUNDING, LAW_TERMS
+from funcnet.testing.errors import GradientMismatch
 
 _EPSILON = torch.finfo(torch.float64).eps
 
 
-def not_linear_in_grad(case: Case) -> str | None:
+def check_linear_in_grad(case: Case) -> None:
     """vjp(a·g + b·h) = a·vjp(g) + b·vjp(h), also for very large and very small multiples."""
     other = signed(case.grad.shape, seed=2).to(case.grad) * 3 * scale_of(case.grad)
     both = case.at(case.leaves, other - 2.5 * case.grad)
@@ -28,16 +29,17 @@ def not_linear_in_grad(case: Case) -> str | None:
             scaled = case.at(case.leaves, multiple * case.grad)
             expected = [multiple * leaf for leaf in mine]
             i = _first_off(scaled, scaled.gradients(), expected, [leaf.abs() for leaf in expected])
-    return None if i is None else f"the gradient for {case.names[i]} is not linear in grad"
+    if i is not None:
+        raise GradientMismatch(f"the gradient for {case.names[i]} is not linear in grad")
 
 
-def not_sum_of_examples(case: Case) -> str | None:
+def check_sum_of_examples(case: Case) -> None:
     """dparams of a batch is the sum of its examples' dparams, and dx consists of their dx.
 
     A layer that couples examples is not held to this.
     """
     if case.is_loss or case.x.ndim < 2 or not len(case.x):
-        return None
+        return
     batch = _two_or_three(case)
     ones = [
         batch.at([*batch.leaves[:-1], x[None]], g[None])
@@ -46,19 +48,18 @@ def not_sum_of_examples(case: Case) -> str | None:
     y, rounding = batch.apply(), COUPLED * value_moves(batch, _EPSILON)
     alone = torch.cat([one.apply() for one in ones])
     if not y.isfinite().all() or worst(excess(y, alone, rounding)) is not None:
-        return None  # batch normalisation, for instance
+        return  # batch normalisation, for instance
     each = [one.gradients() for one in ones]
     *sums, _ = (torch.stack(leaves).sum(0) for leaves in zip(*each, strict=True))
     terms = [torch.stack(leaves).abs().sum(0) for leaves in zip(*each, strict=True)]
     rows = torch.cat([leaves[-1] for leaves in each])
     i = _first_off(batch, batch.gradients(), [*sums, rows], [*terms[:-1], rows.abs()])
-    if i is None:
-        return None
-    what = "the sum of its examples' gradients" if i < len(sums) else "each example's gradient"
-    return (
-        f"the gradient for {case.names[i]} of a batch of {len(batch.x)} is not {what}, "
-        "although apply treats every example alone"
-    )
+    if i is not None:
+        what = "the sum of its examples' gradients" if i < len(sums) else "each example's gradient"
+        raise GradientMismatch(
+            f"the gradient for {case.names[i]} of a batch of {len(batch.x)} is not {what}, "
+            "although apply treats every example alone"
+        )
 
 
 def _two_or_three(case: Case) -> Case:

@@ -9,29 +9,25 @@ from funcnet.testing.check.case import Case
 from funcnet.testing.check.comparison import Errors, excess, largest_error, worst
 from funcnet.testing.check.rounding import TRIALS, allowance, gradient_moves, value_moves
 from funcnet.testing.check.tolerances import ACROSS_DTYPES, OVERFLOW
+from funcnet.testing.errors import GradientMismatch
 
 
-def find_inexact(case: Case, double: Case, errors: Errors) -> str | None:
-    """Say which of y and the gradients is further from float64 than rounding explains."""
+def check_precision(case: Case, double: Case, errors: Errors) -> None:
+    """Raise GradientMismatch if y or a gradient is further from float64 than rounding explains."""
     dtype = case.x.dtype
     epsilon = torch.finfo(dtype).eps
     y, exact = case.apply(), double.apply()
     if _off(y, exact, value_moves(double, epsilon, 1)) is not None:
         if case.key is not None:
-            return None  # in another dtype a layer may draw other numbers from the same key
-        index = _off(y, exact, value_moves(double, epsilon, TRIALS))
-        if index is not None:
-            return _complaint("y", y, exact, index)
+            return  # in another dtype a layer may draw other numbers from the same key
+        _expect_exact("y", y, exact, value_moves(double, epsilon, TRIALS))
     compared = list(zip(case.gradients(), double.gradients(), strict=True))
     moves = gradient_moves(double, epsilon, 2)
     if any(_off(*pair, move) is not None for pair, move in zip(compared, moves, strict=True)):
         moves = gradient_moves(double, epsilon, TRIALS)
     for name, (a, b), move in zip(case.names, compared, moves, strict=True):
-        index = _off(a, b, move)
-        if index is not None:
-            return _complaint(f"the gradient for {name}", a, b, index)
+        _expect_exact(f"the gradient for {name}", a, b, move)
         errors.working = max(errors.working, epsilon * largest_error(a, b, move))
-    return None
 
 
 def _off(a: Tensor, b: Tensor, move: Tensor) -> tuple[int, ...] | None:
@@ -41,8 +37,10 @@ def _off(a: Tensor, b: Tensor, move: Tensor) -> tuple[int, ...] | None:
     return worst(off.masked_fill(b.abs() > OVERFLOW * info.max, 0.0))
 
 
-def _complaint(name: str, a: Tensor, b: Tensor, index: tuple[int, ...]) -> str:
-    return (
-        f"in {a.dtype}, {name} is further from float64 than rounding explains: "
-        f"expected about {float(b[index]):.9g} at {list(index)}, got {float(a[index]):.9g}"
-    )
+def _expect_exact(name: str, a: Tensor, b: Tensor, move: Tensor) -> None:
+    index = _off(a, b, move)
+    if index is not None:
+        raise GradientMismatch(
+            f"in {a.dtype}, {name} is further from float64 than rounding explains: "
+            f"expected about {float(b[index]):.9g} at {list(index)}, got {float(a[index]):.9g}"
+        )

@@ -740,6 +740,7 @@ def test_the_working_dtype_is_held_to_float64():
     check_vjp(Coarse(), *case(Coarse()))
     error = mismatch(Coarse(), dtype=torch.float32)
     assert "in torch.float32, the gradient for params['weight'] is further" in str(error)
+    assert "x = fn.normal(fn.key(1), (1, 6), dtype=torch.float32)" in error.snippet
 
 
 # --- Other exceptions

@@ -254,7 +254,7 @@ def _expect_repeated(case: Case, who: str, call: Callable[[], Leaves], first: Le
 def _expect_like(
     who: str, name: str, result: Any, shape: Sequence[int] | None, like: Tensor
 ) -> None:
-    """Raise GradientMismatch unless a result is a tensor of this shape, on `like`'s device."""
+    """Raise GradientMismatch unless a result has this shape and `like`'s dtype and device."""
     if not isinstance(result, Tensor):
         raise GradientMismatch(f"{who}: expected {name} to be a tensor, got {_kind(result)}")
     if shape is not None and tuple(result.shape) != tuple(shape):
@@ -283,17 +283,16 @@ def _expect_close(
             moves = [value_moves(double, epsilon, trials)]
         else:
             moves = gradient_moves(double, epsilon, trials)
-        place = None
         for name, a, b, move in zip(names, got, want, moves, strict=False):
             a, b = a.double(), b.double()
             allowed = allowance(move, dtype).to(b) + SAME_DTYPE * epsilon * b.abs()
             index = worst(excess(a, b, allowed).masked_fill(a.isnan() != b.isnan(), math.inf))
-            if index is not None and place is None:
-                pair = f"{float(a[index]):.9g} and {float(b[index]):.9g}"
-                place = f"{name}, at {list(index)}: {pair}"
-        if place is None:
+            if index is not None:
+                place = f"{name}, at {list(index)}: {float(a[index]):.9g} and {float(b[index]):.9g}"
+                break
+        else:
             return
-    raise GradientMismatch(f"{complaint}{place}")
+    raise GradientMismatch(complaint + place)
 
 
 def _named(name: str, tree: Any) -> dict[str, Any]:

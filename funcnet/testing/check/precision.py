@@ -42,5 +42,5 @@ def _expect_exact(name: str, a: Tensor, b: Tensor, move: Tensor) -> None:
     if index is not None:
         raise GradientMismatch(
             f"in {a.dtype}, {name} is further from float64 than rounding explains: "
-            f"expected about {float(b[index]):.9g} at {list(index)}, got {float(a[index]):.9g}"
+            f"at {list(index)}, expected about {float(b[index]):.9g}, got {float(a[index]):.9g}"
         )

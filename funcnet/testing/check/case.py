@@ -27,7 +27,6 @@ class Case:
     x: Tensor
     grad: Tensor
     key: Key | None = None
-
     is_loss: ClassVar[bool] = False
 
     @property
@@ -85,7 +84,6 @@ class LossCase(Case):
     """A loss, as a layer without parameters."""
 
     target: Any = None
-
     is_loss: ClassVar[bool] = True
 
     @property

@@ -43,10 +43,7 @@ def check_calls(case: Case) -> None:
 
 
 def check_surroundings(case: Case) -> None:
-    """Raise GradientMismatch if results depend on memory layouts or `init` on global randomness.
-
-    A batch of 0 must work too.
-    """
+    """Raise GradientMismatch if memory layouts, global randomness or an empty batch matter."""
     _, residuals = case.fwd()
     gradients = flat(case.bwd(residuals))
     _check_layouts(case, residuals, gradients)
@@ -149,11 +146,7 @@ def _check_no_state(case: Case, pristine: Any, gradients: Leaves) -> None:
 
 
 def _check_fresh(case: Case) -> None:
-    """Hold a layer that declares `_fresh = True` to it.
-
-    Then y of fwd shares no storage with the residuals, nor dx of bwd with the residuals or dparams,
-    so that the next layer may write over y and dx.
-    """
+    """Hold a layer that declares `_fresh` to it: whatever follows may write over its y and dx."""
     if not getattr(case.layer, "_fresh", False):
         return
     y, residuals = case.fwd()

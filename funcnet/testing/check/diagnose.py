@@ -40,8 +40,7 @@ def where(finding: Finding) -> str:
     bad = wrong_entries(finding)
     if bad is None or bad.ndim == 0 or not bad.any():
         return ""
-    places = bad.nonzero()
-    parts = []
+    places, parts = bad.nonzero(), []
     edges = zip(places.amin(0).tolist(), places.amax(0).tolist(), bad.shape, strict=True)
     for low, high, size in edges:
         whole = (low, high) == (0, size - 1)

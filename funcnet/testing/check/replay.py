@@ -23,13 +23,19 @@ def snippet(case: Case, fails: Callable[[Case], bool]) -> str:
     """Code that raises the same again.
 
     It draws its tensors from keys if such a case fails too, the smallest batch first. Otherwise it
-    spells the tensors out if they have few entries, or takes them from the exception.
+    spells them out if they have few entries, or takes them from the exception.
     """
     drawn = None if isinstance(case, LossCase) or case.key is not None else _drawn(case, fails)
     entries = sum(x.numel() for x in case.inputs.values())
     lines = ["import torch", "import funcnet as fn", "from funcnet.testing import check_vjp"]
     if drawn is None and not (entries <= _MOST_LITERAL and _is_builtin(case.params)):
-        return "\n".join([*lines, *_from_exception(case)])
+        x, key = ("x, error.target", "") if case.is_loss else ("params, x", ", key=error.key")
+        lines += [
+            "# The tensors are not spelled out: catch the exception as `error`.",
+            "layer, params, x, grad = error.layer, error.params, error.x, error.grad",
+            f"check_vjp(layer, {x}, grad=grad{key})",
+        ]
+        return "\n".join(lines)
     lines += [*_import_of(case.layer), f"layer = {_source(case.layer)}"]
     if drawn is None:
         return "\n".join([*lines, *_literally(case)])
@@ -40,16 +46,6 @@ def snippet(case: Case, fails: Callable[[Case], bool]) -> str:
         "check_vjp(layer, params, x)",
     ]
     return "\n".join(lines)
-
-
-def _from_exception(case: Case) -> list[str]:
-    return [
-        "# The tensors are too large to be spelled out: catch the exception as `error`.",
-        "layer, params, x, grad = error.layer, error.params, error.x, error.grad",
-        "check_vjp(layer, x, error.target, grad=grad)"
-        if case.is_loss
-        else "check_vjp(layer, params, x, grad=grad, key=error.key)",
-    ]
 
 
 def _drawn(case: Case, fails: Callable[[Case], bool]) -> Case | None:

@@ -105,13 +105,10 @@ class _Search:
         return [allowance(move, torch.float64) for move in moves]
 
     def find(self, thorough: bool) -> Finding | None:
-        if self.autograd is not None:
-            found = self._against_autograd(self.autograd)
-            if found is not None:
-                return found
-        if not self.finite or not (thorough or self.autograd is None):
-            return None
-        return self._along_directions() or self._entry_by_entry()
+        found = None if self.autograd is None else self._against_autograd(self.autograd)
+        if found is None and self.finite and (thorough or self.autograd is None):
+            return self._along_directions() or self._entry_by_entry()
+        return found
 
     def _against_autograd(self, references: Leaves) -> Finding | None:
         suspects: list[tuple[float, int, int]] = []
@@ -145,8 +142,7 @@ class _Search:
             for trial in range(1 if self.autograd is not None else 3):
                 v = self._direction(leaf, 31 * i + trial, relative=trial != 1)
                 taylor = self._refuted(i, v, record=True)
-                found = None if taylor is None else self._halve(i, v, taylor)
-                if found is not None:
+                if taylor is not None and (found := self._halve(i, v, taylor)):
                     return found
         return None
 
@@ -189,7 +185,7 @@ class _Search:
             else:
                 break  # neither half is wrong enough alone
         found = (self._refuted_entry(i, p, taylor) for p in positions[:_SUSPECTS].tolist())
-        return next((finding for finding in found if finding is not None), None)
+        return next(filter(None, found), None)
 
     def _entry_by_entry(self) -> Finding | None:
         """Examine the full Jacobian if it is small, else some entries of every leaf."""
@@ -197,10 +193,8 @@ class _Search:
         self.evaluations = 0
         for i, position in self._some_entries():
             found = self._refuted_entry(i, position)
-            if found is not None:
+            if found is not None or self.evaluations >= budget:
                 return found
-            if self.evaluations >= budget:
-                break
         return None
 
     def _refuted_entry(self, i: int, position: int, taylor: float | None = None) -> Finding | None:

@@ -2,11 +2,11 @@
 
     python examples/verify_your_layer.py
 
-The layer is a gate with a learned slope for each channel, y = x · σ(a·x) (known as Swish). With
-z = a·x and g for the gradient that comes in,
+The layer is a gate with a learned slope a for each channel, y = x · σ(a·x), known as Swish. With
+z = a·x and the gradient g of y,
 
     dx = g · (σ(z) + z · σ′(z))
-    da = Σ g · x² · σ′(z)        over the pictures and their pixels, for each channel
+    da = Σ g · x² · σ′(z)        over the images and their pixels, for each channel
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from funcnet.testing import GradientMismatch, check_vjp, strategies
 
 @dataclass(frozen=True)
 class Hasty(fn.Layer):
-    """The gate, with a mistake: it trains all the same, only worse."""
+    """The gate with a mistake. It trains all the same, only worse."""
 
     start: float = 1.0
 
@@ -45,7 +45,7 @@ class Hasty(fn.Layer):
 
 @dataclass(frozen=True)
 class Gate(Hasty):
-    """The same, mended: the gradient of a sum over the batch is a sum."""
+    """The gate, mended: the gradient of a sum over the batch is a sum."""
 
     def bwd(self, params, residuals, grad, *, input_grad=True):
         x, gate = residuals
@@ -58,7 +58,7 @@ class Gate(Hasty):
 @settings(max_examples=50, deadline=None, database=None)
 @given(strategies.cases(st.builds(Gate, st.floats(-3, 3))))
 def test_gate(case):
-    """Any slope, shape, batch, dtype and memory layout; a failure shrinks to the smallest."""
+    """Check any slope, shape, batch, dtype and memory layout. A failure shrinks to the smallest."""
     check_vjp(*case)
 
 
@@ -75,10 +75,10 @@ def main():
     check_vjp(Gate(), params, x)
     net = fn.Sequential(fn.Conv2d(6, 3, padding=1), Gate(), fn.Upsample2d(2))
     check_vjp(net, net.init(fn.key(0), (3, 5, 5)), x)
-    print("Mended: the gradient is right, alone and inside of a network.")
+    print("Mended: the gradient is right, alone and inside a network.")
 
     test_gate()
-    print("And in 50 random cases, as a property test runs them.")
+    print("It is right in 50 random cases too, as a property test runs them.")
 
 
 if __name__ == "__main__":

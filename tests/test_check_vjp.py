@@ -1,4 +1,4 @@
-"""check_vjp passes what is right, and says of what is wrong where, how much and why."""
+"""check_vjp passes right layers, and says where a wrong one is off, how much and why."""
 
 import math
 import random
@@ -31,7 +31,7 @@ def mismatch(layer, shape=(3, 6), dtype=torch.float64, **kwargs):
     return caught.value
 
 
-# --- What is right passes
+# --- Right layers pass
 
 
 @given(
@@ -59,7 +59,7 @@ def test_right_layers_pass_at_any_scale(layer, scale, exponent):
 
 
 @pytest.mark.parametrize("name", ["log", "sqrt", "reciprocal"])
-def test_where_a_function_is_not_defined_nobody_steps(name):
+def test_no_step_leaves_the_domain_of_a_function(name):
     for x in (torch.tensor([[1e-9, 1.0, 1e3]]), torch.tensor([[1e-300, 2e-5]])):
         check_vjp(Elementwise(name), (), x.double())
 
@@ -228,8 +228,8 @@ def test_the_snippet_replays_the_case(shape, name):
     assert again.value.leaf.split("[")[1] == caught.value.leaf.split("[")[1]
 
 
-def test_a_snippet_with_the_numbers_where_no_key_gives_such_a_case():
-    """The gradient is wrong for large x only, which a normal distribution does not draw."""
+def test_a_snippet_with_numbers_that_no_key_draws():
+    """The gradient is wrong only for large x, which a normal distribution does not draw."""
 
     @dataclass(frozen=True)
     class Clipped(Plain):
@@ -260,7 +260,7 @@ def test_a_snippet_imports_every_layer_of_a_network():
         assert line in caught.value.snippet.splitlines()
 
 
-def test_a_snippet_of_params_in_containers_that_code_does_not_spell():
+def test_a_snippet_of_params_in_containers_that_are_not_builtin():
     @dataclass(frozen=True)
     class Odd(Plain):
         def init(self, key, shape, *, dtype=None, device=None):
@@ -281,7 +281,7 @@ def test_a_snippet_of_params_in_containers_that_code_does_not_spell():
 
 
 def test_a_gradient_that_shares_its_mistake_with_autograd():
-    """apply's own autograd.Function is wrong just as vjp is: differences know better."""
+    """Both vjp and the autograd.Function in apply are wrong: only differences show it."""
 
     class Cubed(torch.autograd.Function):
         @staticmethod
@@ -337,8 +337,8 @@ def test_one_entry_that_is_wrong_in_an_autograd_function_too():
 
 
 @pytest.mark.parametrize("name", ["log", "inverse"])
-def test_layers_that_refuse_what_they_are_not_defined_for(name):
-    """Their exceptions at points that are the check's own are no fault of theirs."""
+def test_layers_that_refuse_x_outside_their_domain(name):
+    """An exception at a point that the check has chosen is not a fault of the layer."""
 
     @dataclass(frozen=True)
     class Refusing(Plain):
@@ -357,8 +357,8 @@ def test_layers_that_refuse_what_they_are_not_defined_for(name):
 
 
 @pytest.mark.parametrize("low", [True, False])
-def test_what_happens_to_extreme_gradients_only(low):
-    """Clipping far above, or flushing far below, what a test's grad is like."""
+def test_faults_of_extreme_gradients_only(low):
+    """Clipping of very large gradients, or flushing of very small ones."""
 
     def spoil(dw, db, dx, x, g):
         return dw, db, torch.where(dx.abs() < 1e-9, 0.0, dx) if low else dx.clamp(-1e6, 1e6)
@@ -414,7 +414,7 @@ def test_losses():
 
 @dataclass(frozen=True)
 class Broken(Elementwise):
-    """The square of x, with a fault of another kind than a wrong number."""
+    """The square of x, with a fault that is not a wrong number."""
 
     name: str = "square"
     fault: str = ""
@@ -459,9 +459,7 @@ class Broken(Elementwise):
             y = y * (1 + 1e-16 * self.memory["count"]) + 1e-12 * self.memory["count"]
         if self("y dtype"):
             y = y.float()
-        if self("y is x"):
-            y = x
-        if self("y is strided x") and not x.is_contiguous():
+        if self("y is x") or (self("y is strided x") and not x.is_contiguous()):
             y = x
         if self("offset of x"):
             y = x.as_strided(x.shape, x.stride(), 0) ** 2
@@ -494,11 +492,8 @@ class Broken(Elementwise):
             dx = dx * (1 + 1e-3)
         if self("expanded") and 0 in grad.stride():
             dx = dx * (1 + 1e-3)
-        return (
-            (dparams, ())
-            if self("tree")
-            else ((({},), dx) if self("tree of dparams") else (dparams, dx))
-        )
+        dparams = ({},) if self("tree of dparams") else dparams
+        return dparams, () if self("tree") else dx
 
 
 FAULTS = {
@@ -516,20 +511,20 @@ FAULTS = {
     "y is x": "y shares memory with x",
     "y is strided x": "y shares memory with x",
     "vjp writes to strided x": "vjp: writes to x",
-    "offset of x": "an x that is at an offset in its memory changes y",
+    "offset of x": "x in the memory layout 'offset' changes y",
     "y is a view of x": "y shares memory with x",
     "three results": r"fwd: expected a pair \(y, residuals\), got a tuple of 3",
     "hidden state": "state is kept between fwd and bwd",
     "bwd writes grad": "bwd: writes to grad",
-    "bwd writes residuals": "bwd: writes to (residuals 0|x)",
-    "bwd marks x": "bwd: writes to (residuals 0|x)",
+    "bwd writes residuals": "bwd: writes to (residuals|x)",
+    "bwd marks x": "bwd: writes to (residuals|x)",
     "dx despite input_grad": "expected dx to be None with input_grad=False, got Tensor",
     "dx shape": r"bwd: expected dx of shape \(3, 6\), got \(1, 3, 6\)",
     "dx dtype": "bwd: expected dx to be torch.float64 on cpu, got torch.float32",
     "dx is grad": "the gradient for x shares memory with grad",
     "no dx": "bwd: expected dx to be a tensor, got None",
-    "layout": "a grad that is (strided|transposed in memory|expanded) changes the gradient for x",
-    "expanded": "a grad that is expanded changes the gradient for x",
+    "layout": "grad in the memory layout 'strided' changes the gradient for x",
+    "expanded": "grad in the memory layout 'expanded.*' changes the gradient for x",
     "tree": "bwd: expected dx to be a tensor, got a tuple of 0",
     "tree of dparams": "bwd: expected dparams with the tree of params",
 }
@@ -583,14 +578,14 @@ def test_strides_that_are_changed():
             return y, residuals
 
     x = torch.full((3, 3), 2.0, dtype=torch.float64)
-    with torch.inference_mode():  # where tensors count no writes
+    with torch.inference_mode():  # its tensors have no version counter
         x = x.clone()
     with pytest.raises(GradientMismatch, match="fwd: writes to x"):
         check_vjp(Turning("square"), (), x)
 
 
 @pytest.mark.parametrize("fault", ["input_grad", "vjp"])
-def test_what_rounding_in_half_precision_hides(fault):
+def test_faults_that_rounding_in_half_precision_hides(fault):
     @dataclass(frozen=True)
     class Half(Dense):
         def vjp(self, params, x, grad, *, key=None, input_grad=True):
@@ -603,6 +598,107 @@ def test_what_rounding_in_half_precision_hides(fault):
     params = Half().init(fn.key(1), (6,), dtype=torch.bfloat16)
     with pytest.raises(GradientMismatch, match=r"vjp.*params\['weight'\], at \[1, 1\]"):
         check_vjp(Half(), params, x)
+
+
+@dataclass(frozen=True)
+class Choosy(Dense):
+    """A Dense whose bwd takes `param_grad`, with a fault where it is False."""
+
+    fault: str = ""
+
+    def bwd(self, params, residuals, grad, *, input_grad=True, param_grad=True):
+        dparams, dx = super().bwd(params, residuals, grad, input_grad=input_grad)
+        if param_grad:
+            return dparams, dx
+        if self.fault == "dx" and dx is not None:
+            dx[1, 2] *= 1 + 1e-5
+        return dparams if self.fault == "dparams" else None, dx
+
+    def vjp(self, params, x, grad, *, key=None, **need):
+        dparams, dx = self.bwd(params, self.fwd(params, x)[1], grad, **need)
+        return () if self.fault == "vjp" and dparams is None else dparams, dx
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("dparams", "bwd: expected dparams to be None with param_grad=False, got dict"),
+        ("dx", r"bwd: param_grad=False changes the gradient for x, at \[1, 2\]"),
+        ("vjp", "vjp: expected dparams to be None with param_grad=False, got a tuple of 0"),
+    ],
+)
+def test_param_grad_where_the_layer_takes_it(fault, message):
+    check_vjp(Choosy(), *case(Choosy()))
+    with pytest.raises(GradientMismatch, match=message):
+        check_vjp(Choosy(fault=fault), *case(Choosy()))
+
+
+@dataclass(frozen=True)
+class Marked(Dense):
+    """A Dense whose residuals hold a tensor without entries, in memory of its own or of x."""
+
+    view: bool = False
+    _fresh = True
+
+    def fwd(self, params, x, *, key=None):
+        y, (x, _) = super().fwd(params, x)
+        return y, (x[None][:0] if self.view else x.new_empty(0, *x.shape), (x, y.clone()))
+
+    def bwd(self, params, residuals, grad, *, input_grad=True):
+        return super().bwd(params, residuals[1], grad, input_grad=input_grad)
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_residuals_without_entries(view):
+    for dtype in (torch.float64, torch.float32):
+        check_vjp(Marked(view=view), *case(Marked(), dtype=dtype))
+        check_vjp(Marked(view=view), *case(Marked(), (0, 6), dtype))
+
+
+@dataclass(frozen=True)
+class Fresh(Plain):
+    """⌊x⌋ + b, which promises that y and dx are memory of their own, and may lie."""
+
+    lie: str = ""
+    _fresh: ClassVar[bool] = True
+
+    def init(self, key, shape, *, dtype=None, device=None):
+        return {"bias": fn.normal(key, shape, dtype=dtype, device=device)}
+
+    def fwd(self, params, x, *, key=None):
+        y = x.floor() + params["bias"]
+        kept = {"y": y[:1], "a transposed y": y.T.contiguous()}.get(self.lie, y.clone())
+        return y, {"kept": kept, "zeros": torch.zeros_like(x)}
+
+    def bwd(self, params, residuals, grad, *, input_grad=True):
+        both = torch.cat([residuals["zeros"], grad.sum(0)[None]])
+        dbias, dx = both[-1], residuals["zeros"] if self.lie == "dx" else both[:-1]
+        dbias = dbias if self.lie == "dparams" else dbias.clone()
+        return {"bias": dbias}, dx if input_grad else None
+
+
+@dataclass(frozen=True)
+class Modest(Fresh):
+    """The same without the promise."""
+
+    _fresh: ClassVar[bool] = False
+
+
+@pytest.mark.parametrize(
+    ("lie", "message"),
+    [
+        ("y", r"y of fwd shares memory with residuals\['kept'\] \(Fresh declares _fresh\)"),
+        ("a transposed y", r"y of fwd shares memory with residuals\['kept'\]"),
+        ("dx", r"dx of bwd shares memory with residuals\['zeros'\] \(Fresh declares _fresh\)"),
+        ("dparams", r"dx of bwd shares memory with dparams\['bias'\] \(Fresh declares _fresh\)"),
+    ],
+)
+def test_the_promise_that_results_are_fresh(lie, message):
+    params, x = case(Fresh())
+    check_vjp(Fresh(), params, x)
+    check_vjp(Modest(lie), params, x)
+    with pytest.raises(GradientMismatch, match=message):
+        check_vjp(Fresh(lie), params, x)
 
 
 def test_broken_is_right_without_a_fault():
@@ -619,7 +715,7 @@ def test_broken_contracts_are_named(fault):
     assert "To replay it:" in str(caught.value)
 
 
-def test_a_batch_of_nothing_should_work():
+def test_a_batch_of_0_should_work():
     @dataclass(frozen=True)
     class Reshaping(Flatten):
         def fwd(self, params, x, *, key=None):
@@ -631,7 +727,7 @@ def test_a_batch_of_nothing_should_work():
 
 
 def test_the_working_dtype_is_held_to_float64():
-    """A sum in half precision inside of a float32 layer; a float64 one does without."""
+    """A float32 layer rounds to half precision on its way, a float64 one does not."""
 
     @dataclass(frozen=True)
     class Coarse(Dense):
@@ -644,9 +740,10 @@ def test_the_working_dtype_is_held_to_float64():
     check_vjp(Coarse(), *case(Coarse()))
     error = mismatch(Coarse(), dtype=torch.float32)
     assert "in torch.float32, the gradient for params['weight'] is further" in str(error)
+    assert "x = fn.normal(fn.key(1), (1, 6), dtype=torch.float32)" in error.snippet
 
 
-# --- What is not a verdict
+# --- Other exceptions
 
 
 def test_exceptions_of_the_layer_pass_unchanged():
@@ -676,7 +773,5 @@ def test_bad_arguments():
         check_vjp(3, params, x)
     with pytest.raises(TypeError, match="expected params of tensors, got float"):
         check_vjp(Dense(), {**params, "bias": 1.0}, x)
-    with pytest.raises(
-        ValueError, match=r"expected grad of shape \(3, 4\), that of y, got \(4, 3\)"
-    ):
+    with pytest.raises(ValueError, match=r"expected grad of y's shape, \(3, 4\), got \(4, 3\)"):
         check_vjp(Dense(), params, x, grad=torch.ones(4, 3, dtype=x.dtype))

@@ -1,4 +1,4 @@
-"""The example about verifying one's own layer does what it says."""
+"""examples/verify_your_layer.py finds the mistake in a layer and passes the mended one."""
 
 import runpy
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""Layers as users write them, all right, for `check_vjp` to pass: smooth and kinked, alone and
-coupled over the batch, with odd trees, random numbers, and values that autograd cannot follow."""
+"""Right layers, as users write them: smooth and kinked ones, single and coupled over the batch,
+with odd trees, with random numbers, and with values that autograd cannot follow."""
 
 from dataclasses import dataclass
 
@@ -92,7 +92,7 @@ class Elementwise(Plain):
 
 @dataclass(frozen=True)
 class Softmax(Plain):
-    """Over the last axis; its gradient sums to 0, which no sum in floating point does exactly."""
+    """Softmax over the last axis. Its gradient sums to 0, but for rounding."""
 
     def fwd(self, params, x, *, key=None):
         y = x.softmax(-1)
@@ -104,7 +104,7 @@ class Softmax(Plain):
 
 @dataclass(frozen=True)
 class SoftmaxOfBias(fn.Layer):
-    """softmax(x + b), b one number for all: its gradient is 0, but for rounding."""
+    """softmax(x + b) with one number b, whose gradient is 0, but for rounding."""
 
     def init(self, key, shape, *, dtype=None, device=None):
         return {"bias": fn.normal(key, (1,), dtype=dtype, device=device)}
@@ -144,7 +144,7 @@ class BatchNorm(fn.Layer):
 
 @dataclass(frozen=True)
 class LayerNorm(Plain):
-    """Every example with mean 0 and variance 1: at a constant one, nothing but rounding."""
+    """Each example with mean 0 and variance 1. A constant example gives nothing but rounding."""
 
     def fwd(self, params, x, *, key=None):
         axes = tuple(range(1, x.ndim))
@@ -185,7 +185,7 @@ class MaxPool(Plain):
 
 @dataclass(frozen=True)
 class Dropout(Plain):
-    """Zeros drawn from the key, and all of x without one."""
+    """Dropout with p = 1/2 by the key; the identity without one."""
 
     def fwd(self, params, x, *, key=None):
         if key is None:
@@ -201,7 +201,7 @@ class Dropout(Plain):
 
 @dataclass(frozen=True)
 class OddTree(fn.Layer):
-    """Parameters in dicts, lists, tuples and None, one of them a number and one of them unused."""
+    """Parameters in dicts, lists, tuples and None, one of them unused."""
 
     def init(self, key, shape, *, dtype=None, device=None):
         a, b, c = (fn.normal(k, (), dtype=dtype, device=device) for k in fn.split(key, 3))
@@ -236,7 +236,7 @@ class Opaque(Dense):
 
 @dataclass(frozen=True)
 class HalfOpaque(Dense):
-    """A Dense of which autograd follows a part, and so is wrong itself."""
+    """A Dense whose bias autograd cannot follow, so that autograd is wrong."""
 
     def fwd(self, params, x, *, key=None):
         return super().fwd({**params, "bias": params["bias"].detach()}, x)

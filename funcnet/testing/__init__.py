@@ -1,10 +1,10 @@
-"""Verification of gradients: those of funcnet's own layers, and of anybody's.
+"""Verification of gradients, of funcnet's layers and of your own.
 
     from funcnet.testing import GradientMismatch, check_vjp, strategies
 
-`check_vjp(layer, params, x)` holds a layer, network or loss to its gradient and its contract;
-`strategies` draws layers, inputs that fit them, networks and trees for Hypothesis, and is imported
-when it is first used, since Hypothesis comes with `pip install funcnet[test]` only.
+`check_vjp(layer, params, x)` checks the gradient and the contract of a layer, network or loss.
+`strategies` draws layers, inputs that fit them, networks and trees for Hypothesis. It is imported
+on first use, since Hypothesis comes with `pip install funcnet[test]` only.
 `python -m funcnet.testing` checks every layer in many random cases and prints a table.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from funcnet.testing.check_vjp import check_vjp
+from funcnet.testing.check import check_vjp
 from funcnet.testing.errors import GradientMismatch
 
 if TYPE_CHECKING:

@@ -25,8 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from funcnet.testing import strategies
-from funcnet.testing.check_vjp import inspect_vjp
-from funcnet.testing.mathematics import Errors
+from funcnet.testing.check import Errors, inspect_vjp
 from funcnet.testing.registry import REGISTRY
 
 _LAYERS: dict[str, strategies.Strategy[Any]] = {

@@ -1,4 +1,4 @@
-"""The verdict that `check_vjp` raises."""
+"""The exception that `check_vjp` raises."""
 
 from __future__ import annotations
 
@@ -8,34 +8,22 @@ from typing import Any
 class GradientMismatch(AssertionError):  # noqa: N818 (it is a failed assertion)
     """A layer breaks its contract, or its gradient is wrong. The message says where and how.
 
-    What it says can also be read off: `leaf` (`params[2]['weight'][5, 0, 1, 1]`), `analytic`,
-    `numeric` and `relative_error` at that entry, `wrong_fraction` of the leaf, `guess` at the cause
-    and `snippet`, the code that replays the case; None where the verdict has no such number.
-    `layer`, `params`, `x`, `grad` and `key` are what was checked (for a loss, `target` too).
+    The parts of the message are attributes, None where they do not apply: `leaf`
+    (`params[2]['weight'][5, 0, 1, 1]`), `analytic`, `numeric` and `relative_error` at that entry,
+    `wrong_fraction` of the leaf, `guess` at the cause, and `snippet`, code that replays the case.
+    `layer`, `params`, `x`, `grad`, `key` and a loss's `target` are the case that was checked.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        leaf: str | None = None,
-        analytic: float | None = None,
-        numeric: float | None = None,
-        relative_error: float | None = None,
-        wrong_fraction: float | None = None,
-        guess: str | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.leaf = leaf
-        self.analytic = analytic
-        self.numeric = numeric
-        self.relative_error = relative_error
-        self.wrong_fraction = wrong_fraction
-        self.guess = guess
-        self.snippet: str | None = None
-        self.layer: Any = None
-        self.params: Any = None
-        self.x: Any = None
-        self.grad: Any = None
-        self.key: Any = None
-        self.target: Any = None
+    leaf: str | None = None
+    analytic: float | None = None
+    numeric: float | None = None
+    relative_error: float | None = None
+    wrong_fraction: float | None = None
+    guess: str | None = None
+    snippet: str | None = None
+    layer: Any = None
+    params: Any = None
+    x: Any = None
+    grad: Any = None
+    key: Any = None
+    target: Any = None

@@ -1,4 +1,4 @@
-"""A tensor in other memory layouts, and the bits that are the same in all of them."""
+"""Memory layouts: one tensor at other strides and offsets."""
 
 from __future__ import annotations
 
@@ -7,33 +7,56 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+LAYOUTS = ("contiguous", "channels_last", "strided", "transposed", "offset", "expanded")
+"""Every memory layout that is tried: `strided` skips every other element of a larger tensor,
+`transposed` is column-major, `offset` starts inside its storage, `expanded` has stride 0 along the
+last axis, where it repeats its first entry."""
 
-def layouts(x: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """x in other layouts, and other tensors of its shape that only a layout can make."""
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """Return a contiguous x in one of `LAYOUTS`.
+
+    >>> laid_out(torch.zeros(2, 3), "transposed").stride()
+    (1, 2)
+    """
+    if not x.ndim:
+        return x
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "strided":
+        return torch.stack([x, torch.full_like(x, 7)], -1)[..., 0]
+    if layout == "transposed":
+        reverse = tuple(reversed(range(x.ndim)))
+        return x.permute(reverse).contiguous().permute(reverse)
+    if layout == "offset":
+        return torch.cat([x.new_full((1,), 7), x.flatten()])[1:].view(x.shape)
+    if layout == "expanded":
+        return x[..., :1].clone().expand(x.shape)
+    return x
+
+
+def fits(layout: str, ndim: int) -> bool:
+    """Whether a tensor of so many axes can have this layout: channels_last needs four."""
+    return layout != "channels_last" or ndim == 4
+
+
+def other_layouts(x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield x in every layout but contiguous, then its first entry expanded along all axes."""
     if not x.ndim or not x.numel():
         return
-    yield "strided", strided(x)
-    yield "at an offset in its memory", torch.cat([x.new_full((1,), 7), x.flatten()])[1:].view_as(x)
-    if x.ndim > 1:
-        yield "transposed in memory", x.mT.contiguous().mT
-    if x.ndim == 4:
-        yield "in channels_last", x.contiguous(memory_format=torch.channels_last)
-    yield "expanded", x.flatten()[:1].clone().reshape((1,) * x.ndim).expand(x.shape)
-    yield "expanded along one axis", x[..., :1].clone().expand(x.shape)
+    for layout in LAYOUTS[1:]:
+        if fits(layout, x.ndim):
+            yield layout, laid_out(x, layout)
+    yield "expanded along all axes", x.flatten()[:1].clone().reshape((1,) * x.ndim).expand(x.shape)
 
 
 def row_major(x: Tensor) -> Tensor:
-    """A copy in PyTorch's default layout."""
+    """Copy x into contiguous memory."""
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def strided(x: Tensor) -> Tensor:
-    """x, as every other entry of something larger."""
-    return torch.stack([x, torch.full_like(x, 7)], -1)[..., 0] if x.is_floating_point() else x
-
-
 def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal to the bit, in whatever layouts."""
+    """Whether two tensors are equal bit for bit, in any layouts."""
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(bits(a), bits(b))
 
 

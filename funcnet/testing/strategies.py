@@ -48,7 +48,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, fields
 from functools import lru_cache, partial
-from itertools import product
+from itertools import islice, product
 from typing import Any, NamedTuple, TypeAlias
 
 import optree
@@ -68,11 +68,11 @@ from funcnet.fields import Number, OneOf, PerAxis, Whole, kinds
 from funcnet.keys import key as make_key
 from funcnet.layer import Layer, Shape, Tree
 from funcnet.losses import MSE, Loss
+from funcnet.testing.layouts import LAYOUTS, fits, laid_out
 from funcnet.testing.registry import REGISTRY
 from funcnet.tree import register_node
 
 Strategy: TypeAlias = st.SearchStrategy
-LAYOUTS = ("contiguous", "channels_last", "strided", "transposed", "offset", "expanded")
 
 _LEAVES = tuple(cls for cls in REGISTRY if not issubclass(cls, Sequential))
 _LARGEST = 4096
@@ -166,11 +166,16 @@ _LARGE = 512
 
 @lru_cache(maxsize=4096)
 def _least_shapes(layer: Layer) -> tuple[Shape, ...]:
-    """The least shape that a layer takes of each rank that it takes."""
+    """The least shape that a layer takes of each rank, of images first.
+
+    A layer that the registry does not know, or a network, may refuse elsewhere what `out_shape`
+    accepts: of its shapes only the first is taken.
+    """
     axes = layer._axes
     ranks = (3, 2, 1, 4, 0) if axes is None or "…" in axes else (len(axes),)
     found = (_least_shape(layer, rank) for rank in ranks)
-    return tuple(shape for shape in found if shape is not None)
+    fitting = (shape for shape in found if shape is not None)
+    return tuple(fitting if type(layer) in _LEAVES else islice(fitting, 1))
 
 
 def _least_shape(layer: Layer, rank: int) -> Shape | None:
@@ -223,29 +228,8 @@ def tensors(
     else:
         double = torch.float64
         x = torch.randn(tuple(shape), generator=generator, dtype=double, device="cpu").to(dtype)
-    fitting = [layout for layout in layouts if layout != "channels_last" or x.ndim == 4]
+    fitting = [layout for layout in layouts if fits(layout, x.ndim)]
     return laid_out(x.to(device), draw(st.sampled_from(fitting)))
-
-
-def laid_out(x: Tensor, layout: str) -> Tensor:
-    """x in one of `LAYOUTS`; an expanded one repeats the first of its entries along the last axis.
-
-    >>> laid_out(torch.zeros(2, 3), "transposed").stride()
-    (1, 2)
-    """
-    if not x.ndim:
-        return x
-    if layout == "channels_last":
-        return x.contiguous(memory_format=torch.channels_last)
-    if layout == "strided":
-        return torch.stack([x, torch.full_like(x, 7)], -1)[..., 0]
-    if layout == "transposed":
-        return x.permute(*reversed(range(x.ndim))).contiguous().permute(*reversed(range(x.ndim)))
-    if layout == "offset":
-        return torch.cat([x.new_full((1,), 7), x.flatten()])[1:].view(x.shape)
-    if layout == "expanded":
-        return x[..., :1].clone().expand(x.shape)
-    return x
 
 
 class FittingCase(NamedTuple):

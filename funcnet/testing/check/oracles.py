@@ -1,14 +1,13 @@
-"""What judges a gradient: autograd, central differences, and how fast Taylor's remainder falls.
+"""The oracles: autograd, central differences, and the power of h that Taylor's remainder falls by.
 
-All of it in float64. For φ(h) = ⟨grad, f(u + h·v)⟩ along a direction v, with φ′ = ⟨gradient, v⟩:
+All of them in float64. For φ(h) = ⟨grad, f(u + h·v)⟩ along a direction v, with φ′ = ⟨gradient, v⟩:
 
     central difference    (φ(h) − φ(−h)) / 2h = φ′ + O(h²), exact for any h if f is affine along v,
                           extrapolated to h → 0 otherwise (Ridders, "Accurate computation of F′(x)
                           and F′(x)F″(x)", Advances in Engineering Software, 1982)
-    Taylor's remainder    φ(h) − φ(0) − h·φ′ falls as h² if φ′ is right and as h if it is wrong,
-                          whatever the steps are
+    Taylor's remainder    φ(h) − φ(0) − h·φ′ falls as h² if φ′ is right and as h if it is wrong
     a kink nearby         (f(h) − 2f(0) + f(−h)) / h falls with h where f is smooth; what stays is
-                          the jump of the slope, and any slope between is a matter of choice.
+                          the jump of the slope, and any slope between the two sides is right.
 """
 
 from __future__ import annotations
@@ -20,7 +19,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from funcnet.testing.case import Case, Leaves
+from funcnet.testing.check.case import Case, Leaves
+from funcnet.testing.check.tolerances import (
+    AFFINE,
+    CENTRAL_ROUNDING,
+    ESTIMATE,
+    HALF_JUMP,
+    JUMP_ROUNDING,
+    TAYLOR_ROUNDING,
+)
 
 _LEVELS = 9
 _FINEST = 2.0**-17
@@ -28,8 +35,10 @@ _EPSILON = torch.finfo(torch.float64).eps
 
 
 def autograd_gradients(case: Case) -> Leaves | None:
-    """The gradients by autograd of `apply`; None where it cannot be differentiated so, or where a
-    backward pass of its own is hand-written, a `torch.autograd.Function`: that proves nothing.
+    """The gradients by autograd of `apply`; None where it cannot follow `apply`.
+
+    None also where `apply` contains a `torch.autograd.Function`: its backward pass is hand-written
+    too, and so proves nothing.
     """
     leaves = [leaf.detach().clone() for leaf in case.leaves]
     inputs = [leaf.requires_grad_() for leaf in leaves if leaf.is_floating_point()]
@@ -40,7 +49,7 @@ def autograd_gradients(case: Case) -> Leaves | None:
                 return None
             found = iter(torch.autograd.grad((y * case.grad).sum(), inputs, allow_unused=True))
     except (RuntimeError, NotImplementedError):
-        return None  # what apply does to its own memory, autograd may not follow
+        return None  # apply may write to its own intermediate results
     gradients = (next(found) if leaf.is_floating_point() else None for leaf in leaves)
     return [
         torch.zeros_like(leaf) if gradient is None else gradient.detach()
@@ -64,30 +73,31 @@ def _is_handwritten(y: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Slope:
-    """A numeric derivative: its value, how exact it is, how far the slope jumps at a kink, and
-    whether f is affine as far as the largest step."""
+    """A numeric derivative with its estimated error.
+
+    `jump` is the difference of the two one-sided slopes at a kink. `affine` says that f is affine
+    as far as the largest step.
+    """
 
     value: float
     error: float
     jump: float = 0.0
     affine: bool = False
 
-    def tolerance(self) -> float:
-        """How far off a right derivative may be."""
-        return 8 * self.error + 0.505 * self.jump
-
     def refutes(self, derivative: float, slack: float) -> bool:
-        """Whether a derivative is further off than this can be, and than `slack`."""
+        """Whether a derivative is off by more than this numeric one can be, and by `slack`."""
         if not math.isfinite(self.value + self.error):
             return False
-        return not abs(derivative - self.value) <= self.tolerance() + slack
+        own = ESTIMATE * self.error + HALF_JUMP * self.jump
+        return not abs(derivative - self.value) <= own + slack
 
 
 @dataclass
 class Line:
-    """y along a direction: one tensor a leaf, None for leaves that stay. `noise` is that of y.
+    """y along a direction, which has a tensor for each leaf or None for a leaf that stays.
 
-    Derivatives are by h · `length`, so that they can be by an entry while steps are of its size.
+    `noise` is y's rounding. Derivatives are by h · `length`: the step can be as large as an entry
+    while the derivative is by the entry itself.
     """
 
     case: Case
@@ -106,28 +116,28 @@ class Line:
         return self._known[h]
 
     def _apply(self, leaves: Leaves) -> Tensor:
-        """y, or NaN where the layer refuses to go: it may be defined on one side only."""
+        """y, or NaN where the layer raises: it may be defined on one side only."""
         try:
             return self.case.at(leaves).apply()
-        except Exception:  # whatever it refuses with
+        except Exception:  # a layer may refuse its input by any exception
             return torch.full_like(self.y(0.0), math.nan)
 
     def central(self, h: float) -> float:
-        """(φ(h) − φ(−h)) / 2h; what does not change cancels exactly before it is summed."""
+        """(φ(h) − φ(−h)) / 2h. Entries that do not change cancel before they are summed."""
         return self._dot(self.y(h) - self.y(-h)) / (2 * h * self.length)
 
     def rounding(self, h: float) -> float:
-        """The error of `central` that rounding y makes."""
-        return 4 * float((self.case.grad * self._blur).norm()) / (h * self.length)
+        """The error that y's rounding makes in `central`."""
+        return CENTRAL_ROUNDING * float((self.case.grad * self._blur).norm()) / (h * self.length)
 
     def jump(self, h: float) -> float:
         """Σ |grad| · |jump of the slope|, over kinks within h."""
         rest = (2 * self._bend(h / 2) - self._bend(h)).abs()
-        rest -= 16 * self._blur / (h * self.length)
+        rest -= JUMP_ROUNDING * self._blur / (h * self.length)
         return float((self.case.grad.abs() * rest.clamp(min=0)).sum())
 
     def bend(self, h: float) -> float:
-        """(φ(h) − 2φ(0) + φ(−h)) / h, that of each output taken positive."""
+        """(φ(h) − 2φ(0) + φ(−h)) / h, as the norm over the outputs."""
         return float((self.case.grad * self._bend(h)).norm())
 
     def remainder(self, h: float, derivative: float) -> float:
@@ -139,8 +149,10 @@ class Line:
 
     @cached_property
     def _blur(self) -> Tensor:
-        """The noise of those entries of y that the direction reaches, as large steps show: of its
-        own length, which may be lost in rounding, and of 1."""
+        """The noise of the entries of y that depend on the direction; 0 elsewhere.
+
+        Steps of the direction's own length show them, or steps of 1 if those are lost in rounding.
+        """
         largest = max(float(v.abs().max()) for v in self.direction if v is not None)
         reached = torch.zeros_like(self.noise, dtype=torch.bool)
         for h in (1.0, 1 / largest) if 0 < largest < 1 else (1.0,):
@@ -153,10 +165,10 @@ class Line:
 
 
 def slope(line: Line) -> Slope:
-    """The derivative along a line: by large steps where f is affine, else by extrapolation."""
+    """The derivative along a line: by large steps where f is affine, by extrapolation elsewhere."""
     coarse, rounding = line.central(1.0), line.rounding(0.25)
-    if line.bend(1.0) <= 2 * rounding and all(
-        abs(coarse - line.central(h)) <= 2 * line.rounding(h) for h in (0.25, 2.0**-10)
+    if line.bend(1.0) <= AFFINE * rounding and all(
+        abs(coarse - line.central(h)) <= AFFINE * line.rounding(h) for h in (0.25, 2.0**-10)
     ):
         return Slope(coarse, rounding, affine=True)
     value, error = _ridders(line)
@@ -166,7 +178,7 @@ def slope(line: Line) -> Slope:
 
 
 def _ridders(line: Line) -> tuple[float, float]:
-    """(the derivative, its error): central differences extrapolated in all ways, the steadiest."""
+    """(derivative, error): the steadiest of all extrapolations of central differences."""
     steps = [4.0**-level for level in range(_LEVELS)]
     table: list[float] = []
     best, least = math.nan, math.inf
@@ -184,22 +196,23 @@ def _ridders(line: Line) -> tuple[float, float]:
 
 
 def taylor_slope(line: Line, derivative: float) -> float | None:
-    """The power of h with which Taylor's remainder falls: 2 for a right derivative, 1 for a wrong
-    one; None where the remainder is nothing but rounding.
+    """The power of h that Taylor's remainder falls by: 2 if the derivative is right, 1 if wrong.
+
+    None where the remainder is nothing but rounding.
     """
     sizes: list[float] = []
     for level in range(2 * _LEVELS):
         h = 2.0**-level
         size = abs(line.remainder(h, derivative))
-        rounding = 64 * h * line.length * (line.rounding(h) + _EPSILON * abs(derivative))
-        if not size > rounding:
-            vanished = sizes and sizes[-1] > 64 * rounding
+        rounding = h * line.length * (line.rounding(h) + _EPSILON * abs(derivative))
+        if not size > TAYLOR_ROUNDING * rounding:
+            vanished = sizes and sizes[-1] > TAYLOR_ROUNDING**2 * rounding
             return math.inf if vanished else _power(sizes)
         sizes.append(size)
     return _power(sizes)
 
 
 def _power(sizes: list[float]) -> float | None:
-    """The power of h in sizes at halving steps, by the smallest of them."""
+    """The power of h in sizes at halving steps, read off the smallest ones."""
     count = min(6, len(sizes) - 1)
     return math.log2(sizes[-1 - count] / sizes[-1]) / count if count > 1 else None

@@ -1,10 +1,10 @@
-"""What is checked, in one form for layers and losses: a function of the leaves of params and x."""
+"""The case under check: layers and losses alike are a function of the leaves of params and x."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import optree
 import torch
@@ -15,22 +15,19 @@ from funcnet.layer import Layer, Tree
 from funcnet.losses import Loss
 
 Leaves = list[Tensor]
-"""The leaves of params, then x; or the gradients with respect to them, in that order."""
+"""The leaves of params, then x; or their gradients, in that order."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A layer with everything that its functions take."""
+    """A layer with the arguments of its functions. Its methods return what the layer returns."""
 
     layer: Any
     params: Tree
     x: Tensor
     grad: Tensor
     key: Key | None = None
-
-    @property
-    def is_loss(self) -> bool:
-        return False
+    is_loss: ClassVar[bool] = False
 
     @property
     def leaves(self) -> Leaves:
@@ -38,48 +35,43 @@ class Case:
 
     @property
     def names(self) -> list[str]:
-        """What each leaf is called in messages: `params[0]['weight']`, …, `x`."""
+        """The name of each leaf in messages: `params[0]['weight']`, …, `x`."""
         accessors = optree.tree_accessors(self.params)
         return [*(accessor.codify("params") for accessor in accessors), "x"]
 
     @property
-    def inputs(self) -> dict[str, Tensor]:
-        """Every tensor that is handed in, by name."""
+    def inputs(self) -> dict[str, Any]:
+        """Every argument by name."""
         return {**dict(zip(self.names, self.leaves, strict=True)), "grad": self.grad}
 
     def at(self, leaves: Sequence[Tensor], grad: Tensor | None = None) -> Case:
-        """The same with other leaves, and another grad if one is given."""
+        """The same case with other leaves, and another grad if given."""
         params = optree.tree_unflatten(optree.tree_structure(self.params), leaves[:-1])
         return replace(self, params=params, x=leaves[-1], grad=self.grad if grad is None else grad)
 
-    def of(self, layer: Any) -> Case:
-        """The same of another layer."""
-        return replace(self, layer=layer)
-
     def double(self) -> Case:
-        """A contiguous copy in float64, on the CPU where the device knows no float64."""
+        """A contiguous copy in float64, on the CPU if the device has no float64."""
         return self.at([_double(leaf) for leaf in self.leaves], _double(self.grad))
 
-    def fwd(self) -> tuple[Any, Any]:
-        """(y, residuals)."""
-        pair: tuple[Any, Any] = self.layer.fwd(self.params, self.x, key=self.key)
-        return pair
+    def fwd(self) -> Any:
+        return self.layer.fwd(self.params, self.x, key=self.key)
 
     def apply(self) -> Tensor:
         y: Tensor = self.layer.apply(self.params, self.x, key=self.key)
         return y
 
-    def bwd(self, residuals: Any, grad: Tensor | None = None, input_grad: bool = True) -> Any:
-        """(dparams, dx), as the layer returns it."""
-        grad = self.grad if grad is None else grad
-        return self.layer.bwd(self.params, residuals, grad, input_grad=input_grad)
+    def bwd(self, residuals: Any, **need: bool) -> Any:
+        """`need` holds `input_grad` and `param_grad`; only the first is passed if not given."""
+        need = {"input_grad": True, **need}
+        return self.layer.bwd(self.params, residuals, self.grad, **need)
 
-    def vjp(self, input_grad: bool = True) -> Any:
-        """(dparams, dx), as the layer returns it."""
-        return self.layer.vjp(self.params, self.x, self.grad, key=self.key, input_grad=input_grad)
+    def vjp(self, **need: bool) -> Any:
+        """`need` as for `bwd`."""
+        need = {"input_grad": True, **need}
+        return self.layer.vjp(self.params, self.x, self.grad, key=self.key, **need)
 
     def gradients(self) -> Leaves:
-        """The gradients with respect to `leaves`, by `vjp`."""
+        """The gradients of `leaves`, by `vjp`."""
         return flat(self.vjp())
 
     def out_shape(self) -> tuple[int, ...]:
@@ -92,33 +84,27 @@ class LossCase(Case):
     """A loss, as a layer without parameters."""
 
     target: Any = None
+    is_loss: ClassVar[bool] = True
 
     @property
-    def is_loss(self) -> bool:
-        return True
-
-    @property
-    def inputs(self) -> dict[str, Tensor]:
+    def inputs(self) -> dict[str, Any]:
         return {"x": self.x, "target": self.target, "grad": self.grad}
 
     def double(self) -> Case:
         return replace(super().double(), target=_double(self.target))  # type: ignore[call-arg]
 
-    def fwd(self) -> tuple[Any, Any]:
-        pair: tuple[Any, Any] = self.layer.fwd(self.x, self.target)
-        return pair
+    def fwd(self) -> Any:
+        return self.layer.fwd(self.x, self.target)
 
     def apply(self) -> Tensor:
         y: Tensor = self.layer.apply(self.x, self.target)
         return y
 
-    def bwd(self, residuals: Any, grad: Tensor | None = None, input_grad: bool = True) -> Any:
-        dx = self.layer.bwd(residuals, self.grad if grad is None else grad)
-        return (), dx if input_grad else None
+    def bwd(self, residuals: Any, **need: bool) -> Any:
+        return (), self.layer.bwd(residuals, self.grad)
 
-    def vjp(self, input_grad: bool = True) -> Any:
-        dx = self.layer.vjp(self.x, self.target, self.grad)
-        return (), dx if input_grad else None
+    def vjp(self, **need: bool) -> Any:
+        return (), self.layer.vjp(self.x, self.target, self.grad)
 
     def out_shape(self) -> tuple[int, ...]:
         return ()
@@ -129,13 +115,12 @@ def make_case(
 ) -> Case:
     """The case of `check_vjp(layer, params, x)` or `check_vjp(loss, x, target)`.
 
-    Without a grad, one is drawn: signed, so that transposes and flips cannot cancel.
+    A missing grad is drawn with both signs, so that transposes and flips cannot cancel.
     """
     if isinstance(layer, Loss):
         x, target = params, x
         drawn = torch.as_tensor(-1.375 if grad is None else grad, device=x.device)
-        drawn = drawn.detach().to(x.dtype)
-        return LossCase(layer, (), x.detach(), drawn, None, target)
+        return LossCase(layer, (), x.detach(), drawn.detach().to(x.dtype), None, target)
     params = optree.tree_map(lambda leaf: leaf.detach(), params)
     x = x.detach()
     if grad is None:
@@ -145,19 +130,19 @@ def make_case(
 
 
 def flat(gradients: Any) -> Leaves:
-    """(dparams, dx) as a list."""
+    """(dparams, dx) as a list, without those that are None."""
     dparams, dx = gradients
     return [*optree.tree_leaves(dparams), *([] if dx is None else [dx])]
 
 
 def signed(shape: Sequence[int], seed: int) -> Tensor:
-    """Numbers from N(0, 1) in float64 that depend on the seed alone."""
+    """Draw from N(0, 1) in float64, by the seed alone."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device="cpu")
 
 
 def scale_of(leaf: Tensor) -> float:
-    """The root of the mean square of a leaf's finite entries; 1 if that is 0."""
+    """The root mean square of a leaf's finite entries; 1 if that is 0."""
     finite = leaf[leaf.isfinite()]
     largest = float(finite.abs().max()) if finite.numel() else 0.0
     return largest * float((finite / largest).square().mean().sqrt()) if largest else 1.0

@@ -1,4 +1,4 @@
-"""A guess at what went wrong: which transform of the right gradient gives the wrong one."""
+"""A guess at the mistake: the transform that turns the right gradient into the wrong one."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from funcnet.testing.case import Case
-from funcnet.testing.mathematics import Finding
-from funcnet.testing.oracles import autograd_gradients
-
-_ALIKE = 1e-6
+from funcnet.testing.check.case import Case
+from funcnet.testing.check.comparison import excess
+from funcnet.testing.check.oracles import autograd_gradients
+from funcnet.testing.check.search import Finding
+from funcnet.testing.check.tolerances import ALIKE, ALIKE_IN_LEAF
 
 
 def guess(finding: Finding) -> str | None:
-    """What explains a wrong leaf, in words; None if nothing simple does."""
+    """Explain a wrong leaf in words; None if no simple mistake explains it."""
     wrong = finding.gradients[finding.leaf]
     right = finding.reference
     if _ignores_grad(finding.case, finding.leaf, wrong):
@@ -36,28 +36,24 @@ def guess(finding: Finding) -> str | None:
 
 
 def where(finding: Finding) -> str:
-    """The part of the leaf that holds all wrong entries, as an index; "" if it is all of it."""
+    """The index of the part that holds all wrong entries; "" if that is the whole leaf."""
     bad = wrong_entries(finding)
     if bad is None or bad.ndim == 0 or not bad.any():
         return ""
-    places = bad.nonzero()
-    parts = []
-    for low, high, size in zip(
-        places.amin(0).tolist(), places.amax(0).tolist(), bad.shape, strict=True
-    ):
+    places, parts = bad.nonzero(), []
+    edges = zip(places.amin(0).tolist(), places.amax(0).tolist(), bad.shape, strict=True)
+    for low, high, size in edges:
         whole = (low, high) == (0, size - 1)
         parts.append(":" if whole else str(low) if low == high else f"{low}:{high + 1}")
     return "" if set(parts) == {":"} else f"[{', '.join(parts)}]"
 
 
 def wrong_entries(finding: Finding) -> Tensor | None:
-    """Which entries of the leaf are wrong, where there is something to compare all with."""
+    """A mask of the leaf's wrong entries; None without a reference to compare all with."""
     right = finding.reference
     if right is None:
         return None
-    wrong = finding.gradients[finding.leaf]
-    floor = 0.0 if finding.floor is None else finding.floor
-    return ~((wrong - right).abs() <= 1e-6 * right.abs() + floor) & (wrong != right)
+    return excess(finding.gradients[finding.leaf], right, ALIKE * right.abs() + finding.floor) > 1
 
 
 def _transforms(finding: Finding, right: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -91,25 +87,22 @@ def _over_part_of_the_batch(finding: Finding) -> Iterator[tuple[str, Tensor]]:
         grad[which] = case.grad[which]
         part = autograd_gradients(case.at(case.leaves, grad))
         if part is not None:
-            yield (
-                f"only the {name} example counts: the sum over the batch is missing",
-                part[finding.leaf],
-            )
+            explanation = f"only the {name} example counts: the sum over the batch is missing"
+            yield explanation, part[finding.leaf]
 
 
 def _ignores_grad(case: Case, leaf: int, wrong: Tensor) -> bool:
-    """Whether it stays the same with another grad."""
+    """Whether a leaf's gradient stays the same with another grad."""
     other = case.at(case.leaves, -3 * case.grad).gradients()[leaf]
     return bool(wrong.any()) and _alike(other, wrong)
 
 
 def _factor(case: Case, wrong: Tensor, right: Tensor) -> str | None:
-    """A factor that all entries are off by."""
-    where_right = right != 0
-    if not where_right.any():
+    """Name a factor that all entries are off by."""
+    if not right.any():
         return None
     factor = float((wrong * right).sum() / right.square().sum())
-    if abs(factor - 1) > _ALIKE and _alike(wrong, factor * right):
+    if abs(factor - 1) > ALIKE and _alike(wrong, factor * right):
         shape = case.grad.shape
         batch = shape[0] if shape and not case.is_loss else 1
         positions = case.grad[0, 0].numel() if case.grad.ndim > 2 else 1
@@ -119,9 +112,9 @@ def _factor(case: Case, wrong: Tensor, right: Tensor) -> str | None:
             (batch * positions, "a mean over batch and positions instead of a sum"),
             (case.grad.numel(), "divided by the number of entries"),
         ):
-            if divisor > 1 and abs(factor * divisor - 1) < _ALIKE:
+            if divisor > 1 and abs(factor * divisor - 1) < ALIKE:
                 return f"it is too small by a factor of {divisor}: {what}"
-            if divisor > 1 and abs(factor / divisor - 1) < _ALIKE:
+            if divisor > 1 and abs(factor / divisor - 1) < ALIKE:
                 return f"it is too large by a factor of {divisor}: a sum instead of a mean?"
         return f"a factor of {factor:.6g} is wrong"
     return None
@@ -139,7 +132,7 @@ def _factors_along_an_axis(wrong: Tensor, right: Tensor) -> str | None:
 
 
 def _of_wrong_entries(finding: Finding) -> str | None:
-    """What the wrong entries, among right ones, have in common."""
+    """Name what the wrong entries among right ones have in common."""
     bad = wrong_entries(finding)
     wrong, right = finding.gradients[finding.leaf], finding.reference
     if bad is None or right is None or not bad.any():
@@ -158,9 +151,9 @@ def _of_wrong_entries(finding: Finding) -> str | None:
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or not b.any():
+    if a.shape != b.shape or not b.any() or not b.isfinite().all():
         return False
-    return bool(((a - b).abs() <= _ALIKE * b.abs() + 1e-10 * b.abs().max()).all())
+    return bool((excess(a, b, ALIKE * b.abs() + ALIKE_IN_LEAF * b.abs().max()) <= 1).all())
 
 
 def _axes(axes: tuple[int, ...]) -> str:

@@ -1,25 +1,27 @@
-"""Whether the gradient is the derivative of `apply`, in float64.
+"""The search for entries where the gradient is not the derivative of `apply`, in float64.
 
-An entry is called wrong only where a numeric derivative refutes it. Autograd, exact but blind to
-what it cannot follow, says where to look; where it does not exist, or is itself refuted, numeric
-derivatives look everywhere in a small leaf, and along random directions in a large one, which are
-halved until an entry is found.
+An entry is called wrong only where a numeric derivative refutes it. Autograd is exact, but blind to
+what it cannot follow: it says where to look. Where it does not exist, or is itself refuted, numeric
+derivatives examine every entry of a small leaf. In a large leaf they go along random directions,
+which are halved until an entry is found.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from funcnet.testing.case import Case, Leaves, scale_of, signed
-from funcnet.testing.oracles import Line, Slope, autograd_gradients, slope, taylor_slope
-from funcnet.testing.rounding import allowance, gradient_moves, value_moves
+from funcnet.testing.check.case import Case, Leaves, scale_of, signed
+from funcnet.testing.check.comparison import Errors, excess, largest_error, unravel
+from funcnet.testing.check.oracles import Line, Slope, autograd_gradients, slope, taylor_slope
+from funcnet.testing.check.rounding import allowance, gradient_moves, value_moves
+from funcnet.testing.check.tolerances import NEGLIGIBLE, SCORED, WRONG_POWER
 
 _EPSILON = torch.finfo(torch.float64).eps
 _SUSPECTS = 12
@@ -27,35 +29,18 @@ _WITH_AUTOGRAD, _ALONE = 100, 20000  # evaluations of apply that single entries 
 _WORK = 2**24  # entries that all those evaluations may compute
 
 
-@dataclass
-class Errors:
-    """The worst relative error found against each oracle, and the worst Taylor slope."""
-
-    autograd: float = 0.0
-    differences: float = 0.0
-    taylor: float = math.inf
-    working: float = 0.0
-
-    def merge(self, other: Errors) -> None:
-        self.autograd = max(self.autograd, other.autograd)
-        self.differences = max(self.differences, other.differences)
-        self.taylor = min(self.taylor, other.taylor)
-        self.working = max(self.working, other.working)
-
-
 @dataclass(frozen=True)
 class Finding:
-    """A wrong entry: of which leaf, where in it, and what there is to compare it with."""
+    """A wrong entry: its leaf and index, and the numbers to compare it with."""
 
     case: Case
     leaf: int
     index: tuple[int, ...]
     gradients: Leaves
     numeric: float
+    floor: Tensor
     reference: Tensor | None = None
-    floor: Tensor | None = None
     taylor: float | None = None
-    oracle: str = "central differences"
 
     @property
     def analytic(self) -> float:
@@ -64,17 +49,16 @@ class Finding:
 
 def find_wrong(case: Case, rtol: float, atol: float, errors: Errors) -> Finding | None:
     """The first wrong entry at a float64 case, or at a point beside it, away from ties."""
-    return _Judge(case, rtol, atol, errors).find(thorough=False) or _Judge(
-        moved(case), rtol, atol, errors
-    ).find(thorough=True)
+    here = _Search(case, rtol, atol, errors).find(thorough=False)
+    return here or _Search(moved(case), rtol, atol, errors).find(thorough=True)
 
 
 def moved(case: Case) -> Case:
-    """A point beside the case. Entries keep their sign; zeros move, unless f is undefined there."""
+    """A point beside the case. Entries keep their sign; zeros move if y stays finite."""
     still = case.apply().isfinite().all()
 
     def beside(leaf: Tensor, seed: int, zeros: float) -> Tensor:
-        if not (leaf.is_floating_point() and leaf.isfinite().all()):
+        if not _movable(leaf):
             return leaf
         noise = signed(leaf.shape, seed).to(leaf).clamp(-3, 3)
         away = zeros * scale_of(leaf) * noise
@@ -88,8 +72,12 @@ def moved(case: Case) -> Case:
     return case
 
 
-class _Judge:
-    """The oracles at one float64 point."""
+def _movable(leaf: Tensor) -> bool:
+    return leaf.is_floating_point() and bool(leaf.isfinite().all())
+
+
+class _Search:
+    """The search at one float64 point."""
 
     def __init__(self, case: Case, rtol: float, atol: float, errors: Errors) -> None:
         self.case, self.rtol, self.atol, self.errors = case, rtol, atol, errors
@@ -102,43 +90,36 @@ class _Judge:
         self.most = max(_WORK // max(work, 1), 48)
 
     @cached_property
-    def noise(self) -> Tensor:
-        """The rounding of y."""
+    def noise(self) -> Tensor:  # of y
         return value_moves(self.case, _EPSILON)
 
     @cached_property
     def floors(self) -> Leaves:
-        """The rounding of the gradients, of ours or of autograd's."""
+        """The rounding of our gradients or autograd's, whichever is larger."""
         moves = gradient_moves(self.case, _EPSILON)
         if self.autograd is not None:
-            theirs = gradient_moves(self.case, _EPSILON, 2, by=_autograd)
+            theirs = gradient_moves(
+                self.case, _EPSILON, 2, lambda case: autograd_gradients(case) or case.gradients()
+            )
             moves = [torch.maximum(a, b) for a, b in zip(moves, theirs, strict=True)]
         return [allowance(move, torch.float64) for move in moves]
 
     def find(self, thorough: bool) -> Finding | None:
-        if self.autograd is not None:
-            found = self._against_autograd(self.autograd)
-            if found is not None:
-                return found
-        if not self.finite or not (thorough or self.autograd is None):
-            return None
-        return self._along_directions() or self._entry_by_entry()
+        found = None if self.autograd is None else self._against_autograd(self.autograd)
+        if found is None and self.finite and (thorough or self.autograd is None):
+            return self._along_directions() or self._entry_by_entry()
+        return found
 
     def _against_autograd(self, references: Leaves) -> Finding | None:
         suspects: list[tuple[float, int, int]] = []
         for i, (ours, theirs) in enumerate(zip(self.gradients, references, strict=True)):
-            self.errors.autograd = max(self.errors.autograd, _relative(ours, theirs))
-            if (self._excess(ours, theirs, theirs.new_zeros(())) <= 1).all():
-                continue  # without a thought for rounding
-            excess = self._excess(ours, theirs, self.floors[i])
-            worst = excess.flatten().topk(min(_SUSPECTS, excess.numel()))
-            suspects += [
-                (ratio, i, position)
-                for ratio, position in zip(
-                    worst.values.tolist(), worst.indices.tolist(), strict=True
-                )
-                if ratio > 1
-            ]
+            self.errors.autograd = max(self.errors.autograd, largest_error(ours, theirs, theirs))
+            allowed = self.atol + self.rtol * theirs.abs()
+            if (excess(ours, theirs, allowed) <= 1).all():
+                continue  # the floors, which take more evaluations, are not needed
+            off = excess(ours, theirs, allowed + self.floors[i]).flatten()
+            top = off.topk(min(_SUSPECTS, off.numel())).indices.tolist()
+            suspects += [(float(off[p]), i, p) for p in top if off[p] > 1]
         for _, i, position in sorted(suspects, reverse=True)[: 2 * _SUSPECTS]:
             mine = float(self.gradients[i].flatten()[position])
             other = float(references[i].flatten()[position])
@@ -150,86 +131,74 @@ class _Judge:
                 right = not found.refutes(other, slack)
                 return self._finding(i, position, other if right else found.value)
             if found.refutes(other, slack):
-                self.autograd = None  # it cannot follow what apply does
+                self.autograd = None  # it cannot follow apply
                 break
         return None
 
-    def _excess(self, ours: Tensor, theirs: Tensor, floor: Tensor) -> Tensor:
-        """How many times what is allowed ours is off; 0 where theirs is not finite."""
-        off = (ours - theirs).abs() / (floor.to(ours) + self.atol + self.rtol * theirs.abs())
-        off = torch.where(ours == theirs, torch.zeros_like(off), off)
-        off = torch.where(ours.isfinite(), off, torch.full_like(off, math.inf))
-        return torch.where(theirs.isfinite(), off, torch.zeros_like(off))
-
     def _along_directions(self) -> Finding | None:
-        for i, gradient in enumerate(self.gradients):
-            leaf = self.case.leaves[i]
-            if not leaf.is_floating_point() or not leaf.isfinite().all() or not leaf.numel():
+        for i, leaf in enumerate(self.case.leaves):
+            if not _movable(leaf) or not leaf.numel():
                 continue
             for trial in range(1 if self.autograd is not None else 3):
                 v = self._direction(leaf, 31 * i + trial, relative=trial != 1)
-                taylor = self._refuted(i, v, gradient, record=True)
-                found = None if taylor is None else self._halve(i, v, taylor)
-                if found is not None:
+                taylor = self._refuted(i, v, record=True)
+                if taylor is not None and (found := self._halve(i, v, taylor)):
                     return found
         return None
 
     def _direction(self, leaf: Tensor, seed: int, relative: bool) -> Tensor:
-        """Signed, of the size of each entry, so that none changes its sign, or of the leaf."""
+        """A signed random direction, in units of each entry, whose sign stays, or of the leaf."""
         scale = torch.full_like(leaf, scale_of(leaf))
         size = torch.where(leaf == 0, scale, leaf.abs()) if relative else scale
         return signed(leaf.shape, seed).to(leaf) * size
 
-    def _refuted(self, i: int, v: Tensor, gradient: Tensor, record: bool = False) -> float | None:
-        """The Taylor slope along v if the gradient is wrong there."""
+    def _refuted(self, i: int, v: Tensor, record: bool = False) -> float | None:
+        """The power of Taylor's remainder along v if the gradient is wrong there."""
         line = self._line(i, v)
-        terms = gradient * v
+        terms = self.gradients[i] * v
         derivative, norm = float(terms.sum()), float(terms.norm())
         numeric = slope(line)
         taylor = taylor_slope(line, derivative)
-        if record and norm > 0 and not numeric.jump and numeric.error <= 1e-6 * norm:
+        if record and norm > 0 and not numeric.jump and numeric.error <= SCORED * norm:
             error = abs(derivative - numeric.value) / norm
             self.errors.differences = max(self.errors.differences, error)
-        slack = 1e-3 * self.rtol * norm + self.atol * float(v.norm())
+        slack = NEGLIGIBLE * self.rtol * norm + self.atol * float(v.norm())
         if numeric.refutes(derivative, slack):
             slack += float((self.floors[i] * v).norm())
         if not numeric.refutes(derivative, slack):
             if record and taylor is not None and not numeric.jump:
                 self.errors.taylor = min(self.errors.taylor, taylor)
             return None
-        # Far from every kink a wrong derivative shows in Taylor's remainder too.
-        return taylor if taylor is not None and taylor < 1.5 else None
+        # Away from kinks a wrong derivative shows in Taylor's remainder too.
+        return taylor if taylor is not None and taylor < WRONG_POWER else None
 
     def _halve(self, i: int, v: Tensor, taylor: float) -> Finding | None:
-        """A wrong entry of a leaf whose gradient is wrong along v."""
-        gradient = self.gradients[i]
+        """Find a wrong entry of a leaf whose gradient is wrong along v."""
         positions = v.flatten().nonzero().flatten()
         while len(positions) > 1:
             for half in positions.tensor_split(2):
                 part = torch.zeros_like(v).flatten()
                 part[half] = v.flatten()[half]
-                if self._refuted(i, part.reshape(v.shape), gradient) is not None:
+                if self._refuted(i, part.reshape(v.shape)) is not None:
                     positions = half
                     break
             else:
                 break  # neither half is wrong enough alone
         found = (self._refuted_entry(i, p, taylor) for p in positions[:_SUSPECTS].tolist())
-        return next((finding for finding in found if finding is not None), None)
+        return next(filter(None, found), None)
 
     def _entry_by_entry(self) -> Finding | None:
-        """The full Jacobian where it is small, some entries of every leaf where it is large."""
+        """Examine the full Jacobian if it is small, else some entries of every leaf."""
         budget = min(self.most, _ALONE if self.autograd is None else _WITH_AUTOGRAD)
         self.evaluations = 0
         for i, position in self._some_entries():
             found = self._refuted_entry(i, position)
-            if found is not None:
+            if found is not None or self.evaluations >= budget:
                 return found
-            if self.evaluations >= budget:
-                break
         return None
 
     def _refuted_entry(self, i: int, position: int, taylor: float | None = None) -> Finding | None:
-        """The finding that an entry is wrong, if numeric derivatives refute it."""
+        """The finding that an entry is wrong, None unless a numeric derivative refutes it."""
         ours = float(self.gradients[i].flatten()[position])
         found = self._entry_slope(i, position)
         slack = self.rtol * abs(found.value) + self.atol
@@ -240,26 +209,26 @@ class _Judge:
         return self._finding(i, position, found.value, taylor)
 
     def _some_entries(self) -> Iterator[tuple[int, int]]:
-        """(leaf, position) of all entries, the leaves in turn, each in a random order."""
+        """Yield (leaf, position) of all entries: the leaves in turn, each in random order."""
         orders = []
         for i, leaf in enumerate(self.case.leaves):
             generator = torch.Generator().manual_seed(i)
-            count = leaf.numel() if leaf.is_floating_point() and leaf.isfinite().all() else 0
+            count = leaf.numel() if _movable(leaf) else 0
             shuffled = torch.randperm(count, generator=generator, device="cpu")
             orders.append(shuffled[: self.most].tolist())
-        for turn in range(max(map(len, orders), default=0)):
-            for i, order in enumerate(orders):
-                if turn < len(order):
-                    yield i, order[turn]
+        for turn in itertools.zip_longest(*orders):
+            yield from ((i, position) for i, position in enumerate(turn) if position is not None)
 
     def _entry_slope(self, i: int, position: int) -> Slope:
-        """The derivative by one entry: by steps of its own size, which f may change over, unless f
-        is affine so far that steps of the leaf's size resolve more."""
+        """The derivative by one entry, from steps of the entry's own size.
+
+        Steps of the leaf's size resolve more if the entry is smaller. They serve where f is affine.
+        """
         leaf = self.case.leaves[i].flatten()
         own, others = abs(float(leaf[position])), scale_of(leaf)
         size = own or others
         found = self._slope_by(i, position, size)
-        if size < others and not found.error <= 1e-3 * self.rtol * abs(found.value):
+        if size < others and not found.error <= NEGLIGIBLE * self.rtol * abs(found.value):
             larger = self._slope_by(i, position, others)
             return larger if larger.affine else found
         return found
@@ -286,24 +255,5 @@ class _Judge:
             ours, theirs = (float(x.flatten()[position]) for x in (self.gradients[i], reference))
             if not abs(theirs - numeric) < abs(theirs - ours):
                 reference = None  # autograd shares the mistake
-        return Finding(
-            self.case, i, index, self.gradients, numeric, reference, self.floors[i], taylor
-        )
-
-
-def unravel(position: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The index of an entry, given its position in the flattened tensor."""
-    return tuple(int(i) for i in np.unravel_index(position, shape)) if shape else ()
-
-
-def _relative(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference, relative to the largest entry."""
-    both = ours.isfinite() & theirs.isfinite()
-    ours, theirs = ours[both], theirs[both]
-    size = float(theirs.abs().max()) if theirs.numel() else 0.0
-    return float((ours - theirs).abs().max()) / size if size else 0.0
-
-
-def _autograd(case: Case) -> Leaves:
-    """Autograd's gradients where they are known to exist."""
-    return autograd_gradients(case) or case.gradients()
+        floor = self.floors[i]
+        return Finding(self.case, i, index, self.gradients, numeric, floor, reference, taylor)

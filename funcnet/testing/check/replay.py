@@ -1,4 +1,4 @@
-"""The code that replays a case."""
+"""Code that replays a case."""
 
 from __future__ import annotations
 
@@ -14,21 +14,28 @@ import funcnet
 from funcnet.keys import key as make_key
 from funcnet.keys import normal
 from funcnet.layer import Layer
-from funcnet.testing.case import Case, LossCase
+from funcnet.testing.check.case import Case, LossCase, make_case
 
 _MOST_LITERAL = 400
 
 
 def snippet(case: Case, fails: Callable[[Case], bool]) -> str:
-    """Code that raises again. Tensors are drawn from keys if such ones fail too, the smallest batch
-    first; otherwise they are written out if they are few, and else taken from the exception.
+    """Code that raises the same again.
+
+    It draws its tensors from keys if such a case fails too, the smallest batch first. Otherwise it
+    spells them out if they have few entries, or takes them from the exception.
     """
     drawn = None if isinstance(case, LossCase) or case.key is not None else _drawn(case, fails)
-    literal = _entries(case) <= _MOST_LITERAL and _is_plain(case.params)
-    known = drawn is not None or literal
+    entries = sum(x.numel() for x in case.inputs.values())
     lines = ["import torch", "import funcnet as fn", "from funcnet.testing import check_vjp"]
-    if not known:
-        return "\n".join([*lines, *_from_exception(case)])
+    if drawn is None and not (entries <= _MOST_LITERAL and _is_builtin(case.params)):
+        x, key = ("x, error.target", "") if case.is_loss else ("params, x", ", key=error.key")
+        lines += [
+            "# The tensors are not spelled out: catch the exception as `error`.",
+            "layer, params, x, grad = error.layer, error.params, error.x, error.grad",
+            f"check_vjp(layer, {x}, grad=grad{key})",
+        ]
+        return "\n".join(lines)
     lines += [*_import_of(case.layer), f"layer = {_source(case.layer)}"]
     if drawn is None:
         return "\n".join([*lines, *_literally(case)])
@@ -41,35 +48,19 @@ def snippet(case: Case, fails: Callable[[Case], bool]) -> str:
     return "\n".join(lines)
 
 
-def _entries(case: Case) -> int:
-    return sum(x.numel() for x in case.inputs.values())
-
-
-def _from_exception(case: Case) -> list[str]:
-    return [
-        "# Not written out: catch the exception as `error`, and its tensors are",
-        "layer, params, x, grad = error.layer, error.params, error.x, error.grad",
-        "check_vjp(layer, x, error.target, grad=grad)"
-        if case.is_loss
-        else "check_vjp(layer, params, x, grad=grad, key=error.key)",
-    ]
-
-
 def _drawn(case: Case, fails: Callable[[Case], bool]) -> Case | None:
     """A failing case of the same shapes, drawn from keys."""
     dtype, device = case.x.dtype, case.x.device
-    for count in sorted(
-        {min(1, len(case.x)), min(2, len(case.x)), len(case.x)} if case.x.ndim else ()
-    ):
+    batch = len(case.x) if case.x.ndim else None
+    for count in [] if batch is None else sorted({min(1, batch), min(2, batch), batch}):
         shape = (count, *case.x.shape[1:])
         try:
             params = case.layer.init(make_key(0), shape[1:], dtype=dtype, device=device)
             x = normal(make_key(1), shape, dtype=dtype, device=device)
-            grad = torch.zeros_like(case.layer.apply(params, x))
-            drawn = Case(case.layer, params, x, grad)
+            drawn = make_case(case.layer, params, x, None, None)
             if optree.tree_structure(params) == optree.tree_structure(case.params) and fails(drawn):
                 return drawn
-        except Exception:  # the user's init may be anything, and a snippet is only a service
+        except Exception:  # a user's init may not work with a key, and the snippet is optional
             continue
     return None
 
@@ -81,31 +72,25 @@ def _literally(case: Case) -> list[str]:
         lines.append(f"target = {_literal(case.target)}")
         arguments = "layer, x, target"
     else:
-        lines.append(f"params = {_tree(case.params)}")
+        params = optree.tree_map(lambda leaf: _Code(_literal(leaf)), case.params)
+        lines.append(f"params = {params!r}")
         arguments = "layer, params, x"
     lines.append(f"grad = {_literal(case.grad)}")
     return [*lines, f"check_vjp({arguments}, grad=grad{key})"]
 
 
-def _tree(tree: Any) -> str:
-    """Code for plain containers of tensors."""
-    if tree is None:
-        return "None"
-    if isinstance(tree, Tensor):
-        return _literal(tree)
-    if type(tree) is dict:
-        return "{" + ", ".join(f"{k!r}: {_tree(v)}" for k, v in tree.items()) + "}"
-    if type(tree) is list:
-        return "[" + ", ".join(map(_tree, tree)) + "]"
-    return "(" + "".join(f"{_tree(v)}, " for v in tree).strip() + ")"
+class _Code(str):
+    """Code that is its own repr, so that the repr of a tree of it is code."""
+
+    __repr__ = str.__str__
 
 
-def _is_plain(tree: Any) -> bool:
+def _is_builtin(tree: Any) -> bool:
     """Whether a tree is made of tuples, lists, dicts and None alone."""
     if type(tree) in (tuple, list):
-        return all(map(_is_plain, tree))
+        return all(map(_is_builtin, tree))
     if type(tree) is dict:
-        return all(map(_is_plain, tree.values()))
+        return all(map(_is_builtin, tree.values()))
     return tree is None or isinstance(tree, Tensor)
 
 
@@ -116,12 +101,12 @@ def _literal(x: Tensor) -> str:
 
 
 def _on(device: torch.device) -> str:
-    """The argument that puts a tensor there."""
+    """The argument that puts a tensor on a device."""
     return "" if device.type == "cpu" else f', device="{device}"'
 
 
 def _source(layer: Any) -> str:
-    """The layer's repr, without the function that its class may have been defined in."""
+    """The layer's repr, without the names of functions that its classes are defined in."""
     return re.sub(r"[\w.]*<locals>\.", "", repr(layer))
 
 
@@ -136,6 +121,6 @@ def _import_of(layer: Any) -> list[str]:
 
 
 def _classes(layer: Any) -> set[type]:
-    """That of a layer, and of those in it."""
-    inner = layer._children() if isinstance(layer, Layer) else ()
-    return {type(layer)}.union(*(_classes(child) for _, child in inner))
+    """The classes of a layer and of the layers in it."""
+    children = layer._children() if isinstance(layer, Layer) else ()
+    return {type(layer)}.union(*(_classes(child) for _, child in children))

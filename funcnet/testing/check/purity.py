@@ -1,0 +1,124 @@
+"""Purity: a call writes to no input and no global state, and its results share no memory."""
+
+from __future__ import annotations
+
+import operator
+import random
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+import optree
+import torch
+from torch import Tensor
+
+from funcnet.testing.check.case import Case, Leaves
+from funcnet.testing.errors import GradientMismatch
+from funcnet.testing.layouts import bits
+
+_Result = TypeVar("_Result")
+
+
+def pure(
+    case: Case, who: str, call: Callable[[], _Result], extra: dict[str, Tensor] | None = None
+) -> _Result:
+    """Return `call()`. Raise GradientMismatch if it changes an input, or a tensor in `extra`."""
+    tensors = _tensors({**case.inputs, **(extra or {})})
+    before = {name: (_description(x), bits(x)) for name, x in tensors.items()}
+    leaves, structure = optree.tree_flatten(case.params)
+    states = _random_states(case)
+    result = call()
+    _expect_states(case, who, states)
+    for name, x in tensors.items():
+        description, old = before[name]
+        if _description(x) != description or not torch.equal(bits(x), old):
+            raise GradientMismatch(f"{who}: writes to {name}, a tensor that it was handed")
+    leaves_after, structure_after = optree.tree_flatten(case.params)
+    if structure_after != structure or not all(map(operator.is_, leaves_after, leaves)):
+        raise GradientMismatch(f"{who}: changes the tree of params that it was handed")
+    return result
+
+
+def _tensors(named: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: x for name, x in named.items() if isinstance(x, Tensor)}
+
+
+def _description(x: Tensor) -> tuple[Any, ...]:
+    """The properties of a tensor, besides its entries, that a call can change."""
+    return x.shape, x.stride(), x.requires_grad, 0 if x.is_inference() else x._version
+
+
+def under_two_seeds(case: Case, who: str, call: Callable[[], _Result]) -> list[_Result]:
+    """Return `call()` twice, under two global seeds; the random states are restored."""
+    states = _random_states(case)
+    results = []
+    try:
+        for seed in (1, 2):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds every device
+            if case.x.device.type == "cuda":
+                torch.cuda.manual_seed(seed)
+            np.random.seed(seed)
+            random.seed(seed)
+            before = _random_states(case)
+            results.append(call())
+            _expect_states(case, who, before)
+    finally:
+        torch.set_rng_state(states["torch"])
+        np.random.set_state(states["numpy"])
+        random.setstate(states["random"])
+        if "torch.cuda" in states:
+            torch.cuda.set_rng_state(states["torch.cuda"], case.x.device)
+    return results
+
+
+def _random_states(case: Case) -> dict[str, Any]:
+    """The states of all generators that a layer must not draw from."""
+    states = {
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.get_state(legacy=False),
+        "random": random.getstate(),
+    }
+    if case.x.device.type == "cuda":
+        states["torch.cuda"] = torch.cuda.get_rng_state(case.x.device)
+    return states
+
+
+def _expect_states(case: Case, who: str, states: dict[str, Any]) -> None:
+    """Raise GradientMismatch unless the random states are still these."""
+    for name, new in _random_states(case).items():
+        if not _same_state(states[name], new):
+            raise GradientMismatch(f"{who}: draws from the global random state of {name}")
+
+
+def _same_state(old: Any, new: Any) -> bool:
+    if isinstance(old, Tensor):
+        return torch.equal(old, new)
+    if isinstance(old, dict):
+        old, new = old["state"], new["state"]
+        return bool(old["pos"] == new["pos"] and np.array_equal(old["key"], new["key"]))
+    return bool(old == new)
+
+
+def expect_unshared(name: str, result: Tensor, others: Mapping[str, Any], why: str = "") -> None:
+    """Raise GradientMismatch if a result shares storage with one of the other tensors."""
+    for other, x in _tensors(others).items():
+        if x.numel() and result.numel() and _storage(x) == _storage(result):
+            raise GradientMismatch(
+                f"{name} shares memory with {other}{why}: whoever writes to one changes the other"
+            )
+
+
+def expect_own(case: Case, gradients: Leaves) -> None:
+    """Raise GradientMismatch if a gradient shares memory with an input or another gradient."""
+    found: dict[int, str] = {}
+    for name, gradient in zip(case.names, gradients, strict=True):
+        expect_unshared(f"the gradient for {name}", gradient, case.inputs)
+        if gradient.numel() and found.setdefault(gradient.data_ptr(), name) != name:
+            raise GradientMismatch(
+                f"the gradients for {found[gradient.data_ptr()]} and {name} share memory: "
+                "whoever writes to one changes the other"
+            )
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()

@@ -1,0 +1,71 @@
+"""The message of a `GradientMismatch`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from funcnet.testing.check import diagnose
+from funcnet.testing.check.case import Case, LossCase
+from funcnet.testing.check.replay import snippet
+from funcnet.testing.check.search import Finding
+from funcnet.testing.errors import GradientMismatch
+
+
+def wrong_gradient(found: Finding) -> GradientMismatch:
+    """The exception for a wrong entry, with a guess at the cause."""
+    name = found.case.names[found.leaf]
+    mismatch = GradientMismatch()
+    mismatch.leaf = name + (f"[{', '.join(map(str, found.index))}]" if found.index else "")
+    mismatch.analytic, mismatch.numeric = found.analytic, found.numeric
+    size = max(abs(found.numeric), abs(found.analytic))
+    relative = abs(found.analytic - found.numeric) / size if size else 0.0
+    mismatch.relative_error = relative
+    lines = [
+        f"the gradient for {mismatch.leaf} is wrong",
+        f"  analytic        {found.analytic:.12g}",
+        f"  numeric         {found.numeric:.12g}",
+        f"  relative error  {relative:.3g}",
+    ]
+    bad = diagnose.wrong_entries(found)
+    if bad is not None:
+        mismatch.wrong_fraction = float(bad.double().mean())
+        place = diagnose.where(found)
+        place = f", all in {name}{place}" if place else ""
+        lines.append(f"  wrong entries   {int(bad.sum())} of {bad.numel()}{place}")
+    if found.taylor is not None:
+        lines.append(f"  Taylor          the remainder falls as h^{found.taylor:.2f}, not as h^2")
+    mismatch.guess = diagnose.guess(found)
+    if mismatch.guess is not None:
+        lines.append(f"  a guess         {mismatch.guess}")
+    mismatch.args = ("\n".join(lines),)
+    return mismatch
+
+
+def complete(mismatch: GradientMismatch, case: Case, examine: Callable[[Case], None]) -> None:
+    """Add the layer, the sizes and the code that replays the case to an exception.
+
+    `examine` raises the GradientMismatch of another case.
+    """
+
+    def fails(drawn: Case) -> bool:
+        try:
+            examine(drawn)
+        except GradientMismatch as other:
+            return _fault(other) == _fault(mismatch)
+        return False
+
+    mismatch.snippet = snippet(case, fails)
+    mismatch.layer, mismatch.params, mismatch.x = case.layer, case.params, case.x
+    mismatch.grad, mismatch.key = case.grad, case.key
+    mismatch.target = case.target if isinstance(case, LossCase) else None
+    sizes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in case.inputs.items())
+    code = mismatch.snippet.replace("\n", "\n    ")
+    mismatch.args = (
+        f"{case.layer}: {mismatch.args[0]}\n  of              {sizes}; {case.x.dtype}\n"
+        f"To replay it:\n    {code}",
+    )
+
+
+def _fault(mismatch: GradientMismatch) -> str:
+    """The kind of mismatch, without the index."""
+    return (mismatch.leaf or str(mismatch.args[0])).split(" at [")[0].rsplit("[", 1)[0]

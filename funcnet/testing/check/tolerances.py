@@ -1,0 +1,64 @@
+"""Every tolerance of the check, with its reason.
+
+ε is `torch.finfo(dtype).eps` of the dtype that is judged. The *move* of a number is how far it
+moves when the inputs are nudged by a relative ε (see `rounding`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+# --- Rounding
+
+# Moves: a sum rounds at every term, where a nudge moves its inputs once. 1000 moves are still 2e-13
+# in float64, so it can be generous. Half precision accumulates its sums in float32.
+SAFETY = {torch.float64: 1000.0, torch.float32: 128.0, torch.float16: 32.0, torch.bfloat16: 32.0}
+# Share of the leaf's largest move that is added to each entry's own: an entry that stood still in
+# every trial is not exact, and algorithms share sums between entries.
+LEAF_SHARE = 1 / 64
+# Smallest normal numbers of the dtype: products underflow there.
+SMALLEST = 64.0
+# ε of an entry, between two computations in one dtype: they add in different orders.
+SAME_DTYPE = 64.0
+# ε of an entry, from float64: the inputs, the intermediate results and the result are rounded.
+ACROSS_DTYPES = 8.0
+# Share of the dtype's largest number above which nothing is judged: sums overflow on the way.
+OVERFLOW = 1 / 64
+
+# --- Laws
+
+# Moves of y that a batch may be off its examples. If it is off by more, examples are coupled.
+COUPLED = 1000.0
+# Share of its terms that the sides of a law may differ by: the mistakes that laws find are large.
+LAW_TERMS = 1e-10
+# Allowed roundings of a gradient that they may differ by too: a law adds several gradients.
+LAW_ROUNDING = 16.0
+
+# --- Numeric derivatives
+
+# Share of rtol that is negligible: a numeric derivative that exact needs no second one. No more is
+# forgiven along a direction, where the right entries dilute a wrong one.
+NEGLIGIBLE = 1e-3
+# Moves of y in a central difference: two values, and a move that is known from two trials only.
+CENTRAL_ROUNDING = 4.0
+# Roundings that derivatives by different steps may differ by where f is affine: one of each.
+AFFINE = 2.0
+# Moves of y in the jump of a slope, which holds 4·(1 + 2 + 1) values of y at half a step.
+JUMP_ROUNDING = 16.0
+# Estimated errors that a right derivative may be off: extrapolation only guesses its own error.
+ESTIMATE = 8.0
+# Share of the jump at a kink that a slope may be off the middle; 1 % is for the jump's own error.
+HALF_JUMP = 0.505
+# Roundings above which a Taylor remainder counts: six halvings of the step show its power.
+TAYLOR_ROUNDING = 64.0
+# Power of h that the remainder of a wrong derivative stays below: between its 1 and the right 2.
+WRONG_POWER = 1.5
+# Relative error above which a numeric derivative is left out of `Errors`.
+SCORED = 1e-6
+
+# --- Guesses at the cause
+
+# Relative difference up to which an explanation fits an entry, and an entry counts as right.
+ALIKE = 1e-6
+# The same, relative to the leaf's largest entry: sums that cancel are nothing but rounding.
+ALIKE_IN_LEAF = 1e-10

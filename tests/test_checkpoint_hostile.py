@@ -329,6 +329,12 @@ def test_forged_networks_are_refused(
     assert message in refused(path, data, fn.load_model)
 
 
+def test_a_field_that_a_network_lacks_takes_its_default(path: Path, valid: bytes) -> None:
+    architecture = '{"class":"Conv2d","fields":{"kernel_size":3,"out_channels":2}}'
+    path.write_bytes(forge(valid, with_text("funcnet.architecture", architecture)))
+    assert fn.load_model(path)[0] == fn.inspect(path).architecture == fn.Conv2d(2, 3)
+
+
 def test_a_foreign_network_is_printed_without_control_characters(path: Path, valid: bytes) -> None:
     architecture = r'{"class":"\u001b[2J","fields":{"\u001b[2J":"\u001b[2J"}}'
     path.write_bytes(forge(valid, with_text("funcnet.architecture", architecture)))

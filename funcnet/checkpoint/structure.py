@@ -18,6 +18,7 @@ import math
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -75,7 +76,10 @@ def encode(tree: Any) -> tuple[Json, dict[str, Tensor]]:
 
 
 def parse(structure: Json) -> Node:
-    """Check a structure and return its root. Raises CheckpointError."""
+    """Check a structure and return its root. Raises CheckpointError.
+
+    A field that the file lacks gets its default if the class is known.
+    """
     limits = _Limits()
 
     def parse_node(json: Json, path: Path, name: str) -> Node:
@@ -267,7 +271,7 @@ def _items(json: Json, kind: str, name: str) -> list[tuple[trees.PathKey, Json]]
     if kind == "class":
         fields = json.get("fields")
         if len(json) == 2 and isinstance(content, str) and isinstance(fields, dict):
-            return list(fields.items())
+            return [*fields.items(), *_lacking(content, fields)]
     elif isinstance(content, list) and len(json) == 1:
         if kind in _SEQUENCES:
             return list(enumerate(content))
@@ -276,6 +280,18 @@ def _items(json: Json, kind: str, name: str) -> list[tuple[trees.PathKey, Json]]
     elif _is_leaf(kind, json):
         return None
     raise CheckpointError(f"{label(name)}: expected a node of a tree, got {shorten(repr(json))}")
+
+
+def _lacking(class_name: str, fields: dict[str, Json]) -> Iterator[tuple[str, Json]]:
+    """Yield the fields that a file lacks, with the defaults of those that have one."""
+    cls = trees.class_named(class_name)
+    if cls is None or fields.keys() >= set(trees.field_names(cls)):
+        return
+    for name, default in trees.defaults(cls).items():
+        with suppress(TypeError, ValueError):  # what JSON cannot hold is left to `_build`
+            json, tensors = encode(default)
+            if name not in fields and not tensors:
+                yield name, json
 
 
 def _is_leaf(kind: str, json: Json) -> bool:
@@ -310,6 +326,8 @@ def _build(node: Node, fields: dict[str, Any]) -> Any:
             "give it to funcnet.register_node before loading"
         )
     names = trees.field_names(cls)
+    if fields.keys() != set(names):
+        fields = trees.defaults(cls) | fields
     if fields.keys() != set(names):
         raise CheckpointError(
             f"{label(node.name)}: expected the fields of {class_name}, {names}, "

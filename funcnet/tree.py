@@ -1,12 +1,12 @@
 """Trees as files and messages see them: nodes, the names of leaves, the classes known by name.
 
-A node is a tuple, list, dict, OrderedDict, or an instance of a class known by name: a namedtuple or
-frozen dataclass given to `register_node`, or a public one of funcnet itself. Everything else is a
-leaf.
+A node is a tuple, a list, a dict, an OrderedDict, or an instance of a class known by name. Such a
+class is a namedtuple or frozen dataclass given to `register_node`, or a public one of funcnet.
+Everything else is a leaf.
 
-A leaf is called by the keys that lead to it, joined by dots, as in PyTorch: `2.weight`. So that no
-two leaves of a tree have one name, in a key `.` becomes `%2E` and `%` becomes `%25`; an empty key
-is `%`; and a `%` is put after an int key whose dict also has that number as a str key.
+A leaf's name joins the keys that lead to it by dots, as in PyTorch: `2.weight`. No two leaves of a
+tree have the same name: in a key, `.` becomes `%2E` and `%` becomes `%25`; an empty key becomes
+`%`; an int key gets a `%` at its end if its dict also has that number as a str key.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ _registered: dict[str, type] = {}
 
 
 def register_node(cls: _Class) -> _Class:
-    """Make a namedtuple or frozen dataclass, a layer for instance, a node that files can hold.
+    """Make a namedtuple or frozen dataclass, for instance a layer, a node that files can hold.
 
-    Files name it by module and name, `train.Moments`. A module that runs as a script is called
-    `__main__`, so where the class in the file or the registered one is of `__main__`, `load` takes
-    the registered class called `Moments` if there is only one. A dataclass is rebuilt by its own
-    constructor, from its fields. It also becomes a node for `optree` and for `torch.utils._pytree`
-    (namedtuples are), but not a layer or loss: those hold no tensors, and functions that map over
-    tensors pass them by. A decorator, too.
+    May be used as a decorator. A file names the class by module and name: `train.Moments`. A
+    module that runs as a script is called `__main__`. If the class in the file or the registered
+    class comes from `__main__`, `load` takes the only registered class called `Moments`.
 
-    Raises TypeError for any other class, or one whose constructor wants what is not a field.
+    A dataclass is rebuilt by its constructor, from its fields. A field that a file lacks takes its
+    default. A dataclass also becomes a node for `optree` and `torch.utils._pytree`, as namedtuples
+    already are. Layers and losses do not: they hold no tensors.
+
+    Raises TypeError for any other class, and for a constructor that needs more than the fields.
 
     >>> from typing import Any, NamedTuple
     >>> @register_node
@@ -59,14 +60,14 @@ def register_node(cls: _Class) -> _Class:
 
 
 def class_name(cls: type) -> str:
-    """What files call a class: `Conv2d` for a public one of funcnet, `train.Moments` for others."""
+    """Return a class's name in files: `Conv2d` if funcnet has it, else as in `train.Moments`."""
     if _public(cls.__name__) is cls:
         return cls.__name__
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def class_named(name: str) -> type | None:
-    """The class that files call `name`, None if there is none, or if it is not clear which."""
+    """Return the class that files call `name`, or None if none or several may be meant."""
     if "." not in name:
         return _public(name)
     if name in _registered:
@@ -77,54 +78,50 @@ def class_named(name: str) -> type | None:
 
 
 def _ran(name: str, cls: type) -> bool:
-    """Whether a module ran as a script: that of the class which files call `name`, or that of
-    `cls`. Then its name tells nothing."""
+    """Return whether the module of `name` or of `cls` ran as a script, which hides its name."""
     return name.startswith("__main__.") or cls.__module__ == "__main__"
 
 
 def is_known(cls: type) -> bool:
-    """Whether files can name this class."""
+    """Return whether files can name this class."""
     return class_named(class_name(cls)) is cls
 
 
-def fields_of(node: Any) -> dict[str, Any]:
-    """What rebuilds an instance of a known class: its fields, but not those that it derives."""
-    if isinstance(node, tuple):
-        return dict(zip(type(node)._fields, node, strict=True))  # type: ignore[attr-defined]
-    return {field.name: getattr(node, field.name) for field in _init_fields(type(node))}
-
-
 def field_names(cls: type) -> list[str]:
-    """The names that `fields_of` gives for an instance of a known class."""
-    if issubclass(cls, tuple):
-        return list(cls._fields)  # type: ignore[attr-defined]
-    return [field.name for field in _init_fields(cls)]
+    """Return the names of the fields that rebuild an instance of a known class."""
+    if dataclasses.is_dataclass(cls):
+        return [field.name for field in dataclasses.fields(cls) if field.init]
+    return list(cls._fields)  # type: ignore[attr-defined]
+
+
+def fields_of(node: Any) -> dict[str, Any]:
+    """Return the fields that rebuild an instance of a known class."""
+    return {name: getattr(node, name) for name in field_names(type(node))}
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """Return the defaults of those fields of a known class that have one."""
+    parameters = inspect.signature(cls).parameters
+    found = {name: parameters[name].default for name in field_names(cls) if name in parameters}
+    for field in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ():
+        if field.name in found and field.default_factory is not dataclasses.MISSING:
+            found[field.name] = field.default_factory()
+    return {name: value for name, value in found.items() if value is not inspect.Parameter.empty}
 
 
 def build(cls: type, fields: dict[str, Any]) -> Any:
-    """An instance of a known class. A dataclass's own constructor makes it, and may refuse.
+    """Return an instance of a known class with these fields; its constructor may refuse them.
 
-    A constructor with a variable number of arguments, `Sequential(*layers)`, gets the field of that
-    name unpacked.
+    The constructor `Sequential(*layers)` gets the field `layers` unpacked.
     """
     if issubclass(cls, tuple):
-        return cls._make(fields.values())  # type: ignore[attr-defined]
-    arguments: list[Any] = []
-    keywords: dict[str, Any] = {}
-    for name, parameter in inspect.signature(cls).parameters.items():
-        if name not in fields:
-            continue  # it has a default: register_node has made sure
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            arguments.extend(fields[name])
-        elif parameter.kind is parameter.KEYWORD_ONLY:
-            keywords[name] = fields[name]
-        else:
-            arguments.append(fields[name])
-    return cls(*arguments, **keywords)
+        return cls._make(fields[name] for name in cls._fields)  # type: ignore[attr-defined]
+    arguments = inspect.BoundArguments(inspect.signature(cls), OrderedDict(fields))
+    return cls(*arguments.args, **arguments.kwargs)
 
 
 def children(node: Any) -> list[tuple[Any, Any]] | None:
-    """The keys and children of a node, in order; None for a leaf.
+    """Return the keys and children of a node in order, or None for a leaf.
 
     >>> children({"b": 1, 7: 2}), children((3,)), children(3)
     ([('b', 1), (7, 2)], [(0, 3)], None)
@@ -140,22 +137,22 @@ def children(node: Any) -> list[tuple[Any, Any]] | None:
 
 
 def child_names(parent: str, keys: Sequence[PathKey]) -> Iterator[str]:
-    """The names of a node's children, from its own name, "" for the root of a tree.
+    """Yield the names of a node's children. The root of a tree has the name "".
 
     >>> list(child_names("2", ["weight", "a.b", "", "7", 7]))
     ['2.weight', '2.a%2Eb', '2.%', '2.7', '2.7%']
     """
-    texts = {key for key in keys if isinstance(key, str)}
+    str_keys = {key for key in keys if isinstance(key, str)}
     prefix = f"{parent}." if parent else ""
     for key in keys:
-        name = prefix + _escape(key, texts)
-        # The file format keeps one name for itself.
+        name = prefix + _escape(key, str_keys)
+        # A safetensors file keeps its metadata under this name.
         yield name + "%" if name == "__metadata__" else name
 
 
-def _escape(key: PathKey, texts: set[str]) -> str:
+def _escape(key: PathKey, str_keys: set[str]) -> str:
     if isinstance(key, int):
-        return f"{key}%" if str(key) in texts else str(key)
+        return f"{key}%" if str(key) in str_keys else str(key)
     return key.replace("%", "%25").replace(".", "%2E") or "%"
 
 
@@ -183,13 +180,8 @@ def _is_node_class(cls: type) -> bool:
     return dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
 
 
-def _init_fields(cls: type) -> list[dataclasses.Field[Any]]:
-    # Sequential's constructor is its own (init=False), and its field is a field all the same.
-    return [field for field in dataclasses.fields(cls) if field.init]
-
-
 def _public(name: str) -> type | None:
-    import funcnet  # here, because all of the package stands on this module
+    import funcnet  # not at the top: funcnet imports this module
 
     public = vars(funcnet).get(name)
     return public if isinstance(public, type) and _is_node_class(public) else None
@@ -202,14 +194,14 @@ def _register_with_pytrees(cls: type) -> None:
         return [getattr(node, name) for name in names], None
 
     def rebuild(values: Iterable[Any]) -> Any:
-        # Not the constructor: what is mapped over may be any object, for a moment.
+        # Not by the constructor, which may refuse the values that a tree_map gives.
         node: Any = object.__new__(cls)
         for name, value in zip(names, values, strict=True):
             object.__setattr__(node, name, value)
         return node
 
     namespace = optree.registry.__GLOBAL_NAMESPACE
-    with suppress(ValueError):  # the user has registered it there already
+    with suppress(ValueError):  # the user may have registered the class already
         optree.register_pytree_node(
             cls, flatten, lambda _, values: rebuild(values), namespace=namespace
         )

@@ -235,7 +235,7 @@ def test_an_interrupt_leaves_the_old_file(path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_folder_is_not_replaced(tmp_path: Path) -> None:
-    with pytest.raises(IsADirectoryError, match="path of a file, got that of a folder"):
+    with pytest.raises(IsADirectoryError, match="path of a file, got a folder"):
         fn.save(tmp_path, ())
     with pytest.raises(FileNotFoundError, match=r"save: No such file.*missing/tree"):
         fn.save(tmp_path / "missing" / "tree", ())

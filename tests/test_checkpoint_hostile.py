@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import funcnet as fn
-from funcnet.checkpoint import checksums, container
+from funcnet.checkpoint import container
+from funcnet.checkpoint import data as checkpoint_data
 
 Content = dict[str, Any]
 
@@ -79,8 +80,9 @@ def test_many_tensors_of_many_blocks(
     """The threads share out the blocks of several tensors; each comes back to its own."""
     tree = {f"{i}": torch.arange(size, dtype=torch.int16) + i for i, size in enumerate(sizes)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checksums, "BLOCK", 16)
-        patch.setattr(container, "_GROUP", group)
+        for module in (container, checkpoint_data):
+            patch.setattr(module, "BLOCK", 16)
+        patch.setattr(checkpoint_data, "_GROUP", group)
         fn.save(path, tree)
         for name, tensor in fn.load(path).items():
             assert torch.equal(tensor, tree[name])
@@ -212,7 +214,7 @@ FORGED: dict[str, tuple[Callable[[Content, Content], Any], str]] = {
     "newer format": (with_text("funcnet.format", "2"), "expected format '1'.* got '2'"),
     "no structure": (lambda h, m: m.pop("funcnet.structure"), "the metadata: expected"),
     "unknown key": (with_text("x", "y"), "the metadata: expected"),
-    "not a text": (with_text("format", 1), "expected texts"),
+    "not a text": (with_text("format", 1), "expected every value to be a str"),
     "structure not JSON": (with_structure("{"), r"funcnet\.structure: expected JSON"),
     "NaN": (with_structure("NaN"), "NaN is not JSON"),
     "long number": (with_structure("1" * 100_000), "64 bits"),
@@ -222,6 +224,7 @@ FORGED: dict[str, tuple[Callable[[Content, Content], Any], str]] = {
     "missing tensor": (with_structure(W), "each tensor of the file once"),
     "tensor twice": (with_structure(f'{{"list":[{W},{W},{N}]}}'), "each tensor of the file once"),
     "other tensor": (with_structure(f'{{"list":[{W},{{"tensor":"q"}}]}}'), "each tensor"),
+    "bare list of one": (with_structure("[1]"), r"the tree: expected a node of a tree, got \[1\]"),
     "bare list": (with_structure("[]"), r"the tree: expected a node of a tree, got \[\]"),
     "empty node": (with_structure("{}"), "expected a node"),
     "unknown node": (with_structure('{"set":[]}'), "expected a node"),
@@ -311,6 +314,7 @@ def test_forging_nothing_changes_nothing(path: Path, valid: bytes) -> None:
     ("architecture", "message"),
     [
         ('{"class":"Conv2d","fields":{"out_channels":0}}', "expected the fields of Conv2d"),
+        ('{"class":"ReLU","fields":{"x":0}}', "expected the fields of ReLU, [], got ['x']"),
         ('{"class":"Upsample2d","fields":{"scale":{"tuple":[0,1]}}}', "Upsample2d refused"),
         ('{"class":"Sequential","fields":{"layers":{"tuple":[1]}}}', "Sequential refused"),
         ('{"class":"Sequential","fields":{"layers":1}}', "Sequential refused"),
@@ -323,6 +327,18 @@ def test_forged_networks_are_refused(
 ) -> None:
     data = forge(valid, with_text("funcnet.architecture", architecture))
     assert message in refused(path, data, fn.load_model)
+
+
+def test_a_field_that_a_network_lacks_takes_its_default(path: Path, valid: bytes) -> None:
+    architecture = '{"class":"Conv2d","fields":{"kernel_size":3,"out_channels":2}}'
+    path.write_bytes(forge(valid, with_text("funcnet.architecture", architecture)))
+    assert fn.load_model(path)[0] == fn.inspect(path).architecture == fn.Conv2d(2, 3)
+
+
+def test_a_foreign_network_is_printed_without_control_characters(path: Path, valid: bytes) -> None:
+    architecture = r'{"class":"\u001b[2J","fields":{"\u001b[2J":"\u001b[2J"}}'
+    path.write_bytes(forge(valid, with_text("funcnet.architecture", architecture)))
+    assert "\x1b" not in str(fn.inspect(path))
 
 
 def test_keys_twice_in_the_header_are_refused(path: Path, valid: bytes) -> None:

@@ -8,8 +8,8 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections import OrderedDict
-from dataclasses import dataclass, field
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +227,41 @@ def test_models_come_back(tmp_path: Path) -> None:
     assert same(fn.load(tmp_path / "m"), params)
     x = fn.uniform(fn.key(2), (2, 3, 8, 8))
     assert torch.equal(again.apply(again_params, x), net.apply(params, x))
+
+
+def grown(*fields: Any) -> Any:
+    """The class that a file calls Grown, with these fields."""
+    return fn.register_node(make_dataclass("Grown", fields, frozen=True))
+
+
+def test_a_field_that_a_file_lacks_takes_its_default(tmp_path: Path) -> None:
+    fn.save(tmp_path / "t", [grown("x")(torch.ones(2))])
+    pair = ("pair", Any, Moments((1, "a"), None))
+    new = grown(pair, ("made", Any, field(default_factory=list)), ("x", Any, 0))
+    expected, like = [new(x=torch.ones(2))], [new(x=torch.zeros(2))]
+    assert same(fn.load(tmp_path / "t"), expected)
+    assert same(fn.load(tmp_path / "t", like=like), expected)
+    with pytest.raises(fn.CheckpointError, match=r"0\.pair\.first\.1: expected int, got str"):
+        fn.load(tmp_path / "t", like=[new(Moments((1, 2), None), x=torch.ones(2))])
+    grown("x", ("function", Any, len))  # no file can hold this default
+    assert fn.load(tmp_path / "t")[0].function is len
+
+
+def test_a_field_that_a_namedtuple_in_a_file_lacks(tmp_path: Path) -> None:
+    fn.save(tmp_path / "t", fn.register_node(namedtuple("Pair", "y"))(2))
+    pair = fn.register_node(namedtuple("Pair", "x y", defaults=[0, 0]))
+    assert same(fn.load(tmp_path / "t"), pair(x=0, y=2))
+
+
+def test_a_field_that_the_class_lacks_is_refused(tmp_path: Path) -> None:
+    fn.save(tmp_path / "t", [grown("x", "gone")(1, 2)])
+    grown("x", ("y", Any, 0))
+    message = r"0: expected the fields of .*Grown, \['x', 'y'\], got \['x', 'gone'\]"
+    with pytest.raises(fn.CheckpointError, match=message):
+        fn.load(tmp_path / "t")
+    grown("x", "gone", "needed")
+    with pytest.raises(fn.CheckpointError, match=r"'needed'\], got \['x', 'gone'\]"):
+        fn.load(tmp_path / "t")
 
 
 @fn.register_node

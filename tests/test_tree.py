@@ -176,6 +176,21 @@ def test_what_is_no_namedtuple_or_frozen_dataclass_is_refused(cls: Any) -> None:
         fn.register_node(cls)
 
 
+@dataclass(frozen=True, init=False)
+class Verbose:
+    x: int
+    y: int = 0
+
+    def __init__(self, x: int, verbose: bool = False, y: int = 0) -> None:
+        object.__setattr__(self, "x", x)
+        object.__setattr__(self, "y", y)
+
+
+def test_arguments_that_are_not_fields_take_their_defaults() -> None:
+    assert trees.build(Verbose, {"y": 1, "x": 2}) == Verbose(2, y=1)
+    assert trees.defaults(Verbose) == {"y": 0}
+
+
 def test_a_constructor_that_wants_more_than_fields_is_refused() -> None:
     with pytest.raises(TypeError, match="got one that wants other"):
         fn.register_node(Demanding)

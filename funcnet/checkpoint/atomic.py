@@ -1,9 +1,9 @@
-"""Replacing a file so that after a crash at any instant there is the old one or the new one, whole.
+"""Replacing a file: a crash at any instant leaves the old file or the new one, complete.
 
-The new file is written beside the old under a name of its own, `.NAME.0123456789abcdef.tmp`, made
-durable, and renamed. While it is written it is locked (flock). A lock ends with the process that
-holds it, so a temporary file that is not locked is what a killed process has left, and the next
-save removes it. Two processes that save to one path write two files; the last rename wins.
+The new file is written beside the old one as `.NAME.0123456789abcdef.tmp`, made durable, and then
+renamed. It is locked (flock) while it is written. A lock ends with its process, so a temporary file
+without a lock was left by a killed process, and the next save removes it. Two processes that save
+to one path write two files; the last rename wins.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from typing import BinaryIO
 
 try:
     import fcntl
-except ImportError:  # Windows, where a file that is open cannot be removed: that serves as its lock
+except ImportError:  # Windows has no flock, but cannot remove an open file: that is lock enough
     fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A new, empty file to write, which replaces the one at `path` when the block ends well.
+    """Open a new file, which replaces the one at `path` if the block raises nothing.
 
-    A symbolic link stays, and the file that it points to is replaced. The new file has the old
-    one's mode, or the umask's. If anything is raised, the old file is as it was and nothing is left
-    behind; only if the disk fails while the renaming is made durable, the new file is in place. In
+    The new file gets the old one's mode, or else the umask's. A symbolic link stays, and the file
+    that it points to is replaced. If anything is raised, the old file is unchanged and the new one
+    removed. Only if the disk fails while the renaming is made durable, the new one is in place. In
     a folder that may be written but not listed, a power cut may undo the renaming.
 
     Raises OSError (FileNotFoundError, PermissionError, IsADirectoryError, …) with the path.
@@ -47,7 +47,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
                     os.chmod(temporary, mode)
                 _flush_to_disk(file)
                 if fcntl is None:
-                    file.close()  # Windows renames no open file
+                    file.close()  # Windows cannot rename an open file
                 os.replace(temporary, target)
         except BaseException:
             with suppress(FileNotFoundError):
@@ -55,30 +55,30 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             raise
         _flush_folder(target.parent)
     except OSError as error:
-        # Also those without a path, like "no space left"; the number chooses the subclass.
+        # Some, like "no space left", name no path. The number chooses the subclass of OSError.
         raise OSError(error.errno, f"save: {error.strerror}", os.fspath(path)) from error
 
 
 def _mode_to_keep(target: Path) -> int | None:
-    """The permissions of the file to replace, None if there is none."""
+    """Return the permissions of the file to replace, or None if there is none."""
     try:
         status = target.stat()
     except FileNotFoundError:
         return None
     if stat.S_ISDIR(status.st_mode):
-        raise IsADirectoryError(errno.EISDIR, "expected the path of a file, got that of a folder")
+        raise IsADirectoryError(errno.EISDIR, "expected the path of a file, got a folder")
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "expected the path of a regular file, got another kind")
-    # Renaming does not ask for it, but who write-protects a file wants to keep it.
+    # os.replace ignores the write protection of the file.
     if not os.access(target, os.W_OK):
         raise PermissionError(errno.EACCES, "the file is write-protected")
     return stat.S_IMODE(status.st_mode) & 0o777
 
 
 def _create(target: Path, mode: int | None) -> tuple[Path, BinaryIO]:
-    """A new file beside `target`, locked."""
+    """Return a new, locked file beside `target`, and its path."""
     while True:
-        # 32 characters of the name: a long name must not become too long.
+        # A long name would become too long for the file system.
         temporary = target.with_name(f".{target.name[:32]}.{secrets.token_hex(8)}.tmp")
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         # The kernel applies the umask.
@@ -87,8 +87,8 @@ def _create(target: Path, mode: int | None) -> tuple[Path, BinaryIO]:
         try:
             locked = _try_lock(file)
         except OSError:
-            locked = True  # some network file systems have no locks; nor do they clear what is left
-        # Before it is locked it looks abandoned: another save may be removing it.
+            locked = True  # the file system has no locks, so no save removes the file
+        # Another save may have removed the file before it was locked.
         if locked and _is_at(file, temporary):
             return temporary, file
         file.close()
@@ -97,7 +97,7 @@ def _create(target: Path, mode: int | None) -> tuple[Path, BinaryIO]:
 
 def _clear_abandoned(target: Path) -> None:
     abandoned = re.compile(rf"\.{re.escape(target.name[:32])}\.[0-9a-f]{{16}}\.tmp")
-    with suppress(OSError):  # of a folder that may be written but not listed
+    with suppress(OSError):  # the folder may be written but not listed
         for entry in os.scandir(target.parent):
             if abandoned.fullmatch(entry.name):
                 with suppress(OSError):
@@ -123,7 +123,7 @@ def _try_lock(file: BinaryIO) -> bool:
 
 
 def _is_at(file: BinaryIO, path: Path) -> bool:
-    """Whether the open file is still the one at `path`."""
+    """Return whether the open file is still the one at `path`."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.lstat())
     except FileNotFoundError:
@@ -133,7 +133,7 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 def _flush_to_disk(file: BinaryIO) -> None:
     # On macOS, fsync stops at the drive's cache.
     if fcntl is not None and hasattr(fcntl, "F_FULLFSYNC"):
-        with suppress(OSError):  # which not every file system knows
+        with suppress(OSError):  # not every file system supports it
             fcntl.fcntl(file.fileno(), fcntl.F_FULLFSYNC)
             return
     os.fsync(file.fileno())
@@ -141,11 +141,11 @@ def _flush_to_disk(file: BinaryIO) -> None:
 
 def _flush_folder(folder: Path) -> None:
     if fcntl is None:
-        return  # Windows opens no folder
+        return  # Windows cannot open a folder
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except PermissionError:
-        return  # it may be written but not listed
+        return  # the folder may be written but not listed
     try:
         os.fsync(descriptor)
     finally:

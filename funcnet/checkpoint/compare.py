@@ -1,105 +1,86 @@
-"""How a tree in a file differs from one that was expected, path by path."""
+"""Comparing the tree in a file with an expected one, and merging the two."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Container, Mapping
+from typing import Any, TypeAlias
 
-import torch
+from torch import Tensor
 
-from funcnet.checkpoint.structure import (
-    Json,
-    Part,
-    children,
-    is_tensor,
-    kind_of,
-    label,
-    parts,
-)
-from funcnet.tree import PathKey
+from funcnet.checkpoint.container import Entry
+from funcnet.checkpoint.structure import Node, Path, decode, label, walk
 
-Path: TypeAlias = "tuple[PathKey, ...]"
-Spec: TypeAlias = "tuple[torch.dtype, tuple[int, ...]]"
-"""dtype and shape."""
+Entries: TypeAlias = "Mapping[str, Tensor] | Mapping[str, Entry]"
+"""The dtypes and shapes of a tree's tensors, by name."""
 
 
 def differences(
-    expected: Json, expected_specs: dict[str, Spec], got: Json, got_specs: dict[str, Spec]
+    expected: Node, expected_entries: Entries, got: Node, got_entries: Entries
 ) -> dict[Path, tuple[str, str]]:
-    """For each path that differs, its name and what differs, in the order of the expected tree.
+    """Return the name and the difference of each path that differs, in the order of `expected`.
 
-    Numbers and texts differ only in type, a tensor in shape or dtype, a container in kind. Order is
-    no difference between dicts.
+    Tensors differ in shape or dtype, other leaves in type, containers in kind. The order of a dict
+    makes no difference.
     """
-    expected_parts = {part.path: part for part in parts(expected)}
-    got_parts = {part.path: part for part in parts(got)}
+    expected_nodes = {node.path: node for node in walk(expected)}
+    got_nodes = {node.path: node for node in walk(got)}
     found = {}
-    for path, part in expected_parts.items():
-        other = got_parts.get(path)
-        if other is not None:
-            difference = _difference(part, expected_specs, other, got_specs)
-        else:
-            difference = f"expected {_describe(part, expected_specs)}, which the file has not"
-        if difference and (other is not None or _is_end(part)):
-            found[path] = (label(part.name), difference)
-    for path, part in got_parts.items():
-        if path not in expected_parts and _is_end(part):
-            found[path] = (label(part.name), f"not expected, got {_describe(part, got_specs)}")
+    for path, node in expected_nodes.items():
+        difference = ""
+        if path in got_nodes:
+            difference = _difference(node, expected_entries, got_nodes[path], got_entries)
+        elif not node.children:  # else its children are named
+            difference = f"expected {_describe(node, expected_entries)}, got nothing"
+        if difference:
+            found[path] = (label(node.name), difference)
+    for path, node in got_nodes.items():
+        if path not in expected_nodes and not node.children:
+            found[path] = (
+                label(node.name),
+                f"expected nothing, got {_describe(node, got_entries)}",
+            )
     times = Counter(name for name, _ in found.values())
-    return {  # the keys 7 and "7" have one name
-        path: (f"{name} (key {path[-1]!r})" if times[name] > 1 else name, text)
-        for path, (name, text) in found.items()
+    return {  # the keys 7 and "7" have the same name
+        path: (f"{name} (key {path[-1]!r})" if times[name] > 1 else name, difference)
+        for path, (name, difference) in found.items()
     }
 
 
-def replace_leaves(structure: Json, replacement: Callable[[Path, Json], Json]) -> Json:
-    """The structure with another leaf for each leaf, given its path."""
-
-    def replace(path: Path, json: Json) -> Json:
-        items = children(json, "")
-        if items is None:
-            return replacement(path, json)
-        nodes = [replace((*path, key), child) for key, child in items]
-        kind = kind_of(json)
-        if kind == "class":
-            keys = [key for key, _ in items]
-            return {"class": json["class"], "fields": dict(zip(keys, nodes, strict=True))}
-        if kind in ("list", "tuple"):
-            return {kind: nodes}
-        return {kind: [[key, node] for (key, _), node in zip(items, nodes, strict=True)]}
-
-    return replace((), structure)
+def merge(
+    like: Node,
+    like_tensors: Mapping[str, Tensor],
+    got: Node,
+    got_tensors: Mapping[str, Tensor],
+    skipped: Container[Path],
+) -> Any:
+    """Return the tree `like` with the leaves of `got`, except those at the skipped paths."""
+    leaves = {
+        node.path: decode(node, got_tensors)
+        for node in walk(got)
+        if node.children is None and node.path not in skipped
+    }
+    return decode(like, like_tensors, leaves)
 
 
-def _difference(part: Part, specs: dict[str, Spec], other: Part, others: dict[str, Spec]) -> str:
-    """ "" where there is none."""
-    if not (is_tensor(kind_of(part.json)) and is_tensor(kind_of(other.json))):
-        expected, got = _describe(part, specs), _describe(other, others)
-        return "" if expected == got else f"expected {expected}, got {got}"
-    (dtype, shape), (other_dtype, other_shape) = _spec(part, specs), _spec(other, others)
+def _difference(expected: Node, expected_entries: Entries, got: Node, got_entries: Entries) -> str:
+    if expected.entry is None or got.entry is None:
+        kind, other_kind = _describe(expected, expected_entries), _describe(got, got_entries)
+        return "" if kind == other_kind else f"expected {kind}, got {other_kind}"
+    entry, other = expected_entries[expected.entry], got_entries[got.entry]
+    shape, other_shape = tuple(entry.shape), tuple(other.shape)
     wrong = []
     if shape != other_shape:
         wrong.append(f"expected shape {shape}, got {other_shape}")
-    if dtype != other_dtype:
-        wrong.append(f"expected {dtype}, got {other_dtype}")
+    if entry.dtype != other.dtype:
+        wrong.append(f"expected {entry.dtype}, got {other.dtype}")
     return "; ".join(wrong)
 
 
-def _describe(part: Part, specs: dict[str, Spec]) -> str:
-    kind = kind_of(part.json)
-    if is_tensor(kind):
-        dtype, shape = _spec(part, specs)
-        return f"a tensor of {dtype} and shape {shape}"
-    if kind == "NoneType":
-        return "None"
-    return str(part.json["class"]) if kind == "class" else kind
-
-
-def _spec(part: Part, specs: dict[str, Spec]) -> Spec:
-    return specs[part.json[kind_of(part.json)]]
-
-
-def _is_end(part: Part) -> bool:
-    """A leaf or an empty container: what has nothing below it that could be named instead."""
-    return not children(part.json, part.name)
+def _describe(node: Node, entries: Entries) -> str:
+    if node.entry is not None:
+        entry = entries[node.entry]
+        return f"a tensor of {entry.dtype} and shape {tuple(entry.shape)}"
+    if node.kind == "class":
+        return str(node.json["class"])
+    return "None" if node.json is None else node.kind

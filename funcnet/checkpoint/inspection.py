@@ -1,4 +1,4 @@
-"""What a file holds, without its tensors."""
+"""The content of a file without its tensors."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 
-from funcnet.checkpoint.errors import CheckpointError
-from funcnet.checkpoint.reading import Header
-from funcnet.checkpoint.structure import children, decode, is_tensor, kind_of, parts
+from funcnet.checkpoint.container import Header
+from funcnet.checkpoint.structure import CheckpointError, Node, decode, walk
 from funcnet.layer import Layer
 
 
 @dataclass(frozen=True, repr=False)
 class Inspection:
-    """A file's header, made by `inspect`. Printed, it is a table."""
+    """A file's header, made by `inspect`. It prints as a table."""
 
     _header: Header
 
@@ -25,15 +24,13 @@ class Inspection:
     def structure(self) -> Any:
         """The tree with tensors on the meta device, which have shape and dtype but no values.
 
-        It may be given to `load` as `like`. Raises CheckpointError if a class is not known here.
+        `load` takes it as `like`. Raises CheckpointError if a class is not known.
         """
-        entries = self._header.entries
-
-        def without_values(name: str) -> torch.Tensor:
-            entry = entries[name]
-            return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
-
-        return decode(self._header.structure, without_values)
+        tensors = {
+            name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+            for name, entry in self._header.entries.items()
+        }
+        return decode(self._header.structure, tensors)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -49,18 +46,18 @@ class Inspection:
     def architecture(self) -> Layer | None:
         """The network of a file that `save_model` wrote, else None.
 
-        Raises CheckpointError if a class is not known here, or refuses its fields.
+        Raises CheckpointError if a class is not known or refuses its fields.
         """
         if self._header.architecture is None:
             return None
-        net = decode(self._header.architecture, dict[str, torch.Tensor]().__getitem__)
+        net = decode(self._header.architecture, {})
         if not isinstance(net, Layer):
             raise CheckpointError(f"the network: expected a layer, got {type(net).__name__}")
         return net
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The user's metadata, {} if there is none."""
+        """The user's metadata, or {} if there is none."""
         return self._header.metadata or {}
 
     def __repr__(self) -> str:
@@ -82,47 +79,42 @@ def _table(header: Header) -> list[str]:
 
 
 def _notes(header: Header) -> list[str]:
-    entries = header.entries.values()
-    count = sum(math.prod(entry.shape) for entry in entries)
-    size = sum(entry.size for entry in entries)
-    notes = [f"{len(entries):,} tensors, {count:,} elements, {size:,} bytes"]
+    count = sum(math.prod(entry.shape) for entry in header.entries.values())
+    notes = [f"{len(header.entries):,} tensors, {count:,} elements, {header.data_size:,} bytes"]
     values = [
-        f"{_printable(part.name)} = {_printable(json.dumps(part.json))}"
-        for part in parts(header.structure)
-        if not is_tensor(kind_of(part.json)) and children(part.json, part.name) is None
+        f"{_printable(node.name)} = {_printable(json.dumps(node.json))}"
+        for node in walk(header.structure)
+        if node.children is None and node.entry is None
     ]
     if values:
         notes += ["", "values:", *values[:20]]
         notes += [f"… and {len(values) - 20:,} more"] if len(values) > 20 else []
     if header.architecture is not None:
-        notes += ["", "architecture:", _source(header.architecture)]
+        notes += ["", "architecture:", _printable(_source(header.architecture))]
     if header.metadata is not None:
         notes += ["", "metadata:", json.dumps(header.metadata, indent=2)]
     return notes
 
 
-def _source(node: Any) -> str:
-    """Code that builds a network, from its JSON alone: its classes need not be known here."""
-    items = children(node, "")
-    if items is None:
-        return repr(node)
-    kind = kind_of(node)
-    if kind == "class":
-        return f"{_printable(node['class'])}({', '.join(_arguments(node['class'], items))})"
-    if kind == "tuple":
-        nodes = [_source(child) for _, child in items]
-        return f"({', '.join(nodes)}{',' * (len(nodes) == 1)})"
-    return json.dumps(node)
+def _source(node: Node) -> str:
+    """Return code that builds a network. Its classes need not be known."""
+    if node.children is None:
+        return repr(node.json)
+    if node.kind == "class":
+        return f"{node.json['class']}({', '.join(_arguments(node.json['class'], node.children))})"
+    if node.kind == "tuple":
+        return f"({', '.join(map(_source, node.children))}{',' * (len(node.children) == 1)})"
+    return json.dumps(node.json)
 
 
-def _arguments(cls: str, fields: list[tuple[Any, Any]]) -> list[str]:
-    if cls == "Sequential" and [key for key, _ in fields] == ["layers"]:
-        layers = children(fields[0][1], "")
+def _arguments(cls: str, fields: list[Node]) -> list[str]:
+    if cls == "Sequential" and [field.path[-1] for field in fields] == ["layers"]:
+        layers = fields[0].children
         if layers is not None:
-            return [_source(layer) for _, layer in layers]
-    return [f"{key}={_source(value)}" for key, value in fields]
+            return [_source(layer) for layer in layers]
+    return [f"{field.path[-1]}={_source(field)}" for field in fields]
 
 
 def _printable(text: str) -> str:
-    """Without characters that would move the cursor of whoever looks at a foreign file."""
+    """Return a str without control characters, which a foreign file might send to a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,32 +1,31 @@
-"""What a file can hold: refusing the rest before anything is written."""
+"""Refusing what a file cannot hold, before anything is written."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcnet.checkpoint.container import DTYPE_NAMES, MAX_RANK, PAIRED
-from funcnet.checkpoint.structure import INT64, MAX_DEPTH, check_text
+from funcnet.checkpoint.structure import INT64, MAX_DEPTH, check_utf8
 
 
 def check_storable(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that would not come back as they are, by TypeError or ValueError."""
+    """Raise TypeError or ValueError for a tensor that would not come back as it is."""
     for name, tensor in tensors.items():
         _check_tensor(name, tensor)
     _check_untied(tensors)
 
 
 def check_metadata(metadata: Any, name: str = "metadata", depth: int = 0) -> None:
-    """Refuse what JSON would not give back equal, by TypeError or ValueError."""
+    """Raise TypeError or ValueError for metadata that JSON would not give back equal."""
     if depth == 0 and type(metadata) is not dict:
         raise TypeError(f"metadata: expected a dict, got {type(metadata).__name__}")
     if depth > MAX_DEPTH:
-        raise ValueError(f"metadata: expected it nested at most {MAX_DEPTH} deep, got deeper")
+        raise ValueError(f"metadata: expected at most {MAX_DEPTH} levels of nesting, got more")
     if type(metadata) is dict:
         for key, value in metadata.items():
             if type(key) is not str:
@@ -37,11 +36,11 @@ def check_metadata(metadata: Any, name: str = "metadata", depth: int = 0) -> Non
         for i, value in enumerate(metadata):
             check_metadata(value, f"{name}[{i}]", depth + 1)
     elif type(metadata) is str:
-        check_text(f"{name}: expected a text", metadata)
+        check_utf8(f"{name}: expected a str", metadata)
     elif type(metadata) is float and not math.isfinite(metadata):
-        raise ValueError(f"{name}: expected a number that JSON has, got {metadata}")
+        raise ValueError(f"{name}: expected a finite number, got {metadata}")
     elif type(metadata) is int and metadata not in INT64:
-        raise ValueError(f"{name}: expected a number of 64 bits, got {metadata:#x}")
+        raise ValueError(f"{name}: expected an int that fits in 64 bits, got {metadata:#x}")
     elif metadata is not None and type(metadata) not in (bool, int, float):
         raise TypeError(
             f"{name}: expected a dict, list, str, int, float, bool or None, "
@@ -51,7 +50,7 @@ def check_metadata(metadata: Any, name: str = "metadata", depth: int = 0) -> Non
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
     if type(tensor) not in (Tensor, torch.nn.Parameter):
-        raise TypeError(f"{name}: expected a plain tensor, got a {type(tensor).__name__}")
+        raise TypeError(f"{name}: expected a tensor or Parameter, got a {type(tensor).__name__}")
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         raise TypeError(f"{name}: expected a tensor with values, got one inside torch.func")
     if tensor.dtype not in DTYPE_NAMES or tensor.is_quantized:
@@ -61,59 +60,54 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
     if tensor.device.type == "meta":
         raise ValueError(f"{name}: expected a tensor with values, got one on the meta device")
     if tensor.dtype in PAIRED and tensor.dim() == 0:
-        raise ValueError(f"{name}: expected a dimension along which pairs lie, got shape ()")
+        raise ValueError(f"{name}: expected one dimension or more for pairs, got shape ()")
     if tensor.dim() > MAX_RANK:
         raise ValueError(f"{name}: expected at most {MAX_RANK} dimensions, got {tensor.dim()}")
     if not tensor.is_leaf:
         raise ValueError(
-            f"{name}: expected values only, got a tensor in an autograd graph; detach() it first"
+            f"{name}: expected a leaf tensor, got one in an autograd graph; detach() it first"
         )
 
 
 def _check_untied(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that share memory: they would come back as copies, no longer tied."""
-    spans = [(*_span(tensor), name) for name, tensor in tensors.items() if tensor.numel()]
-    by_device = defaultdict(list)
-    for start, end, name in sorted(spans):
-        by_device[tensors[name].device].append((start, end, name))
-    for found in by_device.values():
-        for names in _overlapping(found):
-            _check_apart({name: tensors[name] for name in tensors if name in names})
-
-
-def _overlapping(spans: list[tuple[int, int, str]]) -> Iterator[set[str]]:
-    """The names of sorted spans that run into one another, where there are several."""
-    names: set[str] = set()
-    reach = 0
-    for start, end, name in spans:
-        if start >= reach:
-            if len(names) > 1:
-                yield names
-            names = set()
-        names.add(name)
+    """Raise ValueError for tensors that share memory: they would come back as separate copies."""
+    names = list(tensors)
+    spans = [
+        (str(tensor.device), *_span(tensor), position)
+        for position, tensor in enumerate(tensors.values())
+        if tensor.numel()
+    ]
+    runs: list[list[int]] = []  # of spans that overlap
+    last, reach = "", 0
+    for device, start, end, position in sorted(spans):
+        if device != last or start >= reach:
+            runs.append([])
+            last, reach = device, end
+        runs[-1].append(position)
         reach = max(reach, end)
-    if len(names) > 1:
-        yield names
+    for run in runs:
+        if len(run) > 1:
+            _check_apart({names[position]: tensors[names[position]] for position in sorted(run)})
 
 
 def _span(view: Tensor) -> tuple[int, int]:
-    """The addresses of a tensor's first byte, and of the one after its last."""
+    """Return the addresses of a tensor's first byte and of the byte after its last."""
     steps = sum((size - 1) * step for size, step in zip(view.shape, view.stride(), strict=True))
     return view.data_ptr(), view.data_ptr() + (steps + 1) * view.itemsize
 
 
 def _check_apart(views: dict[str, Tensor]) -> None:
-    """Refuse views that have a byte in common; those that interleave, like columns, do not."""
+    """Raise ValueError for views that share a byte. Views may interleave, like columns."""
     base = min(view.data_ptr() for view in views.values())
     places = (place for view in views.values() for place in (view.itemsize, view.data_ptr() - base))
     unit = math.gcd(*places)
     size = (max(_span(view)[1] for view in views.values()) - base) // unit
 
     def within(marks: Tensor, view: Tensor) -> Tensor:
-        """The marks of a view's memory, of which there is one for each `unit` bytes."""
+        """Return the marks of a view's memory: one mark stands for `unit` bytes."""
         width = view.itemsize // unit
         strides = zip(view.shape, view.stride(), strict=True)
-        sizes = [1 if step == 0 else size for size, step in strides]  # expanded: the same memory
+        sizes = [1 if step == 0 else size for size, step in strides]  # step 0: expanded
         steps = [step * width for step in view.stride()]
         return marks.as_strided([*sizes, width], [*steps, 1], (view.data_ptr() - base) // unit)
 

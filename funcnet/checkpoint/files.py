@@ -1,0 +1,271 @@
+"""Saving, loading and inspecting files: the functions that users call."""
+
+from __future__ import annotations
+
+import gc
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO, Literal, TypeAlias, overload
+
+import torch
+from torch import Tensor
+
+from funcnet.checkpoint.atomic import replacing
+from funcnet.checkpoint.compare import differences, merge
+from funcnet.checkpoint.container import (
+    Header,
+    block_count,
+    build_header,
+    lay_out,
+    read_header,
+    to_json,
+)
+from funcnet.checkpoint.data import read_data, write_all, write_data
+from funcnet.checkpoint.inspection import Inspection
+from funcnet.checkpoint.storable import check_metadata, check_storable
+from funcnet.checkpoint.structure import CheckpointError, Json, decode, encode, parse
+from funcnet.layer import Layer, Tree
+
+_Path: TypeAlias = "str | os.PathLike[str]"
+
+MAPPED_FROM = 2**26
+"""The bytes of data from which `load` maps a file instead of reading it, unless told otherwise."""
+
+
+def save(path: _Path, tree: Tree, metadata: dict[str, Any] | None = None) -> None:
+    """Write a tree to one file, atomically and durably, so that `load` gives back the same tree.
+
+    A tree is made of tuples, lists, dicts and OrderedDicts with str or int keys, namedtuples and
+    frozen dataclasses known by name (`register_node`), tensors, ints, floats, bools, strs and None.
+    Tensors may lie on any device and have any strides; their values are stored row-major.
+    `requires_grad` and `torch.nn.Parameter` come back. `metadata` is a dict of JSON values for
+    `inspect`.
+
+    The file is a safetensors file with PyTorch's names. The same tree gives the same bytes. The old
+    file stays until the new one is complete and on the disk. A symbolic link stays a link.
+
+    Raises TypeError or ValueError, naming the path, before anything is written, if something could
+    not come back exactly: an unknown class, a key of another type, or a tensor that shares memory,
+    is sparse, quantized, on the meta device, of a subclass, part of an autograd graph, or of a
+    dtype that safetensors lacks. Raises OSError with the path if the file cannot be written; the
+    old file is then unchanged. The new one is in place only if the disk fails while the renaming is
+    made durable.
+
+    >>> import tempfile, torch
+    >>> path = tempfile.mkdtemp() + "/tree.safetensors"
+    >>> save(path, {"weight": torch.ones(2), 7: [None, "seven"]})
+    >>> load(path)
+    {'weight': tensor([1., 1.]), 7: [None, 'seven']}
+    """
+    _save(path, tree, metadata, {})
+
+
+def save_model(
+    path: _Path, net: Layer, params: Tree, metadata: dict[str, Any] | None = None
+) -> None:
+    """Write a network and its parameters, as `save` does, for `load_model`.
+
+    Raises what `save` raises. Raises TypeError for a layer of an unknown class, or with a field
+    that is not a number, str, bool, None, tuple or layer.
+
+    >>> import funcnet as fn, tempfile
+    >>> path = tempfile.mkdtemp() + "/model.safetensors"
+    >>> save_model(path, fn.ReLU(), ())
+    >>> load_model(path)
+    (ReLU(), ())
+    """
+    if not isinstance(net, Layer):
+        raise TypeError(f"save_model: expected net to be a Layer, got {type(net).__name__}")
+    architecture, tensors = encode(net)
+    if tensors:
+        raise TypeError(f"save_model: expected a net without tensors, got {next(iter(tensors))}")
+    _save(path, params, metadata, {"funcnet.architecture": architecture})
+
+
+@overload
+def load(
+    path: _Path,
+    like: Tree = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    strict: Literal[True] = True,
+    *,
+    mmap: bool | None = None,
+) -> Tree: ...
+@overload
+def load(
+    path: _Path,
+    like: Tree = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    strict: bool,
+    mmap: bool | None = None,
+) -> tuple[Tree, dict[str, str]]: ...
+def load(
+    path: _Path,
+    like: Tree = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    strict: bool = True,
+    *,
+    mmap: bool | None = None,
+) -> Any:
+    """Return the tree in a file of `save` or `save_model`: containers, names, dtypes, bits.
+
+    The tree must equal `like`, if given, in structure, shapes and dtypes. The tensors of `like` may
+    lie on the meta device. The tensors go to `device`, by default the CPU. `dtype` converts
+    floating-point tensors. With `strict=False` and `like` the result is (tree, skipped): the tree
+    is `like` with each leaf that the file has in the same shape and dtype; `skipped` gives the
+    difference of each other leaf by name.
+
+    Every bit of the file is checked, and no code from it runs. A field that a file lacks takes its
+    default. Files with 64 MiB of data and more are mapped into memory privately; `mmap` maps all or
+    none. This is fast, but a program that overwrites such a file in place, as `save` never does,
+    changes the tensors or ends the process.
+
+    Raises CheckpointError, a ValueError that names the entry, for a file that is damaged, truncated
+    or foreign. Raises CheckpointError that names every difference if the converted tree differs
+    from `like`. Raises FileNotFoundError or another OSError if the file cannot be opened, TypeError
+    for a dtype that is not floating-point, ValueError for strict=False without `like`.
+
+    >>> import tempfile, torch
+    >>> path = tempfile.mkdtemp() + "/tree"
+    >>> save(path, [torch.zeros(2, 3), 0.5])
+    >>> load(path, like=[torch.zeros(3), 1])
+    Traceback (most recent call last):
+    ...
+    funcnet.checkpoint.structure.CheckpointError: ...tree: differs from like in 2 place(s):
+      0: expected shape (3,), got (2, 3)
+      1: expected int, got float
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"load: expected a floating-point dtype, got {dtype!r}")
+    if like is None and not strict:
+        raise ValueError("load: expected a tree `like` with strict=False, got None")
+    with _opened(path) as (file, header):
+        if like is None:
+            return decode(header.structure, _tensors(file, header, device, dtype, mmap))
+        json, like_tensors = encode(like)
+        expected = parse(json)
+        entries = {
+            name: entry._replace(dtype=_converted(entry.dtype, dtype))
+            for name, entry in header.entries.items()
+        }
+        skipped = differences(expected, like_tensors, header.structure, entries)
+        if strict and skipped:
+            places = "\n".join(f"  {name}: {difference}" for name, difference in skipped.values())
+            raise CheckpointError(f"differs from like in {len(skipped)} place(s):\n{places}")
+        tensors = _tensors(file, header, device, dtype, mmap)
+        if strict:
+            return decode(header.structure, tensors)
+        merged = merge(expected, like_tensors, header.structure, tensors, skipped)
+        return merged, dict(skipped.values())
+
+
+def load_model(path: _Path, device: torch.device | str | None = None) -> tuple[Layer, Tree]:
+    """Return the network and the parameters in a file of `save_model`.
+
+    The network is built from classes known by name, whose constructors check their arguments.
+
+    Raises what `load` raises, and CheckpointError for a file without a network.
+
+    >>> import funcnet as fn, tempfile
+    >>> path = tempfile.mkdtemp() + "/model.safetensors"
+    >>> save_model(path, fn.Sequential(fn.ReLU(), fn.Sigmoid()), ((), ()))
+    >>> net, params = load_model(path)
+    >>> net
+    Sequential(ReLU(), Sigmoid())
+    """
+    with _opened(path) as (file, header):
+        net = Inspection(header).architecture
+        if net is None:
+            raise CheckpointError("expected a file of save_model, got one without a network")
+        return net, decode(header.structure, _tensors(file, header, device, None, None))
+
+
+def inspect(path: _Path) -> Inspection:
+    """Return what a file holds: `.structure`, `.shapes`, `.dtypes`, `.architecture`, `.metadata`.
+
+    Reads and checks the header and the file's length, but no tensor. The result prints as a table,
+    as `python -m funcnet inspect FILE` does.
+
+    Raises what `load` raises.
+
+    >>> import tempfile, torch
+    >>> path = tempfile.mkdtemp() + "/tree.safetensors"
+    >>> save(path, [torch.zeros(2, 3), 0.5], metadata={"note": "halves"})
+    >>> info = inspect(path)
+    >>> info.shapes, info.dtypes, info.metadata
+    ({'0': (2, 3)}, {'0': torch.float32}, {'note': 'halves'})
+    >>> info.structure
+    [tensor(..., device='meta', size=(2, 3)), 0.5]
+    """
+    with _opened(path) as (_, header):
+        return Inspection(header)
+
+
+def _save(
+    path: _Path, tree: Tree, metadata: dict[str, Any] | None, architecture: dict[str, Json]
+) -> None:
+    structure, tensors = encode(tree)
+    check_storable(tensors)
+    values = {"funcnet.structure": structure, **architecture}
+    if metadata is not None:
+        check_metadata(metadata)
+        values["funcnet.metadata"] = metadata
+    strings = {key: to_json(value) for key, value in values.items()}
+    entries = lay_out(tensors)
+    # The checksums' length is fixed, so the header's size is known before the checksums are.
+    blanks = {name: "0" * 8 * block_count(entry.size) for name, entry in entries.items()}
+    size = len(build_header(entries, blanks, strings))
+    with replacing(path) as file:
+        file.seek(size)
+        checksums = write_data(file, tensors, entries)
+        file.seek(0)
+        write_all(file, build_header(entries, checksums, strings))
+
+
+def _tensors(
+    file: BinaryIO,
+    header: Header,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    mmap: bool | None,
+) -> dict[str, Tensor]:
+    mapped = header.data_size >= MAPPED_FROM if mmap is None else mmap
+    tensors = read_data(file, header, mapped=mapped)
+    if device is None and dtype is None:
+        return dict(tensors)
+    target = "cpu" if device is None else device
+    return {name: tensor.to(target, _converted(tensor.dtype, dtype)) for name, tensor in tensors}
+
+
+def _converted(dtype: torch.dtype, floating: torch.dtype | None) -> torch.dtype:
+    return floating if floating is not None and dtype.is_floating_point else dtype
+
+
+@contextmanager
+def _opened(path: _Path) -> Iterator[tuple[BinaryIO, Header]]:
+    """Open a file and read its header. Every CheckpointError begins with its path."""
+    # To open a named pipe would wait for its writer without O_NONBLOCK.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    collecting = gc.isenabled()
+    try:
+        if os.path.isdir(path):  # Windows cannot open a folder
+            raise CheckpointError("expected a file, got a folder")
+        with open(os.open(path, flags), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise CheckpointError("expected a regular file, got another kind")
+            # The garbage collector would search every new object again and again: a third of the
+            # time of loading thousands of tensors.
+            gc.disable()
+            yield file, read_header(file)
+    except CheckpointError as error:
+        error.args = (f"{os.fsdecode(path)}: {error}",)
+        raise
+    finally:
+        if collecting:
+            gc.enable()

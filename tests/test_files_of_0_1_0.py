@@ -1,4 +1,4 @@
-"""Files that funcnet 0.1.0 has written load: the architecture, the state of a training, the bits."""
+"""Files of funcnet 0.1.0 load: the architecture, the state of a training, the bits."""
 
 from pathlib import Path
 

@@ -1,0 +1,272 @@
+"""The base class: what it derives from what authors write, what it remembers, who checks what."""
+
+import copy
+import pickle
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import optree
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from registry import make
+from test_properties import close, same
+from test_transforms import compile_whole
+
+import funcnet as fn
+from funcnet.fields import Flag, Sizes
+from funcnet.initializers import Ones, Uniform
+from funcnet.testing import check_vjp, strategies
+
+NET = fn.Sequential(fn.Conv2d(4, 3, padding=1), fn.ReLU(), fn.UpsampleConv2d(2))
+
+
+@dataclass(frozen=True)
+class Affine(fn.Layer):
+    """y = a ∘ x + b, written as an author writes a layer."""
+
+    bias: Flag = True
+
+    _axes = "CHW"
+    _fresh = True
+
+    def _params(self, shape):
+        params = {"scale": {"weight": fn.Param((shape[0], 1, 1), Ones())}}
+        return params | ({"bias": fn.Param((shape[0], 1, 1), Uniform(-1, 1))} if self.bias else {})
+
+    def _fwd(self, params, x, key):
+        y = params["scale"]["weight"] * x
+        return y + params["bias"] if self.bias else y, x
+
+    def _bwd(self, params, x, dy, need):
+        dparams = None
+        if need.params:
+            dparams = {"scale": {"weight": (x * dy).sum((0, 2, 3))[:, None, None]}}
+            if self.bias:
+                dparams["bias"] = dy.sum((0, 2, 3))[:, None, None]
+        return dparams, params["scale"]["weight"] * dy if need.input else None
+
+
+@dataclass(frozen=True)
+class Public(fn.Layer):
+    """y = w · x, written by the public four, with a `bwd` that knows nothing of `param_grad`."""
+
+    promise: int = 0
+    calls: Any = None
+
+    def init(self, key, shape, *, dtype=None, device=None):
+        return {"w": torch.full((), 2.0, dtype=dtype, device=device)}
+
+    def out_shape(self, shape):
+        return (*shape[:-1], shape[-1] + self.promise)
+
+    def fwd(self, params, x, *, key=None):
+        return params["w"] * x, x
+
+    def bwd(self, params, x, grad, *, input_grad=True):
+        if self.calls is not None:
+            self.calls.append("bwd")
+        return {"w": (x * grad).sum()}, params["w"] * grad if input_grad else None
+
+
+# --- What is derived
+
+
+@pytest.mark.parametrize("layer", [Affine(), Affine(bias=False)], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_layer_that_writes_mathematics_alone(layer, dtype):
+    params, x, grad = make(layer, (3, 4, 5), dtype=dtype)
+    check_vjp(layer, params, x, grad=grad)
+    check_vjp(fn.Sequential(fn.Conv2d(2, 1), layer, fn.ReLU()), *_made((3, 4, 5), layer, dtype))
+    assert repr(layer) == ("Affine()" if layer.bias else "Affine(bias=False)")
+    assert "3" in fn.summary(layer, (3, 4, 5))
+
+
+def _made(shape, layer, dtype):
+    net = fn.Sequential(fn.Conv2d(2, 1), layer, fn.ReLU())
+    params, x, _ = make(net, shape, dtype=dtype)
+    return params, x
+
+
+def test_parameters_are_drawn_in_the_order_they_are_declared():
+    weight_key, bias_key = fn.split(fn.key(0))
+    params = fn.Conv2d(2, 3).init(fn.key(0), (4, 8, 8))
+    bound = (4 * 9) ** -0.5
+    assert torch.equal(params["weight"], fn.uniform(weight_key, (2, 4, 3, 3), -bound, bound))
+    assert torch.equal(params["bias"], fn.uniform(bias_key, (2,), -bound, bound))
+
+
+def test_nested_parameters_are_named_in_messages():
+    layer = Affine()
+    params, x, _ = make(layer, (3, 4, 5))
+    wrong = {**params, "scale": {"weight": torch.ones(1, 3, 1)}}
+    with pytest.raises(ValueError, match=r"expected scale.weight of shape \(3, 1, 1\), got \(1, 3"):
+        layer.apply(wrong, x)
+    with pytest.raises(TypeError, match="expected scale to be a dict with keys 'weight', got tup"):
+        layer.apply({**params, "scale": ()}, x)
+    with pytest.raises(ValueError, match=r"expected x of shape \(N, 3, H, W\), got \(2, 5, 4, 5\)"):
+        layer.apply(params, torch.ones(2, 5, 4, 5))
+
+
+@pytest.mark.parametrize("layer", [NET, Affine(), Public(), fn.Sequential(Public(), Affine())])
+def test_what_is_not_asked_for_is_not_given(layer):
+    params, x, grad = make(layer, (3, 4, 5))
+    dparams, dx = layer.vjp(params, x, grad)
+    assert layer.vjp(params, x, grad, param_grad=False)[0] is None
+    close(layer.vjp(params, x, grad, param_grad=False)[1], dx)
+    close(layer.vjp(params, x, grad, input_grad=False), (dparams, None))
+
+
+def test_what_writes_nothing_is_refused():
+    with pytest.raises(TypeError, match="Layer: expected a layer that writes _fwd, or fwd"):
+        fn.Layer()
+
+
+# --- Fields
+
+
+def test_fields_convert_and_refuse():
+    assert fn.Conv2d(8, 3) == fn.Conv2d(8, (3, 3)) == fn.Conv2d(8, [3, 3])
+    assert fn.Conv2d(8, 3).kernel_size == (3, 3)
+    with pytest.raises(ValueError, match="Conv2d: expected kernel_size to be an int or a pair of"):
+        fn.Conv2d(8, (3, 3, 3))
+
+
+def test_fields_of_a_users_layer():
+    @dataclass(frozen=True)
+    class Blur(fn.Layer):
+        size: Sizes
+        name: "Unknown" = "b"  # noqa: F821 (what exists for the type checker alone)
+        shape: tuple = (2, 2)
+
+        _axes = "CL"
+
+        def _fwd(self, params, x, key):
+            return x.clone(), None
+
+    assert Blur(3).size == (3,)
+    assert repr(Blur(3, shape=(1, 1))) == "Blur(3, shape=(1, 1))"
+    with pytest.raises(ValueError, match=r"Blur: expected size to be an int or a tuple of one"):
+        Blur((3, 3))
+
+
+# --- What a network remembers
+
+
+def wrong_calls(params, x):
+    """Calls that must be refused, whatever has been accepted before."""
+    first = params[0]
+    yield params, x.double()
+    yield params, x[:, :2]
+    yield params, x[0]
+    yield (first, (), {**params[2], "bias": torch.ones(7)}), x
+    yield ({**first, "weight": first["weight"].double()}, *params[1:]), x
+    yield ({"weight": first["weight"]}, *params[1:]), x
+    yield list(params), x
+    yield params[:2], x
+    yield (first, (torch.ones(1),), params[2]), x
+    yield ({**first, "bias": 1.0}, *params[1:]), x
+    yield params, x.numpy()
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(3, 5)), min_size=1, max_size=6))
+def test_what_was_accepted_lets_nothing_else_in(sizes):
+    net = fn.Sequential(*NET)
+    params = net.init(fn.key(0), (3, 4, 4))
+    for batch, size in sizes:
+        x = fn.normal(fn.key(1), (batch, 3, size, size))
+        y, residuals = net.fwd(params, x)
+        assert same(y, fn.Sequential(*NET).apply(params, x))
+        for wrong, at in wrong_calls(params, x):
+            for call in (net.apply, net.fwd):
+                with pytest.raises((TypeError, ValueError)):
+                    call(wrong, at)
+        for grad in (y[:, :1], torch.cat([y, y]), y.double(), y[0], None):
+            with pytest.raises((TypeError, ValueError), match=r"layer 2: UpsampleConv2d.*grad"):
+                net.bwd(params, residuals, grad)
+
+
+def test_what_is_remembered_holds_no_tensor_and_does_not_grow():
+    net = fn.Sequential(*NET)
+    params = net.init(fn.key(0), (3, 4, 4))
+    for size in range(3, 40):
+        net.apply(params, torch.zeros(1, 3, size, size))
+    leaves = optree.tree_leaves(net.__dict__["_accepted"])
+    assert len(net.__dict__["_accepted"]) < 20
+    assert not any(isinstance(leaf, torch.Tensor) for leaf in leaves)
+
+
+def test_what_is_remembered_is_no_part_of_the_value():
+    fresh, used = fn.Sequential(*NET), fn.Sequential(*NET)
+    params = used.init(fn.key(0), (3, 4, 4))
+    used.apply(params, torch.zeros(1, 3, 4, 4))
+    assert "_accepted" in used.__dict__
+    assert (fresh, hash(fresh), repr(fresh)) == (used, hash(used), repr(used))
+    assert pickle.dumps(fresh) == pickle.dumps(used)
+    assert "_accepted" not in copy.deepcopy(used).__dict__
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_nothing_is_remembered_under_transforms():
+    net = fn.Sequential(*NET)
+    params = net.init(fn.key(0), (3, 4, 4))
+    x = torch.zeros(2, 1, 3, 4, 4)
+    torch.func.vmap(net.apply, in_dims=(None, 0))(params, x)
+    compile_whole(net.apply)(params, x[0])
+    assert "_accepted" not in net.__dict__
+
+
+def test_threads_may_share_a_network():
+    net = fn.Sequential(*NET)
+    params = net.init(fn.key(0), (3, 4, 4))
+    failures = []
+
+    def run(size):
+        for _ in range(30):
+            y = net.apply(params, torch.zeros(1, 3, size, size))
+            if y.shape != (1, 2, 2 * size, 2 * size):
+                failures.append(y.shape)
+
+    threads = [threading.Thread(target=run, args=(size,)) for size in range(3, 9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+# --- Layers that check for themselves
+
+
+def test_a_layer_by_the_public_four_inside_a_network():
+    calls = []
+    net = fn.Sequential(fn.Conv2d(2, 1), Public(calls=calls), fn.ReLU(), Affine())
+    params, x, grad = make(net, (3, 4, 4), dtype=torch.float64)
+    check_vjp(net, params, x)
+    calls.clear()
+    dparams, _ = net.vjp(params, x, grad, param_grad=False)
+    assert dparams is None
+    assert calls == ["bwd"]
+
+
+@pytest.mark.parametrize("behind", [fn.Conv2d(2, 1), fn.Upsample2d(2), fn.Sequential(fn.ReLU())])
+def test_what_a_users_layer_promises_and_does_not_keep(behind):
+    """The layers behind are held to what came, not to what `out_shape` said."""
+    liar = fn.Sequential(Public(promise=1), behind)
+    params = liar.init(fn.key(0), (3, 4, 4))
+    x = torch.ones(1, 3, 4, 4)
+    honest = fn.Sequential(Public(), behind)
+    assert same(liar.apply(params, x), honest.apply(params, x))
+    if behind == fn.Conv2d(2, 1):
+        with pytest.raises(TypeError, match=r"layer 1: Conv2d.*expected weight to have the dtype"):
+            liar.apply(({"w": torch.ones((), dtype=torch.float64)}, params[1]), x.double())
+
+
+def test_strategies_draw_such_layers():
+    @given(strategies.cases(st.just(fn.Sequential(Public(), fn.ReLU()))))
+    def check(case):
+        check_vjp(*case)
+
+    check()

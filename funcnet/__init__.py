@@ -15,7 +15,17 @@ from funcnet.combinators import Sequential
 from funcnet.gradients import value_and_grad
 from funcnet.keys import Key, bernoulli, fold_in, key, normal, split, uniform
 from funcnet.layer import Layer, Param
-from funcnet.layers import Conv2d, ReLU, Sigmoid, Upsample2d, UpsampleConv2d
+from funcnet.layers import (
+    GRU,
+    LSTM,
+    RNN,
+    Conv2d,
+    MultiheadAttention,
+    ReLU,
+    Sigmoid,
+    Upsample2d,
+    UpsampleConv2d,
+)
 from funcnet.losses import MSE, Loss
 from funcnet.memory import keep_freed_memory
 from funcnet.optimizers import SGD, SGDState
@@ -27,13 +37,17 @@ __version__ = "0.1.0"
 keep_freed_memory()
 
 __all__ = [
+    "GRU",
+    "LSTM",
     "MSE",
+    "RNN",
     "SGD",
     "CheckpointError",
     "Conv2d",
     "Key",
     "Layer",
     "Loss",
+    "MultiheadAttention",
     "Param",
     "ReLU",
     "SGDState",

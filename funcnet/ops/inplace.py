@@ -33,3 +33,12 @@ def add_into(out: Tensor, x: Tensor, y: Tensor, alpha: int = 1) -> None:
         except RuntimeError:
             pass
     out.copy_(x).add_(y, alpha=alpha)
+
+
+def is_untracked(*tensors: Tensor | None) -> bool:
+    """Whether torch runs as usual and autograd does not follow what is computed from `tensors`."""
+    if not is_plain():
+        return False
+    return not torch.is_grad_enabled() or not any(
+        t is not None and t.requires_grad for t in tensors
+    )

@@ -1,0 +1,115 @@
+"""Attention of a sequence to itself, o = A·v, for each example and each head.
+
+With T rows of q, k and v (T, d), and a scale 1/√d,
+
+    s = q·kᵀ/√d,    p = softmax(s) along each row,    A = p, or p ∘ m/(1 − r) under dropout,
+
+where m keeps a weight with probability 1 − r. Under a causal mask s is −∞ above the diagonal.
+With do for ∂L/∂o,
+
+    dv = Aᵀ·do,    dA = do·vᵀ,    dp = dA, or dA ∘ m/(1 − r),
+    ds = p ∘ (dp − Σ dp ∘ p along each row),    dq = ds·k/√d,    dk = dsᵀ·q/√d.
+
+On the CPU, PyTorch's kernel computes this block by block, and keeps log Σ exp s of each row: memory
+is linear in T. For all that it does not take, dropout and other devices, there are the products
+above, which compute p again for the gradients: what is kept between the passes is linear in T too,
+but for the mask.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcnet.ops.inplace import is_untracked
+
+_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def attend(
+    qkv: Tensor, heads: int, causal: bool, keep: Tensor | None = None, scale: float = 1.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(o, residuals): o (N, T, E) of q, k and v side by side, (N, T, 3E).
+
+    `keep` is the mask m (N, heads, T, T) and `scale` is 1/(1 − r); None is no dropout.
+    """
+    q, k, v = _split(qkv, heads)
+    if keep is None and _is_for_kernel(qkv):
+        o, logsumexp = _kernel(q, k, v, is_causal=causal)
+        return _merged(o), {"logsumexp": logsumexp}
+    q, k, v = map(_in_float32, (q, k, v))
+    weights = _softmax(q, k, causal)
+    kept = {} if keep is None else {"keep": keep}
+    o = _dropped(weights, kept, scale) @ v
+    return _merged(o).to(qkv.dtype), kept
+
+
+def gradients(
+    qkv: Tensor,
+    o: Tensor,
+    kept: dict[str, Tensor],
+    do: Tensor,
+    heads: int,
+    causal: bool,
+    scale: float = 1.0,
+) -> Tensor:
+    """∂L/∂qkv (N, T, 3E), given o and the residuals of `attend`."""
+    q, k, v = _split(qkv, heads)
+    do = _by_head(do, heads)
+    gradients: Any
+    if "logsumexp" in kept and _is_for_kernel(qkv, do):
+        o = _by_head(o, heads)
+        gradients = _kernel_backward(do, q, k, v, o, kept["logsumexp"], 0.0, causal)
+    else:
+        q, k, v, do = map(_in_float32, (q, k, v, do))
+        p = _softmax(q, k, causal)
+        dv = _dropped(p, kept, scale).mT @ do
+        dp = _dropped(do @ v.mT, kept, scale)
+        ds = torch._softmax_backward_data(dp, p, -1, p.dtype) * q.shape[-1] ** -0.5
+        gradients = ds @ k, ds.mT @ q, dv
+    return torch.cat([_merged(t) for t in gradients], -1).to(qkv.dtype)
+
+
+def _is_for_kernel(qkv: Tensor, grad: Tensor | None = None) -> bool:
+    # It divides by T, and has no rule for vmap nor a second derivative.
+    return qkv.is_cpu and qkv.shape[1] > 0 and is_untracked(qkv, grad)
+
+
+def _split(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """q, k and v, (N, heads, T, d) each."""
+    examples, steps, size = qkv.shape
+    parts = qkv.reshape(examples, steps, 3, heads, size // (3 * heads))
+    return parts.transpose(1, 3).unbind(2)
+
+
+def _by_head(o: Tensor, heads: int) -> Tensor:
+    """(N, T, E) as (N, heads, T, d)."""
+    examples, steps, size = o.shape
+    return o.reshape(examples, steps, heads, size // heads).transpose(1, 2)
+
+
+def _merged(o: Tensor) -> Tensor:
+    """(N, heads, T, d) as (N, T, E)."""
+    return o.transpose(1, 2).flatten(2)
+
+
+def _in_float32(t: Tensor) -> Tensor:
+    """Half precision widened, so that a logit is as exact as the kernel's."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _softmax(q: Tensor, k: Tensor, causal: bool) -> Tensor:
+    """p (N, heads, T, T)."""
+    s = (q * q.shape[-1] ** -0.5) @ k.mT
+    if causal:
+        after = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1)
+        s = s.masked_fill(after, float("-inf"))
+    return torch.softmax(s, -1)
+
+
+def _dropped(weights: Tensor, kept: dict[str, Tensor], scale: float) -> Tensor:
+    """weights ∘ m/(1 − r), or the weights as they are."""
+    return weights.masked_fill(~kept["keep"], 0.0) * scale if "keep" in kept else weights

@@ -1,0 +1,365 @@
+"""Recurrent layers: a cell, step after step, in one direction or in both, layer upon layer.
+
+What a cell takes from x is linear: a = x·W_ihᵀ + b_ih is one product for all T steps. Then, for
+each step, with h₋₁ for h of the step before and u = h₋₁·W_hhᵀ + b_hh,
+
+    Elman   h = σ(a + u)
+    LSTM    i, f, g, o = σ, σ, tanh, σ of a + u;     c = f∘c₋₁ + i∘g,     h = o∘tanh(c)
+    GRU     r, z = σ of a + u,  n = tanh(a + r∘u);   h = (1 − z)∘n + z∘h₋₁
+
+The way back starts from the last step. The slopes of a cell do not depend on the gradient that
+arrives, so they are computed for all steps at once; a step multiplies by them, and adds du·W_hh to
+the gradient of h₋₁. Then dx = da·W_ih, dW_ih = daᵀ·x and dW_hh = duᵀ·h₋₁ are one product each, for
+all steps.
+
+Tensors have the steps first, (T, N, …). In the reversed direction, the step before t is t + 1.
+Half precision is computed in float32: rounding would add up from step to step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from funcnet.ops.inplace import is_untracked
+from funcnet.ops.need import Need
+
+_sigmoid_backward = torch.ops.aten.sigmoid_backward.default
+_tanh_backward = torch.ops.aten.tanh_backward.default
+
+
+class Weights(NamedTuple):
+    """The parameters of one layer in one direction, or their gradients, for G gates."""
+
+    ih: Tensor  # (G·H, C)
+    hh: Tensor  # (G·H, H)
+    bias_ih: Tensor | None = None  # (G·H,)
+    bias_hh: Tensor | None = None
+
+
+Layers: TypeAlias = Sequence[Sequence[Weights]]
+"""The directions of each layer: forward, or forward and reversed."""
+
+
+class Run(NamedTuple):
+    """One direction of one layer as it went: x (T, N, C), h (T, N, H), what else was kept."""
+
+    x: Tensor
+    h: Tensor
+    kept: Any
+
+
+class Cell(Protocol):
+    """All steps of one direction."""
+
+    def forward(self, x: Tensor, weights: Weights, reverse: bool, keep: bool) -> Any:
+        """(h, what else `backward` needs, if `keep`)."""
+
+    def backward(self, run: Run, dh: Tensor, weights: Weights, reverse: bool, need: Need) -> Any:
+        """(the weights' gradients, dx), None where they are not needed."""
+
+
+def forward(cell: Cell, x: Tensor, layers: Layers, keep: bool = True) -> tuple[Tensor, Any]:
+    """(y, residuals if `keep`): y (N, T, H), or (N, T, 2H) in both directions, of x (N, T, C)."""
+    dtype, residuals = x.dtype, []
+    x = _in_float32(x.transpose(0, 1))
+    for directions in layers:
+        hs, kept = [], []
+        for i, weights in enumerate(directions):
+            h, own = cell.forward(x, _cast(weights, x.dtype), bool(i), keep)
+            hs.append(h)
+            kept.append(own)
+        h = torch.cat(hs, -1) if len(hs) > 1 else hs[0]
+        if keep:
+            residuals.append((x, h, kept))
+        x = h
+    return x.transpose(0, 1).to(dtype), residuals
+
+
+def gradients(
+    cell: Cell, residuals: Any, layers: Layers, grad: Tensor, need: Need
+) -> tuple[list[list[Any]], Tensor | None]:
+    """(the weights' gradients by layer and direction, dx), None where they are not needed."""
+    dlayers: list[list[Any]] = [[] for _ in layers]
+    dh: Any = _in_float32(grad.transpose(0, 1))
+    for number in range(len(layers) - 1, -1, -1):
+        x, h, kept = residuals[number]
+        directions = layers[number]
+        wanted = need._replace(input=need.input or number > 0)
+        hs, dhs = (t.chunk(len(directions), -1) for t in (h, dh))
+        dh = None
+        for i, weights in enumerate(directions):
+            run, wide = Run(x, hs[i], kept[i]), _cast(weights, x.dtype)
+            dweights, dx = cell.backward(run, dhs[i], wide, bool(i), wanted)
+            dlayers[number].append(dweights and _cast(dweights, grad.dtype))
+            dh = dx if dh is None or dx is None else dh + dx
+    return dlayers, dh.transpose(0, 1).to(grad.dtype) if need.input else None
+
+
+# --- The cells
+
+
+@dataclass(frozen=True)
+class Elman:
+    """h = σ(a + u), da = du = σ' ∘ dh; `value_` is σ in place, and `slope(dh, h)` is σ' ∘ dh."""
+
+    value_: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor, Tensor], Tensor]
+
+    def forward(self, x: Tensor, weights: Weights, reverse: bool, keep: bool) -> Any:
+        a = _inputs(x, weights.ih, _sum(weights.bias_ih, weights.bias_hh)).unbind(0)
+        h = x.new_zeros(x.shape[1], weights.hh.shape[1])
+        hs: list[Any] = [None] * len(a)
+        for t in _order(len(a), reverse):
+            h = hs[t] = self.value_(torch.addmm(a[t], h, weights.hh.mT))
+        return torch.stack(hs), ()
+
+    def backward(self, run: Run, dh: Tensor, weights: Weights, reverse: bool, need: Need) -> Any:
+        x, h, _ = run
+        hs, dhs = h.unbind(0), dh.unbind(0)
+        das: list[Any] = [None] * len(hs)
+        da: Any = None
+        for t in _order(len(hs), not reverse):
+            dh = dhs[t] if da is None else torch.addmm(dhs[t], da, weights.hh)
+            da = das[t] = self.slope(dh, hs[t])
+        da = torch.stack(das)
+        return _products(x, h, da, da, weights, reverse, need)
+
+
+TANH = Elman(torch.tanh_, _tanh_backward)
+RELU = Elman(torch.relu_, lambda dh, h: torch.ops.aten.threshold_backward.default(dh, h, 0))
+
+
+@dataclass(frozen=True)
+class LSTM:
+    """Gates i, f, g, o with c = f∘c₋₁ + i∘g and h = o∘tanh(c):
+
+        dc = f₊₁∘dc₊₁ + o(1 − tanh²c)∘dh,    and da = du has, for i, f, g and o,
+        i(1 − i)∘g∘dc,    f(1 − f)∘c₋₁∘dc,    (1 − g²)∘i∘dc,    o(1 − o)∘tanh(c)∘dh.
+
+    In float32 on the CPU, PyTorch has a kernel for all steps.
+    """
+
+    def forward(self, x: Tensor, weights: Weights, reverse: bool, keep: bool) -> Any:
+        if _is_for_kernel(x, *weights):
+            return _kernel_forward(x, weights, reverse, keep)
+        return self._steps(x, weights, reverse, keep)
+
+    def _steps(self, x: Tensor, weights: Weights, reverse: bool, keep: bool) -> Any:
+        a = _inputs(x, weights.ih, _sum(weights.bias_ih, weights.bias_hh)).unbind(0)
+        h = c = x.new_zeros(x.shape[1], weights.hh.shape[1])
+        steps: list[Any] = [None] * len(a)
+        for t in _order(len(a), reverse):
+            i, f, g, o = torch.addmm(a[t], h, weights.hh.mT).chunk(4, -1)
+            i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+            c = torch.addcmul(i * g, f, c)
+            h = o * c.tanh()
+            steps[t] = (h, i, f, g, o, c) if keep else (h,)
+        h, *kept = map(torch.stack, zip(*steps, strict=True))
+        return h, tuple(kept)
+
+    def backward(self, run: Run, dh: Tensor, weights: Weights, reverse: bool, need: Need) -> Any:
+        x, h, kept = run
+        if isinstance(kept, Workspace):
+            if _is_for_kernel(x, *weights, dh):
+                return _kernel_backward(run, dh, weights, reverse, need)
+            # Nothing but the kernel can read its workspace.
+            _, kept = self._steps(x, weights, reverse, keep=True)
+        i, f, g, o, c = kept
+        tanh_c = c.tanh()
+        slopes_h = _tanh_backward(o, tanh_c).unbind(0)
+        parts = (
+            _sigmoid_backward(g, i),
+            _sigmoid_backward(_before(c, reverse), f),
+            _tanh_backward(i, g),
+            _sigmoid_backward(tanh_c, o),
+        )
+        slopes = torch.stack(parts, 2).unbind(0)
+        fs, dhs = f.unbind(0), dh.unbind(0)
+        das: list[Any] = [None] * len(dhs)
+        da: Any = None
+        for t in _order(len(dhs), not reverse):
+            if da is None:
+                dh = dhs[t]
+                dc = slopes_h[t] * dh
+            else:
+                dh = torch.addmm(dhs[t], da, weights.hh)
+                dc = torch.addcmul(dc, slopes_h[t], dh)
+            da = das[t] = (slopes[t] * torch.stack((dc, dc, dc, dh), 1)).flatten(1)
+            dc = fs[t] * dc
+        da = torch.stack(das)
+        return _products(x, h, da, da, weights, reverse, need)
+
+
+@dataclass(frozen=True)
+class GRU:
+    """Gates r, z, n with h = (1 − z)∘n + z∘h₋₁; dh₋₁ has z∘dh beside du·W_hh. da and du are
+
+    r: r(1 − r)∘u_n∘dn,    z: z(1 − z)∘(h₋₁ − n)∘dh,
+    n: dn = (1 − z)(1 − n²)∘dh in da, and r∘dn in du.
+    """
+
+    def forward(self, x: Tensor, weights: Weights, reverse: bool, keep: bool) -> Any:
+        size = weights.hh.shape[1]
+        sizes = 2 * size, size
+        hh_rz, hh_n = torch.split(weights.hh, sizes)
+        bias, bias_n = weights.bias_ih, None
+        if bias is not None and weights.bias_hh is not None:
+            bias_rz, bias_n = torch.split(weights.bias_hh, sizes)
+            bias = bias + torch.cat((bias_rz, torch.zeros_like(bias_n)))
+        a_rz, a_n = (
+            part.unbind(0) for part in torch.split(_inputs(x, weights.ih, bias), sizes, -1)
+        )
+        h = x.new_zeros(x.shape[1], size)
+        steps: list[Any] = [None] * len(a_n)
+        for t in _order(len(a_n), reverse):
+            r, z = torch.addmm(a_rz[t], h, hh_rz.mT).sigmoid_().chunk(2, -1)
+            u_n = F.linear(h, hh_n, bias_n)
+            n = torch.addcmul(a_n[t], r, u_n).tanh_()
+            h = torch.lerp(n, h, z)
+            steps[t] = (h, r, z, n, u_n) if keep else (h,)
+        h, *kept = map(torch.stack, zip(*steps, strict=True))
+        return h, tuple(kept)
+
+    def backward(self, run: Run, dh: Tensor, weights: Weights, reverse: bool, need: Need) -> Any:
+        x, h, (r, z, n, u_n) = run
+        size = h.shape[-1]
+        slope_n = _tanh_backward(1 - z, n)
+        slope_r = _sigmoid_backward(slope_n * u_n, r)
+        slope_z = _sigmoid_backward(_before(h, reverse) - n, z)
+        # Side by side: du (n, r, z) are the first three, da (r, z, n) the last three.
+        slopes = torch.stack((r * slope_n, slope_r, slope_z, slope_n), 2).unbind(0)
+        weight = weights.hh.roll(size, 0)
+        zs, dhs = z.unbind(0), dh.unbind(0)
+        both: list[Any] = [None] * len(dhs)
+        later: Any = None
+        for t in _order(len(dhs), not reverse):
+            if later is None:
+                dh = dhs[t]
+            else:
+                passed = torch.addcmul(dhs[t], zs[later], dh)
+                dh = torch.addmm(passed, both[later].narrow(1, 0, 3 * size), weight)
+            both[t] = (slopes[t] * dh.unsqueeze(1)).flatten(1)
+            later = t
+        da_du = torch.stack(both)
+        da, du = da_du.narrow(-1, size, 3 * size), da_du.narrow(-1, 0, 3 * size)
+        dweights, dx = _products(x, h, da, du, weights, reverse, need)
+        if dweights is not None:
+            bias_hh = None if dweights.bias_hh is None else dweights.bias_hh.roll(-size, 0)
+            dweights = dweights._replace(hh=dweights.hh.roll(-size, 0), bias_hh=bias_hh)
+        return dweights, dx
+
+
+# --- PyTorch's kernel for the LSTM. Handed tensors that are not contiguous, it reads them wrongly.
+
+_kernel = torch.ops.aten.mkldnn_rnn_layer.default
+_kernel_back = torch.ops.aten.mkldnn_rnn_layer_backward.default
+_KIND = 2  # the kernel's number for an LSTM
+
+
+class Workspace(NamedTuple):
+    """What the kernel keeps between the passes, in a form of its own."""
+
+    entries: Tensor
+    last_c: Tensor
+
+
+def _is_for_kernel(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the kernel takes this: it has no rule for vmap nor a second derivative."""
+    return (
+        x.is_cpu
+        and x.dtype == torch.float32
+        and x.numel() > 0
+        and is_untracked(x, *others)
+        and torch._C._has_mkldnn
+        and torch._C._get_mkldnn_enabled()
+    )
+
+
+def _kernel_forward(x: Tensor, weights: Weights, reverse: bool, keep: bool) -> Any:
+    size = weights.hh.shape[1]
+    zeros = x.new_zeros(x.shape[1], size)
+    inputs = x.contiguous(), *_readable(weights), zeros, zeros
+    with torch.set_grad_enabled(keep):  # which decides whether there is a workspace
+        h, _, c, entries = _kernel(*inputs, reverse, [], _KIND, size, 1, True, False, False, keep)
+    return h, Workspace(entries, c) if keep else ()
+
+
+def _kernel_backward(
+    run: Run, dh: Tensor, weights: Weights, reverse: bool, need: Need
+) -> tuple[Weights | None, Tensor | None]:
+    x, h, kept = run
+    size = h.shape[-1]
+    zeros = x.new_zeros(x.shape[1], size)
+    inputs = x.contiguous(), *_readable(weights), zeros, zeros
+    outputs = h.contiguous(), h[0 if reverse else -1].contiguous(), kept.last_c
+    grads = dh.contiguous(), None, None
+    # The kernel writes to its workspace.
+    entries = kept.entries if need.consume else kept.entries.clone()
+    options: Any = reverse, _KIND, size, 1, True, True, False, [], False
+    dx, ih, hh, bias_ih, bias_hh, _, _ = _kernel_back(*inputs, *outputs, *grads, *options, entries)
+    biases: Any = () if weights.bias_ih is None else (bias_ih, bias_hh.clone())
+    return Weights(ih, hh, *biases) if need.params else None, dx if need.input else None
+
+
+def _readable(weights: Weights) -> list[Tensor]:
+    """The weights as the kernel reads them: contiguous, and with biases."""
+    zeros = weights.hh.new_zeros(len(weights.hh))
+    return [zeros if weight is None else weight.contiguous() for weight in weights]
+
+
+# --- What the cells share
+
+
+def _order(steps: int, reverse: bool) -> range:
+    """The steps in the order in which they are taken."""
+    return range(steps - 1, -1, -1) if reverse else range(steps)
+
+
+def _inputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """a = x·Wᵀ + b for all steps."""
+    steps, examples, _ = x.shape
+    return F.linear(x.flatten(0, 1), weight, bias).view(steps, examples, len(weight))
+
+
+def _sum(bias: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return None if bias is None or other is None else bias + other
+
+
+def _before(h: Tensor, reverse: bool) -> Tensor:
+    """h of the step before each step, 0 before the first."""
+    zero = torch.zeros_like(h.narrow(0, 0, 1))
+    others = h.narrow(0, int(reverse), len(h) - 1)
+    return torch.cat((others, zero) if reverse else (zero, others))
+
+
+def _products(
+    x: Tensor, h: Tensor, da: Tensor, du: Tensor, weights: Weights, reverse: bool, need: Need
+) -> tuple[Weights | None, Tensor | None]:
+    """(the weights' gradients, dx), given the gradients of a and u."""
+    dweights = None
+    if need.params:
+        first, count = int(reverse), len(h) - 1  # before the first step taken, h is 0
+        after, before = du.narrow(0, 1 - first, count), h.narrow(0, first, count)
+        biases: Any = () if weights.bias_ih is None else (da.sum((0, 1)), du.sum((0, 1)))
+        dweights = Weights(_product(da, x), _product(after, before), *biases)
+    return dweights, da @ weights.ih if need.input else None
+
+
+def _product(dy: Tensor, x: Tensor) -> Tensor:
+    """Σ dyᵀ·x over steps and examples."""
+    return dy.flatten(0, 1).mT @ x.flatten(0, 1)
+
+
+def _in_float32(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _cast(weights: Weights, dtype: torch.dtype) -> Weights:
+    cast: Any = (None if t is None else t.to(dtype) for t in weights)
+    return Weights(*cast)

@@ -1,0 +1,81 @@
+"""Recurrent layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from funcnet.layer import Shape
+from funcnet.layers import GRU, LSTM, RNN
+from funcnet.testing.registry.row import Row
+
+
+class _RNN(nn.RNN):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        y: Tensor = super().forward(x)[0]
+        return y
+
+
+class _LSTM(nn.LSTM):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        y: Tensor = super().forward(x)[0]
+        return y
+
+
+class _GRU(nn.GRU):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        y: Tensor = super().forward(x)[0]
+        return y
+
+
+def _twin(layer: Any, shape: Shape) -> nn.Module:
+    options = {"nonlinearity": layer.nonlinearity} if isinstance(layer, RNN) else {}
+    cls: Any = {RNN: _RNN, LSTM: _LSTM, GRU: _GRU}[type(layer)]
+    twin: nn.Module = cls(
+        shape[1],
+        layer.hidden_size,
+        layer.num_layers,
+        bias=layer.bias,
+        batch_first=True,
+        bidirectional=layer.bidirectional,
+        **options,
+    )
+    return twin
+
+
+_FEW_LAYERS: dict[str, Sequence[Any]] = {"num_layers": [1, 2]}
+
+ROWS = (
+    Row(
+        RNN,
+        (
+            (RNN(3), (4, 2)),
+            (RNN(2, nonlinearity="relu", bidirectional=True), (3, 3)),
+            (RNN(2, num_layers=2, bias=False), (1, 2)),  # a sequence of one step
+        ),
+        settings=_FEW_LAYERS,
+        twin=_twin,
+    ),
+    Row(
+        LSTM,
+        (
+            (LSTM(3), (4, 2)),
+            (LSTM(2, num_layers=2, bidirectional=True), (3, 3)),
+            (LSTM(2, bias=False), (1, 2)),
+        ),
+        settings=_FEW_LAYERS,
+        twin=_twin,
+    ),
+    Row(
+        GRU,
+        (
+            (GRU(3), (4, 2)),
+            (GRU(2, num_layers=2, bidirectional=True), (3, 3)),
+            (GRU(2, bias=False), (1, 2)),
+        ),
+        settings=_FEW_LAYERS,
+        twin=_twin,
+    ),
+)

@@ -146,11 +146,15 @@ class Whole:
 
 @dataclass(frozen=True)
 class PerAxis:
-    """An int, or one for each axis after the channels; some also take None, or a word."""
+    """An int, or one for each axis after the channels; some also take None, or a word.
+
+    `entries_may_be_none` is for None in the place of any int.
+    """
 
     least: int
     words: tuple[str, ...] = ()
     may_be_none: bool = False
+    entries_may_be_none: bool = False
 
     def convert(self, owner: Any, name: str, value: Any) -> Any:
         who, count = owner.__name__, len(owner._axes) - 1
@@ -168,7 +172,12 @@ class PerAxis:
             raise ValueError(
                 f"{who}: expected {name} to be an int or {_tuple_of(count)} of ints, got {value!r}"
             )
-        return tuple(as_int(who, name, entry, self.least) for entry in entries)
+        return tuple(
+            entry
+            if entry is None and self.entries_may_be_none
+            else as_int(who, name, entry, self.least)
+            for entry in entries
+        )
 
 
 def _tuple_of(count: int) -> str:
@@ -225,6 +234,17 @@ Size: TypeAlias = Annotated[int, Whole(1)]
 
 Sizes: TypeAlias = Annotated[int | tuple[int, ...], PerAxis(1)]
 """An int ≥ 1, or one for each axis; kept as a tuple."""
+
+SizesOrNone: TypeAlias = Annotated[int | tuple[int, ...] | None, PerAxis(1, may_be_none=True)]
+"""An int ≥ 1, or one for each axis, kept as a tuple; or None."""
+
+SizesWithNone: TypeAlias = Annotated[
+    int | tuple[int | None, ...] | None, PerAxis(1, entries_may_be_none=True)
+]
+"""An int ≥ 1 or None, or such for each axis; kept as a tuple."""
+
+Margins: TypeAlias = Annotated[int | tuple[int, ...], PerAxis(0)]
+"""An int ≥ 0, or one for each axis; kept as a tuple."""
 
 Padding: TypeAlias = Annotated[int | tuple[int, ...] | str, PerAxis(0, ("same", "valid"))]
 """An int ≥ 0, or one for each axis, kept as a tuple; or "same" or "valid", as in PyTorch."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, TypeAlias
 
 import torch
 from torch import Tensor
 
-from funcnet.fields import Finite, Hyperparameters, NonNegative
+from funcnet.fields import Finite, Hyperparameters, InstanceOf, NonNegative
 from funcnet.keys import Key, check_draw, normal, uniform
 
 
@@ -123,3 +124,10 @@ class Normal(Initializer):
         self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
     ) -> Tensor:
         return normal(key, shape, self.mean, self.std, dtype, device)
+
+
+InitializerOrNone: TypeAlias = Annotated[
+    Initializer | None,
+    InstanceOf(lambda: Initializer, "an initialiser or None", may_be_none=True),
+]
+"""An initialiser; None where the layer draws as torch.nn does."""

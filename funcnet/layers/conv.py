@@ -11,6 +11,7 @@ so that, with grad for ∂L/∂y,
     dx[n, c, a, b]      = Σ weight[o, c, t, r] · grad[n, o, i, j]
                           over o, t, r, i, j with s·i + d·t − p = a and s·j + d·r − p = b.
 
+Signals and volumes are convolved likewise, along one axis or three.
 `ops/convolution.py` chooses between implementations; `ops/unfold.py` derives these formulas by
 matrix products.
 """
@@ -18,73 +19,65 @@ matrix products.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeAlias
+from dataclasses import KW_ONLY, dataclass, field, fields
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from torch import Tensor
 
 from funcnet.checks import name_of
 from funcnet.fields import Flag, OneOf, Padding, Size, Sizes
-from funcnet.initializers import Uniform
+from funcnet.initializers import Initializer, InitializerOrNone, Uniform
 from funcnet.keys import Key
 from funcnet.layer import Layer, Param, Shape
-from funcnet.ops import convolution, native
+from funcnet.ops import convolution
 from funcnet.ops.need import Need
-from funcnet.ops.window import Window, padding_sides
+from funcnet.ops.window import Ints, Window, padding_sides
 
 Method: TypeAlias = Annotated[Literal["auto", "unfold"], OneOf(("auto", "unfold"))]
+OnlyAuto: TypeAlias = Annotated[Literal["auto"], OneOf(("auto",))]
+
+_Kernels = TypeVar("_Kernels", bound="Kernels")
 
 
 @dataclass(frozen=True)
-class Conv2d(Layer):
-    """A convolution of images; the formulas stand at the head of this module.
-
-    `kernel_size`, `stride`, `padding` and `dilation` are ints or pairs (height, width); `padding`
-    may also be "valid" (none) or "same" (y as large as x; stride 1 only), with PyTorch's meaning.
-    `groups` cuts C and O into that many groups, convolved separately. `method="auto"` calls
-    the fastest implementation; "unfold" is the derivation by matrix products, written to be read.
-    Both give the same numbers; under "auto", y may be in channels_last memory format.
-
-    Shapes: x (N, C, H, W); y (N, O, H′, W′) with H′ = ⌊(H + 2p − d(k−1) − 1)/s⌋ + 1.
-    Parameters: {"weight": (O, C/groups, kh, kw), "bias": (O,)}, drawn from U(−√q, √q) with
-    q = 1/(C/groups · kh · kw); without "bias" if bias=False. On the CPU, `init` lays the weight out
-    in channels_last, as its kernels want it; `.contiguous()` is for tools that want it contiguous.
-
-    Raises ValueError or TypeError for hyperparameters, shapes, dtypes and devices that do not fit.
-    https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv2d.html
-
-    >>> import funcnet as fn
-    >>> layer = fn.Conv2d(8, 3, stride=2, padding=1)
-    >>> layer
-    Conv2d(8, kernel_size=3, stride=2, padding=1)
-    >>> params = layer.init(fn.key(0), (3, 32, 32))
-    >>> layer.apply(params, torch.zeros(4, 3, 32, 32)).shape
-    torch.Size([4, 8, 16, 16])
-    """
+class Kernels(Layer):
+    """A layer that learns a kernel for each channel of y: the other arguments are keyword-only."""
 
     out_channels: Size
     kernel_size: Sizes
+
+    def __new__(cls: type[_Kernels], *arguments: Any, **_: Any) -> _Kernels:
+        """Raise TypeError for arguments in torch.nn's order, which starts with x's channels."""
+        if len(arguments) > 2:
+            raise TypeError(_advice(cls, arguments))
+        return super().__new__(cls)
+
+
+@dataclass(frozen=True)
+class Convolution(Kernels):
+    """A convolution along every axis behind the channels; `Conv2d` explains it."""
+
+    _: KW_ONLY
     stride: Sizes = 1
     padding: Padding = 0
     dilation: Sizes = 1
     groups: Size = 1
     bias: Flag = True
     method: Method = "auto"
+    weight_init: InitializerOrNone = None
+    bias_init: InitializerOrNone = None
     _window: Window = field(init=False, repr=False, compare=False)
 
-    _axes = "CHW"
     _fresh = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.out_channels % self.groups:
-            raise ValueError(
-                f"Conv2d: expected groups to divide out_channels={self.out_channels}, "
-                f"got groups={self.groups}"
-            )
-        if self.padding == "same" and self.stride != (1, 1):
-            raise ValueError(f'Conv2d: expected stride 1 with padding="same", got {self.stride}')
+        check_groups(self)
         sizes: Any = self
+        if self.padding == "same" and set(sizes.stride) != {1}:
+            raise ValueError(
+                f'{type(self).__name__}: expected stride 1 with padding="same", got {self.stride}'
+            )
         sides = padding_sides(sizes.padding, sizes.kernel_size, sizes.dilation)
         window = Window(sizes.kernel_size, sizes.stride, sides, sizes.dilation, self.groups)
         object.__setattr__(self, "_window", window)
@@ -93,14 +86,12 @@ class Conv2d(Layer):
         # No weight fits an x that cannot be divided into groups.
         channels = 0 if shape[0] % self.groups else shape[0] // self.groups
         weight_shape = (self.out_channels, channels, *self._window.kernel_size)
-        return kernel_params(weight_shape, self.bias, self.method == "auto" and native.layout)
+        layout = convolution.layout if self.method == "auto" else None
+        return kernel_params(self, weight_shape, self.out_channels, layout)
 
     def _out_shape(self, shape: Shape) -> Shape:
         channels, *size = shape
-        if channels < 1 or channels % self.groups:
-            raise ValueError(
-                f"{self}: expected channels that groups={self.groups} divides, got {channels}"
-            )
+        check_channels(self, channels, self.groups)
         return self.out_channels, *count_windows(self, self._window, size)
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor]:
@@ -113,12 +104,102 @@ class Conv2d(Layer):
         return kernel_gradients(dweight, grad, self.bias), dx
 
 
-def kernel_params(weight_shape: Shape, bias: bool, layout: Any) -> dict[str, Param]:
-    """Weight and bias from U(−√q, √q), q = 1/(entries of the kernel of one output channel)."""
+@dataclass(frozen=True)
+class Conv1d(Convolution):
+    """A convolution of signals: `Conv2d` with a single axis.
+
+    Sizes are ints or tuples of one.
+
+    Shapes: x (N, C, L); y (N, O, L′) with L′ = ⌊(L + 2p − d(k−1) − 1)/s⌋ + 1.
+    Parameters: {"weight": (O, C/groups, k), "bias": (O,)}, drawn as those of `Conv2d`.
+
+    Raises ValueError or TypeError for hyperparameters, shapes, dtypes and devices that do not fit.
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv1d.html
+
+    >>> import funcnet as fn
+    >>> import torch
+    >>> layer = fn.Conv1d(8, 5, padding="same", dilation=2)
+    >>> params = layer.init(fn.key(0), (3, 100))
+    >>> layer.apply(params, torch.zeros(4, 3, 100)).shape
+    torch.Size([4, 8, 100])
+    """
+
+    method: OnlyAuto = field(default="auto", kw_only=True)
+
+    _axes = "CL"
+
+
+@dataclass(frozen=True)
+class Conv2d(Convolution):
+    """A convolution of images; the formulas stand at the head of this module.
+
+    `kernel_size`, `stride`, `padding` and `dilation` are ints or pairs (height, width); `padding`
+    may also be "valid" (none) or "same" (y as large as x; stride 1 only), with PyTorch's meaning.
+    `groups` cuts C and O into that many groups, convolved separately. `method="auto"` calls
+    the fastest implementation; "unfold" is the derivation by matrix products, written to be read.
+    Both give the same numbers; under "auto", y may be in channels_last memory format.
+    `weight_init` and `bias_init` are initialisers, such as `fn.initializers.Normal(std=0.01)`.
+
+    Shapes: x (N, C, H, W); y (N, O, H′, W′) with H′ = ⌊(H + 2p − d(k−1) − 1)/s⌋ + 1.
+    Parameters: {"weight": (O, C/groups, kh, kw), "bias": (O,)}, drawn from U(−√q, √q) with
+    q = 1/(C/groups · kh · kw) where no initialiser is given; without "bias" if bias=False. On the
+    CPU, `init` lays the weight out in channels_last, as its kernels want it; `.contiguous()` is for
+    tools that want it contiguous.
+
+    Raises ValueError or TypeError for hyperparameters, shapes, dtypes and devices that do not fit.
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv2d.html
+
+    >>> import funcnet as fn
+    >>> import torch
+    >>> layer = fn.Conv2d(8, 3, stride=2, padding=1)
+    >>> layer
+    Conv2d(8, kernel_size=3, stride=2, padding=1)
+    >>> params = layer.init(fn.key(0), (3, 32, 32))
+    >>> layer.apply(params, torch.zeros(4, 3, 32, 32)).shape
+    torch.Size([4, 8, 16, 16])
+    """
+
+    _axes = "CHW"
+
+
+@dataclass(frozen=True)
+class Conv3d(Convolution):
+    """A convolution of volumes: `Conv2d` with three axes.
+
+    Sizes are ints or triples (depth, height, width).
+
+    Shapes: x (N, C, D, H, W); y (N, O, D′, H′, W′) with D′ = ⌊(D + 2p − d(k−1) − 1)/s⌋ + 1.
+    Parameters: {"weight": (O, C/groups, kd, kh, kw), "bias": (O,)}, drawn as those of `Conv2d`; on
+    the CPU, `init` lays the weight out in channels_last_3d.
+
+    Raises ValueError or TypeError for hyperparameters, shapes, dtypes and devices that do not fit.
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv3d.html
+
+    >>> import funcnet as fn
+    >>> import torch
+    >>> layer = fn.Conv3d(8, 3, stride=(1, 2, 2), padding=1)
+    >>> params = layer.init(fn.key(0), (3, 4, 16, 16))
+    >>> layer.apply(params, torch.zeros(2, 3, 4, 16, 16)).shape
+    torch.Size([2, 8, 4, 8, 8])
+    """
+
+    method: OnlyAuto = field(default="auto", kw_only=True)
+
+    _axes = "CDHW"
+
+
+def kernel_params(
+    layer: Any, weight_shape: Shape, out_channels: int, layout: Any
+) -> dict[str, Param]:
+    """Weight and bias by the layer's initialisers.
+
+    Without one, from U(−√q, √q), q = 1/(entries of the kernel of the weight's first axis).
+    """
     bound = max(1, math.prod(weight_shape[1:])) ** -0.5
-    params = {"weight": Param(weight_shape, Uniform(-bound, bound), layout or None)}
-    if bias:
-        params["bias"] = Param(weight_shape[:1], Uniform(-bound, bound))
+    default: Initializer = Uniform(-bound, bound)
+    params = {"weight": Param(weight_shape, layer.weight_init or default, layout)}
+    if layer.bias:
+        params["bias"] = Param((out_channels,), layer.bias_init or default)
     return params
 
 
@@ -126,17 +207,59 @@ def kernel_gradients(dweight: Tensor | None, grad: Tensor, bias: bool) -> dict[s
     """The gradients of weight and bias, given the first; None if they are not needed."""
     if dweight is None:
         return None
-    return {"weight": dweight, "bias": grad.sum((0, 2, 3))} if bias else {"weight": dweight}
+    if not bias:
+        return {"weight": dweight}
+    return {"weight": dweight, "bias": grad.sum((0, *range(2, grad.ndim)))}
 
 
-def count_windows(who: object, window: Window, size: Any) -> tuple[int, int]:
-    """How many windows fit on each axis. Raises ValueError where not even one does."""
+def check_groups(layer: Any) -> None:
+    """Raise ValueError unless groups divides out_channels."""
+    if layer.out_channels % layer.groups:
+        raise ValueError(
+            f"{type(layer).__name__}: expected groups to divide out_channels={layer.out_channels}, "
+            f"got groups={layer.groups}"
+        )
+
+
+def check_channels(layer: Layer, channels: int, groups: int) -> None:
+    """Raise ValueError unless there are channels, and groups divides them."""
+    if channels < 1 or channels % groups:
+        raise ValueError(f"{layer}: expected channels that groups={groups} divides, got {channels}")
+
+
+def check_size(who: object, size: Any) -> None:
+    """Raise ValueError unless every axis has at least one entry."""
     if min(size) < 1:
-        raise ValueError(f"{name_of(who)}: expected images of at least 1×1, got size {tuple(size)}")
+        raise ValueError(
+            f"{name_of(who)}: expected {_EXAMPLES[len(size)]} of at least "
+            f"{'×'.join('1' * len(size))}, got size {tuple(size)}"
+        )
+
+
+def count_windows(who: object, window: Window, size: Any) -> Ints:
+    """How many windows fit on each axis. Raises ValueError where not even one does."""
+    check_size(who, size)
     count = window.count(size)
     if min(count) < 1:
         raise ValueError(
-            f"{name_of(who)}: expected images at least as large as the kernel's reach "
-            f"{window.reach}, got size {tuple(size)}, {window.padded(size)} with padding"
+            f"{name_of(who)}: expected {_EXAMPLES[len(size)]} at least as large as the kernel's "
+            f"reach {window.reach}, got size {tuple(size)}, {window.padded(size)} with padding"
         )
     return count
+
+
+_EXAMPLES = {1: "signals", 2: "images", 3: "volumes"}
+
+
+def _advice(cls: type[Kernels], arguments: tuple[Any, ...]) -> str:
+    """What is wrong with so many arguments by position, and what was probably meant."""
+    names = [field.name for field in fields(cls) if field.init]
+    meant = [repr(value) for value in arguments[1:3]]
+    # Behind x's channels, torch.nn has the same order.
+    meant += [f"{n}={v!r}" for n, v in zip(names[2:], arguments[3:], strict=False)]
+    return (
+        f"{cls.__name__}: expected out_channels and kernel_size by position, the rest by keyword, "
+        f"got {len(arguments)} positional arguments: the input's channels are read off the shape; "
+        f"did you mean {cls.__name__}({', '.join(meant)})? "
+        f"{names[2].capitalize()} is given by name, as in {names[2]}={arguments[2]!r}"
+    )

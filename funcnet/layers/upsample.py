@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funcnet.checks import name_of
-from funcnet.fields import Flag, Padding, Size, Sizes
+from funcnet.fields import Flag, Padding, Sizes
+from funcnet.initializers import InitializerOrNone
 from funcnet.keys import Key
 from funcnet.layer import Layer, Param, Shape
 from funcnet.layers.conv import (
     Conv2d,
+    Kernels,
     Method,
     count_windows,
     kernel_gradients,
@@ -71,7 +73,7 @@ class Upsample2d(Layer):
 
 
 @dataclass(frozen=True)
-class UpsampleConv2d(Layer):
+class UpsampleConv2d(Kernels):
     """`Upsample2d(scale)`, then `Conv2d(out_channels, kernel_size, padding=padding)`.
 
     `kernel_size`, `scale` and `padding` are ints or pairs (height, width); `padding` may also be
@@ -97,12 +99,14 @@ class UpsampleConv2d(Layer):
     torch.Size([2, 3, 32, 32])
     """
 
-    out_channels: Size
     kernel_size: Sizes = 3
+    _: KW_ONLY
     scale: Sizes = 2
     padding: Padding = "same"
     bias: Flag = True
     method: Method = "auto"
+    weight_init: InitializerOrNone = None
+    bias_init: InitializerOrNone = None
     _window: Window = field(init=False, repr=False, compare=False)
     _steps: tuple[Upsample2d, Conv2d] = field(init=False, repr=False, compare=False)
 
@@ -124,9 +128,8 @@ class UpsampleConv2d(Layer):
 
     def _params(self, shape: Shape) -> dict[str, Param]:
         weight_shape = (self.out_channels, shape[0], *self._window.kernel_size)
-        return kernel_params(
-            weight_shape, self.bias, self.method == "auto" and low_resolution.layout
-        )
+        layout = low_resolution.layout if self.method == "auto" else None
+        return kernel_params(self, weight_shape, self.out_channels, layout)
 
     def _out_shape(self, shape: Shape) -> Shape:
         channels, height, width = shape

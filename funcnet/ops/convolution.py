@@ -1,8 +1,10 @@
-"""Convolution in two dimensions: the choice between its implementations.
+"""Convolution in one, two or three dimensions: the choice between its implementations.
 
-unfold    the derivation by matrix products, for method "unfold"
-patches   products of matrices over patches, where windows do not overlap and are few
+unfold    the derivation by matrix products, for images and method "unfold"
+patches   products of matrices over patches of images, where windows do not overlap and are few
 native    PyTorch's convolution kernels, for all else
+
+A signal (N, C, L) is convolved as an image (N, C, 1, L), whose kernels are faster.
 """
 
 from __future__ import annotations
@@ -20,6 +22,10 @@ def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, method: str
 ) -> tuple[Tensor, Tensor]:
     """(y, x), x in the memory format that the gradients want."""
+    if window.of_height_1 is not None:
+        image, kernel = x.unsqueeze(2), weight.unsqueeze(2)
+        y, image = convolve(image, kernel, bias, window.of_height_1, method)
+        return y.squeeze(2), image.squeeze(2)
     if method == "auto":
         x = native.layout(x)
     return implementation(x, weight, window, method).convolve(x, weight, bias, window), x
@@ -29,9 +35,22 @@ def gradients(
     x: Tensor, weight: Tensor, grad: Tensor, window: Window, method: str, need: Need
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dx), None where it is not needed."""
+    if window.of_height_1 is not None:
+        image, kernel, dy = x.unsqueeze(2), weight.unsqueeze(2), grad.unsqueeze(2)
+        dweight, dx = gradients(image, kernel, dy, window.of_height_1, method, need)
+        return None if dweight is None else dweight.squeeze(2), None if dx is None else dx.squeeze(
+            2
+        )
     chosen = implementation(x, weight, window, method, backward=True)
     dweight, dx = chosen.gradients(x, weight, grad, window, need)
     return dweight, dx
+
+
+def layout(weight: Tensor) -> Tensor:
+    """The same weights in the memory format that their kernels want."""
+    return (
+        native.layout(weight.unsqueeze(2)).squeeze(2) if weight.ndim == 3 else native.layout(weight)
+    )
 
 
 def implementation(
@@ -40,6 +59,6 @@ def implementation(
     """The module that is fastest for images like x, or the one that the method names."""
     if method == "unfold":
         return unfold
-    if window.cuts_patches and patches.are_worth_it(x, weight, window, backward):
+    if window.cuts_patches and x.ndim == 4 and patches.are_worth_it(x, weight, window, backward):
         return patches
     return native

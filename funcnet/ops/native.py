@@ -1,9 +1,12 @@
-"""Convolution by PyTorch's own kernels, forward and backward.
+"""Convolution of images and volumes by PyTorch's own kernels, forward and backward.
 
-On the CPU, pictures are laid out in channels_last, which makes those kernels about twice as fast.
+On the CPU, images are laid out in channels_last, which makes those kernels about twice as fast, and
+volumes in channels_last_3d, which makes them up to 1.5 times as fast.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,28 +14,33 @@ from torch import Tensor
 
 from funcnet.ops import inplace
 from funcnet.ops.need import Need
-from funcnet.ops.window import Pair, Window
+from funcnet.ops.window import Ints, Window
 
 _backward = torch.ops.aten.convolution_backward.default
+_CONVOLUTIONS = {4: F.conv2d, 5: F.conv3d}
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""By the number of x's axes."""
 
 
 def layout(x: Tensor) -> Tensor:
     """x in the memory format that is fastest on its device; row-major if it has one channel."""
     if not x.is_cpu:
         return x
-    _, channels, height, width = x.shape
-    if channels > 1 and x.stride() == (channels * height * width, 1, width * channels, channels):
-        return x
-    memory_format = torch.channels_last if channels > 1 else torch.contiguous_format
+    channels = x.shape[1]
+    if channels > 1 and x.ndim == 4:  # what `_strides` says, without a call
+        _, _, height, width = x.shape
+        if x.stride() == (channels * height * width, 1, width * channels, channels):
+            return x
+    memory_format = _CHANNELS_LAST[x.ndim] if channels > 1 else torch.contiguous_format
     if not torch.compiler.is_compiling():
         try:
             return _plain(x.contiguous(memory_format=memory_format), memory_format)
         except RuntimeError:
             pass
-    if x.shape[1] == 1:
+    if channels == 1:
         return x.clone(memory_format=memory_format)
     # torch.func.vmap knows no memory formats, but the same by another name.
-    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def _plain(x: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
@@ -44,17 +52,22 @@ def _plain(x: Tensor, memory_format: torch.memory_format = torch.contiguous_form
     """
     if 1 not in x.shape or x.stride() == _strides(x, torch.contiguous_format):
         return x
-    if x.shape[1] > 1 and x.stride() == _strides(x, torch.channels_last):
+    if x.shape[1] > 1 and x.stride() == _strides(x, _CHANNELS_LAST[x.ndim]):
         return x
     return x.clone(memory_format=memory_format)
 
 
-def _strides(x: Tensor, memory_format: torch.memory_format) -> tuple[int, ...]:
-    """Those of a new tensor of the shape of x (N, C, H, W)."""
-    _, channels, height, width = x.shape
-    if memory_format == torch.channels_last:
-        return channels * height * width, 1, width * channels, channels
-    return channels * height * width, height * width, width, 1
+def _strides(x: Tensor, memory_format: torch.memory_format) -> Ints:
+    """The strides of a new tensor of x's shape, (N, C, H, W) or (N, C, D, H, W)."""
+    _, *inner = x.shape
+    if memory_format != torch.contiguous_format:
+        inner = [*inner[1:], inner[0]]
+    strides = [1]
+    for size in reversed(inner):
+        strides.insert(0, strides[0] * size)
+    if memory_format != torch.contiguous_format:
+        strides.insert(1, strides.pop())
+    return tuple(strides)
 
 
 def wide(x: Tensor) -> Tensor:
@@ -68,24 +81,25 @@ def _is_narrow(x: Tensor) -> bool:
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
-    """y (N, O, H′, W′) of x (N, C, H, W) and weight (O, C/groups, kh, kw)."""
-    padding = (window.sides[0][0], window.sides[1][0])
+    """y (N, O, H′, W′) of x (N, C, H, W) and weight (O, C/groups, kh, kw); volumes likewise."""
+    conv = _CONVOLUTIONS[x.ndim]
     if not window.is_even:
         x = _pad_odd(x, window)
-    stride, dilation, groups = window.stride, window.dilation, window.groups
-    if dilation == (1, 1) and (stride == (1, 1) or not _is_narrow(x)):
-        return F.conv2d(x, _plain(weight), bias, stride, padding, dilation, groups)
+    stride, padding, dilation, groups = window.stride, window.before, window.dilation, window.groups
+    if not window.is_dilated and not (window.is_strided and _is_narrow(x)):
+        return conv(x, _plain(weight), bias, stride, padding, dilation, groups)
     # oneDNN 3.x has been seen to crash where dilated windows see nothing but padding: on a bias,
     # and in bfloat16; in which, with a stride, it also returns wrong numbers on some processors.
-    y = F.conv2d(wide(x), _plain(wide(weight)), None, stride, padding, dilation, groups)
-    return (y if bias is None else inplace.add(y, bias[:, None, None])).to(x.dtype)
+    y = conv(wide(x), _plain(wide(weight)), None, stride, padding, dilation, groups)
+    if bias is not None:
+        y = inplace.add(y, bias.reshape(-1, *(1,) * (y.ndim - 2)))
+    return y.to(x.dtype)
 
 
 def gradients(
     x: Tensor, weight: Tensor, grad: Tensor, window: Window, need: Need
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dx), None where it is not needed."""
-    padding = (window.sides[0][0], window.sides[1][0])
     padded = x if window.is_even else _pad_odd(x, window)
     dweight, dx = kernel_gradients(
         padded,
@@ -93,12 +107,12 @@ def gradients(
         grad,
         need,
         window.stride,
-        padding,
+        window.before,
         window.dilation,
         window.groups,
     )
     if dx is not None and padded is not x:
-        dx = dx[:, :, : x.shape[2], : x.shape[3]]
+        dx = crop(dx, x.shape[2:])
     return dweight, dx
 
 
@@ -107,9 +121,9 @@ def kernel_gradients(
     weight: Tensor,
     grad: Tensor,
     need: Need,
-    stride: Pair = (1, 1),
-    padding: Pair = (0, 0),
-    dilation: Pair = (1, 1),
+    stride: Ints = (1, 1),
+    padding: Ints = (0, 0),
+    dilation: Ints = (1, 1),
     groups: int = 1,
     *,
     transposed: bool = False,
@@ -130,7 +144,7 @@ def kernel_gradients(
         padding,
         dilation,
         transposed,
-        (0, 0),
+        (0,) * len(stride),
         groups,
         (need.input, need.params, False),
     )
@@ -147,7 +161,14 @@ def like(weight: Tensor, dweight: Tensor) -> Tensor:
     return dweight if dweight.stride() == weight.stride() else dweight.contiguous()
 
 
+def crop(x: Tensor, size: Sequence[int]) -> Tensor:
+    """The first entries of x (N, C, …) on each axis behind the channels."""
+    for axis, length in enumerate(size, 2):
+        x = x.narrow(axis, 0, length)
+    return x
+
+
 def _pad_odd(x: Tensor, window: Window) -> Tensor:
     """x with what "same" pads after an axis beyond what it pads before."""
-    (top, bottom), (left, right) = window.sides
-    return F.pad(x, (0, right - left, 0, bottom - top))
+    more = [after - before for before, after in window.sides]
+    return F.pad(x, [side for entries in reversed(more) for side in (0, entries)])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from funcnet.ops import native, pixelwise
 from funcnet.ops.need import Need
-from funcnet.ops.window import Pair, Window
+from funcnet.ops.window import Ints, Window
 
 _FEW, _FEW_BACKWARD = 256, 1024
 """Up to how many patches this may be faster than PyTorch's kernels, forward and backward, if the
@@ -57,13 +57,13 @@ def gradients(
     return native.like(weight, dweight), dx
 
 
-def to_patches(x: Tensor, size: Pair) -> Tensor:
+def to_patches(x: Tensor, size: Ints) -> Tensor:
     """(N, kh·kw·C, ⌊H/kh⌋, ⌊W/kw⌋): the pixels of each patch, one after another, as channels."""
     tiles = x.permute(0, 2, 3, 1).unfold(1, size[0], size[0]).unfold(2, size[1], size[1])
     return tiles.permute(0, 1, 2, 4, 5, 3).flatten(3).permute(0, 3, 1, 2)
 
 
-def _from_patches(patches: Tensor, size: Pair, like: Tensor) -> Tensor:
+def _from_patches(patches: Tensor, size: Ints, like: Tensor) -> Tensor:
     """The adjoint of `to_patches`: pixels back in their places, zero where no patch reached."""
     pixels = torch.unflatten(patches.permute(0, 2, 3, 1), 3, (*size, -1))  # (N, R, S, kh, kw, C)
     x = pixels.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)

@@ -14,59 +14,91 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+Ints: TypeAlias = tuple[int, ...]
+"""An int for each axis."""
+
 Pair: TypeAlias = tuple[int, int]
-"""(height, width)"""
+"""(height, width), or (before, after)."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """How a kernel slides over pictures: one entry, or pair (before, after), for each axis."""
+    """How a kernel slides over an image: one entry, or pair (before, after), for each axis.
 
-    kernel_size: Pair
-    stride: Pair = (1, 1)
-    sides: tuple[Pair, Pair] = ((0, 0), (0, 0))
-    dilation: Pair = (1, 1)
+    Stride and dilation are 1 and the sides (0, 0) where they are not given.
+    """
+
+    kernel_size: Ints
+    stride: Ints = ()
+    sides: tuple[Pair, ...] = ()
+    dilation: Ints = ()
     groups: int = 1
-    reach: Pair = field(init=False, repr=False, compare=False)
+    reach: Ints = field(init=False, repr=False, compare=False)
     """d(k−1) + 1 for each axis."""
     cuts_patches: bool = field(init=False, repr=False, compare=False)
     """Whether windows lie side by side: stride k, no padding, no dilation, one group."""
     is_even: bool = field(init=False, repr=False, compare=False)
     """Whether the padding is the same on both sides of each axis."""
-    _padding: Pair = field(init=False, repr=False, compare=False)
+    is_dilated: bool = field(init=False, repr=False, compare=False)
+    is_strided: bool = field(init=False, repr=False, compare=False)
+    before: Ints = field(init=False, repr=False, compare=False)
+    """The padding before each axis."""
+    of_height_1: Window | None = field(init=False, repr=False, compare=False)
+    """The same over images of height 1, for a window over signals, which have a single axis."""
+    _padding: Ints = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        reach = tuple(d * (k - 1) + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True))
-        rest = self.stride == self.kernel_size, self.dilation == (1, 1), self.groups == 1
-        object.__setattr__(self, "reach", reach)
-        object.__setattr__(self, "cuts_patches", all(rest) and self.sides == ((0, 0), (0, 0)))
-        object.__setattr__(self, "is_even", all(before == after for before, after in self.sides))
-        object.__setattr__(self, "_padding", tuple(map(sum, self.sides)))
+        ones, none = (1,) * len(self.kernel_size), ((0, 0),) * len(self.kernel_size)
+        stride, sides = self.stride or ones, self.sides or none
+        dilation, of_height_1 = self.dilation or ones, None
+        if len(ones) == 1:
+            of_height_1 = Window(
+                (1, *self.kernel_size), (1, *stride), ((0, 0), *sides), (1, *dilation), self.groups
+            )
+        reach = tuple(d * (k - 1) + 1 for k, d in zip(self.kernel_size, dilation, strict=True))
+        rest = stride == self.kernel_size, dilation == ones, self.groups == 1
+        derived = {
+            "stride": stride,
+            "sides": sides,
+            "dilation": dilation,
+            "reach": reach,
+            "cuts_patches": all(rest) and sides == none,
+            "is_even": all(before == after for before, after in sides),
+            "is_dilated": dilation != ones,
+            "is_strided": stride != ones,
+            "before": tuple(before for before, _ in sides),
+            "of_height_1": of_height_1,
+            "_padding": tuple(map(sum, sides)),
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
 
     @property
-    def flat_sides(self) -> tuple[int, int, int, int]:
-        """(left, right, top, bottom), the order of torch.nn.functional.pad."""
-        (top, bottom), (left, right) = self.sides
-        return left, right, top, bottom
+    def flat_sides(self) -> Ints:
+        """(left, right, top, bottom) of images: the order of torch.nn.functional.pad."""
+        return tuple(side for sides in reversed(self.sides) for side in sides)
 
-    def padded(self, size: Sequence[int]) -> Pair:
+    def padded(self, size: Sequence[int]) -> Ints:
         """The size with the padding on both sides."""
-        return size[0] + self._padding[0], size[1] + self._padding[1]
+        return tuple(n + padding for n, padding in zip(size, self._padding, strict=True))
 
-    def count(self, size: Sequence[int]) -> Pair:
+    def count(self, size: Sequence[int]) -> Ints:
         """How many windows fit on each axis; less than 1 where none does."""
-        height, width = size[0] + self._padding[0], size[1] + self._padding[1]
-        rows = (height - self.reach[0]) // self.stride[0] + 1
-        return rows, (width - self.reach[1]) // self.stride[1] + 1
+        counts = []  # a loop, which costs no Python call: this runs in a training step
+        for n, padding, reach, stride in zip(
+            size, self._padding, self.reach, self.stride, strict=True
+        ):
+            counts.append((n + padding - reach) // stride + 1)
+        return tuple(counts)
 
 
-def padding_sides(padding: Any, kernel_size: Pair, dilation: Pair = (1, 1)) -> tuple[Pair, Pair]:
-    """(before, after) on each axis, for a pair of ints, "same" or "valid".
+def padding_sides(padding: Any, kernel_size: Ints, dilation: Ints = ()) -> tuple[Pair, ...]:
+    """(before, after) on each axis, for an int an axis, "same" or "valid".
 
     "same" halves d(k−1); of an odd one, the larger half goes after, as in PyTorch.
     """
     if padding == "same":
-        height, width = (d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True))
-        return (height // 2, height - height // 2), (width // 2, width - width // 2)
-    rows, columns = (0, 0) if padding == "valid" else padding
-    return (rows, rows), (columns, columns)
+        dilation = dilation or (1,) * len(kernel_size)
+        whole = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
+        return tuple((n // 2, n - n // 2) for n in whole)
+    return tuple((n, n) for n in ((0,) * len(kernel_size) if padding == "valid" else padding))

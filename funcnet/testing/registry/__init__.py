@@ -14,6 +14,8 @@ from funcnet.testing.registry import (
     attention,
     combinators,
     conv,
+    pixel_shuffle,
+    pooling,
     recurrent,
     upsample,
 )
@@ -23,6 +25,15 @@ __all__ = ["REGISTRY", "Choose", "Row"]
 
 REGISTRY: dict[type[Layer], Row] = {
     row.layer: row
-    for family in (activations, attention, conv, recurrent, upsample, combinators)
+    for family in (
+        activations,
+        attention,
+        combinators,
+        conv,
+        pixel_shuffle,
+        pooling,
+        recurrent,
+        upsample,
+    )
     for row in family.ROWS
 }

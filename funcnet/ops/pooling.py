@@ -1,0 +1,163 @@
+"""Pooling of signals, images and volumes by PyTorch's own kernels, forward and backward.
+
+A signal (N, C, L) is pooled as an image (N, C, 1, L). The backward kernels ask for x, and look at
+its shape and memory format alone: they are handed new memory, which nobody reads or writes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcnet.ops.inplace import is_plain
+from funcnet.ops.window import Ints, Window
+
+_aten = torch.ops.aten
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+_MAX = {4: _aten.max_pool2d_with_indices.default, 5: _aten.max_pool3d_with_indices.default}
+_MAX_BACKWARD = {
+    4: _aten.max_pool2d_with_indices_backward.default,
+    5: _aten.max_pool3d_with_indices_backward.default,
+}
+_AVG = {4: _aten.avg_pool2d.default, 5: _aten.avg_pool3d.default}
+_AVG_BACKWARD = {4: _aten.avg_pool2d_backward.default, 5: _aten.avg_pool3d_backward.default}
+_ADAPTIVE_MAX = {4: _aten.adaptive_max_pool2d.default, 5: _aten.adaptive_max_pool3d.default}
+_ADAPTIVE_MAX_BACKWARD = {
+    4: _aten.adaptive_max_pool2d_backward.default,
+    5: _aten.adaptive_max_pool3d_backward.default,
+}
+_ADAPTIVE_AVG = {4: _aten._adaptive_avg_pool2d.default, 5: _aten._adaptive_avg_pool3d.default}
+_ADAPTIVE_AVG_BACKWARD = {
+    4: _aten._adaptive_avg_pool2d_backward.default,
+    5: _aten._adaptive_avg_pool3d_backward.default,
+}
+"""By the number of x's axes."""
+
+
+def count(window: Window, size: Ints, ceil_mode: bool) -> Ints:
+    """How many windows there are on each axis, whole ones, or any that start before x's end."""
+    if not ceil_mode:
+        return window.count(size)
+    counts = []
+    axes = zip(window.padded(size), window.reach, window.stride, window.before, size, strict=True)
+    for padded, reach, stride, before, n in axes:
+        windows = -((reach - padded) // stride) + 1
+        counts.append(windows - 1 if (windows - 1) * stride >= n + before else windows)
+    return tuple(counts)
+
+
+def some_see_nothing(window: Window, size: Ints, counts: Ints) -> bool:
+    """Whether the taps of some window are all beside x, as those of dilated ones may be.
+
+    Such a window starts in the padding before x, and steps over all of x.
+    """
+    axes = zip(
+        window.before, window.stride, window.dilation, window.reach, size, counts, strict=True
+    )
+    return any(
+        start % dilation >= min(n, start + reach)  # the first tap that is not before x
+        for before, stride, dilation, reach, n, windows in axes
+        for start in range(-before, 0, stride)[:windows]
+    )
+
+
+def maximum(x: Tensor, window: Window, ceil_mode: bool) -> tuple[Tensor, Tensor]:
+    """(y, indices): the largest entry of each window, and where in x's image it is, counted row by
+    row."""
+    if window.of_height_1 is not None:
+        y, indices = maximum(x.unsqueeze(2), window.of_height_1, ceil_mode)
+        return y.squeeze(2), indices.squeeze(2)
+    sizes = window.kernel_size, window.stride, window.before, window.dilation
+    y, indices = _MAX[x.ndim](x, *sizes, ceil_mode)
+    return y, indices
+
+
+def maximum_backward(
+    dy: Tensor, indices: Tensor, window: Window, ceil_mode: bool, shape: Ints
+) -> Tensor:
+    """dx of the shape: each entry of dy where the largest entry of its window was."""
+    if window.of_height_1 is not None:
+        image = (*shape[:2], 1, *shape[2:])
+        whole = dy.unsqueeze(2), indices.unsqueeze(2), window.of_height_1, ceil_mode, image
+        return maximum_backward(*whole).squeeze(2)
+    sizes = window.kernel_size, window.stride, window.before, window.dilation
+    like = _like(dy, shape)
+    dx: Tensor = _MAX_BACKWARD[dy.ndim](dy, like, *sizes, ceil_mode, indices)
+    return dx
+
+
+def average(x: Tensor, window: Window, ceil_mode: bool, count_include_pad: bool) -> Tensor:
+    """The mean of each window, of its entries that are padding too, if these count."""
+    if window.of_height_1 is not None:
+        whole = x.unsqueeze(2), window.of_height_1, ceil_mode, count_include_pad
+        return average(*whole).squeeze(2)
+    sizes = window.kernel_size, window.stride, window.before
+    y: Tensor = _AVG[x.ndim](_wide(x), *sizes, ceil_mode, count_include_pad)
+    return y.to(x.dtype)
+
+
+def average_backward(
+    dy: Tensor, window: Window, ceil_mode: bool, count_include_pad: bool, shape: Ints
+) -> Tensor:
+    """dx of the shape: each entry of dy, shared out evenly in its window."""
+    if window.of_height_1 is not None:
+        image = (*shape[:2], 1, *shape[2:])
+        whole = dy.unsqueeze(2), window.of_height_1, ceil_mode, count_include_pad, image
+        return average_backward(*whole).squeeze(2)
+    sizes = window.kernel_size, window.stride, window.before
+    wide = _wide(dy)
+    like = _like(wide, shape)
+    dx: Tensor = _AVG_BACKWARD[dy.ndim](wide, like, *sizes, ceil_mode, count_include_pad, None)
+    return dx.to(dy.dtype)
+
+
+def adaptive_maximum(x: Tensor, size: Ints) -> tuple[Tensor, Tensor]:
+    """(y, indices), as `maximum`, of windows that cut each axis into that many."""
+    if x.ndim == 3:
+        y, indices = adaptive_maximum(x.unsqueeze(2), (1, *size))
+        return y.squeeze(2), indices.squeeze(2)
+    y, indices = _ADAPTIVE_MAX[x.ndim](x, size)
+    return y, indices
+
+
+def adaptive_maximum_backward(dy: Tensor, indices: Tensor, shape: Ints) -> Tensor:
+    """dx of the shape."""
+    if dy.ndim == 3:
+        image = (*shape[:2], 1, *shape[2:])
+        return adaptive_maximum_backward(dy.unsqueeze(2), indices.unsqueeze(2), image).squeeze(2)
+    dx: Tensor = _ADAPTIVE_MAX_BACKWARD[dy.ndim](dy, _like(dy, shape), indices)
+    return dx
+
+
+def adaptive_average(x: Tensor, size: Ints) -> Tensor:
+    """The mean of each of the windows that cut each axis into that many."""
+    if x.ndim == 3:
+        return adaptive_average(x.unsqueeze(2), (1, *size)).squeeze(2)
+    y: Tensor = _ADAPTIVE_AVG[x.ndim](x, size)
+    return y
+
+
+def adaptive_average_backward(dy: Tensor, shape: Ints) -> Tensor:
+    """dx of the shape."""
+    if dy.ndim == 3:
+        image = (*shape[:2], 1, *shape[2:])
+        return adaptive_average_backward(dy.unsqueeze(2), image).squeeze(2)
+    dx: Tensor = _ADAPTIVE_AVG_BACKWARD[dy.ndim](dy, _like(dy, shape))
+    return dx
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x, in float32 where the CPU has no kernels for averages of its dtype."""
+    is_half = x.dtype in (torch.bfloat16, torch.float16)
+    return x.float() if is_half and x.is_cpu and x.ndim == 5 else x
+
+
+def _like(dy: Tensor, shape: Ints) -> Tensor:
+    """A tensor of x's shape, in dy's memory format, for a kernel that will not read it."""
+    # torch.func.vmap knows no memory formats.
+    last: Any = _CHANNELS_LAST[dy.ndim]
+    if is_plain() and not dy.is_contiguous() and dy.is_contiguous(memory_format=last):
+        return torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=last)
+    return dy.new_empty(shape)

@@ -1,0 +1,173 @@
+"""Pooling: of windows, and to a given size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from funcnet.layer import Layer, Shape
+from funcnet.layers import (
+    AdaptiveAvgPool1d,
+    AdaptiveAvgPool2d,
+    AdaptiveAvgPool3d,
+    AdaptiveMaxPool1d,
+    AdaptiveMaxPool2d,
+    AdaptiveMaxPool3d,
+    AvgPool1d,
+    AvgPool2d,
+    AvgPool3d,
+    MaxPool1d,
+    MaxPool2d,
+    MaxPool3d,
+)
+from funcnet.testing.registry.row import Choose, Row, per_axis
+
+
+def _windows(cls: Any, axes: int, **settings: list[Any]) -> Callable[[Choose], Layer]:
+    """A layer with any padding that its kernel allows; `settings` gives the other choices."""
+
+    def build(choose: Choose) -> Layer:
+        kernel_size = choose(per_axis(1, 4 if axes < 3 else 3, axes))
+        layer: Layer = cls(
+            kernel_size,
+            stride=choose([None, *per_axis(1, 3, axes)]),
+            padding=tuple(choose([*range(k // 2 + 1)]) for k in kernel_size),
+            ceil_mode=choose([False, True]),
+            **{name: choose(choices) for name, choices in settings.items()},
+        )
+        return layer
+
+    return build
+
+
+def _twin(layer: Any, _: Shape) -> nn.Module:
+    module = getattr(nn, type(layer).__name__)
+    last = layer.dilation if hasattr(layer, "dilation") else layer.ceil_mode
+    behind = {"ceil_mode": layer.ceil_mode} if hasattr(layer, "dilation") else {}
+    if not behind:
+        behind = {"count_include_pad": layer.count_include_pad}
+    twin: nn.Module = module(layer.kernel_size, layer.stride, layer.padding, last, **behind)
+    return twin
+
+
+def _adaptive_twin(layer: Any, shape: Shape) -> nn.Module:
+    # In one dimension, torch.nn knows no None.
+    size = [n if m is None else m for m, n in zip(layer.output_size, shape[1:], strict=True)]
+    twin: nn.Module = getattr(nn, type(layer).__name__)(tuple(size))
+    return twin
+
+
+def _sizes(axes: int) -> list[Any]:
+    return [*per_axis(1, 4, axes), None, *([(2, *[None] * (axes - 1))] if axes > 1 else [])]
+
+
+_FLAGS = [False, True]
+
+ROWS = (
+    Row(
+        MaxPool1d,
+        (
+            (MaxPool1d(2), (2, 5)),
+            (MaxPool1d(3, 2, 1, ceil_mode=True), (1, 6)),
+            (MaxPool1d(2, 1, 1, dilation=2), (2, 3)),
+        ),
+        build=_windows(MaxPool1d, 1, dilation=per_axis(1, 3, 1)),
+        twin=_twin,
+    ),
+    Row(
+        MaxPool2d,
+        (
+            (MaxPool2d(2), (2, 4, 6)),
+            (MaxPool2d(3, 2, 1), (1, 5, 4)),
+            (MaxPool2d((2, 3), (3, 1), (1, 0), ceil_mode=True), (2, 6, 4)),
+            (MaxPool2d(2, 1, dilation=(1, 2)), (3, 3, 4)),
+        ),
+        build=_windows(MaxPool2d, 2, dilation=per_axis(1, 3, 2)),
+        twin=_twin,
+    ),
+    Row(
+        MaxPool3d,
+        (
+            (MaxPool3d(2), (2, 2, 3, 4)),
+            (MaxPool3d((1, 2, 3), 2, (0, 1, 1), ceil_mode=True), (1, 3, 4, 4)),
+        ),
+        build=_windows(MaxPool3d, 3, dilation=per_axis(1, 2, 3)),
+        twin=_twin,
+    ),
+    Row(
+        AvgPool1d,
+        (
+            (AvgPool1d(2), (2, 5)),
+            (AvgPool1d(3, 2, 1, ceil_mode=True), (1, 6)),
+            (AvgPool1d(4, 3, 2, count_include_pad=False), (2, 7)),
+        ),
+        build=_windows(AvgPool1d, 1, count_include_pad=_FLAGS),
+        twin=_twin,
+    ),
+    Row(
+        AvgPool2d,
+        (
+            (AvgPool2d(2), (2, 4, 6)),
+            (AvgPool2d(3, 2, 1), (1, 5, 4)),
+            (AvgPool2d(3, 2, 1, ceil_mode=True), (2, 6, 4)),
+            (AvgPool2d((2, 3), (2, 1), (1, 0), True, False), (2, 6, 4)),
+        ),
+        build=_windows(AvgPool2d, 2, count_include_pad=_FLAGS),
+        twin=_twin,
+    ),
+    Row(
+        AvgPool3d,
+        (
+            (AvgPool3d(2), (2, 2, 3, 4)),
+            (AvgPool3d((1, 2, 3), 2, (0, 1, 1), True, False), (1, 3, 4, 4)),
+        ),
+        build=_windows(AvgPool3d, 3, count_include_pad=_FLAGS),
+        twin=_twin,
+    ),
+    Row(
+        AdaptiveAvgPool1d,
+        ((AdaptiveAvgPool1d(2), (2, 5)), (AdaptiveAvgPool1d(4), (1, 3))),
+        settings={"output_size": _sizes(1)},
+        twin=_adaptive_twin,
+    ),
+    Row(
+        AdaptiveAvgPool2d,
+        (
+            (AdaptiveAvgPool2d(1), (2, 4, 3)),
+            (AdaptiveAvgPool2d((3, 2)), (2, 5, 4)),  # windows that overlap
+            (AdaptiveAvgPool2d((None, 5)), (1, 2, 3)),  # larger than x
+        ),
+        settings={"output_size": _sizes(2)},
+        twin=_adaptive_twin,
+    ),
+    Row(
+        AdaptiveAvgPool3d,
+        ((AdaptiveAvgPool3d((1, 2, 3)), (2, 2, 3, 4)), (AdaptiveAvgPool3d(2), (1, 1, 3, 2))),
+        settings={"output_size": _sizes(3)},
+        twin=_adaptive_twin,
+    ),
+    Row(
+        AdaptiveMaxPool1d,
+        ((AdaptiveMaxPool1d(2), (2, 5)), (AdaptiveMaxPool1d(4), (1, 3))),
+        settings={"output_size": _sizes(1)},
+        twin=_adaptive_twin,
+    ),
+    Row(
+        AdaptiveMaxPool2d,
+        (
+            (AdaptiveMaxPool2d(1), (2, 4, 3)),
+            (AdaptiveMaxPool2d((3, 2)), (2, 5, 4)),
+            (AdaptiveMaxPool2d((None, 5)), (1, 2, 3)),
+        ),
+        settings={"output_size": _sizes(2)},
+        twin=_adaptive_twin,
+    ),
+    Row(
+        AdaptiveMaxPool3d,
+        ((AdaptiveMaxPool3d((1, 2, 3)), (2, 2, 3, 4)), (AdaptiveMaxPool3d(2), (1, 1, 3, 2))),
+        settings={"output_size": _sizes(3)},
+        twin=_adaptive_twin,
+    ),
+)

@@ -1,0 +1,265 @@
+"""RNN, LSTM and GRU: against their formulas, step by step, and PyTorch's kernel."""
+
+import optree
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import funcnet as fn
+from funcnet.gradients import value_and_grad
+from funcnet.ops import recurrent
+from funcnet.testing import check_vjp, strategies
+
+CLASSES = (fn.RNN, fn.LSTM, fn.GRU)
+LAYERS = strategies.layers(*CLASSES)
+DOUBLE = strategies.cases(LAYERS, dtypes=st.just(torch.float64))
+SINGLE = strategies.cases(strategies.layers(fn.LSTM), dtypes=st.just(torch.float32))
+each_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+
+
+def by_hand(layer, params, x):
+    """One step after the other, as the formulas say."""
+    for number in range(layer.num_layers):
+        ends = ["", "_reverse"] if layer.bidirectional else [""]
+        x = torch.cat([_direction(layer, params, x, f"l{number}{end}") for end in ends], -1)
+    return x
+
+
+def _direction(layer, params, x, end):
+    w_ih, w_hh = params[f"weight_ih_{end}"], params[f"weight_hh_{end}"]
+    b_ih, b_hh = params.get(f"bias_ih_{end}", 0), params.get(f"bias_hh_{end}", 0)
+    h = c = x.new_zeros(len(x), layer.hidden_size)
+    steps = list(x.unbind(1))
+    ys = []
+    for step in steps[::-1] if end.endswith("reverse") else steps:
+        a, u = step @ w_ih.T + b_ih, h @ w_hh.T + b_hh
+        if isinstance(layer, fn.RNN):
+            h = torch.tanh(a + u) if layer.nonlinearity == "tanh" else torch.relu(a + u)
+        elif isinstance(layer, fn.LSTM):
+            i, f, g, o = (a + u).chunk(4, -1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+        else:
+            (a_r, a_z, a_n), (u_r, u_z, u_n) = a.chunk(3, -1), u.chunk(3, -1)
+            r, z = (a_r + u_r).sigmoid(), (a_z + u_z).sigmoid()
+            n = (a_n + r * u_n).tanh()
+            h = (1 - z) * n + z * h
+        ys.append(h)
+    return torch.stack(ys[::-1] if end.endswith("reverse") else ys, 1)
+
+
+def close(a, b, **tolerances):
+    for p, q in zip(optree.tree_leaves(a), optree.tree_leaves(b), strict=True):
+        torch.testing.assert_close(p, q, **tolerances)
+
+
+def without_kernel(patch):
+    patch.setattr(recurrent, "_is_for_kernel", lambda *tensors: False)
+
+
+@given(DOUBLE)
+def test_value_and_gradients_are_those_of_the_formula(case):
+    layer, params, x = case
+    leaves = optree.tree_map(lambda leaf: leaf.clone().requires_grad_(), (params, x))
+    y = by_hand(layer, *leaves)
+    torch.testing.assert_close(layer.apply(params, x), y.detach(), rtol=1e-10, atol=1e-10)
+    grad = fn.normal(fn.key(1), y.shape, dtype=x.dtype)
+    expected = torch.autograd.grad(y, optree.tree_leaves(leaves), grad)
+    close(layer.vjp(params, x, grad), list(expected), rtol=1e-10, atol=1e-10)
+
+
+# --- PyTorch's kernel for the LSTM
+
+
+@given(SINGLE)
+def test_kernel_and_steps_give_the_same_numbers(case):
+    layer, params, x = case
+    y = layer.apply(params, x)
+    grad = fn.normal(fn.key(1), y.shape)
+    gradients = layer.vjp(params, x, grad)
+    with pytest.MonkeyPatch.context() as patch:
+        without_kernel(patch)
+        close(layer.apply(params, x), y)
+        close(layer.vjp(params, x, grad), gradients, rtol=1e-4, atol=1e-5)
+
+
+def lstm_case(**options):
+    layer = fn.LSTM(4, **options)
+    params = layer.init(fn.key(0), (5, 3))
+    x, grad = fn.normal(fn.key(1), (2, 5, 3)), fn.normal(fn.key(2), (2, *layer.out_shape((5, 3))))
+    return layer, params, x, grad
+
+
+def test_the_kernel_is_used():
+    """Or the tests of this section test nothing."""
+    layer, params, x, _ = lstm_case()
+    _, (_, residuals) = layer.fwd(params, x)
+    assert isinstance(residuals[0][2][0], recurrent.Workspace)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_grad_mode_does_not_matter(context):
+    """The kernel asks it whether to make a workspace."""
+    layer, params, x, grad = lstm_case(bidirectional=True)
+    expected = layer.vjp(params, x, grad)
+    with context():
+        gradients = layer.vjp(params, x, grad)
+    close(gradients, expected)
+
+
+def test_bwd_leaves_the_workspace_as_it_is():
+    """The kernel writes to it. A training, which owns it, lets that happen."""
+    layer, params, x, grad = lstm_case(num_layers=2)
+    _, residuals = layer.fwd(params, x)
+    kept = [leaf.clone() for leaf in optree.tree_leaves(residuals)]
+    first = layer.bwd(params, residuals, grad)
+    assert all(map(torch.equal, optree.tree_leaves(residuals), kept))
+    close(layer.bwd(params, residuals, grad), first, rtol=0, atol=0)
+    target = torch.zeros_like(grad)
+    net = fn.Sequential(layer)
+    value, (dparams,) = value_and_grad(net, fn.MSE("sum"))((params,), x, target)
+    y = layer.apply(params, x)
+    close(dparams, layer.vjp(params, x, 2 * y)[0])
+    torch.testing.assert_close(value, (y * y).sum())
+
+
+def test_what_the_kernel_has_kept_serves_vmap_and_autograd():
+    layer, params, x, grad = lstm_case(bidirectional=True)
+    _, residuals = layer.fwd(params, x)
+    mapped = torch.func.vmap(lambda g: layer.bwd(params, residuals, g))(torch.stack((grad, -grad)))
+    expected = layer.bwd(params, residuals, grad)
+    close(optree.tree_map(lambda leaf: leaf[0], mapped), expected, rtol=1e-4, atol=1e-5)
+    tracked = grad.clone().requires_grad_()
+    _, dx = layer.bwd(params, residuals, tracked)
+    (tangent,) = torch.autograd.grad(dx, tracked, x)  # of y along x, since dx is linear in grad
+    torch.testing.assert_close((tangent * grad).sum(), (x * expected[1]).sum())
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_tensors_that_are_not_contiguous(reverse):
+    layer, params, x, grad = lstm_case(bidirectional=reverse)
+    expected = layer.apply(params, x), layer.vjp(params, x, grad)
+    params, x, grad = optree.tree_map(
+        lambda leaf: leaf.mT.contiguous().mT if leaf.ndim > 1 else leaf, (params, x, grad)
+    )
+    close((layer.apply(params, x), layer.vjp(params, x, grad)), expected)
+
+
+# --- Awkward shapes and dtypes
+
+
+@each_class
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_one_step_and_a_batch_of_nothing(cls, bidirectional, bias, dtype):
+    layer = cls(3, num_layers=2, bias=bias, bidirectional=bidirectional)
+    params = layer.init(fn.key(0), (1, 2), dtype=dtype)
+    x = fn.normal(fn.key(1), (2, 1, 2), dtype=dtype)
+    torch.testing.assert_close(layer.apply(params, x), by_hand(layer, params, x))
+    check_vjp(layer, params, x)
+    dparams, dx = layer.vjp(params, x[:0], layer.apply(params, x[:0]))
+    assert dx.shape == (0, 1, 2)
+    assert not any(leaf.any() for leaf in optree.tree_leaves(dparams))
+
+
+@each_class
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rounds_once(cls, dtype):
+    """Computed in float32: 200 steps are as exact as one."""
+    layer = cls(8, num_layers=2)
+    params = layer.init(fn.key(0), (200, 4), dtype=dtype)
+    x = fn.normal(fn.key(1), (2, 200, 4), dtype=dtype)
+    grad = fn.normal(fn.key(2), (2, 200, 8), dtype=dtype)
+    results = layer.apply(params, x), layer.vjp(params, x, grad)
+    double = optree.tree_map(torch.Tensor.double, (params, x, grad))
+    expected = layer.apply(*double[:2]), layer.vjp(*double)
+    for ours, exact in zip(*map(optree.tree_leaves, (results, expected)), strict=True):
+        assert ours.dtype == dtype
+        bound = torch.finfo(dtype).eps * exact.abs().max()
+        assert (ours.double() - exact).abs().max() <= bound
+
+
+@each_class
+def test_saturated_gates(cls):
+    """Inputs of ±10⁴ give ±1, no NaN, and a gradient of 0 through what is saturated."""
+    layer = cls(3)
+    params = layer.init(fn.key(0), (4, 2))
+    x = 1e4 * fn.normal(fn.key(1), (2, 4, 2)).sign()
+    y = layer.apply(params, x)
+    dparams, dx = layer.vjp(params, x, torch.ones_like(y))
+    assert all(leaf.isfinite().all() for leaf in optree.tree_leaves((y, dparams, dx)))
+    assert y.abs().max() <= 1
+
+
+@each_class
+def test_residuals_are_no_larger_than_what_autograd_saves(cls):
+    """Gates and states: in float64 the formulas', in float32 the LSTM's are the kernel's."""
+    size = 16
+    layer = cls(size)
+    params = layer.init(fn.key(0), (10, size), dtype=torch.float64)
+    x = torch.zeros(3, 10, size, dtype=torch.float64)
+    _, residuals = layer.fwd(params, x)
+    storages = {leaf.untyped_storage() for leaf in optree.tree_leaves(residuals)}
+    kept = sum(storage.nbytes() for storage in storages) // 8
+    states = {fn.RNN: 1, fn.LSTM: 6, fn.GRU: 5}[cls]  # h; i, f, g, o, c; r, z, n, u_n
+    assert kept <= x.numel() + states * 3 * 10 * size
+
+
+def test_inference_keeps_nothing():
+    layer, params, x, _ = lstm_case()
+    weights = layer._weights(params)
+    assert recurrent.forward(recurrent.LSTM(), x, weights, keep=False)[1] == []
+
+
+# --- Parameters and errors
+
+
+@each_class
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_parameters_have_torchs_names_order_and_distribution(cls, bias, bidirectional):
+    layer = cls(40, num_layers=2, bias=bias, bidirectional=bidirectional)
+    params = layer.init(fn.key(0), (3, 5))
+    theirs = getattr(torch.nn, cls.__name__)(
+        5, 40, 2, bias=bias, batch_first=True, bidirectional=bidirectional
+    )
+    named = dict(theirs.named_parameters())
+    assert [*params] == [*named]
+    assert [leaf.shape for leaf in params.values()] == [leaf.shape for leaf in named.values()]
+    drawn = torch.cat([leaf.flatten() for leaf in params.values()])
+    bound = 40**-0.5
+    assert 0.99 * bound < drawn.abs().max() <= bound
+    assert abs(drawn.mean()) < 0.02 * bound
+    assert abs(drawn.std() / (bound / 3**0.5) - 1) < 0.02
+
+
+def test_arguments_have_torchs_order():
+    assert fn.RNN(3, 2, "relu", False, True) == fn.RNN(
+        3, num_layers=2, nonlinearity="relu", bias=False, bidirectional=True
+    )
+    assert fn.LSTM(3, 2, False, True) == fn.LSTM(3, num_layers=2, bias=False, bidirectional=True)
+    assert repr(fn.GRU(3, bidirectional=True)) == "GRU(3, bidirectional=True)"
+
+
+def test_what_is_refused():
+    with pytest.raises(ValueError, match=r"LSTM: expected hidden_size >= 1, got 0"):
+        fn.LSTM(0)
+    with pytest.raises(ValueError, match=r'RNN: expected nonlinearity to be "tanh" or "relu", got'):
+        fn.RNN(3, nonlinearity="sigmoid")
+    with pytest.raises(TypeError, match=r"GRU: expected bidirectional to be True or False, got 1"):
+        fn.GRU(3, bidirectional=1)
+    layer = fn.GRU(3)
+    for shape in ((0, 2), (4, 0)):
+        with pytest.raises(
+            ValueError, match=r"GRU\(3\): expected at least one step and one channel"
+        ):
+            layer.out_shape(shape)
+    params = layer.init(fn.key(0), (4, 2))
+    with pytest.raises(ValueError, match=r"expected at least one step"):
+        layer.apply(params, torch.zeros(1, 0, 2))
+    with pytest.raises(ValueError, match=r"expected x of shape \(N, T, 2\), got \(1, 4, 5\)"):
+        layer.apply(params, torch.zeros(1, 4, 5))
+    with pytest.raises(ValueError, match=r"expected x of shape \(N, T, C\), got \(4, 2\)"):
+        layer.apply(params, torch.zeros(4, 2))

@@ -204,6 +204,14 @@ def test_bwd_under_vmap_of_residuals_from_outside():
     close(mapped, optree.tree_map(lambda *leaves: torch.stack(leaves), *each))
 
 
+def test_autograd_may_follow_twice():
+    """The kernel has no second derivative either."""
+    layer = fn.MultiheadAttention(2, causal=True)
+    params = layer.init(fn.key(0), (3, 4), dtype=torch.float64)
+    x = fn.normal(fn.key(1), (2, 3, 4), dtype=torch.float64).requires_grad_()
+    torch.autograd.gradgradcheck(lambda x: layer.apply(params, x), (x,))
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_parameters_are_drawn_as_torch_draws_them(bias):
     size = 64

@@ -108,6 +108,19 @@ def test_grad_mode_does_not_matter(context):
     close(gradients, expected)
 
 
+@each_class
+def test_no_grad_is_respected(cls):
+    layer = cls(3)
+    params = layer.init(fn.key(0), (4, 2))
+    params = {name: leaf.requires_grad_() for name, leaf in params.items()}
+    x = torch.zeros(2, 4, 2)
+    with torch.no_grad():
+        y, residuals = layer.fwd(params, x)
+        results = y, residuals, layer.bwd(params, residuals, y)
+    assert not any(leaf.requires_grad for leaf in optree.tree_leaves(results))
+    assert layer.apply(params, x).requires_grad
+
+
 def test_bwd_leaves_the_workspace_as_it_is():
     """The kernel writes to it. A training, which owns it, lets that happen."""
     layer, params, x, grad = lstm_case(num_layers=2)
@@ -211,6 +224,14 @@ def test_inference_keeps_nothing():
     layer, params, x, _ = lstm_case()
     weights = layer._weights(params)
     assert recurrent.forward(recurrent.LSTM(), x, weights, keep=False)[1] == []
+
+
+@each_class
+def test_autograd_may_follow_twice(cls):
+    layer = cls(2, bidirectional=True)
+    params = layer.init(fn.key(0), (3, 2), dtype=torch.float64)
+    x = fn.normal(fn.key(1), (2, 3, 2), dtype=torch.float64).requires_grad_()
+    torch.autograd.gradgradcheck(lambda x: layer.apply(params, x), (x,))
 
 
 # --- Parameters and errors

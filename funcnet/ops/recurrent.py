@@ -206,7 +206,7 @@ class GRU:
 
     def forward(self, x: Tensor, weights: Weights, reverse: bool, keep: bool) -> Any:
         size = weights.hh.shape[1]
-        sizes = 2 * size, size
+        sizes = [2 * size, size]
         hh_rz, hh_n = torch.split(weights.hh, sizes)
         bias, bias_n = weights.bias_ih, None
         if bias is not None and weights.bias_hh is not None:
@@ -284,7 +284,7 @@ def _is_for_kernel(x: Tensor, *others: Tensor | None) -> bool:
 def _kernel_forward(x: Tensor, weights: Weights, reverse: bool, keep: bool) -> Any:
     size = weights.hh.shape[1]
     zeros = x.new_zeros(x.shape[1], size)
-    inputs = x.contiguous(), *_readable(weights), zeros, zeros
+    inputs = [t.detach() for t in (x.contiguous(), *_readable(weights), zeros, zeros)]
     with torch.set_grad_enabled(keep):  # which decides whether there is a workspace
         h, _, c, entries = _kernel(*inputs, reverse, [], _KIND, size, 1, True, False, False, keep)
     return h, Workspace(entries, c) if keep else ()

@@ -3,8 +3,29 @@
 Every gradient is written by hand and held to autograd by property tests; see README.md.
 """
 
-from funcnet.checkpoint import CheckpointError, inspect, load, load_model, save, save_model
-from funcnet.combinators import Sequential
+import torch  # noqa: F401  (the code that a repr is may say torch.bfloat16)
+
+from funcnet.checkpoint import (
+    CheckpointError,
+    inspect,
+    load,
+    load_model,
+    save,
+    save_model,
+)
+from funcnet.combinators import (
+    Cast,
+    Concat,
+    Frozen,
+    Loop,
+    Product,
+    Recompute,
+    Repeat,
+    Residual,
+    Reversible,
+    Sequential,
+    Sum,
+)
 from funcnet.gradients import value_and_grad
 from funcnet.keys import Key, bernoulli, fold_in, key, normal, split, uniform
 from funcnet.layer import Layer, Param
@@ -63,15 +84,19 @@ __all__ = [
     "AvgPool1d",
     "AvgPool2d",
     "AvgPool3d",
+    "Cast",
     "CheckpointError",
+    "Concat",
     "Conv1d",
     "Conv2d",
     "Conv3d",
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "Frozen",
     "Key",
     "Layer",
+    "Loop",
     "Loss",
     "MaxPool1d",
     "MaxPool2d",
@@ -80,10 +105,16 @@ __all__ = [
     "Param",
     "PixelShuffle",
     "PixelUnshuffle",
+    "Product",
     "ReLU",
+    "Recompute",
+    "Repeat",
+    "Residual",
+    "Reversible",
     "SGDState",
     "Sequential",
     "Sigmoid",
+    "Sum",
     "Upsample2d",
     "UpsampleConv2d",
     "bernoulli",

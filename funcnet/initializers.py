@@ -34,6 +34,8 @@ class Initializer(Hyperparameters):
     ) -> Tensor:
         """A tensor of `shape`, drawn from the key; float32 on the CPU unless told otherwise."""
         check_draw(self, key, dtype)
+        if device is not None and torch.device(device).type == "meta":
+            return torch.empty(tuple(shape), dtype=dtype or torch.float32, device=device)
         return self._draw(key, tuple(shape), dtype or torch.float32, device or "cpu")
 
     def _draw(

@@ -41,7 +41,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import optree
@@ -86,6 +86,14 @@ class Spec(NamedTuple):
     device: torch.device
 
 
+class _TrueOfChildren:
+    """A class attribute that is False, and True for an instance with a child for which it is."""
+
+    def __get__(self, layer: Layer | None, cls: type) -> bool:
+        children = () if layer is None else layer._children()
+        return any(child.couples_examples for _, child in children)
+
+
 @dataclass(frozen=True)
 class Layer(Hyperparameters):
     """A pure function y = f(params, x) with its gradient, described by hyperparameters alone.
@@ -104,6 +112,9 @@ class Layer(Hyperparameters):
     What follows such a layer in a Sequential may write over its results, and does so where it has
     `_fwd_` and `_bwd_`, which do in place what `_fwd` and `_bwd` do. `check_vjp` verifies it.
     """
+
+    couples_examples: ClassVar[bool] = _TrueOfChildren()  # type: ignore[assignment]
+    """Whether y of an example depends on the others in its batch. Such a layer says True."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -236,20 +247,46 @@ class Layer(Hyperparameters):
     def _children(self) -> tuple[tuple[str, Layer], ...]:
         """(name, layer) of each layer among the fields, as paths name it; an only one has no name.
 
-        Layers in a tuple are named by their positions.
+        Layers in a tuple, or in several fields, are named by their positions.
         """
-        values = [getattr(self, field.name) for field in fields(self)]
-        layers = [value for value in values if isinstance(value, Layer)]
-        for value in values:
-            if isinstance(value, tuple) and value and all(isinstance(v, Layer) for v in value):
-                return tuple((str(i), layer) for i, layer in enumerate(value))
-        if len(layers) == 1:
-            return (("", layers[0]),)
+        found = _layer_fields(self)
+        if len(found) == 1 and isinstance(only := found[0][1], Layer):
+            return (("", only),)
+        layers = [layer for _, value in found for layer in _as_tuple(value)]
         return tuple((str(i), layer) for i, layer in enumerate(layers))
 
     def _child_shapes(self, shape: Shape) -> tuple[Shape, ...]:
         """The shape of one example of each child's x."""
         return (shape,) * len(self._children())
+
+    def _child_params(self, params: Tree) -> tuple[Tree, ...]:
+        """The parameters of each child; all of params for an only one without a name."""
+        children = self._children()
+        if len(children) == 1 and not children[0][0]:
+            return (params,)
+        if isinstance(params, Mapping):
+            names = [name for name, _ in children]
+            by_field = [name for name, _ in _layer_fields(self)]
+            return tuple(params[name] for name in (names if names[0] in params else by_field))
+        return tuple(params)
+
+    def _with_children(self, children: Sequence[Layer]) -> Layer:
+        """The same combinator of other layers, as many as it has."""
+        rest = iter(children)
+        return replace(
+            self,
+            **{
+                name: next(rest) if isinstance(value, Layer) else tuple(next(rest) for _ in value)
+                for name, value in _layer_fields(self)
+            },
+        )
+
+    def _frozen_params(self, params: Tree) -> list[Tensor]:
+        """The leaves of params whose gradient is 0 by intention: those of `Frozen` layers."""
+        children = self._children()
+        owns = self._child_params(params) if children else ()
+        pairs = zip(children, owns, strict=False)
+        return [leaf for (_, child), own in pairs for leaf in child._frozen_params(own)]
 
     # --- The checks at the boundary
 
@@ -268,6 +305,8 @@ class Layer(Hyperparameters):
             )
         if not like.is_floating_point():
             need = need._replace(input=False)
+        if not need.input and not asks(self, params, need):
+            return zeros_like(params) if need.params else None, None
         with without_autocast(grad):
             dparams, dx = self._bwd(params, kept, grad, need)
         return like_params(params, dparams) if need.params else None, dx if need.input else None
@@ -347,6 +386,15 @@ class Layer(Hyperparameters):
             f"got {(*x.batch, *x.shape)}"
         )
 
+    def _describe(self) -> str:
+        """The layer's name in messages: its code, or a combinator's kind and size."""
+        children, kind = self._children(), type(self).__name__
+        if not children:
+            return repr(self)
+        if not children[0][0]:
+            return f"{kind}({name_of(children[0][1])})"
+        return f"{kind} of {count_of(children)}"
+
     def _describe_last(self) -> str:
         """The name, in a message about grad, of the layer that made y."""
         return name_of(self)
@@ -364,11 +412,16 @@ def is_private(layer: Layer) -> bool:
     return cls.fwd is Layer.fwd and cls.bwd is Layer.bwd
 
 
+def is_fresh(layer: Layer) -> bool:
+    """Whether a layer makes and keeps the promise `_fresh`."""
+    return layer._fresh and is_private(layer)
+
+
 def run_apply(layer: Layer, params: Tree, x: Tensor, key: Key | None) -> Tensor:
     """y of a layer whose params and x have been checked by `check`."""
     if is_private(layer) and type(layer).apply is Layer.apply:
         return layer._apply(params, x, key)
-    return layer.apply(params, x, key=key)
+    return _as_promised(layer, x, layer.apply(params, x, key=key))
 
 
 def run_fwd(layer: Layer, params: Tree, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
@@ -376,17 +429,41 @@ def run_fwd(layer: Layer, params: Tree, x: Tensor, key: Key | None) -> tuple[Ten
     cls = type(layer)
     if cls.fwd is Layer.fwd and cls.bwd is Layer.bwd:
         return layer._fwd(params, x, key)
-    return layer.fwd(params, x, key=key)
+    y, residuals = layer.fwd(params, x, key=key)
+    return _as_promised(layer, x, y), residuals
+
+
+def _as_promised(layer: Layer, x: Tensor, y: Tensor) -> Tensor:
+    """y of a layer that checks for itself. Raises ValueError unless it has its `out_shape`."""
+    expected = (*x.shape[:1], *layer.out_shape(tuple(x.shape[1:])))
+    if tuple(y.shape) != expected:
+        raise ValueError(
+            f"{name_of(layer)}: expected y of shape {expected}, as out_shape says, "
+            f"got {tuple(y.shape)}"
+        )
+    return y
 
 
 def run_bwd(
     layer: Layer, params: Tree, residuals: Any, grad: Tensor, need: Need
 ) -> tuple[Tree, Tensor | None]:
-    """(dparams, dx) from the residuals of `run_fwd`."""
+    """(dparams, dx) from the residuals of `run_fwd`; a layer of which neither is needed rests."""
+    if not need.input and not asks(layer, params, need):
+        return zeros_like(params), None
     cls = type(layer)
     if cls.fwd is Layer.fwd and cls.bwd is Layer.bwd:
         return layer._bwd(params, residuals, grad, need)
     return public_bwd(layer, params, residuals, grad, need)
+
+
+def asks(layer: Layer, params: Tree, need: Need) -> bool:
+    """Whether a layer has anything to compute in a backward pass."""
+    return need.input or (need.params and layer._learns(params))
+
+
+def zeros_like(params: Tree) -> Tree:
+    """The gradient of parameters on which nothing depends."""
+    return optree.tree_map(torch.zeros_like, params)
 
 
 def public_bwd(
@@ -405,11 +482,14 @@ def check(layer: Layer, params: Tree, x: Spec) -> Spec:
     """The spec of y. Raises unless params and x fit; a layer with its own `fwd` checks itself."""
     if is_private(layer):
         return layer._check(params, x)
-    return x._replace(shape=tuple(layer.out_shape(x.shape)))
+    like = x if x.dtype.is_floating_point else _first_tensor(params, x)
+    return Spec(x.batch, tuple(layer.out_shape(x.shape)), like.dtype, like.device)
 
 
 def like_params(params: Tree, dparams: Tree) -> Tree:
     """dparams in the containers of params: a dict of the same kind, in the same order."""
+    if torch.compiler.is_compiling() and not optree.tree_leaves(params):
+        return params  # torch.compile cannot follow the structure of a dict without tensors
     structure = optree.tree_structure(params)
     if structure == optree.tree_structure(dparams):
         return dparams
@@ -438,6 +518,26 @@ def _opened(layer: Layer, residuals: Any) -> tuple[Tensor, Any]:
         return residuals
     got = type(residuals).__name__
     raise TypeError(f"{name_of(layer)}: expected residuals as fwd returns them, got {got}")
+
+
+def _layer_fields(layer: Layer) -> list[tuple[str, Any]]:
+    """(name, value) of each field that is a layer, or a tuple of layers."""
+    found = [(field.name, getattr(layer, field.name)) for field in fields(layer) if field.init]
+    return [(name, value) for name, value in found if _all_layers(_as_tuple(value))]
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _all_layers(values: Sequence[Any]) -> bool:
+    """Whether these are layers, and at least one."""
+    return len(values) > 0 and all(isinstance(value, Layer) for value in values)
+
+
+def count_of(layers: Sequence[Any]) -> str:
+    """`48 layers`, as a message names the size of a combinator."""
+    return f"{len(layers)} layer{'s' if len(layers) != 1 else ''}"
 
 
 def _has_rank(axes: str, shape: Shape) -> bool:

@@ -1,55 +1,129 @@
-"""A network as a table: what each layer gives out and how much it has to learn."""
+"""A network as a table: what each layer gives out, has to learn and keeps for its backward pass."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TypeAlias
+from typing import Any, NamedTuple
 
 import optree
+import torch
+from torch import Tensor
 
+from funcnet.checks import as_shape, name_of
 from funcnet.keys import key
-from funcnet.layer import Layer, Shape
+from funcnet.layer import Layer, Shape, Tree
 
-Row: TypeAlias = tuple[str, str, str, int]
-"""Path, code, output and number of parameters of a layer."""
+_META = torch.device("meta")
+
+
+class Row(NamedTuple):
+    """What the table says of a layer; None for what cannot be found out."""
+
+    path: str
+    depth: int
+    layer: str
+    output: Shape | None
+    parameters: int | None
+    residuals: int | None
 
 
 def summary(net: Layer, shape: Sequence[int]) -> str:
-    """A table of the layers of `net` for examples of `shape`: path, code, output, parameters.
+    """A table of `net` for examples of `shape`, with a line for each layer, inside others too.
 
-    Raises ValueError, as `net.init` does, where a layer does not fit its input; TypeError for what
-    is no Layer.
+    path            the layer's place in params; the only layer of a combinator has its path
+    layer           the layer, indented by how many others it is in; a combinator by kind and size
+    output          the shape of one example of y
+    parameters      how many numbers the layer has to learn, with the layers in it; a layer inside
+                    Repeat is counted once
+    residual bytes  the memory that the layer's `fwd` with a key keeps for `bwd`, for one float32
+                    example: what is kept twice counts once, parameters do not count
+
+    A number is `?` for a layer of one's own that says less than others, by `_child_shapes` for
+    instance. No tensor is made: everything is found out on the device "meta".
+
+    Raises ValueError, as `net.init` does, where a layer does not fit its input; TypeError unless
+    net is a Layer.
 
     >>> import funcnet as fn
-    >>> print(summary(fn.Sequential(fn.Conv2d(8, 3), fn.ReLU()), (3, 32, 32)))
-    path  layer                     output       parameters
-    0     Conv2d(8, kernel_size=3)  (8, 30, 30)         224
-    1     ReLU()                    (8, 30, 30)           0
-                                                total   224
+    >>> net = fn.Sequential(fn.Conv2d(8, 3), fn.Residual(fn.Sequential(act=fn.ReLU())))
+    >>> print(summary(net, (3, 32, 32)))
+    path   layer                              output       parameters  residual bytes
+           Sequential of 2 layers             (8, 30, 30)         224          41,088
+    0        Conv2d(8, kernel_size=3)         (8, 30, 30)         224          12,288
+    1        Residual(Sequential of 1 layer)  (8, 30, 30)           0          28,800
+    1          Sequential of 1 layer          (8, 30, 30)           0          28,800
+    1.act        ReLU()                       (8, 30, 30)           0          28,800
+                                              total               224          41,088
     """
     if not isinstance(net, Layer):
         raise TypeError(f"summary: expected net to be a Layer, got {net!r}")
     net.out_shape(shape)
-    rows = list(_rows(net, tuple(shape), ""))
-    total = f"{sum(count for *_, count in rows):,}"
-    table = [
-        ("path", "layer", "output", "parameters"),
-        *((path, layer, output, f"{count:,}") for path, layer, output, count in rows),
-    ]
-    widths = [max(len(row[column]) for row in table) for column in range(4)]
-    lines = [
-        f"{path:{widths[0]}}  {layer:{widths[1]}}  {output:{widths[2]}}  {count:>{widths[3]}}"
-        for path, layer, output, count in table
-    ]
-    return "\n".join([*lines, f"total   {total}".rjust(len(lines[0]))])
+    rows = list(_rows(net, as_shape(net, shape), "", 0))
+    lines = [("path", "layer", "output", "parameters", "residual bytes")]
+    for row in rows:
+        output = "?" if row.output is None else str(row.output)
+        numbers = (_shown(row.parameters), _shown(row.residuals))
+        lines.append((row.path, "  " * row.depth + row.layer, output, *numbers))
+    lines.append(("", "", "total", *lines[1][3:]))
+    widths = [max(len(line[column]) for line in lines) for column in range(5)]
+    return "\n".join(
+        f"{path:{widths[0]}}  {layer:{widths[1]}}  {output:{widths[2]}}  "
+        f"{parameters:>{widths[3]}}  {residuals:>{widths[4]}}"
+        for path, layer, output, parameters, residuals in lines
+    )
 
 
-def _rows(layer: Layer, shape: Shape, path: str) -> Iterator[Row]:
+def _shown(number: int | None) -> str:
+    return "?" if number is None else f"{number:,}"
+
+
+def _rows(layer: Layer, shape: Shape | None, path: str, depth: int) -> Iterator[Row]:
     children = layer._children()
-    if children:
-        for (name, child), before in zip(children, layer._child_shapes(shape), strict=True):
-            yield from _rows(child, before, ".".join(filter(None, (path, name))))
-        return
-    leaves = optree.tree_leaves(layer.init(key(0), shape, device="meta"))
-    count = sum(leaf.numel() for leaf in leaves)
-    yield path, repr(layer), str(layer.out_shape(shape)), count
+    output = params = shapes = None
+    if shape is not None:
+        try:
+            output = tuple(layer.out_shape(shape))
+            params = _on_meta(layer.init(key(0), shape, device=_META))
+            shapes = layer._child_shapes(shape)
+        except (ValueError, TypeError, IndexError):
+            # A combinator of one's own may hand something else to its layers than x.
+            if not depth:
+                raise
+    leaves: list[Tensor] = optree.tree_leaves(params)  # type: ignore[arg-type]
+    count = None if output is None else sum(leaf.numel() for leaf in leaves)
+    kept = None if shape is None or output is None else _residual_bytes(layer, params, shape)
+    name = name_of(layer) if children else repr(layer)
+    yield Row(path, depth, name, output, count, kept)
+    for i, (child_name, child) in enumerate(children):
+        below = ".".join(filter(None, (path, child_name)))
+        yield from _rows(child, shapes[i] if shapes else None, below, depth + 1)
+
+
+def _on_meta(params: Tree) -> Tree:
+    return optree.tree_map(lambda leaf: leaf.to(_META), params)
+
+
+def _residual_bytes(layer: Layer, params: Tree, shape: Shape) -> int | None:
+    """The memory of the residuals of one example; None if `fwd` cannot run without numbers."""
+    # Some layers refuse a single example, others take integers.
+    for batch, dtype in ((1, torch.float32), (2, torch.float32), (1, torch.int64)):
+        x = torch.empty((batch, *shape), dtype=dtype, device=_META)
+        try:
+            with torch.no_grad():
+                _, residuals = layer.fwd(params, x, key=key(0))
+        except Exception:  # a layer of one's own may raise anything
+            continue
+        return _bytes(residuals, besides=params) // batch
+    return None
+
+
+def _bytes(tree: Any, besides: Tree) -> int:
+    """The memory of the tensors in a tree, each storage counted once."""
+    own = _storages(tree)
+    return sum(own[address] for address in own.keys() - _storages(besides).keys())
+
+
+def _storages(tree: Any) -> dict[int, int]:
+    tensors = [leaf for leaf in optree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return {storage._cdata: storage.nbytes() for storage in storages}

@@ -90,13 +90,18 @@ def is_known(cls: type) -> bool:
 def field_names(cls: type) -> list[str]:
     """Return the names of the fields that rebuild an instance of a known class."""
     if dataclasses.is_dataclass(cls):
-        return [field.name for field in dataclasses.fields(cls) if field.init]
+        found = [field for field in dataclasses.fields(cls) if field.init]
+        return [field.name for field in found if field.metadata.get("stored", True)]
     return list(cls._fields)  # type: ignore[attr-defined]
 
 
 def fields_of(node: Any) -> dict[str, Any]:
-    """Return the fields that rebuild an instance of a known class."""
-    return {name: getattr(node, name) for name in field_names(type(node))}
+    """Return the fields that rebuild an instance of a known class.
+
+    A layer may keep a field in another form than files do, and says so by `_stored(name)`.
+    """
+    stored = getattr(type(node), "_stored", getattr)
+    return {name: stored(node, name) for name in field_names(type(node))}
 
 
 def defaults(cls: type) -> dict[str, Any]:
@@ -112,11 +117,18 @@ def defaults(cls: type) -> dict[str, Any]:
 def build(cls: type, fields: dict[str, Any]) -> Any:
     """Return an instance of a known class with these fields; its constructor may refuse them.
 
-    The constructor `Sequential(*layers)` gets the field `layers` unpacked.
+    The constructor `Sequential(*layers, **named)` gets the field `layers` unpacked, a tuple by
+    position and a dict by name.
     """
     if issubclass(cls, tuple):
         return cls._make(fields[name] for name in cls._fields)  # type: ignore[attr-defined]
-    arguments = inspect.BoundArguments(inspect.signature(cls), OrderedDict(fields))
+    signature, fields = inspect.signature(cls), dict(fields)
+    kinds = {parameter.kind: name for name, parameter in signature.parameters.items()}
+    by_position = kinds.get(inspect.Parameter.VAR_POSITIONAL)
+    by_name = kinds.get(inspect.Parameter.VAR_KEYWORD)
+    if by_position and by_name and isinstance(fields.get(by_position), dict):
+        fields[by_name] = fields.pop(by_position)
+    arguments = inspect.BoundArguments(signature, OrderedDict(fields))
     return cls(*arguments.args, **arguments.kwargs)
 
 

@@ -107,12 +107,23 @@ def _source(node: Node) -> str:
     return json.dumps(node.json)
 
 
+_OF_SEVERAL = ("Sequential", "Sum", "Product", "Concat", "Reversible")
+
+
 def _arguments(cls: str, fields: list[Node]) -> list[str]:
-    if cls == "Sequential" and [field.path[-1] for field in fields] == ["layers"]:
-        layers = fields[0].children
-        if layers is not None:
-            return [_source(layer) for layer in layers]
-    return [f"{field.path[-1]}={_source(field)}" for field in fields]
+    arguments: list[str] = []
+    for field in fields:
+        name, layers = field.path[-1], field.children
+        if cls in _OF_SEVERAL and name == "layers" and layers is not None:
+            shown = [_source(layer) for layer in layers]
+            if field.kind != "tuple":
+                shown = [f"{layers[i].path[-1]}={code}" for i, code in enumerate(shown)]
+            arguments.extend(shown)
+        elif cls == "Cast" and name == "dtype":
+            arguments.append(f"dtype=torch.{field.json}")
+        else:
+            arguments.append(f"{name}={_source(field)}")
+    return arguments
 
 
 def _printable(text: str) -> str:

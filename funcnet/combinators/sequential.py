@@ -4,40 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Any
 
-import optree
-import torch
 from torch import Tensor
 
 from funcnet.checks import name_of
-from funcnet.combinators.position import Position
+from funcnet.combinators.several import Several
 from funcnet.keys import Key, fold_in
 from funcnet.layer import (
-    Layer,
     Shape,
     Spec,
     Tree,
     check,
+    is_fresh,
     is_private,
     run_apply,
     run_bwd,
+    zeros_like,
 )
 from funcnet.ops.inplace import is_plain
 from funcnet.ops.need import Need
 
 
 @dataclass(frozen=True, init=False)
-class Sequential(Layer):
+class Sequential(Several):
     """The composition of layers: y = fₙ(… f₂(f₁(x))), and backwards dx = J₁ᵀ … Jₙᵀ dy.
 
-    Jᵢ is the Jacobian of fᵢ at its input.
-    Parameters: a tuple with one entry a layer, so the leaf at path `2.weight` is what
-    `torch.nn.Sequential` calls `2.weight`. Without layers it is the identity. Layer i draws from
-    `fold_in(key, i)`. Indexing gives a layer, slicing a Sequential.
+    Jᵢ is the Jacobian of fᵢ at its input. Layers come by position, `Sequential(conv, relu)`, or by
+    name, `Sequential(stem=conv, head=linear)`. Without layers it is the identity.
 
-    Raises TypeError for an argument that is not a layer. An error of a layer starts with the
-    layer's position: `layer 2: …`.
+    Parameters: a tuple with one entry a layer, so the leaf at path `2.weight` is what
+    `torch.nn.Sequential` calls `2.weight`; a dict for layers with names, so a leaf is
+    `stem.weight`. Layer i draws from `fold_in(key, i)`. Indexing gives a layer, slicing a
+    Sequential.
+
+    Raises TypeError for an argument that is not a layer, and for positions and names together. An
+    error of a layer starts with the layer's position or name: `layer 2: …`, `stem: …`.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.Sequential.html
 
     >>> import funcnet as fn
@@ -47,30 +49,25 @@ class Sequential(Layer):
     >>> params = net.init(fn.key(0), (3, 16, 16))
     >>> params[0]["weight"].shape
     torch.Size([8, 3, 3, 3])
+    >>> net = fn.Sequential(stem=fn.Conv2d(8, 3), end=fn.Sigmoid())
+    >>> net.init(fn.key(0), (3, 16, 16))["stem"]["bias"].shape, net["end"]
+    (torch.Size([8]), Sigmoid())
     """
 
-    layers: tuple[Layer, ...]
     _over_x: tuple[bool, ...] = field(init=False, repr=False, compare=False)
     """Whether each layer may write over its x, which the layer before has made for it alone."""
     _over_grad: tuple[bool, ...] = field(init=False, repr=False, compare=False)
     """Whether each layer may write over its grad, which the layer behind has made for it alone."""
 
-    def __init__(self, *layers: Layer) -> None:
-        for position, layer in enumerate(layers):
-            if not isinstance(layer, Layer):
-                raise TypeError(
-                    f"Sequential: expected layer {position} to be a Layer, got {layer!r}"
-                )
-        object.__setattr__(self, "layers", layers)
-        self.__post_init__()
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        fresh = [layer._fresh and is_private(layer) for layer in self.layers]
+        fresh = list(map(is_fresh, self.layers))
         over = [hasattr(layer, "_fwd_") and is_private(layer) for layer in self.layers]
         before, behind = [False, *fresh], [*fresh[1:], False]
         object.__setattr__(self, "_over_x", tuple(map(all, zip(over, before, strict=False))))
         object.__setattr__(self, "_over_grad", tuple(map(all, zip(over, behind, strict=False))))
+        # y is the last layer's and dx the first's; residuals of the others are older or younger.
+        object.__setattr__(self, "_fresh", all([*fresh[:1], *fresh[-1:]]))
 
     def _out_shape(self, shape: Shape) -> Shape:
         return (*self._shapes(shape),)[-1]
@@ -81,51 +78,29 @@ class Sequential(Layer):
     def _shapes(self, shape: Shape) -> Iterator[Shape]:
         """The shape of one example before each layer, and after the last."""
         yield shape
-        with Position() as at:
+        with self._position() as at:
             for at.i, layer in enumerate(self.layers):
                 shape = layer.out_shape(shape)
                 yield shape
-
-    def _init(
-        self, key: Key, shape: Shape, dtype: torch.dtype | None, device: torch.device | str | None
-    ) -> Tree:
-        params = []
-        shapes = self._child_shapes(shape)
-        with Position() as at:
-            for at.i, (layer, before) in enumerate(zip(self.layers, shapes, strict=True)):
-                own = fold_in(key, at.i)
-                params.append(layer.init(own, before, dtype=dtype, device=device))
-        return tuple(params)
 
     def _check(self, params: Tree, x: Spec) -> Spec:
         self._check_tree(params)
         if not self.layers:
             self._check_x(x)
-        return self._check_from(0, params, x)
+        return self._check_from(0, self._child_params(params), x)
 
-    def _check_from(self, first: int, params: Tree, x: Spec) -> Spec:
+    def _check_from(self, first: int, params: tuple[Tree, ...], x: Spec) -> Spec:
         """The spec of y, given that of the x of layer `first`."""
-        with Position() as at:
+        with self._position() as at:
             for at.i in range(first, len(self.layers)):
                 x = check(self.layers[at.i], params[at.i], x)
         return x
 
-    def _check_tree(self, params: Tree) -> None:
-        if not isinstance(params, tuple):
-            raise TypeError(
-                f"{name_of(self)}: expected params to be a tuple of {len(self)}, "
-                f"got {type(params).__name__}"
-            )
-        if len(params) != len(self):
-            raise ValueError(
-                f"{name_of(self)}: expected params of {len(self)} layers, got {len(params)}"
-            )
-
     def _apply(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
         """y; no residual outlives its layer."""
-        in_place = is_plain()
+        in_place, params = is_plain(), self._child_params(params)
         layer: Any
-        with Position() as at:
+        with self._position() as at:
             for at.i, layer in enumerate(self.layers):
                 own = None if key is None else fold_in(key, at.i)
                 if in_place and self._over_x[at.i]:
@@ -138,10 +113,10 @@ class Sequential(Layer):
         return x if self.layers else x.clone()
 
     def _fwd(self, params: Tree, x: Tensor, key: Key | None) -> tuple[Tensor, list[Any]]:
-        in_place = is_plain()
+        in_place, params = is_plain(), self._child_params(params)
         layer: Any
         residuals = []
-        with Position() as at:
+        with self._position() as at:
             for at.i, layer in enumerate(self.layers):
                 own = None if key is None else fold_in(key, at.i)
                 if in_place and self._over_x[at.i]:
@@ -154,7 +129,7 @@ class Sequential(Layer):
                 residuals.append(kept)
         return (x if self.layers else x.clone()), residuals
 
-    def _as_promised(self, i: int, params: Tree, x: Tensor, y: Tensor) -> Tensor:
+    def _as_promised(self, i: int, params: tuple[Tree, ...], x: Tensor, y: Tensor) -> Tensor:
         """y of a layer that checks for itself; if it is not what the layer's `out_shape` says, the
         layers behind it have yet to be checked."""
         expected = (*x.shape[:1], *self.layers[i].out_shape(tuple(x.shape[1:])))
@@ -172,51 +147,32 @@ class Sequential(Layer):
             raise ValueError(
                 f"{name_of(self)}: expected residuals of {len(self)} layers, got {len(kept)}"
             )
-        first = 0 if need.input else self._first_to_learn(params)
-        dparams: list[Tree] = [optree.tree_map(torch.zeros_like, own) for own in params[:first]]
+        owns = self._child_params(params)
+        first = 0 if need.input else self._first_to_learn(owns)
+        dparams: list[Tree] = [zeros_like(own) for own in owns[:first]]
         dparams += [()] * (len(self) - first)
         dx: Any = grad if self.layers else grad.clone()
         layer: Any
         in_place, above = is_plain(), need._replace(input=True)
-        with Position() as at:
+        with self._position() as at:
             for at.i in range(len(self) - 1, first - 1, -1):
-                layer, own = self.layers[at.i], params[at.i]
+                layer, own = self.layers[at.i], owns[at.i]
                 wanted = need if at.i == first else above
                 if in_place and self._over_grad[at.i]:
                     dparams[at.i], dx = layer._bwd_(own, kept.pop(), dx, wanted)
                 else:
                     dparams[at.i], dx = run_bwd(layer, own, kept.pop(), dx, wanted)
-        return getattr(params, "_make", tuple)(dparams), dx
+        return self._packed(dparams, params), dx
 
-    def _learns(self, params: Tree) -> bool:
-        return any(layer._learns(own) for layer, own in zip(self.layers, params, strict=True))
-
-    def _first_to_learn(self, params: Tree) -> int:
+    def _first_to_learn(self, params: tuple[Tree, ...]) -> int:
         """The first layer that learns: below it no gradient is needed. At most the last."""
         for i, layer in enumerate(self.layers[:-1]):
             if layer._learns(params[i]):
                 return i
         return max(len(self.layers) - 1, 0)
 
-    def __len__(self) -> int:
-        return len(self.layers)
-
-    def __iter__(self) -> Iterator[Layer]:
-        return iter(self.layers)
-
-    @overload
-    def __getitem__(self, index: int) -> Layer: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequential: ...
-    def __getitem__(self, index: int | slice) -> Layer | Sequential:
-        if isinstance(index, slice):
-            return Sequential(*self.layers[index])
-        return self.layers[index]
-
-    def _describe(self) -> str:
-        return f"Sequential of {len(self)} layers"
-
     def _describe_last(self) -> str:
         if not self.layers:
             return repr(self)
-        return f"layer {len(self) - 1}: {self.layers[-1]._describe_last()}"
+        name, last = self._children()[-1]
+        return f"{name if self.names else f'layer {name}'}: {last._describe_last()}"

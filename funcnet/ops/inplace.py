@@ -42,3 +42,13 @@ def is_untracked(*tensors: Tensor | None) -> bool:
     return not torch.is_grad_enabled() or not any(
         t is not None and t.requires_grad for t in tensors
     )
+
+
+def add_over(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, written over x where torch allows it: nobody else has x, but autograd may need it."""
+    if is_plain() and not x.requires_grad:
+        try:
+            return x.add_(y)
+        except RuntimeError:  # x is expanded, or y needs a gradient
+            pass
+    return x + y

@@ -40,6 +40,16 @@ class Case:
         return [*(accessor.codify("params") for accessor in accessors), "x"]
 
     @property
+    def frozen(self) -> list[bool]:
+        """Whether each leaf's gradient is 0 by intention, though y depends on it."""
+        try:
+            frozen = self.layer._frozen_params(self.params)
+        except Exception:  # a layer of one's own may keep its params in any way
+            frozen = []
+        addresses = set(map(id, frozen))
+        return [id(leaf) in addresses for leaf in self.leaves]
+
+    @property
     def inputs(self) -> dict[str, Any]:
         """Every argument by name."""
         return {**dict(zip(self.names, self.leaves, strict=True)), "grad": self.grad}

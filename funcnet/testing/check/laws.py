@@ -1,4 +1,5 @@
-"""Laws that need no oracle: the gradient is linear in grad, and a batch is the sum of its examples.
+"""Laws that need no oracle: the gradient is linear in grad, a batch is the sum of its examples, and
+what is frozen has gradient 0.
 
 Each check is a function of a float64 case that raises `GradientMismatch`.
 """
@@ -31,6 +32,13 @@ def check_linear_in_grad(case: Case) -> None:
             i = _first_off(scaled, scaled.gradients(), expected, [leaf.abs() for leaf in expected])
     if i is not None:
         raise GradientMismatch(f"the gradient for {case.names[i]} is not linear in grad")
+
+
+def check_frozen(case: Case) -> None:
+    """The gradients of parameters in a `Frozen` layer are 0."""
+    for name, frozen, gradient in zip(case.names, case.frozen, case.gradients(), strict=True):
+        if frozen and gradient.any():
+            raise GradientMismatch(f"the gradient for {name}, which is frozen, is not 0")
 
 
 def check_sum_of_examples(case: Case) -> None:

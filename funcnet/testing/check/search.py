@@ -83,6 +83,7 @@ class _Search:
         self.case, self.rtol, self.atol, self.errors = case, rtol, atol, errors
         self.gradients = case.gradients()
         self.evaluations = 0
+        self.frozen = case.frozen
         self.autograd = autograd_gradients(case)
         y = case.apply()
         self.finite = bool(y.isfinite().all())
@@ -137,7 +138,7 @@ class _Search:
 
     def _along_directions(self) -> Finding | None:
         for i, leaf in enumerate(self.case.leaves):
-            if not _movable(leaf) or not leaf.numel():
+            if not _movable(leaf) or self.frozen[i] or not leaf.numel():
                 continue
             for trial in range(1 if self.autograd is not None else 3):
                 v = self._direction(leaf, 31 * i + trial, relative=trial != 1)
@@ -213,7 +214,7 @@ class _Search:
         orders = []
         for i, leaf in enumerate(self.case.leaves):
             generator = torch.Generator().manual_seed(i)
-            count = leaf.numel() if _movable(leaf) else 0
+            count = leaf.numel() if _movable(leaf) and not self.frozen[i] else 0
             shuffled = torch.randperm(count, generator=generator, device="cpu")
             orders.append(shuffled[: self.most].tolist())
         for turn in itertools.zip_longest(*orders):

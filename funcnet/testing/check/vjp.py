@@ -14,7 +14,7 @@ from funcnet.losses import Loss
 from funcnet.testing.check.case import Case, make_case
 from funcnet.testing.check.comparison import Errors
 from funcnet.testing.check.contract import check_calls, check_surroundings
-from funcnet.testing.check.laws import check_linear_in_grad, check_sum_of_examples
+from funcnet.testing.check.laws import check_frozen, check_linear_in_grad, check_sum_of_examples
 from funcnet.testing.check.precision import check_precision
 from funcnet.testing.check.report import complete, wrong_gradient
 from funcnet.testing.check.search import find_wrong, moved
@@ -89,6 +89,7 @@ def _examine(case: Case, rtol: float, atol: float, errors: Errors) -> None:
         raise GradientMismatch(f"apply: expected y to be torch.float64 as x is, got {dtype}")
     if case.x.dtype != torch.float64:
         check_calls(double)  # rounding in the dtype of x may hide differences
+    check_frozen(double)
     found = find_wrong(double, rtol, atol, errors)
     if found is not None:
         raise wrong_gradient(found)

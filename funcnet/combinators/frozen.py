@@ -1,0 +1,58 @@
+"""Parameters that do not learn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import optree
+from torch import Tensor
+
+from funcnet.combinators.wrapper import Wrapper
+from funcnet.keys import Key
+from funcnet.layer import Tree, run_apply, run_bwd, run_fwd, zeros_like
+from funcnet.ops.need import Need
+
+
+@dataclass(frozen=True)
+class Frozen(Wrapper):
+    """y = f(x), whose parameters do not learn: their gradients are zeros, and dx is f's.
+
+    No time is spent on the gradients of the parameters, nor on dx where everything below is frozen
+    too. Autograd of `apply` sees no parameters.
+
+    Shapes, parameters and key: f's.
+
+    >>> import funcnet as fn
+    >>> import torch
+    >>> net = fn.Sequential(fn.Frozen(fn.Conv2d(8, 3)), fn.ReLU(), fn.Conv2d(1, 3))
+    >>> params = net.init(fn.key(0), (1, 8, 8))
+    >>> x, target = torch.ones(2, 1, 8, 8), torch.ones(2, 1, 4, 4)
+    >>> _, grads = fn.value_and_grad(net, fn.MSE())(params, x, target)
+    >>> bool(grads[0]["weight"].any()), bool(grads[2]["weight"].any())
+    (False, True)
+    """
+
+    def _learns(self, params: Tree) -> bool:
+        return False
+
+    def _frozen_params(self, params: Tree) -> list[Tensor]:
+        leaves: list[Any] = optree.tree_leaves(params)
+        return leaves
+
+    def _apply(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
+        return run_apply(self.layer, _detached(params), x, key)
+
+    def _fwd(self, params: Tree, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
+        return run_fwd(self.layer, _detached(params), x, key)
+
+    def _bwd(self, params: Tree, residuals: Any, dy: Tensor, need: Need) -> tuple[Tree, Any]:
+        dparams = zeros_like(params) if need.params else None
+        if not need.input:
+            return dparams, None
+        alone = need._replace(params=False)
+        return dparams, run_bwd(self.layer, _detached(params), residuals, dy, alone)[1]
+
+
+def _detached(params: Tree) -> Tree:
+    return optree.tree_map(Tensor.detach, params)

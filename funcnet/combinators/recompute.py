@@ -1,0 +1,48 @@
+"""Memory for time: residuals are computed again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from funcnet.combinators.wrapper import Wrapper
+from funcnet.keys import Key
+from funcnet.layer import Tree, is_private, run_apply, run_bwd, run_fwd
+from funcnet.ops.need import Need
+
+
+@dataclass(frozen=True)
+class Recompute(Wrapper):
+    """y = f(x), keeping x alone: the backward pass computes f and its residuals again.
+
+    It uses the same key again, so that masks are the same. A chain of n layers cut into √n such
+    segments keeps about 2√n of its n intermediate results, for one more forward pass.
+
+    Shapes, parameters and key: f's.
+    Chen et al., "Training deep nets with sublinear memory cost", arXiv:1604.06174, 2016.
+
+    >>> import funcnet as fn
+    >>> segment = fn.Sequential(fn.Conv2d(8, 3, padding=1), fn.Sigmoid())
+    >>> net = fn.Sequential(fn.Recompute(segment), fn.Recompute(segment))
+    >>> net.out_shape((8, 16, 16))
+    (8, 16, 16)
+    """
+
+    @property
+    def _fresh(self) -> Any:  # type: ignore[override]
+        """x is all that is kept, and neither y nor dx shares memory with it."""
+        return is_private(self.layer)
+
+    def _apply(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
+        return run_apply(self.layer, params, x, key)
+
+    def _fwd(self, params: Tree, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
+        return run_apply(self.layer, params, x, key), (x, key)
+
+    def _bwd(self, params: Tree, residuals: Any, dy: Tensor, need: Need) -> tuple[Tree, Any]:
+        x, key = residuals
+        again = run_fwd(self.layer, params, x, key)[1]
+        # Nobody else has seen these residuals.
+        return run_bwd(self.layer, params, again, dy, need._replace(consume=True))

@@ -1,0 +1,48 @@
+"""A connection around a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from funcnet.combinators.wrapper import SameShape
+from funcnet.keys import Key
+from funcnet.layer import Tree, is_fresh, run_apply, run_bwd, run_fwd
+from funcnet.ops.inplace import add_over
+from funcnet.ops.need import Need
+
+
+@dataclass(frozen=True)
+class Residual(SameShape):
+    """y = x + f(x); dx = dy + Jᵀ dy, with J the Jacobian of f at x.
+
+    Shapes: any that f keeps. Parameters: f's. f gets the key itself.
+
+    Raises ValueError for a shape that f does not keep.
+    He et al., "Deep residual learning for image recognition", CVPR 2016.
+
+    >>> import funcnet as fn
+    >>> block = fn.Residual(fn.Sequential(fn.ReLU(), fn.Conv2d(8, 3, padding=1)))
+    >>> params = block.init(fn.key(0), (8, 4, 4))
+    >>> params[1]["weight"].shape
+    torch.Size([8, 8, 3, 3])
+    """
+
+    _fresh = True
+
+    def _apply(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
+        return self._sum(run_apply(self.layer, params, x, key), x)
+
+    def _fwd(self, params: Tree, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
+        y, residuals = run_fwd(self.layer, params, x, key)
+        return self._sum(y, x), residuals
+
+    def _bwd(self, params: Tree, residuals: Any, dy: Tensor, need: Need) -> tuple[Tree, Any]:
+        dparams, dx = run_bwd(self.layer, params, residuals, dy, need)
+        return dparams, None if dx is None else self._sum(dx, dy)
+
+    def _sum(self, made: Tensor, given: Tensor) -> Tensor:
+        """The sum of what f has made and what was handed in."""
+        return add_over(made, given) if is_fresh(self.layer) else made + given

@@ -1,0 +1,173 @@
+"""What combinators of several layers share: layers by position or by name, and their parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+
+from funcnet.checks import name_of
+from funcnet.combinators.position import Position
+from funcnet.keys import Key, fold_in
+from funcnet.layer import Layer, Shape, Tree, count_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True, init=False)
+class Several(Layer):
+    """Layers, by position or by name. It can be indexed, sliced and iterated over; it has a length.
+
+    Parameters: a tuple with one entry a layer; for layers with names, a dict by these. Layer i
+    draws from `fold_in(key, i)`.
+    """
+
+    layers: tuple[Layer, ...]
+    # Files and the repr put the names to the layers.
+    names: tuple[str, ...] = field(default=(), metadata={"stored": False})
+
+    def __init__(self, /, *layers: Layer, **named: Layer) -> None:
+        layers, names = _sorted_out(type(self).__name__, layers, named)
+        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "names", names)
+        self.__post_init__()
+
+    def __repr__(self) -> str:
+        layers = [f"{name}={layer!r}" for name, layer in self._children()]
+        options = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in fields(self)
+            if f.init and f.name not in ("layers", "names") and getattr(self, f.name) != f.default
+        ]
+        shown = layers if self.names else map(repr, self.layers)
+        return f"{type(self).__name__}({', '.join([*shown, *options])})"
+
+    # --- A sequence of layers
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.layers)
+
+    @overload
+    def __getitem__(self, index: int | str) -> Layer: ...
+    @overload
+    def __getitem__(self, index: slice) -> Self: ...
+    def __getitem__(self, index: int | str | slice) -> Layer | Self:
+        if isinstance(index, slice):
+            return self._with(self.layers[index], self.names[index])
+        if isinstance(index, str):
+            if index not in self.names:
+                raise KeyError(
+                    f"{name_of(self)}: expected a name among {_listed(self.names)}, got {index!r}"
+                )
+            index = self.names.index(index)
+        return self.layers[index]
+
+    def _with_children(self, children: Sequence[Layer]) -> Self:
+        return self._with(tuple(children), self.names)
+
+    def _with(self, layers: tuple[Layer, ...], names: tuple[str, ...]) -> Self:
+        """The same of other layers; the constructor of a subclass may take something else."""
+        other = object.__new__(type(self))
+        other.__setstate__({**self.__getstate__(), "layers": layers, "names": names})
+        return other
+
+    # --- A tree of parameters
+
+    def _children(self) -> tuple[tuple[str, Layer], ...]:
+        names = self.names or map(str, range(len(self)))
+        return tuple(zip(names, self.layers, strict=True))
+
+    def _child_params(self, params: Tree) -> tuple[Tree, ...]:
+        children: tuple[Tree, ...] = (
+            tuple(params[name] for name in self.names) if self.names else params
+        )
+        return children
+
+    def _packed(self, values: Sequence[Any], params: Tree = ()) -> Tree:
+        """A tuple of what belongs to each layer, of params' kind; a dict for layers with names."""
+        if self.names:
+            return dict(zip(self.names, values, strict=True))
+        return getattr(params, "_make", tuple)(values)
+
+    def _init(
+        self, key: Key, shape: Shape, dtype: torch.dtype | None, device: torch.device | str | None
+    ) -> Tree:
+        params = []
+        shapes = self._child_shapes(shape)
+        with self._position() as at:
+            for at.i, (layer, own) in enumerate(zip(self.layers, shapes, strict=True)):
+                params.append(layer.init(fold_in(key, at.i), own, dtype=dtype, device=device))
+        return self._packed(params)
+
+    def _learns(self, params: Tree) -> bool:
+        owns = self._child_params(params)
+        return any(layer._learns(own) for layer, own in zip(self.layers, owns, strict=True))
+
+    def _check_tree(self, params: Tree) -> None:
+        """Raise unless params have one entry a layer."""
+        if not isinstance(params, dict if self.names else tuple):
+            keys, size = f"dict with keys {_listed(self.names)}", f"tuple of {len(self)}"
+            raise TypeError(
+                f"{name_of(self)}: expected params to be a {keys if self.names else size}, "
+                f"got {type(params).__name__}"
+            )
+        if isinstance(params, dict) and params.keys() != set(self.names):
+            raise ValueError(
+                f"{name_of(self)}: expected params with keys {_listed(self.names)}, "
+                f"got keys {_listed(params)}"
+            )
+        if len(params) != len(self):
+            raise ValueError(
+                f"{name_of(self)}: expected params of {count_of(self.layers)}, got {len(params)}"
+            )
+
+    # --- Names
+
+    def _position(self) -> Position:
+        return Position(self.names)
+
+    def _describe(self) -> str:
+        return f"{type(self).__name__} of {count_of(self.layers)}"
+
+    def _stored(self, name: str) -> Any:
+        """A field as files hold it."""
+        value = getattr(self, name)
+        return dict(self._children()) if name == "layers" and self.names else value
+
+
+def key_of(key: Key | None, i: int) -> Key | None:
+    """The key of child i."""
+    return None if key is None else fold_in(key, i)
+
+
+def _sorted_out(
+    who: str, layers: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Layer, ...], tuple[str, ...]]:
+    """The layers and names that a constructor's arguments give. Raises TypeError for others."""
+    names = tuple(named)
+    if isinstance(named.get("layers"), tuple):  # the fields themselves, from dataclasses.replace
+        layers, names = (*layers, *named["layers"]), named.get("names", ())
+        if named.keys() > {"layers", "names"} or (names and len(names) != len(layers)):
+            raise TypeError(f"{who}: expected a name for each layer, or none, got {names!r}")
+        named = {}
+    if layers and named:
+        raise TypeError(
+            f"{who}: expected layers by position or by name, got both: "
+            f"{count_of(layers)} and {_listed(names)}"
+        )
+    layers = layers or tuple(named.values())
+    for i, layer in enumerate(layers):
+        if not isinstance(layer, Layer):
+            where = names[i] if names else f"layer {i}"
+            raise TypeError(f"{who}: expected {where} to be a Layer, got {layer!r}")
+    return layers, names
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(map(repr, names)) or "none"

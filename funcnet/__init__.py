@@ -3,6 +3,7 @@
 Every gradient is written by hand and held to autograd by property tests; see README.md.
 """
 
+from funcnet.batch_statistics import for_inference, merge_moments, moments
 from funcnet.checkpoint import (
     CheckpointError,
     inspect,
@@ -15,7 +16,19 @@ from funcnet.combinators import Sequential
 from funcnet.gradients import value_and_grad
 from funcnet.keys import Key, bernoulli, fold_in, key, normal, split, uniform
 from funcnet.layer import Layer, Param
-from funcnet.layers import Conv2d, ReLU, Sigmoid, Upsample2d, UpsampleConv2d
+from funcnet.layers import (
+    BatchNorm,
+    ChannelAffine,
+    Conv2d,
+    GroupNorm,
+    InstanceNorm,
+    LayerNorm,
+    ReLU,
+    RMSNorm,
+    Sigmoid,
+    Upsample2d,
+    UpsampleConv2d,
+)
 from funcnet.losses import MSE, Loss
 from funcnet.memory import keep_freed_memory
 from funcnet.optimizers import SGD, SGDState
@@ -29,12 +42,18 @@ keep_freed_memory()
 __all__ = [
     "MSE",
     "SGD",
+    "BatchNorm",
+    "ChannelAffine",
     "CheckpointError",
     "Conv2d",
+    "GroupNorm",
+    "InstanceNorm",
     "Key",
     "Layer",
+    "LayerNorm",
     "Loss",
     "Param",
+    "RMSNorm",
     "ReLU",
     "SGDState",
     "Sequential",
@@ -43,10 +62,13 @@ __all__ = [
     "UpsampleConv2d",
     "bernoulli",
     "fold_in",
+    "for_inference",
     "inspect",
     "key",
     "load",
     "load_model",
+    "merge_moments",
+    "moments",
     "normal",
     "register_node",
     "save",

@@ -105,6 +105,14 @@ class Layer(Hyperparameters):
     `_fwd_` and `_bwd_`, which do in place what `_fwd` and `_bwd` do. `check_vjp` verifies it.
     """
 
+    @property
+    def couples_examples(self) -> bool:
+        """Whether an example's y depends on the other examples in its batch.
+
+        A layer of such a kind says `couples_examples = True`; a combinator asks its children.
+        """
+        return any(child.couples_examples for _, child in self._children())
+
     def __post_init__(self) -> None:
         super().__post_init__()
         cls = type(self)
@@ -238,14 +246,31 @@ class Layer(Hyperparameters):
 
         Layers in a tuple are named by their positions.
         """
-        values = [getattr(self, field.name) for field in fields(self)]
+        values = [getattr(self, field.name) for field in fields(self) if field.init]
         layers = [value for value in values if isinstance(value, Layer)]
         for value in values:
-            if isinstance(value, tuple) and value and all(isinstance(v, Layer) for v in value):
+            if _is_layers(value):
                 return tuple((str(i), layer) for i, layer in enumerate(value))
         if len(layers) == 1:
             return (("", layers[0]),)
         return tuple((str(i), layer) for i, layer in enumerate(layers))
+
+    def _with_children(self, layers: Sequence[Layer]) -> Layer:
+        """The same layer, with others in the place of its children."""
+        rest, state = iter(layers), self.__getstate__()
+        tuples = [name for name, value in state.items() if _is_layers(value)]
+        if tuples:
+            state[tuples[0]] = tuple(layers)
+        else:
+            alone = [name for name, value in state.items() if isinstance(value, Layer)]
+            state.update({name: next(rest) for name in alone})
+        layer: Layer = object.__new__(type(self))
+        layer.__setstate__(state)
+        return layer
+
+    def _copied(self) -> Shape:
+        """The axes that its children's parameters have in front: (n,) for n copies of a child."""
+        return ()
 
     def _child_shapes(self, shape: Shape) -> tuple[Shape, ...]:
         """The shape of one example of each child's x."""
@@ -341,7 +366,8 @@ class Layer(Hyperparameters):
         """The error that x has a shape that does not fit."""
         letters = list(self._axes or ["*"] * len(x.shape))
         if fitting is not None:
-            letters[fitting[0] - len(x.shape)] = str(fitting[1])
+            axis, size = fitting
+            letters[axis if letters[-1] == "…" else axis - len(x.shape)] = str(size)
         return ValueError(
             f"{name_of(self)}: expected x of shape {sizes(('N', *letters))}, "
             f"got {(*x.batch, *x.shape)}"
@@ -438,6 +464,11 @@ def _opened(layer: Layer, residuals: Any) -> tuple[Tensor, Any]:
         return residuals
     got = type(residuals).__name__
     raise TypeError(f"{name_of(layer)}: expected residuals as fwd returns them, got {got}")
+
+
+def _is_layers(value: Any) -> bool:
+    """Whether a field holds a tuple of layers."""
+    return isinstance(value, tuple) and bool(value) and all(isinstance(v, Layer) for v in value)
 
 
 def _has_rank(axes: str, shape: Shape) -> bool:

@@ -33,3 +33,8 @@ def add_into(out: Tensor, x: Tensor, y: Tensor, alpha: int = 1) -> None:
         except RuntimeError:
             pass
     out.copy_(x).add_(y, alpha=alpha)
+
+
+def multiply(x: Tensor, y: Tensor) -> Tensor:
+    """x · y, written over x."""
+    return x.mul_(y) if is_plain() else x * y

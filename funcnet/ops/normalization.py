@@ -129,7 +129,9 @@ def group_norm_gradients(
     if not x.numel():  # the kernel divides by the size
         nothing = x.new_zeros(x.shape[1])
         return _asked((torch.zeros_like(x), nothing, nothing.clone()), mask, x.dtype)
-    grads = _group_norm_backward(dy, x, mean, rstd, weight, *_sizes(x), groups, mask)
+    # In channels_last the kernel crashes where dx is not asked for.
+    asked = (need.input or memory_format != torch.contiguous_format, *mask[1:])
+    grads = _group_norm_backward(dy, x, mean, rstd, weight, *_sizes(x), groups, asked)
     return _asked(grads, mask, x.dtype)
 
 

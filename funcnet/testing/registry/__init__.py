@@ -9,11 +9,11 @@ that cut across all layers read it. A new layer is its file, one export, and one
 from __future__ import annotations
 
 from funcnet.layer import Layer
-from funcnet.testing.registry import activations, combinators, conv, upsample
+from funcnet.testing.registry import activations, combinators, conv, normalization, upsample
 from funcnet.testing.registry.row import Choose, Row
 
 __all__ = ["REGISTRY", "Choose", "Row"]
 
 REGISTRY: dict[type[Layer], Row] = {
-    row.layer: row for family in (activations, conv, upsample, combinators) for row in family.ROWS
+    row.layer: row for family in (activations, conv, upsample, normalization, combinators) for row in family.ROWS
 }

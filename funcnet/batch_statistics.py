@@ -26,11 +26,12 @@ import optree
 import torch
 from torch import Tensor
 
+from funcnet import layers as vocabulary
 from funcnet.checks import name_of
 from funcnet.combinators import Sequential
 from funcnet.keys import Key
 from funcnet.layer import Layer, Shape, Spec, Tree, check, run_fwd
-from funcnet.layers import BatchNorm, ChannelAffine, Conv2d, UpsampleConv2d
+from funcnet.layers import BatchNorm, ChannelAffine
 from funcnet.ops.inplace import is_plain
 
 Moments: TypeAlias = tuple[Tensor, Tensor, Tensor]
@@ -186,7 +187,7 @@ def _merged(m: Tree, other: Tree, path: str) -> Tree:
             )
         return _merged_moments(m, other)
     names = _names(m)
-    if _is_moments(m) or _is_moments(other) or names is None or names != _names(other):
+    if _is_moments(m) or _is_moments(other) or names is None or not _has_names(other, names):
         raise ValueError(
             f"merge_moments: {path}expected moments of the same layers, "
             f"{_description(m)}, got {_description(other)}"
@@ -225,67 +226,50 @@ class _Inference:
             return ChannelAffine(), self._affine(scale, shift)
         children = layer._children()
         names = [name for name, _ in children]
-        if names != [""] and (_is_moments(m) or _names(m) != names):
+        if names != [""] and (_is_moments(m) or not _has_names(m, names)):
             expected = f"those of {len(names)} layers" if names else "()"
             raise ValueError(
                 f"{path}{name_of(layer)}: expected moments m to be {expected}, "
                 f"got {_description(m)}"
             )
-        if names not in ([], [""]) and _names(params) != names:
+        if names not in ([], [""]) and not _has_names(params, names):
             raise ValueError(
                 f"{path}{name_of(layer)}: expected params of {len(names)} layers, "
                 f"got {_description(params)}"
             )
-        before = [child for _, child in children]
-        own, found = _parts(params, names), _parts(m, names)
-        if self.fold and isinstance(layer, Sequential):
-            return self._in_sequence(layer, names, before, own, params, found, path)
-        made = [
-            self.of(*each, path + _step(name))
-            for *each, name in zip(before, own, found, names, strict=True)
-        ]
-        layers = [child for child, _ in made]
-        if _same(layers, before):
-            return layer, params
-        return layer._with_children(layers), _whole(params, names, [own for _, own in made])
-
-    def _in_sequence(
-        self,
-        net: Sequential,
-        names: Sequence[str],
-        before: Sequence[Layer],
-        own: Sequence[Tree],
-        params: Tree,
-        found: Sequence[Tree],
-        path: str,
-    ) -> tuple[Layer, Tree]:
+        in_sequence = self.fold and isinstance(layer, Sequential)
         made: list[tuple[str, Layer, Tree]] = []
-        for name, layer, of_layer, m in zip(names, before, own, found, strict=True):
+        parts = zip(children, _parts(params, names), _parts(m, names), strict=True)
+        for (name, child), own, found in parts:
             way = path + _step(name)
-            if isinstance(layer, BatchNorm) and made:
-                scale, shift = _scale_and_shift(layer, of_layer, m, way)
-                last, last_layer, last_params = made[-1]
-                if _absorbs(last_layer, m):
-                    made[-1] = last, *_folded(last_layer, last_params, scale, shift, way)
-                else:
-                    made.append((name, ChannelAffine(), self._affine(scale, shift)))
+            if (
+                isinstance(child, BatchNorm)
+                and made
+                and in_sequence
+                and _absorbs(made[-1][1], found)
+            ):
+                scale, shift = _scale_and_shift(child, own, found, way)
+                into, last, of_last = made.pop()
+                made.append((into, *_folded(last, of_last, scale, shift, way)))
             else:
-                made.append((name, *self.of(layer, of_layer, m, way)))
-        layers = [layer for _, layer, _ in made]
-        if _same(layers, before):
-            return net, params
-        kept = [name for name, _, _ in made]
-        parts = [part for _, _, part in made]
-        return net._with_children(layers), _whole(params, kept, parts)
+                made.append((name, *self.of(child, own, found, way)))
+        layers, kept = [child for _, child, _ in made], [name for name, _, _ in made]
+        if _same(layers, [child for _, child in children]):
+            return layer, params
+        params = _whole(params, kept, [part for _, _, part in made])
+        if len(made) == len(children):
+            return layer._with_children(layers), params
+        sequence: Any = type(layer)
+        if isinstance(params, Mapping):
+            return sequence(**dict(zip(kept, layers, strict=True))), params
+        return sequence(*layers), params
 
     def _affine(self, scale: Tensor, shift: Tensor) -> Tree:
         like = scale.to(torch.get_default_dtype()) if self.like is None else self.like
         return {"weight": scale.to(like), "bias": shift.to(like)}
 
 
-def _scale_and_shift(
-    layer: BatchNorm, params: Tree, m: Tree, path: str
-) -> tuple[Tensor, Tensor]:
+def _scale_and_shift(layer: BatchNorm, params: Tree, m: Tree, path: str) -> tuple[Tensor, Tensor]:
     """(s, t) of each channel, (…, C) in float64."""
     if not _is_moments(m):
         raise ValueError(
@@ -310,9 +294,7 @@ def _scale_and_shift(
     return scale, bias.to(scale) - scale * mean
 
 
-def _learned(
-    layer: BatchNorm, params: Tree, mean: Tensor, path: str
-) -> tuple[Tensor, Tensor]:
+def _learned(layer: BatchNorm, params: Tree, mean: Tensor, path: str) -> tuple[Tensor, Tensor]:
     """Weight and bias. Raises ValueError unless they have the shape of the mean."""
     expected = {"weight": tuple(mean.shape), "bias": tuple(mean.shape)}
     got = {}
@@ -326,23 +308,45 @@ def _learned(
     return params["weight"], params["bias"]
 
 
-_OUT_FIRST = (Conv2d, UpsampleConv2d)
-"""Layers with a weight (O, …), a row for each channel of y."""
+_TRANSPOSED = ("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
+_ABSORBING = ("Linear", "Conv1d", "Conv2d", "Conv3d", "UpsampleConv2d", *_TRANSPOSED)
+"""Layers with y = weight · x + bias, by their names: a subclass may compute anything."""
 
 
-def _absorbs(layer: Layer, m: Moments) -> bool:
-    """Whether a `BatchNorm` behind the layer may become part of it."""
-    return type(layer) in _OUT_FIRST
+def _absorbs(layer: Layer, m: Tree) -> bool:
+    """Whether a `BatchNorm` with these moments, right behind the layer, may become part of it."""
+    name = type(layer).__name__
+    if name not in _ABSORBING or getattr(vocabulary, name, None) is not type(layer):
+        return False
+    if name != "Linear" or not _is_moments(m):
+        return True
+    count, mean, _ = m
+    return count.ndim == mean.ndim - 1  # else axis 1 does not count Linear's features
 
 
 def _folded(
     layer: Any, params: Tree, scale: Tensor, shift: Tensor, path: str
 ) -> tuple[Layer, Tree]:
-    """(layer, params) whose y is scale · y + shift, a number of each for a channel."""
-    weight = params["weight"]
-    copies = scale.ndim - 1
-    axes = (1,) * (weight.ndim - copies - 1)
-    scaled = weight.to(scale) * scale.reshape(*scale.shape, *axes)
+    """(layer, params) whose y is scale · y + shift, a number of each for a channel.
+
+    Weights are (O, C/groups, …), of a transposed convolution (C, O/groups, …), with an axis for
+    the copies of a layer in front; scale and shift are (…, O).
+    """
+    weight, transposed = params["weight"], type(layer).__name__ in _TRANSPOSED
+    copies, groups = scale.ndim - 1, layer.groups if transposed else 1
+    channels = weight.shape[copies] if not transposed else weight.shape[copies + 1] * groups
+    if weight.shape[:copies] != scale.shape[:-1] or channels != scale.shape[-1]:
+        raise ValueError(
+            f"{path}expected moments m of {channels} channels, got shape {tuple(scale.shape)}"
+        )
+    wide = weight.to(scale)
+    if transposed:
+        wide = torch.unflatten(wide, copies, (groups, -1))
+        factor = scale.reshape(*scale.shape[:-1], groups, 1, channels // groups)
+    else:
+        factor = scale[..., None]
+    factor = factor.reshape(*factor.shape, *(1,) * (wide.ndim - factor.ndim))
+    scaled = (wide * factor).reshape(weight.shape)
     bias = scale * params["bias"].to(scale) + shift if layer.bias else shift
     return replace(layer, bias=True), {"weight": scaled.to(weight), "bias": bias.to(weight)}
 
@@ -370,6 +374,11 @@ def _names(tree: Tree) -> list[str] | None:
     if isinstance(tree, tuple):
         return [str(i) for i in range(len(tree))]
     return [str(name) for name in tree] if isinstance(tree, Mapping) else None
+
+
+def _has_names(tree: Tree, names: Sequence[str]) -> bool:
+    found = _names(tree)
+    return found is not None and sorted(found) == sorted(names)
 
 
 def _parts(tree: Tree, names: Sequence[str]) -> list[Tree]:

@@ -90,9 +90,9 @@ class LayerNorm(Layer):
         return y, (x, mean, rstd)
 
     def _bwd(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
-        weight, bias = _opened(params)
+        (x, mean, rstd), (weight, bias) = residuals, _opened(params)
         dx, dweight, dbias = normalization.layer_norm_gradients(
-            dy, *residuals, weight, bias, self.num_dims, need
+            dy, x, mean, rstd, weight, bias, self.num_dims, need
         )
         return _gradients(params, dweight, dbias), dx
 
@@ -141,8 +141,8 @@ class RMSNorm(Layer):
         return y, (x, rstd)
 
     def _bwd(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
-        weight, _ = _opened(params)
-        dx, dweight = normalization.rms_norm_gradients(dy, *residuals, weight, self.num_dims, need)
+        (x, rstd), (weight, _) = residuals, _opened(params)
+        dx, dweight = normalization.rms_norm_gradients(dy, x, rstd, weight, self.num_dims, need)
         return _gradients(params, dweight), dx
 
 
@@ -191,9 +191,9 @@ class GroupNorm(Layer):
         return y, (x, mean, rstd)
 
     def _bwd(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
-        weight, _ = _opened(params)
+        (x, mean, rstd), (weight, _) = residuals, _opened(params)
         dx, dweight, dbias = normalization.group_norm_gradients(
-            dy, *residuals, weight, self.num_groups, need
+            dy, x, mean, rstd, weight, self.num_groups, need
         )
         return _gradients(params, dweight, dbias), dx
 
@@ -240,9 +240,9 @@ class InstanceNorm(Layer):
         return y, (x, mean, rstd)
 
     def _bwd(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
-        weight, _ = _opened(params)
+        (x, mean, rstd), (weight, _) = residuals, _opened(params)
         dx, dweight, dbias = normalization.group_norm_gradients(
-            dy, *residuals, weight, dy.shape[1], need
+            dy, x, mean, rstd, weight, x.shape[1], need
         )
         return _gradients(params, dweight, dbias), dx
 
@@ -300,9 +300,9 @@ class BatchNorm(Layer):
         return y, (x, mean, rstd)
 
     def _bwd(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
-        weight, _ = _opened(params)
+        (x, mean, rstd), (weight, _) = residuals, _opened(params)
         dx, dweight, dbias = normalization.batch_norm_gradients(
-            dy, *residuals, weight, self.eps, need
+            dy, x, mean, rstd, weight, self.eps, need
         )
         return _gradients(params, dweight, dbias), dx
 

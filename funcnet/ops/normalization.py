@@ -9,6 +9,7 @@ where a mean of 100 would be off by a quarter, they are handed weights in float3
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
@@ -36,6 +37,7 @@ def layer_norm(
 ) -> Normalised:
     """Over the last `num_dims` axes."""
     shape = x.shape[-num_dims:]
+    x = _exact(x, math.prod(shape))
     weight, bias = _in_float32(x, weight, shape), _in_float32(x, bias)
     normalised: Normalised = _layer_norm(x, shape, weight, bias, eps)
     return normalised
@@ -54,8 +56,9 @@ def layer_norm_gradients(
     mask = need.input, need.params and weight is not None, need.params and bias is not None
     shape = x.shape[-num_dims:]
     weight, bias = _in_float32(x, weight, shape), _in_float32(x, bias)
-    grads = _layer_norm_backward(dy, x, shape, mean, rstd, weight, bias, mask)
-    return _asked(grads, mask, x.dtype)
+    x = _exact(x, math.prod(shape))
+    dx, *others = _layer_norm_backward(dy, x, shape, mean, rstd, weight, bias, mask)
+    return _asked((x if math.prod(shape) == 1 else dx, *others), mask, x.dtype)
 
 
 def rms_norm(
@@ -103,11 +106,13 @@ def group_norm(
     x = _dense(x, memory_format)
     weight, bias = _in_float32(x, weight, x.shape[1:2]), _in_float32(x, bias)
     sizes = _sizes(x)
+    x = _exact(x, sizes[1] * sizes[2] // groups)
     if memory_format == torch.contiguous_format or _is_half(x):
         normalised: Normalised = _group_norm(x, weight, bias, *sizes, groups, eps)
         return normalised
     # In channels_last the kernel takes the variance for E[x²] − E[x]²: wrong for a large mean.
-    around = x.mean(tuple(range(2, x.ndim))).unflatten(1, (groups, -1)).mean(2)
+    means = x.mean(tuple(range(2, x.ndim)))
+    around = means.reshape(len(x), groups, -1).mean(2)
     centred = x - _spatial(around.repeat_interleave(x.shape[1] // groups, 1), x)
     y, mean, rstd = _group_norm(centred, weight, bias, *sizes, groups, eps)
     return y, mean + around, rstd
@@ -131,8 +136,11 @@ def group_norm_gradients(
         return _asked((torch.zeros_like(x), nothing, nothing.clone()), mask, x.dtype)
     # In channels_last the kernel crashes where dx is not asked for.
     asked = (need.input or memory_format != torch.contiguous_format, *mask[1:])
-    grads = _group_norm_backward(dy, x, mean, rstd, weight, *_sizes(x), groups, asked)
-    return _asked(grads, mask, x.dtype)
+    sizes = _sizes(x)
+    entries = sizes[1] * sizes[2] // groups
+    x = _exact(x, entries)
+    dx, *others = _group_norm_backward(dy, x, mean, rstd, weight, *sizes, groups, asked)
+    return _asked((x if entries == 1 else dx, *others), mask, x.dtype)
 
 
 def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Normalised:
@@ -188,6 +196,11 @@ def _in_float32(x: Tensor, weight: Tensor | None, ones: torch.Size | None = None
     return None if weight is None else weight.contiguous()
 
 
+def _exact(x: Tensor, entries: int) -> Tensor:
+    """x, in place of which sets of one entry see x − μ = 0, which kernels find up to rounding."""
+    return x - x if entries == 1 else x
+
+
 def _is_half(x: Tensor) -> bool:
     return x.dtype in (torch.bfloat16, torch.float16)
 
@@ -196,7 +209,9 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if _is_half(x) else x
 
 
-def _asked(grads: Gradients, mask: tuple[bool, bool, bool], dtype: torch.dtype) -> Gradients:
+def _asked(
+    grads: Sequence[Tensor | None], mask: tuple[bool, bool, bool], dtype: torch.dtype
+) -> Gradients:
     """The gradients that were asked for, in the dtype."""
     dx, dweight, dbias = (
         grad.to(dtype) if asked and grad is not None else None

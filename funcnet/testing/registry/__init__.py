@@ -14,6 +14,6 @@ from funcnet.testing.registry.row import Choose, Row
 
 __all__ = ["REGISTRY", "Choose", "Row"]
 
-REGISTRY: dict[type[Layer], Row] = {
-    row.layer: row for family in (activations, conv, upsample, normalization, combinators) for row in family.ROWS
-}
+_FAMILIES = (activations, conv, upsample, normalization, combinators)
+
+REGISTRY: dict[type[Layer], Row] = {row.layer: row for family in _FAMILIES for row in family.ROWS}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from funcnet.layer import Layer, Shape
@@ -43,19 +44,25 @@ def _rms_norm(layer: Any, shape: Shape) -> nn.Module:
     return nn.RMSNorm(shape[-layer.num_dims :], layer.eps, layer.elementwise_affine)
 
 
+class _GroupNorm(nn.GroupNorm):
+    """nn.GroupNorm without its refusal of an only example with a single value per group."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 class _InstanceNorm(nn.InstanceNorm2d):
     """nn.InstanceNorm1d, 2d and 3d in one: they differ in the rank that they take."""
 
-    def _check_input_dim(self, input: Tensor) -> None: ...
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self._apply_instance_norm(input)
+    def forward(self, x: Tensor) -> Tensor:
+        return F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
 
 
 class _BatchNorm(nn.BatchNorm2d):
     """nn.BatchNorm1d, 2d and 3d in one: they differ in the rank that they take."""
 
-    def _check_input_dim(self, input: Tensor) -> None: ...
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
 
 
 def _twin(layer: Any, shape: Shape) -> nn.Module:
@@ -94,7 +101,7 @@ ROWS = (
             (GroupNorm(2, eps=0.1), (2, 1, 3, 2)),
         ),
         {"num_groups": [1, 2, 3], "eps": _EPS},
-        twin=lambda layer, shape: nn.GroupNorm(layer.num_groups, shape[0], layer.eps, layer.affine),
+        twin=lambda layer, shape: _GroupNorm(layer.num_groups, shape[0], layer.eps, layer.affine),
     ),
     Row(
         InstanceNorm,

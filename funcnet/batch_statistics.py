@@ -89,7 +89,8 @@ def for_inference(net: Layer, params: Tree, m: Tree, fold: bool = True) -> tuple
     ConvTranspose or an UpsampleConv2d in a Sequential is folded into that layer, and is gone:
     later positions move, names stay. Into a Linear it is folded where x was (N, C). A layer that
     had no bias gets one. Applied to x, the result is what `net` computes from x in training, if m
-    was measured on x. Layers that stay as they were keep their tensors, which are not copied.
+    was measured on x. New parameters have the dtype of params, of m if there are none. Layers that
+    stay as they were keep their tensors, which are not copied.
 
     Raises ValueError, with the way to the layer, for moments of another network, or of a single
     value per channel; TypeError if net is not a Layer.
@@ -169,7 +170,7 @@ def _stacked(observed: _Observed, copies: Shape, path: str) -> Moments:
             f"ran {runs / expected:g} times: moments cannot tell those runs apart, as in a Loop"
         )
     count, mean, m2 = (
-        torch.stack(found).reshape(*copies, *found[0].shape)
+        torch.stack(found).reshape((*copies, *found[0].shape))
         for found in zip(*observed.noted, strict=True)
     )
     return count, mean, m2
@@ -223,7 +224,8 @@ class _Inference:
         """(layer, params) without `BatchNorm`."""
         if isinstance(layer, BatchNorm):
             scale, shift = _scale_and_shift(layer, params, m, path)
-            return ChannelAffine(), self._affine(scale, shift)
+            like = m[1] if self.like is None else self.like
+            return ChannelAffine(), {"weight": scale.to(like), "bias": shift.to(like)}
         children = layer._children()
         names = [name for name, _ in children]
         if names != [""] and (_is_moments(m) or not _has_names(m, names)):
@@ -263,10 +265,6 @@ class _Inference:
         if isinstance(params, Mapping):
             return sequence(**dict(zip(kept, layers, strict=True))), params
         return sequence(*layers), params
-
-    def _affine(self, scale: Tensor, shift: Tensor) -> Tree:
-        like = scale.to(torch.get_default_dtype()) if self.like is None else self.like
-        return {"weight": scale.to(like), "bias": shift.to(like)}
 
 
 def _scale_and_shift(layer: BatchNorm, params: Tree, m: Tree, path: str) -> tuple[Tensor, Tensor]:
@@ -321,7 +319,8 @@ def _absorbs(layer: Layer, m: Tree) -> bool:
     if name != "Linear" or not _is_moments(m):
         return True
     count, mean, _ = m
-    return count.ndim == mean.ndim - 1  # else axis 1 does not count Linear's features
+    features: bool = count.ndim == mean.ndim - 1  # else axis 1 does not count its features
+    return features
 
 
 def _folded(
@@ -342,10 +341,10 @@ def _folded(
     wide = weight.to(scale)
     if transposed:
         wide = torch.unflatten(wide, copies, (groups, -1))
-        factor = scale.reshape(*scale.shape[:-1], groups, 1, channels // groups)
+        factor = scale.reshape((*scale.shape[:-1], groups, 1, channels // groups))
     else:
         factor = scale[..., None]
-    factor = factor.reshape(*factor.shape, *(1,) * (wide.ndim - factor.ndim))
+    factor = factor.reshape((*factor.shape, *(1,) * (wide.ndim - factor.ndim)))
     scaled = (wide * factor).reshape(weight.shape)
     bias = scale * params["bias"].to(scale) + shift if layer.bias else shift
     return replace(layer, bias=True), {"weight": scaled.to(weight), "bias": bias.to(weight)}

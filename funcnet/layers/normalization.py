@@ -163,7 +163,7 @@ class GroupNorm(Layer):
     >>> import funcnet as fn
     >>> import torch
     >>> layer = fn.GroupNorm(2, eps=0.0)
-    >>> layer.apply(layer.init(fn.key(0), (4,)), torch.tensor([[1.0, 3.0, 60.0, 50.0]]))
+    >>> layer.apply(layer.init(fn.key(0), (4,)), torch.tensor([[1.0, 3.0, 6.0, 2.0]]))
     tensor([[-1.,  1.,  1., -1.]])
     """
 
@@ -212,7 +212,7 @@ class InstanceNorm(Layer):
     https://docs.pytorch.org/docs/stable/generated/torch.nn.InstanceNorm2d.html
 
     >>> import torch
-    >>> InstanceNorm(eps=0.0).apply((), torch.tensor([[[1.0, 3.0], [60.0, 50.0]]]))
+    >>> InstanceNorm(eps=0.0).apply((), torch.tensor([[[1.0, 3.0], [6.0, 2.0]]]))
     tensor([[[-1.,  1.],
              [ 1., -1.]]])
     """
@@ -268,7 +268,7 @@ class BatchNorm(Layer):
     >>> import torch
     >>> layer = fn.BatchNorm(eps=0.0)
     >>> params = layer.init(fn.key(0), (2,))
-    >>> layer.apply(params, torch.tensor([[1.0, 60.0], [3.0, 50.0]]), key=fn.key(0))
+    >>> layer.apply(params, torch.tensor([[1.0, 6.0], [3.0, 2.0]]), key=fn.key(0))
     tensor([[-1.,  1.],
             [ 1., -1.]])
     """

@@ -80,19 +80,18 @@ def rms_norm_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dweight), None where it is not needed."""
     rows, grad = _wide(x).flatten(-num_dims), _wide(dy).flatten(-num_dims)
-    products = grad * rows
+    products = (grad * rows).flatten(0, -2)  # (rows, entries of a set), for products of matrices
     dx = dweight = None
     if need.params and weight is not None:
-        # Σ dy ∘ x̂ over all rows, as a product of matrices.
-        dweight = rstd.flatten() @ products.flatten(0, -2)
+        dweight = rstd.flatten() @ products
         dweight = dweight.to(weight.dtype).reshape(weight.shape)
     if need.input:
         if weight is None:
-            along = products.sum(-1, keepdim=True)
+            along = products.sum(-1)
         else:
             scale = weight.flatten().to(rows.dtype)
-            grad, along = grad * scale, (products @ scale)[..., None]
-        slope = along * rstd * rstd / max(rows.shape[-1], 1)
+            grad, along = grad * scale, products @ scale
+        slope = along.reshape(rstd.shape) * rstd * rstd / max(rows.shape[-1], 1)
         dx = inplace.multiply(torch.addcmul(grad, rows, slope, value=-1), rstd)
         dx = dx.to(x.dtype).reshape(x.shape)
     return dx, dweight
@@ -102,7 +101,7 @@ def group_norm(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Normalised:
     """Over the channels of each group and what stands behind them, an example at a time."""
-    memory_format = _memory_format(x)
+    memory_format = _memory_format_of_groups(x, groups)
     x = _dense(x, memory_format)
     weight, bias = _in_float32(x, weight, x.shape[1:2]), _in_float32(x, bias)
     sizes = _sizes(x)
@@ -128,7 +127,7 @@ def group_norm_gradients(
     need: Need,
 ) -> Gradients:
     mask = need.input, *(need.params and weight is not None,) * 2
-    memory_format = _memory_format(x)
+    memory_format = _memory_format_of_groups(x, groups)
     x, dy = _dense(x, memory_format), _dense(dy, memory_format)
     weight = _in_float32(x, weight, x.shape[1:2])
     if not x.numel():  # the kernel divides by the size
@@ -227,7 +226,7 @@ def _sizes(x: Tensor) -> tuple[int, int, int]:
 
 def _spatial(channels: Tensor, x: Tensor) -> Tensor:
     """(…, C) with an axis of size 1 for each axis of x that stands behind the channels."""
-    return channels.reshape(*channels.shape, *(1,) * (x.ndim - 2))
+    return channels.reshape((*channels.shape, *(1,) * (x.ndim - 2)))
 
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -241,6 +240,12 @@ def _memory_format(x: Tensor) -> torch.memory_format:
         if x.is_contiguous(memory_format=channels_last) and not x.is_contiguous():
             return channels_last
     return torch.contiguous_format
+
+
+def _memory_format_of_groups(x: Tensor, groups: int) -> torch.memory_format:
+    # With few channels a group, the kernels for channels_last are slower than copying.
+    few = x.shape[1] < 4 * groups
+    return torch.contiguous_format if few else _memory_format(x)
 
 
 def _dense(x: Tensor, memory_format: torch.memory_format) -> Tensor:

@@ -201,12 +201,15 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Number:
-    """A finite number that is at least `least`, and at most `most`."""
+    """A finite number that is at least `least`, and at most `most`; or None, where that may be."""
 
     least: float = float("-inf")
     most: float = float("inf")
+    may_be_none: bool = False
 
-    def convert(self, owner: type, name: str, value: Any) -> float:
+    def convert(self, owner: type, name: str, value: Any) -> float | None:
+        if value is None and self.may_be_none:
+            return None
         number = as_number(owner.__name__, name, value, self.least)
         if not number <= self.most:
             raise ValueError(f"{owner.__name__}: expected {name} <= {self.most:g}, got {value}")

@@ -202,6 +202,9 @@ class Layer(Hyperparameters):
     ) -> tuple[Tree, Tensor | None]:
         """(dparams, dx): the vector-Jacobian product of `apply` with grad, which has y's shape."""
         _, residuals = self.fwd(params, x, key=key)
+        if is_private(self):
+            need = Need(param_grad, input_grad, consume=True)
+            return self._checked_bwd(params, residuals, grad, need)
         return public_bwd(self, params, residuals, grad, Need(param_grad, input_grad))
 
     # --- What combinators write
@@ -254,6 +257,10 @@ class Layer(Hyperparameters):
             return (("", only),)
         layers = [layer for _, value in found for layer in _as_tuple(value)]
         return tuple((str(i), layer) for i, layer in enumerate(layers))
+
+    def _copied(self) -> Shape:
+        """The axes that its children's parameters have in front: (n,) for n copies of a child."""
+        return ()
 
     def _child_shapes(self, shape: Shape) -> tuple[Shape, ...]:
         """The shape of one example of each child's x."""
@@ -380,7 +387,8 @@ class Layer(Hyperparameters):
         """The error that x has a shape that does not fit."""
         letters = list(self._axes or ["*"] * len(x.shape))
         if fitting is not None:
-            letters[fitting[0] - len(x.shape)] = str(fitting[1])
+            axis, size = fitting
+            letters[axis if letters[-1] == "…" else axis - len(x.shape)] = str(size)
         return ValueError(
             f"{name_of(self)}: expected x of shape {sizes(('N', *letters))}, "
             f"got {(*x.batch, *x.shape)}"

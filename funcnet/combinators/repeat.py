@@ -57,6 +57,9 @@ class Repeat(Turns):
                 )
         return super()._check(optree.tree_map(_first, params), x)
 
+    def _copied(self) -> Shape:
+        return (self.n,)
+
     def _params_of_turns(self, params: Tree) -> list[Tree]:
         leaves, structure = optree.tree_flatten(params)
         rows = [leaf.unbind() for leaf in leaves]

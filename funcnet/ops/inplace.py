@@ -52,3 +52,8 @@ def add_over(x: Tensor, y: Tensor) -> Tensor:
         except RuntimeError:  # x is expanded, or y needs a gradient
             pass
     return x + y
+
+
+def multiply(x: Tensor, y: Tensor) -> Tensor:
+    """x · y, written over x."""
+    return x.mul_(y) if is_plain() else x * y

@@ -271,6 +271,8 @@ def cases(
     layer = draw(st.one_of(_any_layers(), networks()) if layers is None else layers)
     shape = draw(shapes if isinstance(shapes, st.SearchStrategy) else shapes(layer))
     batch = draw(st.sampled_from([1, 2, 3, 0]) if batches is None else batches)
+    if layer.couples_examples:
+        batch = max(batch, 2)  # a single value per channel has no variance
     dtype = draw(_any_dtypes() if dtypes is None else dtypes)
     classes = _classes(layer)
     if classes is None:

@@ -1,0 +1,413 @@
+"""Batch normalisation without state: measure on examples, merge, and make a network for inference.
+
+`BatchNorm` normalises by its batch. To evaluate one example at a time, measure each layer's batch
+statistics as a network sees them in training, and put fixed numbers in their place: with mean μ and
+variance σ² of a channel,
+
+    weight · (x − μ)/√(σ² + ε) + bias = s·x + t,   s = weight/√(σ² + ε),  t = bias − s·μ.
+
+That is a `ChannelAffine`; or nothing at all behind a layer that is linear in its parameters, whose
+weight and bias become s·weight and s·bias + t.
+
+The moments of a channel are (count, mean, M2), M2 = Σ (x − mean)². Moments of two sets A and B of
+examples merge without the examples (Chan, Golub and LeVeque, "Updating formulae and a pairwise
+algorithm for computing sample variances", 1979), with n for count and δ = mean_B − mean_A:
+
+    n = n_A + n_B,  mean = mean_A + δ·n_B/n,  M2 = M2_A + M2_B + δ²·n_A·n_B/n
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import optree
+import torch
+from torch import Tensor
+
+from funcnet import layers as vocabulary
+from funcnet.checks import name_of
+from funcnet.combinators import Sequential
+from funcnet.keys import Key
+from funcnet.layer import Layer, Shape, Spec, Tree, check, run_fwd
+from funcnet.layers import BatchNorm, ChannelAffine
+from funcnet.ops.inplace import is_plain
+
+Moments: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""(count, mean, M2) of a `BatchNorm`'s x, in float64; mean and M2 (C,).
+
+count has as many axes, of size 1, as x has behind the channels: it remembers the rank of x. Within
+`Repeat` all three have an axis for the copies in front.
+"""
+
+
+def moments(net: Layer, params: Tree, x: Tensor, *, key: Key) -> Tree:
+    """The moments of what each `BatchNorm` of `net` sees when the network is applied to x.
+
+    The network runs once, as `net.apply(params, x, key=key)` does. What comes back is a tree like
+    params, with (count, mean, M2) for a `BatchNorm` and () for any other layer: for each channel
+    the number of values, their mean, and the sum of squared deviations from it, in float64.
+
+    Raises what `apply` raises; ValueError if a `BatchNorm` runs more than once with the same
+    parameters, as in a `Loop`, since no one pair of mean and variance describes it; TypeError if
+    net is not a Layer.
+
+    >>> import funcnet as fn
+    >>> import torch
+    >>> net = fn.Sequential(fn.ReLU(), fn.BatchNorm())
+    >>> params = net.init(fn.key(0), (1,))
+    >>> m = fn.moments(net, params, torch.tensor([[1.0], [3.0]]), key=fn.key(1))
+    >>> m[0], [float(moment) for moment in m[1]]
+    ((), [2.0, 2.0, 2.0])
+    """
+    _check_net("moments", net)
+    observed = _observed(net)
+    observed.apply(params, x, key=key)
+    return _collected(observed, params, (), "")
+
+
+def merge_moments(m: Tree, other: Tree) -> Tree:
+    """The moments of two sets of examples together, from those of each.
+
+    Raises ValueError, with the way to the layer, for trees or channels that differ.
+
+    >>> import funcnet as fn
+    >>> import torch
+    >>> net, x = fn.BatchNorm(affine=False), torch.tensor([[1.0], [3.0], [5.0], [9.0]])
+    >>> halves = [fn.moments(net, (), half, key=fn.key(0)) for half in x.split(2)]
+    >>> [float(moment) for moment in fn.merge_moments(*halves)]
+    [4.0, 4.5, 35.0]
+    """
+    return _merged(m, other, "")
+
+
+def for_inference(net: Layer, params: Tree, m: Tree, fold: bool = True) -> tuple[Layer, Tree]:
+    """(net, params) without `BatchNorm`, which evaluates each example alone.
+
+    A `BatchNorm` becomes a `ChannelAffine`. With `fold`, one that follows directly on a Conv, a
+    ConvTranspose or an UpsampleConv2d in a Sequential is folded into that layer, and is gone:
+    later positions move, names stay. Into a Linear it is folded where x was (N, C). A layer that
+    had no bias gets one. Applied to x, the result is what `net` computes from x in training, if m
+    was measured on x. New parameters have the dtype of params, of m if there are none. Layers that
+    stay as they were keep their tensors, which are not copied.
+
+    Raises ValueError, with the way to the layer, for moments of another network, or of a single
+    value per channel; TypeError if net is not a Layer.
+
+    >>> import funcnet as fn
+    >>> net = fn.Sequential(fn.Conv2d(8, 3, bias=False), fn.BatchNorm(), fn.ReLU())
+    >>> params, x = net.init(fn.key(0), (3, 8, 8)), fn.normal(fn.key(1), (16, 3, 8, 8))
+    >>> m = fn.moments(net, params, x, key=fn.key(2))
+    >>> fn.for_inference(net, params, m)[0]
+    Sequential(Conv2d(8, kernel_size=3), ReLU())
+    >>> fn.for_inference(net, params, m, fold=False)[0]
+    Sequential(Conv2d(8, kernel_size=3, bias=False), ChannelAffine(), ReLU())
+    """
+    _check_net("for_inference", net)
+    if not isinstance(fold, bool):
+        raise TypeError(f"for_inference: expected fold to be True or False, got {fold!r}")
+    learned = (leaf for leaf in optree.tree_leaves(params) if isinstance(leaf, Tensor))
+    like = next((leaf for leaf in learned if leaf.is_floating_point()), None)
+    return _Inference(fold, like).of(net, params, m, "")
+
+
+# --- Measuring
+
+
+@dataclass(frozen=True)
+class _Observed(Layer):
+    """A `BatchNorm` that notes the moments of each x."""
+
+    layer: Layer
+    noted: list[Moments] = field(default_factory=list, compare=False)
+
+    def _check(self, params: Tree, x: Spec) -> Spec:
+        return check(self.layer, params, x)
+
+    def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
+        y, residuals = run_fwd(self.layer, params, x, key)
+        self.noted.append(_measured(x))
+        return y, residuals
+
+
+def _observed(layer: Layer) -> Layer:
+    """The layer with each `BatchNorm` in it observed."""
+    if isinstance(layer, BatchNorm):
+        return _Observed(layer)
+    before = [child for _, child in layer._children()]
+    children = [_observed(child) for child in before]
+    return layer if _same(children, before) else layer._with_children(children)
+
+
+def _measured(x: Tensor) -> Moments:
+    wide = x.double()
+    variance, mean = torch.var_mean(wide, (0, *range(2, x.ndim)), correction=0)
+    count = x.numel() // max(x.shape[1], 1)
+    return wide.new_full((1,) * (x.ndim - 2), count), mean, variance * count
+
+
+def _collected(layer: Layer, params: Tree, copies: Shape, path: str) -> Tree:
+    """The tree of moments that the observed layers have noted."""
+    if isinstance(layer, _Observed):
+        return _stacked(layer, copies, path)
+    children = layer._children()
+    names = [name for name, _ in children]
+    copies = (*copies, *layer._copied())
+    parts = [
+        _collected(child, own, copies, path + _step(name))
+        for (name, child), own in zip(children, _parts(params, names), strict=True)
+    ]
+    return _whole(params, names, parts) if parts else ()
+
+
+def _stacked(observed: _Observed, copies: Shape, path: str) -> Moments:
+    """The moments of all copies, which have run one after the other."""
+    runs, expected = len(observed.noted), torch.Size(copies).numel()
+    if runs != expected:
+        raise ValueError(
+            f"{path}{name_of(observed.layer)}: expected to run once with the same parameters, "
+            f"ran {runs / expected:g} times: moments cannot tell those runs apart, as in a Loop"
+        )
+    count, mean, m2 = (
+        torch.stack(found).reshape((*copies, *found[0].shape))
+        for found in zip(*observed.noted, strict=True)
+    )
+    return count, mean, m2
+
+
+# --- Merging
+
+
+def _merged(m: Tree, other: Tree, path: str) -> Tree:
+    if _is_moments(m) and _is_moments(other):
+        shapes = [tuple(map(tuple, (part.shape for part in tree))) for tree in (m, other)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"merge_moments: {path}expected moments of shapes {shapes[0]}, got {shapes[1]}"
+            )
+        return _merged_moments(m, other)
+    names = _names(m)
+    if _is_moments(m) or _is_moments(other) or names is None or not _has_names(other, names):
+        raise ValueError(
+            f"merge_moments: {path}expected moments of the same layers, "
+            f"{_description(m)}, got {_description(other)}"
+        )
+    pairs = zip(names, _parts(m, names), _parts(other, names), strict=True)
+    return _whole(m, names, [_merged(a, b, path + _step(name)) for name, a, b in pairs])
+
+
+def _merged_moments(m: Moments, other: Moments) -> Moments:
+    (count, mean, m2), (more, mean_of_more, m2_of_more) = m, other
+    total = count + more
+    each = (*mean.shape[:-1], 1)  # for each copy of a layer
+    share = torch.where(total > 0, more / total, 0.0).reshape(each)
+    delta = mean_of_more - mean
+    return (
+        total,
+        mean + delta * share,
+        m2 + m2_of_more + delta.square() * share * count.reshape(each),
+    )
+
+
+# --- Inference
+
+
+@dataclass(frozen=True)
+class _Inference:
+    """Makes layers for inference; `like` is a parameter of the network, if it has any."""
+
+    fold: bool
+    like: Tensor | None
+
+    def of(self, layer: Layer, params: Tree, m: Tree, path: str) -> tuple[Layer, Tree]:
+        """(layer, params) without `BatchNorm`."""
+        if isinstance(layer, BatchNorm):
+            scale, shift = _scale_and_shift(layer, params, m, path)
+            like = m[1] if self.like is None else self.like
+            return ChannelAffine(), {"weight": scale.to(like), "bias": shift.to(like)}
+        children = layer._children()
+        names = [name for name, _ in children]
+        if names != [""] and (_is_moments(m) or not _has_names(m, names)):
+            expected = f"those of {len(names)} layers" if names else "()"
+            raise ValueError(
+                f"{path}{name_of(layer)}: expected moments m to be {expected}, "
+                f"got {_description(m)}"
+            )
+        if names not in ([], [""]) and not _has_names(params, names):
+            raise ValueError(
+                f"{path}{name_of(layer)}: expected params of {len(names)} layers, "
+                f"got {_description(params)}"
+            )
+        in_sequence = self.fold and isinstance(layer, Sequential)
+        made: list[tuple[str, Layer, Tree]] = []
+        parts = zip(children, _parts(params, names), _parts(m, names), strict=True)
+        for (name, child), own, found in parts:
+            way = path + _step(name)
+            if (
+                isinstance(child, BatchNorm)
+                and made
+                and in_sequence
+                and _absorbs(made[-1][1], found)
+            ):
+                scale, shift = _scale_and_shift(child, own, found, way)
+                into, last, of_last = made.pop()
+                made.append((into, *_folded(last, of_last, scale, shift, way)))
+            else:
+                made.append((name, *self.of(child, own, found, way)))
+        layers, kept = [child for _, child, _ in made], [name for name, _, _ in made]
+        if _same(layers, [child for _, child in children]):
+            return layer, params
+        params = _whole(params, kept, [part for _, _, part in made])
+        if len(made) == len(children):
+            return layer._with_children(layers), params
+        sequence: Any = type(layer)
+        if isinstance(params, Mapping):
+            return sequence(**dict(zip(kept, layers, strict=True))), params
+        return sequence(*layers), params
+
+
+def _scale_and_shift(layer: BatchNorm, params: Tree, m: Tree, path: str) -> tuple[Tensor, Tensor]:
+    """(s, t) of each channel, (…, C) in float64."""
+    if not _is_moments(m):
+        raise ValueError(
+            f"{path}{name_of(layer)}: expected moments m to be (count, mean, M2), "
+            f"got {_description(m)}"
+        )
+    count, mean, m2 = (part.double() for part in m)
+    # Values cannot be seen under vmap and compile.
+    if is_plain() and not bool((count > 1).all()):
+        raise ValueError(
+            f"{path}{name_of(layer)}: expected moments of at least 2 values per channel, "
+            f"got count {count.min().item():g}"
+        )
+    variance = m2 / count.reshape(*mean.shape[:-1], 1)
+    # Kernels take 1/√0 for 0.
+    spread = variance + layer.eps
+    scale = torch.where(spread == 0, 0.0, spread.rsqrt())
+    if not layer.affine:
+        return scale, -scale * mean
+    weight, bias = _learned(layer, params, mean, path)
+    scale = scale * weight.to(scale)
+    return scale, bias.to(scale) - scale * mean
+
+
+def _learned(layer: BatchNorm, params: Tree, mean: Tensor, path: str) -> tuple[Tensor, Tensor]:
+    """Weight and bias. Raises ValueError unless they have the shape of the mean."""
+    expected = {"weight": tuple(mean.shape), "bias": tuple(mean.shape)}
+    got = {}
+    if isinstance(params, Mapping):
+        got = {name: tuple(getattr(value, "shape", ())) for name, value in params.items()}
+    if got != expected:
+        raise ValueError(
+            f"{path}{name_of(layer)}: expected params of the shapes of m, {expected}, got "
+            f"{got or _description(params)}"
+        )
+    return params["weight"], params["bias"]
+
+
+_TRANSPOSED = ("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
+_ABSORBING = ("Linear", "Conv1d", "Conv2d", "Conv3d", "UpsampleConv2d", *_TRANSPOSED)
+"""Layers with y = weight · x + bias, by their names: a subclass may compute anything."""
+
+
+def _absorbs(layer: Layer, m: Tree) -> bool:
+    """Whether a `BatchNorm` with these moments, right behind the layer, may become part of it."""
+    name = type(layer).__name__
+    if name not in _ABSORBING or getattr(vocabulary, name, None) is not type(layer):
+        return False
+    if name != "Linear" or not _is_moments(m):
+        return True
+    count, mean, _ = m
+    features: bool = count.ndim == mean.ndim - 1  # else axis 1 does not count its features
+    return features
+
+
+def _folded(
+    layer: Any, params: Tree, scale: Tensor, shift: Tensor, path: str
+) -> tuple[Layer, Tree]:
+    """(layer, params) whose y is scale · y + shift, a number of each for a channel.
+
+    Weights are (O, C/groups, …), of a transposed convolution (C, O/groups, …), with an axis for
+    the copies of a layer in front; scale and shift are (…, O).
+    """
+    weight, transposed = params["weight"], type(layer).__name__ in _TRANSPOSED
+    copies, groups = scale.ndim - 1, layer.groups if transposed else 1
+    channels = weight.shape[copies] if not transposed else weight.shape[copies + 1] * groups
+    if weight.shape[:copies] != scale.shape[:-1] or channels != scale.shape[-1]:
+        raise ValueError(
+            f"{path}expected moments m of {channels} channels, got shape {tuple(scale.shape)}"
+        )
+    wide = weight.to(scale)
+    if transposed:
+        wide = torch.unflatten(wide, copies, (groups, -1))
+        factor = scale.reshape((*scale.shape[:-1], groups, 1, channels // groups))
+    else:
+        factor = scale[..., None]
+    factor = factor.reshape((*factor.shape, *(1,) * (wide.ndim - factor.ndim)))
+    scaled = (wide * factor).reshape(weight.shape)
+    bias = scale * params["bias"].to(scale) + shift if layer.bias else shift
+    return replace(layer, bias=True), {"weight": scaled.to(weight), "bias": bias.to(weight)}
+
+
+# --- Trees of moments, and the way to a layer
+
+
+def _check_net(who: str, net: Any) -> None:
+    if not isinstance(net, Layer):
+        raise TypeError(f"{who}: expected net to be a Layer, got {type(net).__name__}")
+
+
+def _same(layers: Sequence[Layer], before: Sequence[Layer]) -> bool:
+    """Whether these are the very same layers."""
+    pairs = zip(layers, before, strict=False)
+    return len(layers) == len(before) and all(new is old for new, old in pairs)
+
+
+def _is_moments(m: Tree) -> bool:
+    return isinstance(m, tuple) and len(m) == 3 and all(isinstance(part, Tensor) for part in m)
+
+
+def _names(tree: Tree) -> list[str] | None:
+    """The names of a tree's parts, as `_children` gives them; None for a leaf."""
+    if isinstance(tree, tuple):
+        return [str(i) for i in range(len(tree))]
+    return [str(name) for name in tree] if isinstance(tree, Mapping) else None
+
+
+def _has_names(tree: Tree, names: Sequence[str]) -> bool:
+    found = _names(tree)
+    return found is not None and sorted(found) == sorted(names)
+
+
+def _parts(tree: Tree, names: Sequence[str]) -> list[Tree]:
+    """The parts of a tree that belong to the children of these names."""
+    if list(names) == [""]:
+        return [tree]
+    return [tree[name] for name in names] if isinstance(tree, Mapping) else list(tree)[: len(names)]
+
+
+def _whole(like: Tree, names: Sequence[str], parts: Sequence[Tree]) -> Tree:
+    """The tree of these parts, in the container of another."""
+    if list(names) == [""]:
+        return parts[0]
+    if isinstance(like, Mapping):
+        return dict(zip(names, parts, strict=True))
+    return tuple(parts)
+
+
+def _step(name: str) -> str:
+    """A child in the way to a layer, as errors give it."""
+    if not name:
+        return ""
+    return f"layer {name}: " if name.isdigit() else f"{name}: "
+
+
+def _description(tree: Tree) -> str:
+    if _is_moments(tree):
+        return "(count, mean, M2)"
+    if isinstance(tree, tuple):
+        return f"a tuple of {len(tree)}" if tree else "()"
+    if isinstance(tree, Mapping):
+        return f"a dict with keys {', '.join(map(repr, tree))}"
+    return type(tree).__name__

@@ -1,0 +1,267 @@
+"""Normalisation over examples, groups of channels or the batch, by PyTorch's kernels.
+
+Each function returns (y, mean, 1/√(variance + ε)), and its `…_gradients` take the last two back.
+
+On the CPU, those kernels keep mean and variance in the dtype of the weight. In half precision,
+where a mean of 100 would be off by a quarter, they are handed weights in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from funcnet.ops import inplace
+from funcnet.ops.need import Need
+
+_layer_norm = torch.ops.aten.native_layer_norm.default
+_layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
+_group_norm = torch.ops.aten.native_group_norm.default
+_group_norm_backward = torch.ops.aten.native_group_norm_backward.default
+_batch_norm = torch.ops.aten.native_batch_norm.default
+_batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
+
+Normalised: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""(y, mean, rstd), rstd = 1/√(variance + ε)."""
+
+Gradients: TypeAlias = tuple["Tensor | None", "Tensor | None", "Tensor | None"]
+"""(dx, dweight, dbias), None where it is not needed."""
+
+
+def layer_norm(
+    x: Tensor, num_dims: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Normalised:
+    """Over the last `num_dims` axes."""
+    shape = x.shape[-num_dims:]
+    x = _exact(x, math.prod(shape))
+    weight, bias = _in_float32(x, weight, shape), _in_float32(x, bias)
+    normalised: Normalised = _layer_norm(x, shape, weight, bias, eps)
+    return normalised
+
+
+def layer_norm_gradients(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_dims: int,
+    need: Need,
+) -> Gradients:
+    mask = need.input, need.params and weight is not None, need.params and bias is not None
+    shape = x.shape[-num_dims:]
+    weight, bias = _in_float32(x, weight, shape), _in_float32(x, bias)
+    x = _exact(x, math.prod(shape))
+    dx, *others = _layer_norm_backward(dy, x, shape, mean, rstd, weight, bias, mask)
+    return _asked((x if math.prod(shape) == 1 else dx, *others), mask, x.dtype)
+
+
+def rms_norm(
+    x: Tensor, num_dims: int, weight: Tensor | None, eps: float | None
+) -> tuple[Tensor, Tensor]:
+    """(y, rstd (…, 1)), over the last `num_dims` axes."""
+    # PyTorch takes ε of the dtype in which it computes.
+    rows = _wide(x).flatten(-num_dims)
+    eps = torch.finfo(rows.dtype).eps if eps is None else eps
+    rstd = torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps)
+    y = rows * rstd
+    if weight is not None:
+        y = inplace.multiply(y, weight.flatten())
+    return y.to(x.dtype).reshape(x.shape), rstd
+
+
+def rms_norm_gradients(
+    dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None, num_dims: int, need: Need
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx, dweight), None where it is not needed."""
+    rows, grad = _wide(x).flatten(-num_dims), _wide(dy).flatten(-num_dims)
+    products = (grad * rows).flatten(0, -2)  # (rows, entries of a set), for products of matrices
+    dx = dweight = None
+    if need.params and weight is not None:
+        dweight = rstd.flatten() @ products
+        dweight = dweight.to(weight.dtype).reshape(weight.shape)
+    if need.input:
+        if weight is None:
+            along = products.sum(-1)
+        else:
+            scale = weight.flatten().to(rows.dtype)
+            grad, along = grad * scale, products @ scale
+        slope = along.reshape(rstd.shape) * rstd * rstd / max(rows.shape[-1], 1)
+        dx = inplace.multiply(torch.addcmul(grad, rows, slope, value=-1), rstd)
+        dx = dx.to(x.dtype).reshape(x.shape)
+    return dx, dweight
+
+
+def group_norm(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Normalised:
+    """Over the channels of each group and what stands behind them, an example at a time."""
+    memory_format = _memory_format_of_groups(x, groups)
+    x = _dense(x, memory_format)
+    weight, bias = _in_float32(x, weight, x.shape[1:2]), _in_float32(x, bias)
+    sizes = _sizes(x)
+    x = _exact(x, sizes[1] * sizes[2] // groups)
+    if memory_format == torch.contiguous_format or _is_half(x):
+        normalised: Normalised = _group_norm(x, weight, bias, *sizes, groups, eps)
+        return normalised
+    # In channels_last the kernel takes the variance for E[x²] − E[x]²: wrong for a large mean.
+    means = x.mean(tuple(range(2, x.ndim)))
+    around = means.reshape(len(x), groups, -1).mean(2)
+    centred = x - _spatial(around.repeat_interleave(x.shape[1] // groups, 1), x)
+    y, mean, rstd = _group_norm(centred, weight, bias, *sizes, groups, eps)
+    return y, mean + around, rstd
+
+
+def group_norm_gradients(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    groups: int,
+    need: Need,
+) -> Gradients:
+    mask = need.input, *(need.params and weight is not None,) * 2
+    memory_format = _memory_format_of_groups(x, groups)
+    x, dy = _dense(x, memory_format), _dense(dy, memory_format)
+    weight = _in_float32(x, weight, x.shape[1:2])
+    if not x.numel():  # the kernel divides by the size
+        nothing = x.new_zeros(x.shape[1])
+        return _asked((torch.zeros_like(x), nothing, nothing.clone()), mask, x.dtype)
+    # In channels_last the kernel crashes where dx is not asked for.
+    asked = (need.input or memory_format != torch.contiguous_format, *mask[1:])
+    sizes = _sizes(x)
+    entries = sizes[1] * sizes[2] // groups
+    x = _exact(x, entries)
+    dx, *others = _group_norm_backward(dy, x, mean, rstd, weight, *sizes, groups, asked)
+    return _asked((x if entries == 1 else dx, *others), mask, x.dtype)
+
+
+def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Normalised:
+    """A channel at a time, over the batch and what stands behind the channels."""
+    weight, bias = _in_float32(x, weight, x.shape[1:2]), _in_float32(x, bias)
+    x = _dense(x, _memory_format(x))
+    normalised: Normalised = _batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+    return normalised
+
+
+def batch_norm_gradients(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    need: Need,
+) -> Gradients:
+    mask = need.input, *(need.params and weight is not None,) * 2
+    # Where the two differ in layout, or the weight is strided, the kernel returns wrong numbers.
+    memory_format = _memory_format(x)
+    x, dy = _dense(x, memory_format), _dense(dy, memory_format)
+    weight = _in_float32(x, weight, x.shape[1:2])
+    grads = _batch_norm_backward(dy, x, weight, None, None, mean, rstd, True, eps, mask)
+    return _asked(grads, mask, x.dtype)
+
+
+def channel_affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """weight · x + bias, a number of each for a channel."""
+    return torch.addcmul(_spatial(bias, x), x, _spatial(weight, x))
+
+
+def channel_affine_gradients(dy: Tensor, x: Tensor, weight: Tensor, need: Need) -> Gradients:
+    dx = dy * _spatial(weight, x) if need.input else None
+    if not need.params:
+        return dx, None, None
+    axes = (0, *range(2, x.ndim))
+    dweight = (_wide(x) * dy).sum(axes).to(weight.dtype)
+    return dx, dweight, dy.sum(axes)
+
+
+# --- How the kernels want it
+
+
+def _in_float32(x: Tensor, weight: Tensor | None, ones: torch.Size | None = None) -> Tensor | None:
+    """The weight, contiguous; on the CPU in float32 for x in half precision, and there if `ones`
+    is a shape never None."""
+    if x.is_cpu and _is_half(x):
+        if weight is not None:
+            return weight.float().contiguous()
+        return None if ones is None else x.new_ones(ones, dtype=torch.float32)
+    return None if weight is None else weight.contiguous()
+
+
+def _exact(x: Tensor, entries: int) -> Tensor:
+    """x, in place of which sets of one entry see x − μ = 0, which kernels find up to rounding."""
+    return x - x if entries == 1 else x
+
+
+def _is_half(x: Tensor) -> bool:
+    return x.dtype in (torch.bfloat16, torch.float16)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if _is_half(x) else x
+
+
+def _asked(
+    grads: Sequence[Tensor | None], mask: tuple[bool, bool, bool], dtype: torch.dtype
+) -> Gradients:
+    """The gradients that were asked for, in the dtype."""
+    dx, dweight, dbias = (
+        grad.to(dtype) if asked and grad is not None else None
+        for grad, asked in zip(grads, mask, strict=True)
+    )
+    return dx, dweight, dbias
+
+
+def _sizes(x: Tensor) -> tuple[int, int, int]:
+    """(N, C, the number of entries of a channel)."""
+    return x.shape[0], x.shape[1], math.prod(x.shape[2:])
+
+
+def _spatial(channels: Tensor, x: Tensor) -> Tensor:
+    """(…, C) with an axis of size 1 for each axis of x that stands behind the channels."""
+    return channels.reshape((*channels.shape, *(1,) * (x.ndim - 2)))
+
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """The memory format that the kernels should see x in."""
+    # torch.func.vmap knows no other.
+    if x.is_cpu and x.ndim in _CHANNELS_LAST and inplace.is_plain():
+        channels_last = _CHANNELS_LAST[x.ndim]
+        if x.is_contiguous(memory_format=channels_last) and not x.is_contiguous():
+            return channels_last
+    return torch.contiguous_format
+
+
+def _memory_format_of_groups(x: Tensor, groups: int) -> torch.memory_format:
+    # With few channels a group, the kernels for channels_last are slower than copying.
+    few = x.shape[1] < 4 * groups
+    return torch.contiguous_format if few else _memory_format(x)
+
+
+def _dense(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """x in the memory format, with the strides of a new tensor."""
+    if memory_format == torch.contiguous_format:
+        x = x.contiguous()
+        # Strides of axes of size 1 can be anything, and kernels have taken them at their word.
+        if 1 in x.shape and x.stride() != _strides(x.shape):
+            return x.clone(memory_format=memory_format)
+        return x
+    x = x.contiguous(memory_format=memory_format)
+    if 1 in x.shape and x.movedim(1, -1).stride() != _strides(x.movedim(1, -1).shape):
+        return x.clone(memory_format=memory_format)
+    return x
+
+
+def _strides(shape: torch.Size) -> tuple[int, ...]:
+    """The strides of a new contiguous tensor."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))

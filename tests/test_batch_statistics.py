@@ -1,0 +1,349 @@
+"""Batch normalisation without state: what is measured, merged, and folded."""
+
+from dataclasses import dataclass
+
+import optree
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from registry import budget
+from test_properties import close
+
+import funcnet as fn
+from funcnet.layer import run_fwd
+
+KEY = fn.key(0)
+HAS_LINEAR, HAS_TRANSPOSED = hasattr(fn, "Linear"), hasattr(fn, "ConvTranspose2d")
+
+
+@st.composite
+def networks(draw, depth=2):
+    """Nested Sequentials of images with batch normalisation among the layers."""
+    flags, channels = st.booleans(), st.integers(1, 2).map(lambda n: 2 * n)
+    parts = [
+        st.builds(fn.BatchNorm, st.sampled_from([1e-5, 0.1]), affine=flags),
+        st.builds(fn.BatchNorm),
+        st.builds(fn.Conv2d, channels, st.just(2), groups=st.sampled_from([1, 2]), bias=flags),
+        st.builds(fn.UpsampleConv2d, channels, st.integers(1, 3), bias=flags),
+        st.just(fn.Sigmoid()),
+    ]
+    if HAS_LINEAR:
+        parts.append(st.builds(fn.Linear, channels, bias=flags))
+    if HAS_TRANSPOSED:
+        groups = st.sampled_from([1, 2])
+        parts.append(st.builds(fn.ConvTranspose2d, channels, st.just(2), groups=groups, bias=flags))
+    if depth:
+        parts.append(networks(depth - 1))
+    return fn.Sequential(*draw(st.lists(st.one_of(parts), max_size=5)))
+
+
+def measured(net, shape, batch=4, dtype=torch.float64):
+    """(params, x, m), with weights and biases that matter."""
+    params = net.init(fn.key(1), shape, dtype=dtype)
+    params = optree.tree_map(
+        lambda leaf: leaf + (torch.arange(leaf.numel()) % 3).reshape(leaf.shape).to(leaf) / 2,
+        params,
+    )
+    x = fn.normal(fn.key(2), (batch, *shape), dtype=dtype)
+    return params, x, fn.moments(net, params, x, key=KEY)
+
+
+def check_law(net, shape, fold=True, tolerance=1e-10):
+    params, x, m = measured(net, shape)
+    expected = net.apply(params, x, key=KEY)
+    before = optree.tree_map(torch.clone, (params, m))
+    plain, learned = fn.for_inference(net, params, m, fold=fold)
+    close((params, m), before, rtol=0, atol=0)
+    assert not plain.couples_examples
+    close(plain.apply(learned, x), expected, rtol=tolerance, atol=tolerance)
+    assert plain.out_shape(shape) == net.out_shape(shape)
+    fresh = plain.init(KEY, shape, dtype=x.dtype)
+    assert optree.tree_structure(fresh) == optree.tree_structure(learned)
+    return plain, learned
+
+
+# --- The law
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@budget(40)
+@given(st.data())
+def test_inference_is_the_training_pass_on_what_was_measured(fold, data):
+    net = data.draw(networks())
+    try:
+        net.out_shape((2, 6, 6))
+    except ValueError:
+        return  # groups that do not divide
+    plain, _ = check_law(net, (2, 6, 6), fold)
+    if not fold:
+        assert len(plain) == len(net)
+
+
+def test_folding_takes_the_layer_away():
+    net = fn.Sequential(
+        fn.BatchNorm(),
+        fn.Conv2d(4, 3, padding=1, groups=2, bias=False),
+        fn.BatchNorm(),
+        fn.Sequential(fn.UpsampleConv2d(6), fn.BatchNorm(affine=False), fn.BatchNorm()),
+        fn.BatchNorm(),
+        fn.ReLU(),
+        fn.BatchNorm(),
+    )
+    plain, params = check_law(net, (2, 5, 4))
+    assert plain == fn.Sequential(
+        fn.ChannelAffine(),
+        fn.Conv2d(4, 3, padding=1, groups=2),
+        fn.Sequential(fn.UpsampleConv2d(6)),
+        fn.ChannelAffine(),
+        fn.ReLU(),
+        fn.ChannelAffine(),
+    )
+    assert len(params) == 6
+    plain, _ = check_law(net, (2, 5, 4), fold=False)
+    assert not any(isinstance(layer, fn.Conv2d) and layer.bias for layer in plain)
+
+
+def test_a_lone_batch_norm():
+    plain, params = check_law(fn.BatchNorm(), (3, 4, 4))
+    assert plain == fn.ChannelAffine()
+    assert params["weight"].dtype == torch.float64
+
+
+def test_without_batch_norm_nothing_changes():
+    net = fn.Sequential(fn.Conv2d(2, 1), fn.Sequential(fn.ReLU()))
+    params = net.init(KEY, (1, 2, 2))
+    m = fn.moments(net, params, torch.zeros(1, 1, 2, 2), key=KEY)
+    assert m == ((), ((),))
+    plain, same = fn.for_inference(net, params, m)
+    assert plain is net
+    assert same is params
+
+
+def test_no_variance_and_no_eps():
+    """x̂ is 0 there, in training as at inference."""
+    net, x = fn.BatchNorm(eps=0), torch.ones(3, 2, dtype=torch.float64)
+    params = {"weight": torch.ones(2).double(), "bias": torch.tensor([1.0, 2.0]).double()}
+    m = fn.moments(net, params, x, key=KEY)
+    plain, learned = fn.for_inference(net, params, m)
+    close(plain.apply(learned, x), net.apply(params, x, key=KEY))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtypes(dtype):
+    net = fn.Sequential(fn.Conv2d(4, 3), fn.BatchNorm(), fn.ReLU(), fn.BatchNorm(affine=False))
+    params, x, m = measured(net, (2, 6, 6), 8, dtype)
+    assert {leaf.dtype for leaf in optree.tree_leaves(m)} == {torch.float64}
+    plain, learned = fn.for_inference(net, params, m)
+    assert {leaf.dtype for leaf in optree.tree_leaves(learned)} == {dtype}
+    tolerance = 1e-4 if dtype == torch.float32 else 0.2
+    close(plain.apply(learned, x), net.apply(params, x, key=KEY), rtol=0.05, atol=tolerance)
+
+
+@dataclass(frozen=True)
+class Wrapped(fn.Layer):
+    """A combinator of somebody's own, which runs its child a number of times."""
+
+    layer: fn.Layer
+    times: int = 1
+
+    def _init(self, key, shape, dtype, device):
+        return self.layer.init(key, shape, dtype=dtype, device=device)
+
+    def _check(self, params, x):
+        return self.layer._check(params, x)
+
+    def _fwd(self, params, x, key):
+        for _ in range(self.times):
+            x, _ = run_fwd(self.layer, params, x, key)
+        return x, None
+
+
+@dataclass(frozen=True)
+class Twice(fn.Layer):
+    """Two copies of a layer, one after the other, with stacked parameters."""
+
+    layer: fn.Layer
+
+    def _copied(self):
+        return (2,)
+
+    def _out_shape(self, shape):
+        return self.layer.out_shape(self.layer.out_shape(shape))
+
+    def _init(self, key, shape, dtype, device):
+        each = [self.layer.init(k, shape, dtype=dtype, device=device) for k in fn.split(key)]
+        return optree.tree_map(lambda *leaves: torch.stack(leaves), *each)
+
+    def _check(self, params, x):
+        first = optree.tree_map(lambda leaf: leaf[0], params)
+        return self.layer._check(first, x)
+
+    def _fwd(self, params, x, key):
+        for i in range(2):
+            own = optree.tree_map(lambda leaf, i=i: leaf[i], params)
+            x, _ = run_fwd(self.layer, own, x, key)
+        return x, None
+
+
+def test_through_combinators_of_any_kind():
+    net = Wrapped(fn.Sequential(fn.ReLU(), Wrapped(fn.BatchNorm())))
+    plain, params = check_law(net, (3, 4, 4))
+    assert plain == Wrapped(fn.Sequential(fn.ReLU(), Wrapped(fn.ChannelAffine())))
+    assert isinstance(params, tuple)
+
+
+def test_copies_with_stacked_parameters():
+    inner = fn.Sequential(
+        fn.Conv2d(4, 1, groups=2, bias=False), fn.BatchNorm(), fn.ReLU(), fn.BatchNorm(affine=False)
+    )
+    net = fn.Sequential(Twice(Twice(inner)), fn.BatchNorm())
+    _, _, m = measured(net, (4, 3, 3))
+    count, mean, m2 = m[0][1]
+    assert count.shape == (2, 2, 1, 1)
+    assert mean.shape == m2.shape == (2, 2, 4)
+    assert not torch.equal(mean[0, 0], mean[0, 1])
+    for fold in (True, False):
+        plain, params = check_law(net, (4, 3, 3), fold)
+        assert params[0][0]["weight"].shape == (2, 2, 4, 2, 1, 1)
+    assert plain[0] == Twice(
+        Twice(fn.Sequential(inner[0], fn.ChannelAffine(), fn.ReLU(), fn.ChannelAffine()))
+    )
+
+
+def test_the_same_parameters_twice_are_refused():
+    net = fn.Sequential(fn.ReLU(), Wrapped(fn.Sequential(fn.BatchNorm()), times=3))
+    params = net.init(KEY, (2,))
+    with pytest.raises(
+        ValueError, match=r"layer 1: layer 0: BatchNorm\(\): expected to run once.*ran 3 times"
+    ):
+        fn.moments(net, params, torch.rand(4, 2), key=KEY)
+
+
+@pytest.mark.skipif(not HAS_LINEAR, reason="no Linear yet")
+def test_linear_absorbs_features_alone():
+    net = fn.Sequential(fn.Linear(4), fn.BatchNorm())
+    assert check_law(net, (3,))[0] == fn.Sequential(fn.Linear(4))
+    # Axis 1 counts steps here.
+    assert check_law(net, (5, 3))[0] == fn.Sequential(fn.Linear(4), fn.ChannelAffine())
+    assert check_law(net, (4, 3))[0] == fn.Sequential(fn.Linear(4), fn.ChannelAffine())
+
+
+@pytest.mark.skipif(not HAS_TRANSPOSED, reason="no ConvTranspose2d yet")
+@pytest.mark.parametrize("bias", [True, False])
+def test_transposed_convolutions_with_groups(bias):
+    layer = fn.ConvTranspose2d(6, 3, stride=2, groups=2, bias=bias)
+    plain, _ = check_law(fn.Sequential(layer, fn.BatchNorm()), (4, 3, 3))
+    assert len(plain) == 1
+
+
+# --- Moments
+
+
+@budget(30)
+@given(st.lists(st.integers(2, 4), min_size=1, max_size=3), st.integers(0, 2), st.data())
+def test_parts_merge_into_the_whole(sizes, axes, data):
+    net = fn.Sequential(fn.Sigmoid(), fn.BatchNorm(affine=False))
+    x = fn.normal(KEY, (sum(sizes), 3, *(2,) * axes), dtype=torch.float64) * 3 + 100
+    params = net.init(KEY, x.shape[1:])
+    parts = [fn.moments(net, params, part, key=KEY) for part in x.split(sizes)]
+    merged = parts[0]
+    for part in data.draw(st.permutations(parts[1:])):
+        merged = fn.merge_moments(merged, part)
+    count, mean, m2 = merged[1]
+    close(merged, fn.moments(net, params, x, key=KEY), rtol=1e-12, atol=1e-14)
+    seen = torch.sigmoid(x).transpose(0, 1).flatten(1)
+    assert int(count) == seen.shape[1]
+    close((mean, m2), (seen.mean(1), seen.var(1, correction=0) * count.squeeze()))
+
+
+def test_moments_are_a_tree_like_params():
+    net = fn.Sequential(fn.Conv2d(2, 1), fn.Sequential(fn.BatchNorm(), fn.ReLU()))
+    params, x = net.init(KEY, (1, 4, 4)), fn.normal(KEY, (3, 1, 4, 4))
+    m = fn.moments(net, params, x, key=KEY)
+    (count, mean, m2) = m[1][0]
+    assert m == ((), ((count, mean, m2), ()))
+    assert mean.shape == m2.shape == (2,)
+    assert count == 48
+
+
+def test_a_large_mean_in_float32():
+    x = fn.normal(KEY, (1000, 2)) + 1e4
+    _, mean, m2 = fn.moments(fn.BatchNorm(affine=False), (), x, key=KEY)
+    close(
+        (mean, m2 / 1000), (x.double().mean(0), x.double().var(0, correction=0)), rtol=1e-9, atol=0
+    )
+
+
+def test_sets_of_nothing_merge():
+    m = fn.moments(fn.BatchNorm(affine=False), (), torch.rand(4, 2), key=KEY)
+    nothing = optree.tree_map(torch.zeros_like, m)
+    close(fn.merge_moments(m, nothing), m)
+    close(fn.merge_moments(nothing, m), m)
+    close(fn.merge_moments(nothing, nothing), nothing)
+
+
+def test_an_ensemble_under_vmap():
+    net = fn.Sequential(fn.Conv2d(2, 1), fn.BatchNorm())
+    each = [net.init(key, (1, 3, 3)) for key in fn.split(KEY)]
+    many = optree.tree_map(lambda *leaves: torch.stack(leaves), *each)
+    x = fn.normal(KEY, (4, 1, 3, 3))
+
+    def evaluate(params):
+        m = fn.moments(net, params, x, key=KEY)
+        plain, learned = fn.for_inference(net, params, m)
+        return plain.apply(learned, x)
+
+    expected = torch.stack([net.apply(params, x, key=KEY) for params in each])
+    torch.testing.assert_close(torch.func.vmap(evaluate)(many), expected, rtol=1e-4, atol=1e-5)
+
+
+# --- Refusals
+
+
+def test_refusals():
+    net = fn.Sequential(
+        fn.ReLU(), fn.Sequential(fn.BatchNorm(), fn.Conv2d(3, 1), fn.BatchNorm(affine=False))
+    )
+    params, _, m = measured(net, (2, 3, 3))
+    first, nothing, last = m[1]
+    one = (torch.ones(1, 1), *first[1:])
+    narrow = tuple(part[..., :1] for part in last)
+    cases = [
+        (
+            (first, m[1]),
+            r"layer 0: ReLU\(\): expected moments m to be \(\), got \(count, mean, M2\)",
+        ),
+        (((),), "Sequential of 2 layers: expected moments m to be those of 2 layers, got a tuple"),
+        (first, "Sequential of 2 layers: expected moments m to be those of 2 layers, got .count"),
+        (((), (nothing, nothing, last)), r"layer 1: layer 0: BatchNorm\(\): expected moments m to"),
+        (
+            ((), (one, nothing, last)),
+            r"layer 1: layer 0: BatchNorm\(\): expected moments of at least "
+            "2 values per channel, got count 1",
+        ),
+        (((), (narrow, nothing, last)), r"layer 1: layer 0: BatchNorm\(\): expected params"),
+        (((), (first, nothing, narrow)), "layer 1: layer 2: expected moments m of 3 channels"),
+    ]
+    for wrong, message in cases:
+        with pytest.raises(ValueError, match=message):
+            fn.for_inference(net, params, wrong)
+    with pytest.raises(ValueError, match="expected params of 2 layers, got a tuple of 1"):
+        fn.for_inference(net, params[:1], m)
+    with pytest.raises(TypeError, match="for_inference: expected net to be a Layer, got tuple"):
+        fn.for_inference(params, net, m)
+    with pytest.raises(TypeError, match="expected fold to be True or False, got 1"):
+        fn.for_inference(net, params, m, fold=1)
+    with pytest.raises(TypeError, match="moments: expected net to be a Layer"):
+        fn.moments(params, net, torch.zeros(1), key=KEY)
+    with pytest.raises(ValueError, match=r"layer 1: layer 0: BatchNorm\(\): expected a key"):
+        fn.moments(net, params, torch.rand(2, 2, 3, 3).double(), key=None)
+    for other in (
+        ((), ()),
+        ((), (last, nothing, first)),
+        ((), (first, nothing)),
+        ((), first),
+        None,
+    ):
+        with pytest.raises(ValueError, match=r"merge_moments: .*expected moments of"):
+            fn.merge_moments(m, other)

@@ -1,0 +1,389 @@
+"""Normalisations: the formulas at their corners, and where PyTorch's kernels are wrong."""
+
+import math
+
+import optree
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from registry import budget, key_for
+from test_properties import close
+
+import funcnet as fn
+from funcnet.testing import check_vjp, strategies
+
+KEY = fn.key(0)
+NORMALISATIONS = [fn.LayerNorm, fn.RMSNorm, fn.GroupNorm, fn.InstanceNorm, fn.BatchNorm]
+every = pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (fn.LayerNorm(2), (6, 4, 3)),
+        (fn.LayerNorm(elementwise_affine=False), (6, 5)),
+        (fn.RMSNorm(2), (6, 4, 3)),
+        (fn.GroupNorm(3), (6, 4, 3)),
+        (fn.GroupNorm(3), (6,)),
+        (fn.GroupNorm(2, affine=False), (6, 2, 4, 3)),
+        (fn.InstanceNorm(affine=True), (6, 4, 3)),
+        (fn.InstanceNorm(), (6, 2, 4, 3)),
+        (fn.BatchNorm(), (6, 4, 3)),
+        (fn.BatchNorm(affine=False), (6, 2, 4, 3)),
+        (fn.BatchNorm(), (6,)),
+        (fn.ChannelAffine(), (6, 4, 3)),
+    ],
+    ids=repr,
+)
+
+
+def formula(layer, params, x):
+    """y as the head of the module writes it."""
+    weight, bias = (params["weight"], params.get("bias", 0)) if params else (1, 0)
+    channels = (-1, *(1,) * (x.ndim - 2))
+    if not isinstance(layer, fn.LayerNorm | fn.RMSNorm) and params:
+        weight, bias = weight.reshape(channels), bias.reshape(channels)
+    if isinstance(layer, fn.ChannelAffine):
+        return weight * x + bias
+    if isinstance(layer, fn.RMSNorm):
+        axes = tuple(range(-layer.num_dims, 0))
+        eps = torch.finfo(x.dtype).eps if layer.eps is None else layer.eps
+        return weight * x * torch.rsqrt(x.square().mean(axes, keepdim=True) + eps)
+    parted = x
+    if isinstance(layer, fn.LayerNorm):
+        axes = tuple(range(-layer.num_dims, 0))
+    elif isinstance(layer, fn.BatchNorm):
+        axes = (0, *range(2, x.ndim))
+    else:
+        groups = layer.num_groups if isinstance(layer, fn.GroupNorm) else x.shape[1]
+        parted = x.unflatten(1, (groups, -1))
+        axes = tuple(range(2, parted.ndim))
+    variance, mean = torch.var_mean(parted, axes, correction=0, keepdim=True)
+    return weight * ((parted - mean) * torch.rsqrt(variance + layer.eps)).reshape(x.shape) + bias
+
+
+def by_autograd(layer, params, x, grad):
+    """(y, dparams, dx) of the formula."""
+    params, x = optree.tree_map(lambda leaf: leaf.detach().clone().requires_grad_(), (params, x))
+    y = formula(layer, params, x)
+    leaves = [*optree.tree_leaves(params), x]
+    *dparams, dx = torch.autograd.grad(y, leaves, grad)
+    return y.detach(), optree.tree_structure(params).unflatten(dparams), dx
+
+
+def ours(layer, params, x, grad):
+    return layer.apply(params, x, key=KEY), *layer.vjp(params, x, grad, key=KEY)
+
+
+def random_params(layer, shape, dtype=torch.float64):
+    """Parameters with different weights for each channel."""
+    params = layer.init(KEY, shape, dtype=dtype)
+    names = iter(range(10))
+    return optree.tree_map(
+        lambda leaf: fn.uniform(fn.key(next(names)), leaf.shape, 0.5, 2.0, dtype=dtype), params
+    )
+
+
+# --- The formulas
+
+
+@pytest.mark.parametrize("cls", [*NORMALISATIONS, fn.ChannelAffine])
+@budget(20)
+@given(st.data())
+def test_formula_in_any_layout(cls, data):
+    case = data.draw(
+        strategies.cases(
+            strategies.layers(cls),
+            batches=st.sampled_from([1, 2, 3]),
+            dtypes=st.just(torch.float64),
+            integers=False,
+        )
+    )
+    layer, _, x = case
+    params = random_params(layer, x.shape[1:])
+    grad = data.draw(strategies.tensors(x.shape, torch.float64))
+    close(ours(layer, params, x, grad), by_autograd(layer, params, x, grad), rtol=1e-7, atol=1e-8)
+
+
+def test_no_eps():
+    x = fn.normal(KEY, (4, 6, 5), dtype=torch.float64)
+    for layer in [fn.LayerNorm(eps=0), fn.RMSNorm(eps=0), fn.GroupNorm(2, eps=0)]:
+        params = random_params(layer, (6, 5))
+        close(ours(layer, params, x, x), by_autograd(layer, params, x, x), rtol=1e-10, atol=1e-12)
+    for layer in [fn.InstanceNorm(eps=0), fn.BatchNorm(eps=0, affine=False)]:
+        close(ours(layer, (), x, x), by_autograd(layer, (), x, x), rtol=1e-10, atol=1e-12)
+    check_vjp(fn.BatchNorm(eps=0, affine=False), (), x[:, :3, :2], key=KEY)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_rms_norms_eps_is_torchs(dtype):
+    x = (fn.normal(KEY, (4, 8), dtype=torch.float64) * 1e-4).to(dtype)
+    y = fn.RMSNorm(elementwise_affine=False).apply((), x)
+    torch.testing.assert_close(y, F.rms_norm(x, (8,)))
+
+
+# --- Corners
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("offset", [1e2, 1e4])
+@pytest.mark.parametrize("layer", [fn.LayerNorm(3), fn.GroupNorm(4), fn.InstanceNorm()], ids=repr)
+def test_large_means(layer, offset, layout):
+    """In channels_last, torch's group_norm is off by 1000 here; a rounding of x moves y by 1e-3."""
+    x = fn.normal(KEY, (8, 32, 16, 16)) + offset
+    params = layer.init(KEY, x.shape[1:])
+    double = optree.tree_map(torch.Tensor.double, params)
+    grad = fn.normal(fn.key(1), x.shape)
+    y, _, dx = by_autograd(layer, double, x.double(), grad.double())
+    if layout == "channels_last":
+        x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
+    found, _, found_dx = ours(layer, params, x, grad)
+    rounding = offset * torch.finfo(torch.float32).eps
+    assert (found - y).abs().max() < 3 * rounding
+    assert (found_dx - dx).abs().max() < 6 * rounding
+
+
+def test_constant_sets():
+    x = torch.full((2, 4, 6), 3.0, dtype=torch.float64)
+    for layer in [fn.LayerNorm(), fn.GroupNorm(2), fn.InstanceNorm(), fn.BatchNorm()]:
+        params = layer.init(KEY, (4, 6), dtype=x.dtype)
+        assert layer.apply(params, x, key=KEY).abs().max() < 1e-10
+    without = {
+        fn.LayerNorm(eps=0): F.layer_norm(x, (6,), eps=0),
+        fn.GroupNorm(2, eps=0): F.group_norm(x, 2, eps=0),
+        fn.BatchNorm(eps=0): torch.zeros_like(x),  # F.batch_norm refuses; the kernel says so
+        fn.RMSNorm(eps=0): F.rms_norm(x, (6,), eps=0),
+    }
+    for layer, expected in without.items():
+        params = layer.init(KEY, (4, 6), dtype=x.dtype)
+        torch.testing.assert_close(layer.apply(params, x, key=KEY), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(fn.LayerNorm(), (4, 1)), (fn.GroupNorm(4), (4,))], ids=repr
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_of_a_set_of_one_entry_the_bias_is_left(layer, shape, dtype):
+    params = random_params(layer, shape, dtype)
+    x, grad = fn.normal(KEY, (2, 3, *shape), dtype=dtype)
+    y, dparams, dx = ours(layer, params, x, grad)
+    assert torch.equal(y, params["bias"].expand_as(y))
+    assert not dx.any()
+    assert not dparams["weight"].any()
+    torch.testing.assert_close(dparams["bias"], grad.sum_to_size(dparams["bias"].shape))
+
+
+def test_what_is_not_finite_stays_so():
+    x = torch.tensor([[1.0, 2.0, math.nan, 4.0], [1.0, 2.0, 3.0, math.inf]])
+    for layer in [fn.LayerNorm(elementwise_affine=False), fn.GroupNorm(4, affine=False)]:
+        assert layer.apply((), x)[0, 2].isnan()
+        assert layer.apply((), x)[1, 3].isnan()
+
+
+@every
+def test_empty_examples_and_batches(layer, shape):
+    if isinstance(layer, fn.InstanceNorm | fn.BatchNorm):
+        return
+    for batch, sizes in ((0, shape), (2, (*shape[:-1], 0)) if len(shape) > 1 else (0, shape)):
+        params = layer.init(KEY, sizes)
+        x = torch.zeros(batch, *sizes)
+        y, dparams, dx = ours(layer, params, x, x)
+        assert y.shape == dx.shape == x.shape
+        assert all(not leaf.any() for leaf in optree.tree_leaves(dparams))
+
+
+@every
+def test_half_precision_keeps_statistics_in_float32(layer, shape):
+    """Around 100, a mean in bfloat16 would be off by a quarter of the standard deviation."""
+    x = fn.normal(KEY, (4, *shape)).bfloat16() + 100
+    grad = fn.normal(fn.key(1), x.shape).bfloat16()
+    params = random_params(layer, shape, torch.bfloat16)
+    double = optree.tree_map(torch.Tensor.double, (params, x, grad))
+    if isinstance(layer, fn.ChannelAffine):
+        return
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        if memory_format == torch.channels_last and x.ndim != 4:
+            continue
+        found = ours(
+            layer,
+            params,
+            x.contiguous(memory_format=memory_format),
+            grad.contiguous(memory_format=memory_format),
+        )
+        assert all(leaf.dtype == torch.bfloat16 for leaf in optree.tree_leaves(found))
+        found = optree.tree_map(torch.Tensor.double, found)
+        close(found, by_autograd(layer, *double), rtol=0.02, atol=0.05)
+    kept = optree.tree_leaves(layer.fwd(params, x, key=KEY)[1])
+    assert {leaf.dtype for leaf in kept[2:]} == {torch.float32}
+
+
+@every
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_without_dx(layer, shape, memory_format):
+    """Without dx, torch's gradient of group_norm crashes in channels_last."""
+    params, x = random_params(layer, shape), fn.normal(KEY, (2, *shape), dtype=torch.float64)
+    if x.ndim == 4:
+        x = x.contiguous(memory_format=memory_format)
+    dparams, dx = layer.vjp(params, x, x, key=KEY)
+    alone, nothing = layer.vjp(params, x, x, key=KEY, input_grad=False)
+    assert nothing is None
+    close(alone, dparams)
+    nothing, alone = layer.vjp(params, x, x, key=KEY, param_grad=False)
+    assert nothing is None
+    close(alone, dx)
+
+
+# --- Where PyTorch's are wrong
+
+
+def test_instance_norm_of_one_example_with_a_channels_last_gradient():
+    x, grad = fn.normal(KEY, (2, 1, 4, 3, 5), dtype=torch.float64)
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    layer = fn.InstanceNorm()
+    close(ours(layer, (), x, grad), by_autograd(layer, (), x, grad), rtol=1e-10, atol=1e-12)
+
+
+def test_batch_norm_with_a_strided_weight():
+    x, grad = fn.normal(KEY, (2, 5, 4), dtype=torch.float64)
+    numbers = fn.normal(fn.key(1), (4, 2), dtype=torch.float64)
+    layer, params = fn.BatchNorm(), {"weight": numbers[:, 0], "bias": numbers[:, 1]}
+    close(ours(layer, params, x, grad), by_autograd(layer, params, x, grad), rtol=1e-10, atol=1e-12)
+
+
+def test_instance_norm_of_a_batch_of_nothing():
+    x = torch.zeros(0, 3, 4, 4)
+    layer = fn.InstanceNorm(affine=True)
+    y, dparams, dx = ours(layer, layer.init(KEY, (3, 4, 4)), x, x)
+    assert y.shape == dx.shape == x.shape
+    assert not any(leaf.any() for leaf in dparams.values())
+
+
+# --- Batch normalisation's conditions
+
+
+def test_batch_norm_wants_a_key_but_not_its_value():
+    net = fn.Sequential(fn.Conv2d(2, 1), fn.Sequential(fn.BatchNorm()))
+    params, x = net.init(KEY, (3, 2, 2)), fn.normal(KEY, (4, 3, 2, 2))
+    assert net.out_shape((3, 2, 2)) == (2, 2, 2)
+    y = net.apply(params, x, key=KEY)
+    assert torch.equal(net.apply(params, x, key=fn.key(7)), y)
+    message = r"layer 1: layer 0: BatchNorm\(\): expected a key.*fn\.moments.*fn\.for_inference"
+    for call in (
+        lambda: net.apply(params, x),
+        lambda: net.fwd(params, x),
+        lambda: net.vjp(params, x, y),
+        lambda: fn.value_and_grad(net, fn.MSE())(params, x, y),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    fn.value_and_grad(net, fn.MSE())(params, x, y, key=KEY)
+
+
+def test_a_single_value_per_channel_is_refused():
+    net = fn.Sequential(fn.ReLU(), fn.BatchNorm())
+    params = net.init(KEY, (3,))
+    net.apply(params, torch.zeros(2, 3), key=KEY)  # another batch of this has been accepted
+    for batch in (1, 0):
+        with pytest.raises(ValueError, match=r"layer 1: BatchNorm\(\): expected at least 2 values"):
+            net.apply(params, torch.zeros(batch, 3), key=KEY)
+    layer = fn.BatchNorm(affine=False)
+    assert layer.apply((), torch.zeros(1, 3, 2), key=KEY).shape == (1, 3, 2)
+    for x in (torch.zeros(1, 3, 1, 1), torch.zeros(4, 3, 0)):
+        with pytest.raises(ValueError, match="expected at least 2 values per channel"):
+            layer.apply((), x, key=KEY)
+    for shape in ((3,), (3, 1, 1)):
+        for call in (fn.InstanceNorm().out_shape, lambda shape: fn.InstanceNorm().init(KEY, shape)):
+            with pytest.raises(ValueError, match=r"InstanceNorm\(\): expected at least 2 values"):
+                call(shape)
+        with pytest.raises(ValueError, match=r"InstanceNorm\(\): expected at least 2 values"):
+            fn.InstanceNorm().apply((), torch.zeros(5, *shape))
+
+
+def test_who_couples_examples():
+    assert fn.BatchNorm().couples_examples
+    assert fn.Sequential(fn.ReLU(), fn.Sequential(fn.BatchNorm())).couples_examples
+    for layer in (fn.InstanceNorm(), fn.UpsampleConv2d(2), fn.Sequential(fn.ReLU())):
+        assert not layer.couples_examples
+
+
+# --- Settings and shapes
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: fn.LayerNorm(0), "LayerNorm: expected num_dims >= 1, got 0"),
+        (lambda: fn.GroupNorm(2, eps=-1e-5), "GroupNorm: expected eps to be finite and >= 0"),
+        (lambda: fn.RMSNorm(eps=math.nan), "RMSNorm: expected eps to be finite and >= 0, got nan"),
+        (lambda: fn.BatchNorm(eps=math.inf), "BatchNorm: expected eps to be finite"),
+        (
+            lambda: fn.LayerNorm(2).out_shape((4,)),
+            r"LayerNorm\(num_dims=2\): expected the shape of one example to have at least 2 axes, "
+            r"got \(4,\)",
+        ),
+        (lambda: fn.RMSNorm(3).init(KEY, (4, 4)), "to have at least 3 axes"),
+        (lambda: fn.LayerNorm(2).apply((), torch.zeros(2, 4)), "to have at least 2 axes"),
+        (
+            lambda: fn.GroupNorm(3).init(KEY, (4, 2)),
+            r"GroupNorm\(3\): expected channels that num_groups=3 divides, got 4",
+        ),
+        (lambda: fn.GroupNorm(3).out_shape(()), r"expected the shape of one example, \(C, …\)"),
+        (
+            lambda: fn.GroupNorm(2).apply(
+                fn.GroupNorm(2).init(KEY, (4, 3, 3)), torch.zeros(1, 6, 2)
+            ),
+            r"GroupNorm\(2\): expected x of shape \(N, 4, …\), got \(1, 6, 2\)",
+        ),
+        (
+            lambda: fn.LayerNorm().apply(fn.LayerNorm().init(KEY, (4,)), torch.zeros(1, 3, 5)),
+            r"LayerNorm\(\): expected x of shape \(N, \*, 4\), got \(1, 3, 5\)",
+        ),
+        (
+            lambda: fn.BatchNorm(affine=False).apply({}, torch.zeros(2, 3), key=KEY),
+            r"expected no parameters, \(\), got dict",
+        ),
+    ],
+)
+def test_refusals(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_parameters_start_from_ones_and_zeros():
+    for layer, names, size in (
+        (fn.LayerNorm(2), {"weight", "bias"}, (4, 3)),
+        (fn.LayerNorm(bias=False), {"weight"}, (3,)),
+        (fn.RMSNorm(2), {"weight"}, (4, 3)),
+        (fn.GroupNorm(3), {"weight", "bias"}, (6,)),
+        (fn.InstanceNorm(affine=True), {"weight", "bias"}, (6,)),
+        (fn.BatchNorm(), {"weight", "bias"}, (6,)),
+        (fn.ChannelAffine(), {"weight", "bias"}, (6,)),
+    ):
+        params = layer.init(KEY, (6, 4, 3))
+        assert set(params) == names
+        assert torch.equal(params["weight"], torch.ones(size))
+        assert not params.get("bias", torch.zeros(size)).any()
+    for layer in (
+        fn.LayerNorm(elementwise_affine=False),
+        fn.RMSNorm(elementwise_affine=False),
+        fn.GroupNorm(3, affine=False),
+        fn.InstanceNorm(),
+        fn.BatchNorm(affine=False),
+    ):
+        assert layer.init(KEY, (6, 4, 3)) == ()
+
+
+# --- Compiled, and traced for another device
+
+
+@pytest.mark.parametrize("cls", [*NORMALISATIONS, fn.ChannelAffine])
+def test_compiled(cls):
+    layer = cls(3) if cls is fn.GroupNorm else cls()
+    x = fn.normal(KEY, (2, 6, 4, 3)).contiguous(memory_format=torch.channels_last)
+    params = random_params(layer, x.shape[1:], torch.float32)
+    key = key_for(layer)
+
+    def step(params, x):
+        return layer.apply(params, x, key=key), *layer.vjp(params, x, x, key=key)
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    close(compiled(params, x), step(params, x), rtol=1e-4, atol=1e-5)

@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _report(outcome: Outcome) -> None:
     print(
-        f"{outcome.verdict.value:<9}  {outcome.mutant.name:<58} {outcome.seconds:5.1f} s  "
+        f"{outcome.verdict.value:<10}  {outcome.mutant.name:<58} {outcome.seconds:5.1f} s  "
         f"{outcome.detail}",
         flush=True,
     )

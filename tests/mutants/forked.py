@@ -59,8 +59,9 @@ def _kill(pid: int) -> None:
 
 
 def _run(tree: str, arguments: list[str], output: str) -> None:
-    """Run pytest in a tree, and end the process. This is the forked process."""
+    """Run pytest in a tree, in the forked process, and exit with its code."""
     os.setsid()
+    threading.Thread(target=_end_with_the_gate, daemon=True).start()
     with open(output, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -80,7 +81,10 @@ def _run(tree: str, arguments: list[str], output: str) -> None:
     from . import plugin
 
     torch.set_num_threads(1)
-    code = pytest.main(arguments, plugins=[plugin])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    sys.exit(int(pytest.main(arguments, plugins=[plugin])))
+
+
+def _end_with_the_gate() -> None:
+    """Kill this run, and what its tests have started, when the gate's process ends."""
+    multiprocessing.parent_process().join()
+    os.killpg(0, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Bugs in the convolutions: their geometry, and every implementation but the next two files'."""
+"""Bugs in the convolutions' geometry and in most of their implementations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GEOMETRY = in_file(
         "same-odd-side",
         "(height // 2, height - height // 2), (width // 2, width - width // 2)",
         "(height - height // 2, height // 2), (width - width // 2, width // 2)",
-        'the odd entry of "same" goes after the picture, as in PyTorch',
+        'the odd entry of "same" goes after the image, as in PyTorch',
     ),
     Row(
         "same-without-dilation",
@@ -99,7 +99,7 @@ NATIVE = in_file(
         "one-channel-in-channels-last",
         "if x.shape[1] > 1 and x.stride() == _strides(x, torch.channels_last):",
         "if x.stride() == _strides(x, torch.channels_last):",
-        "pictures of one channel are not read past their end",
+        "images of one channel are not read past their end",
     ),
     Row(
         "strides-of-single-entries-trusted",
@@ -111,7 +111,7 @@ NATIVE = in_file(
         "gradients-in-half-precision",
         "torch.float16) and x.is_cpu",
         "torch.float16) and not x.is_cpu",
-        "PyTorch's gradients in bfloat16 are wrong for pictures of few columns",
+        "PyTorch's gradients in bfloat16 are wrong for images of few columns",
     ),
     Row(
         "strides-taken-at-their-word",
@@ -129,7 +129,7 @@ NATIVE = in_file(
         "odd-padding-before",
         "F.pad(x, (0, right - left, 0, bottom - top))",
         "F.pad(x, (right - left, 0, bottom - top, 0))",
-        'the odd entry of "same" goes after the picture, as in PyTorch',
+        'the odd entry of "same" goes after the image, as in PyTorch',
     ),
     Row(
         "odd-padding-cropped-before",

@@ -1,4 +1,4 @@
-"""Bugs in the convolutions that save products as Karatsuba does."""
+"""Bugs in the convolutions that save products by Karatsuba's method."""
 
 from __future__ import annotations
 

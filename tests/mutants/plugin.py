@@ -1,8 +1,8 @@
 """What pytest loads in a copy of the source tree, so that exit code 1 means: a test has failed.
 
-The copy's funcnet must be the one that is imported, and everything must be collected; else pytest
-ends with another code. Hypothesis takes the quick profile, but draws the same examples each time
-and shrinks none, since nobody reads them.
+The copy's funcnet must be the one that is imported, and everything must be collected. Otherwise
+pytest ends with another code. Hypothesis takes the quick profile, but draws the same examples each
+time and shrinks none, since nobody reads them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hypothesis import Phase, settings
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """After conftest.py, whose quick profile is the one to vary."""
+    """Vary the quick profile, after conftest.py has made it."""
     _check_is_the_copy(config.rootpath)
     settings.register_profile(
         "gate",

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+import compileall
 import enum
-import os
+import importlib.util
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from .table import Mutant
+from .forked import run_pytest
+from .mutant import GateError, Generated, Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITE = ("tests",)
-"""What a mutant meets that the tests named for it have not killed."""
+"""What a mutant meets that its first tests have not killed."""
 
 _COPIED = ("funcnet", "tests", "pyproject.toml")
 # The gate itself, and the tests of what is no part of the package.
-_LEFT_OUT = ("mutants", "test_mutants.py", "test_denoise.py", "test_benchmark.py")
-_PYTEST = [
-    *(sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-rfE"),
-    *("-p", "no:cacheprovider", "-p", "mutants.plugin"),
+_LEFT_OUT = (
+    *("mutants", "test_mutants.py"),
+    *("test_denoise.py", "test_benchmark.py", "test_verify_your_layer.py"),
+)
+_ARGUMENTS = [
+    *("-q", "-x", "--tb=no", "-rfE"),
+    *("-p", "no:cacheprovider"),
+    "--assert=plain",  # nobody reads what was compared, and modules load from their bytecode
     *("-k", "not shrink"),  # the plugin has Hypothesis shrink nothing
     *("-o", "addopts=--strict-markers --strict-config"),  # no doctests: they are no properties
     *(f"--ignore=tests/{name}" for name in _LEFT_OUT),
@@ -37,14 +41,12 @@ _CRASHES = {-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGFPE}
 """How a process ends of a bug in it, and not of something done to it."""
 
 
-class GateError(Exception):
-    """The gate cannot judge: a patch does not apply, or the suite fails without a bug."""
-
-
 class Verdict(enum.Enum):
     KILLED = "killed"
     TIMED_OUT = "timed out"
     SURVIVED = "survived"
+    EQUIVALENT = "equivalent"
+    NOT_EQUIVALENT = "killed, though listed as equivalent"
     ERROR = "error"
 
 
@@ -63,19 +65,27 @@ class Outcome:
 
 
 def gate(
-    mutants: Sequence[Mutant], jobs: int = 2, report: Callable[[Outcome], None] = lambda _: None
+    mutants: Sequence[Mutant],
+    jobs: int = 2,
+    report: Callable[[Outcome], None] = lambda _: None,
+    equivalent: Mapping[str, str] | None = None,
+    quick: bool = False,
 ) -> list[Outcome]:
-    """What becomes of each mutant, in order; `report` hears of each as soon as it is known.
+    """Return what becomes of each mutant, in order; `report` hears of each as soon as it is known.
 
     The tests that a mutant names run first, and the whole suite where they all pass; each only
-    after it has passed without a bug, and ten times as long at most (five minutes at least).
+    after it has passed without a bug, and ten times as long at most (a minute at least). With
+    `quick`, and for mutants that are listed as equivalent, the first tests are all.
 
-    Raises GateError if a patch does not apply or the suite fails without a bug.
+    Raise GateError if a bug cannot be planted or the suite fails without a bug.
     """
+    equivalent = equivalent or {}
 
     def first(mutant: Mutant) -> Outcome:
-        outcome = _patiently(mutant, tree, mutant.tests, limit)
-        if outcome.verdict is not Verdict.SURVIVED:
+        outcome = _patiently(mutant, tree, mutant.tests, limits[mutant.tests])
+        if mutant.name in equivalent:
+            outcome = _as_listed(outcome, equivalent[mutant.name])
+        if quick or outcome.verdict is not Verdict.SURVIVED:
             report(outcome)
         return outcome
 
@@ -88,63 +98,79 @@ def gate(
     with snapshot() as tree, ThreadPoolExecutor(jobs) as pool:
         for mutant in mutants:
             plant(mutant, tree)
-        named = sorted({test for mutant in mutants for test in mutant.tests})
-        parts = [named[i::jobs] for i in range(min(jobs, len(named)))]
-        limit = max(map(_limit, pool.map(lambda tests: baseline(tree, tests), parts)))
+        named = list(dict.fromkeys(mutant.tests for mutant in mutants))
+        times = pool.map(lambda tests: baseline(tree, tests), named)
+        limits = dict(zip(named, map(_limit, times), strict=True))
         outcomes = list(pool.map(first, mutants))
-        if any(outcome.verdict is Verdict.SURVIVED for outcome in outcomes):
-            limit = jobs * _limit(baseline(tree, SUITE))
+        if quick or all(outcome.verdict is not Verdict.SURVIVED for outcome in outcomes):
+            return outcomes
+        limit = jobs * _limit(baseline(tree, SUITE))
         return list(pool.map(second, outcomes))
 
 
 @contextmanager
 def snapshot() -> Iterator[Path]:
-    """A copy of the source tree as it is now."""
+    """Copy the source tree as it is now, and compile it."""
     with TemporaryDirectory(prefix="funcnet-gate-") as folder:
         tree = Path(folder)
-        _copy(ROOT, tree)
+        _copy(ROOT, tree, "__pycache__", ".*")
+        for part in ("funcnet", "tests"):
+            compileall.compile_dir(tree / part, quiet=2)
         yield tree
 
 
 def plant(mutant: Mutant, tree: Path) -> str:
-    """The source of a mutant's file with the bug. Raises GateError if the patch does not apply."""
-    source = (tree / mutant.file).read_text("utf-8")
-    found = source.count(mutant.old)
-    if found != 1:
-        raise GateError(f"{mutant.name}: expected its old text once in {mutant.file}, got {found}×")
-    return source.replace(mutant.old, mutant.new)
+    """Return the source of a mutant's file with the bug. Raise GateError if it does not apply."""
+    path = tree / mutant.file
+    if not path.exists():
+        raise GateError(f"{mutant.name}: there is no file {mutant.file}")
+    return mutant.planted(path.read_text("utf-8"))
 
 
 def baseline(tree: Path, tests: Sequence[str]) -> float:
-    """The seconds that tests take without a bug. Raises GateError if they do not pass."""
+    """Return the seconds that tests take without a bug. Raise GateError if they do not pass."""
     start = time.monotonic()
-    code, output = _run_pytest(tree, tests, None)
+    code, output = run_pytest(tree, [*_ARGUMENTS, *tests])
     if code != 0:
         raise GateError(f"without a bug, {' '.join(tests)} do not pass:\n{output}")
     return time.monotonic() - start
 
 
 def examine(mutant: Mutant, tree: Path, tests: Sequence[str], limit: float) -> Outcome:
-    """What tests make of a mutant, planted in a copy of a tree. Only a failing test kills it."""
+    """Run tests against a mutant, planted in a copy of a tree."""
     start = time.monotonic()
-    with TemporaryDirectory(prefix=f"funcnet-{mutant.name}-") as folder:
+    with TemporaryDirectory(prefix="funcnet-mutant-") as folder:
         copy = Path(folder)
         _copy(tree, copy)
-        (copy / mutant.file).write_text(plant(mutant, tree), "utf-8")
+        file = copy / mutant.file
+        file.write_text(plant(mutant, tree), "utf-8")
+        Path(importlib.util.cache_from_source(str(file))).unlink(missing_ok=True)
         try:
-            verdict, detail = _judge(*_run_pytest(copy, tests, limit))
-        except subprocess.TimeoutExpired:
-            verdict, detail = Verdict.TIMED_OUT, f"after {limit:.0f} s"
+            verdict, detail = _judge(mutant, *run_pytest(copy, [*_ARGUMENTS, *tests], limit))
+        except TimeoutError as error:
+            verdict, detail = Verdict.TIMED_OUT, str(error)
     return Outcome(mutant, verdict, detail, time.monotonic() - start)
 
 
 def _patiently(mutant: Mutant, tree: Path, tests: Sequence[str], limit: float) -> Outcome:
-    """`examine`, but time must run out twice: the machine may have stood still."""
+    """Examine a mutant again if time runs out: the machine may have stood still."""
     outcome = examine(mutant, tree, tests, limit)
     return examine(mutant, tree, tests, limit) if outcome.verdict is Verdict.TIMED_OUT else outcome
 
 
-def _judge(code: int, output: str) -> tuple[Verdict, str]:
+def _as_listed(outcome: Outcome, reason: str) -> Outcome:
+    """Return the outcome of a mutant that is listed as equivalent."""
+    verdict, detail = Verdict.NOT_EQUIVALENT, outcome.detail
+    if outcome.verdict is Verdict.SURVIVED:
+        verdict, detail = Verdict.EQUIVALENT, reason
+    return Outcome(outcome.mutant, verdict, detail, outcome.seconds)
+
+
+def _judge(mutant: Mutant, code: int, output: str) -> tuple[Verdict, str]:
+    """Judge by how pytest ended. Only a failing test kills a bug that was written by hand.
+
+    A generated bug is no typing error, so it may also make funcnet or the tests unimportable.
+    """
     failures = [line for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
     if code == 0:
         return Verdict.SURVIVED, ""
@@ -152,42 +178,19 @@ def _judge(code: int, output: str) -> tuple[Verdict, str]:
         return Verdict.KILLED, failures[0].split(" - ")[0]
     if code in _CRASHES:
         return Verdict.KILLED, f"the process ended by {signal.Signals(-code).name}"
+    if code == 4 and isinstance(mutant, Generated):
+        return Verdict.KILLED, "the tests cannot be collected"
     return Verdict.ERROR, f"pytest ended with {code}:\n{output}"
 
 
 def _limit(seconds: float) -> float:
-    return max(300.0, 10 * seconds)
+    return max(60.0, 10 * seconds)
 
 
-def _copy(source: Path, target: Path) -> None:
+def _copy(source: Path, target: Path, *ignored: str) -> None:
     for name in _COPIED:
         if (source / name).is_dir():
-            ignored = shutil.ignore_patterns("__pycache__", ".*")
-            shutil.copytree(source / name, target / name, ignore=ignored)
+            ignore = shutil.ignore_patterns(*ignored)
+            shutil.copytree(source / name, target / name, ignore=ignore)
         else:
-            shutil.copy(source / name, target / name)
-
-
-def _run_pytest(tree: Path, tests: Sequence[str], limit: float | None) -> tuple[int, str]:
-    """The exit code and the output. Raises subprocess.TimeoutExpired."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, (tree, tree / "tests"))),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "OMP_NUM_THREADS": "1",
-        "HYPOTHESIS_PROFILE": "quick",
-    }
-    with subprocess.Popen(
-        [*_PYTEST, *tests],
-        cwd=tree,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=limit)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)  # what the tests have started, too
-            raise
-    return process.returncode, output
+            shutil.copy2(source / name, target / name)

@@ -1,0 +1,151 @@
+"""Bugs in saving and loading."""
+
+from __future__ import annotations
+
+from ..mutant import Row, in_file
+
+CHECKPOINT = (
+    *in_file(
+        "checkpoint/reading.py",
+        "test_checkpoint_hostile.py",
+        Row(
+            "data-checksum-skipped",
+            "if found == expected:",
+            "if len(found) == len(expected):",
+            "a flipped bit in the data is found",
+        ),
+        Row(
+            "last-group-dropped",
+            "        previous = item\n    yield previous\n",
+            "        previous = item\n",
+            "the last tensors are read, too",
+        ),
+        Row(
+            "header-checksum-skipped",
+            'if len(head) != 8 + size or b"%08x" % zlib.crc32(blank) != head[CHECKSUM]:',
+            "if len(head) != 8 + size:",
+            "a flipped bit in the header is found",
+        ),
+        Row("holes-pass", "if entry.start != end:", "if entry.start < end:", "data without holes"),
+        Row(
+            "additions-pass",
+            "if end != data_size:",
+            "if end > data_size:",
+            "something added to a file is found",
+        ),
+        Row("keys-twice", "object_pairs_hook=_unique", "object_pairs_hook=dict", "JSON keeps both"),
+    ),
+    *in_file(
+        "checkpoint/atomic.py",
+        "test_checkpoint_durability.py",
+        Row(
+            "data-not-synced",
+            "                _flush_to_disk(file)",
+            "                file.flush()",
+            "the data is on the disk before the name",
+        ),
+        Row(
+            "written-in-place",
+            "os.replace(temporary, target)",
+            "target.write_bytes(temporary.read_bytes()), temporary.unlink()",
+            "a crash leaves the old file or the new one, whole",
+        ),
+        Row(
+            "folder-not-synced",
+            "        _flush_folder(target.parent)",
+            "        os.fspath(target.parent)",
+            "the name is on the disk before save returns",
+        ),
+        Row("mode-not-kept", "os.chmod(temporary, mode)", "os.chmod(temporary, 0o600)", "the mode"),
+        Row(
+            "abandoned-files-stay",
+            "        _clear_abandoned(target)",
+            "        os.fspath(target)",
+            "the next save clears what a killed one has left",
+        ),
+    ),
+    *in_file(
+        "checkpoint/structure.py",
+        "test_checkpoint_roundtrip.py",
+        Row(
+            "int-keys-become-texts",
+            "[[key, child] for key, child in zip(keys, nodes, strict=True)]",
+            "[[str(key), child] for key, child in zip(keys, nodes, strict=True)]",
+            "str and int keys are kept apart",
+        ),
+        Row(
+            "ordered-dict-becomes-dict",
+            '"OrderedDict": OrderedDict}',
+            '"OrderedDict": dict}',
+            "containers come back as they were",
+        ),
+        Row(
+            "requires-grad-lost",
+            "return found.requires_grad_() if requires_grad else found",
+            "return found",
+            "requires_grad comes back",
+        ),
+    ),
+    *in_file(
+        "checkpoint/__init__.py",
+        "test_checkpoint_roundtrip.py test_checkpoint_like.py",
+        Row(
+            "architecture-lost",
+            '{"funcnet.architecture": architecture}',
+            "{}",
+            "the network travels with its parameters",
+        ),
+        Row(
+            "dtype-converts-integers",
+            "converted = dtype if tensor.is_floating_point() else None",
+            "converted = dtype",
+            "dtype is for floating-point tensors",
+        ),
+    ),
+    *in_file(
+        "checkpoint/compare.py",
+        "test_checkpoint_like.py",
+        Row(
+            "like-ignores-dtype",
+            "if dtype != other_dtype:",
+            "if dtype != other_dtype and shape != other_shape:",
+            "another dtype is refused",
+        ),
+        Row(
+            "like-ignores-additions",
+            "if path not in expected_parts and _is_end(part):",
+            "if not expected_parts and _is_end(part):",
+            "every path that differs is named",
+        ),
+    ),
+    *in_file(
+        "checkpoint/storable.py",
+        "test_checkpoint_refusals.py",
+        Row(
+            "tied-tensors-saved",
+            "    _check_untied(tensors)",
+            "    list(tensors)",
+            "tied tensors would come back apart",
+        ),
+    ),
+    *in_file(
+        "checkpoint/checksums.py",
+        "test_checkpoint_hostile.py",
+        Row(
+            "blocks-shared-out-otherwise",
+            "found[first::count] = part",
+            "found[first * len(part) : (first + 1) * len(part)] = part",
+            "each block's checksum stands at its place",
+        ),
+    ),
+    *in_file(
+        "checkpoint/container.py",
+        "test_checkpoint_roundtrip.py",
+        Row(
+            "views-not-resolved",
+            "tensor.detach().resolve_conj().resolve_neg()",
+            "tensor.detach().resolve_conj()",
+            "negated views come back with their sign",
+        ),
+    ),
+)

@@ -74,7 +74,9 @@ from funcnet.tree import register_node
 
 Strategy: TypeAlias = st.SearchStrategy
 
-_LEAVES = tuple(cls for cls, row in REGISTRY.items() if not row.needs_key)
+_LEAVES = tuple(
+    cls for cls, row in REGISTRY.items() if not row.needs_key and not issubclass(cls, Sequential)
+)
 """The layers that are drawn where no class is asked for: those that evaluate without a key."""
 _LARGEST = 4096
 """How many entries an example may have that a random network makes."""

@@ -201,7 +201,8 @@ class AvgPool2d(AvgPool):
 class AvgPool3d(AvgPool):
     """The mean of each window of a volume: `AvgPool2d` with three axes.
 
-    On the CPU, half precision is computed in float32.
+    On the CPU, half precision is computed in float32. Even padded, x is at least as large as the
+    kernel, as PyTorch asks.
 
     Shapes: x (N, C, D, H, W); y (N, C, D′, H′, W′), D′ by the rule at the head of this module.
     No parameters.
@@ -213,6 +214,14 @@ class AvgPool3d(AvgPool):
     """
 
     _axes = "CDHW"
+
+    def _out_shape(self, shape: Shape) -> Shape:
+        if any(n < k for n, k in zip(shape[1:], self._window.kernel_size, strict=True)):
+            raise ValueError(
+                f"{self}: expected volumes at least as large as the kernel without padding, "
+                f"{self.kernel_size}, got size {tuple(shape[1:])}"
+            )
+        return super()._out_shape(shape)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from funcnet.checks import name_of
 from funcnet.fields import Flag, Margins, Sizes, SizesOrNone, SizesWithNone
 from funcnet.keys import Key
 from funcnet.layer import Layer, Shape
-from funcnet.layers.conv import check_channels, check_size
+from funcnet.layers.conv import check_size
 from funcnet.ops import pooling
 from funcnet.ops.need import Need
 from funcnet.ops.window import Ints, Window, padding_sides
@@ -201,7 +201,8 @@ class AvgPool2d(AvgPool):
 class AvgPool3d(AvgPool):
     """The mean of each window of a volume: `AvgPool2d` with three axes.
 
-    On the CPU, half precision is computed in float32.
+    On the CPU, half precision is computed in float32. Even padded, x is at least as large as the
+    kernel, as PyTorch asks.
 
     Shapes: x (N, C, D, H, W); y (N, C, D′, H′, W′), D′ by the rule at the head of this module.
     No parameters.
@@ -214,6 +215,14 @@ class AvgPool3d(AvgPool):
 
     _axes = "CDHW"
 
+    def _out_shape(self, shape: Shape) -> Shape:
+        if any(n < k for n, k in zip(shape[1:], self._window.kernel_size, strict=True)):
+            raise ValueError(
+                f"{self}: expected volumes at least as large as the kernel without padding, "
+                f"{self.kernel_size}, got size {tuple(shape[1:])}"
+            )
+        return super()._out_shape(shape)
+
 
 @dataclass(frozen=True)
 class Adaptive(Layer):
@@ -225,8 +234,7 @@ class Adaptive(Layer):
 
     def _out_shape(self, shape: Shape) -> Shape:
         channels, *size = shape
-        check_channels(self, channels, 1)
-        check_size(self, size)
+        _check_entries(self, channels, size)
         return channels, *self._size(size)
 
     def _size(self, size: Any) -> Ints:
@@ -376,8 +384,7 @@ def _count_windows(
     layer: Layer, window: Window, channels: int, size: Ints, ceil_mode: bool
 ) -> Ints:
     """How many windows there are on each axis. Raises ValueError where there are none."""
-    check_channels(layer, channels, 1)
-    check_size(layer, size)
+    _check_entries(layer, channels, size)
     count = pooling.count(window, size, ceil_mode)
     if min(count) < 1:
         raise ValueError(
@@ -385,3 +392,10 @@ def _count_windows(
             f"got size {size}, {window.padded(size)} with padding"
         )
     return count
+
+
+def _check_entries(layer: Layer, channels: int, size: Any) -> None:
+    """Raise ValueError unless x has at least one channel, and one entry on each axis."""
+    if channels < 1:
+        raise ValueError(f"{layer}: expected at least 1 channel, got {channels}")
+    check_size(layer, size)

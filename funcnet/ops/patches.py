@@ -28,6 +28,7 @@ def are_worth_it(x: Tensor, weight: Tensor, window: Window, backward: bool) -> b
     if not (
         window.cuts_patches
         and x.is_cpu
+        and type(x.shape[0]) is int  # torch.export may leave the batch open
         and x.element_size() >= 4
         and (x.shape[0] > 1 or x.numel() > _TINY)
     ):

@@ -5,6 +5,7 @@ Every gradient is written by hand and held to autograd by property tests; see RE
 
 import torch  # noqa: F401  (the code that a repr is may say torch.bfloat16)
 
+from funcnet import initializers
 from funcnet.batch_statistics import for_inference, merge_moments, moments
 from funcnet.checkpoint import CheckpointError, inspect, load, load_model, save, save_model
 from funcnet.combinators import (
@@ -59,7 +60,7 @@ from funcnet.layers import (
     Upsample2d,
     UpsampleConv2d,
 )
-from funcnet.losses import MSE, Loss
+from funcnet.losses import L1, MSE, BCEWithLogits, CrossEntropy, Huber, Loss
 from funcnet.memory import keep_freed_memory
 from funcnet.optimizers import SGD, SGDState
 from funcnet.summary import summary
@@ -71,6 +72,7 @@ keep_freed_memory()
 
 __all__ = [
     "GRU",
+    "L1",
     "LSTM",
     "MSE",
     "RNN",
@@ -84,6 +86,7 @@ __all__ = [
     "AvgPool1d",
     "AvgPool2d",
     "AvgPool3d",
+    "BCEWithLogits",
     "BatchNorm",
     "Cast",
     "ChannelAffine",
@@ -95,8 +98,10 @@ __all__ = [
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "CrossEntropy",
     "Frozen",
     "GroupNorm",
+    "Huber",
     "InstanceNorm",
     "Key",
     "Layer",
@@ -126,6 +131,7 @@ __all__ = [
     "bernoulli",
     "fold_in",
     "for_inference",
+    "initializers",
     "inspect",
     "key",
     "load",

@@ -235,6 +235,9 @@ class InstanceOf:
 Size: TypeAlias = Annotated[int, Whole(1)]
 """An int ≥ 1."""
 
+Index: TypeAlias = Annotated[int, Whole()]
+"""Any int."""
+
 Sizes: TypeAlias = Annotated[int | tuple[int, ...], PerAxis(1)]
 """An int ≥ 1, or one for each axis; kept as a tuple."""
 

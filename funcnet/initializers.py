@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from funcnet.fields import Finite, Hyperparameters, InstanceOf, NonNegative
+from funcnet.fields import Finite, Hyperparameters, InstanceOf, NonNegative, OneOf
 from funcnet.keys import Key, check_draw, normal, uniform
 
 
@@ -17,7 +18,7 @@ from funcnet.keys import Key, check_draw, normal, uniform
 class Initializer(Hyperparameters):
     """A function (key, shape, dtype=None, device=None) -> tensor that is a value.
 
-    A subclass writes `_draw`, or `_range` and `_std` where it draws from such a distribution.
+    A subclass writes `_draw`.
     """
 
     def __post_init__(self) -> None:
@@ -126,6 +127,219 @@ class Normal(Initializer):
         self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
     ) -> Tensor:
         return normal(key, shape, self.mean, self.std, dtype, device)
+
+
+# --- Scaled to the fan
+
+
+def fans(who: object, shape: Sequence[int]) -> tuple[int, int]:
+    """(fan in, fan out) of a weight (O, I, …): I and O times the entries of the other axes.
+
+    Raises ValueError for fewer than two axes.
+    """
+    if len(shape) < 2:
+        raise ValueError(f"{who}: expected a shape of at least 2 axes, (O, I, …), got {shape}")
+    field = math.prod(shape[2:])
+    return shape[1] * field, shape[0] * field
+
+
+_GAINS = {
+    **dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d", "sigmoid"), 1.0),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), 1.0),
+    "tanh": 5 / 3,
+    "relu": math.sqrt(2),
+    "selu": 3 / 4,
+}
+
+Mode: TypeAlias = Annotated[Literal["fan_in", "fan_out"], OneOf(("fan_in", "fan_out"))]
+Nonlinearity: TypeAlias = Annotated[str, OneOf(("leaky_relu", *_GAINS))]
+
+
+@dataclass(frozen=True)
+class _Kaiming(Initializer):
+    a: Finite = 0.0
+    mode: Mode = "fan_in"
+    nonlinearity: Nonlinearity = "leaky_relu"
+
+    def _std(self, shape: Sequence[int]) -> float:
+        fan = fans(self, shape)[self.mode == "fan_out"]
+        gain = _GAINS.get(self.nonlinearity) or math.sqrt(2 / (1 + self.a**2))
+        return gain / math.sqrt(max(fan, 1))
+
+
+@dataclass(frozen=True)
+class KaimingUniform(_Kaiming):
+    """Numbers from U(−√3·σ, √3·σ), σ = gain / √fan, so that ReLU networks keep their scale.
+
+    The gain follows from the nonlinearity, as `torch.nn.init.calculate_gain` gives it; `a` is the
+    slope of "leaky_relu" below 0.
+
+    Raises ValueError for a shape of fewer than two axes.
+    He et al., "Delving deep into rectifiers", 2015.
+    https://docs.pytorch.org/docs/stable/nn.init.html
+
+    >>> import funcnet as fn
+    >>> bool((KaimingUniform()(fn.key(0), (100, 6)).abs() <= 1).all())
+    True
+    """
+
+    def _draw(
+        self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+    ) -> Tensor:
+        bound = math.sqrt(3) * self._std(shape)
+        return uniform(key, shape, -bound, bound, dtype, device)
+
+
+@dataclass(frozen=True)
+class KaimingNormal(_Kaiming):
+    """Numbers from N(0, σ²), σ = gain / √fan, so that ReLU networks keep their scale.
+
+    Raises ValueError for a shape of fewer than two axes.
+    He et al., "Delving deep into rectifiers", 2015.
+    https://docs.pytorch.org/docs/stable/nn.init.html
+
+    >>> import funcnet as fn
+    >>> KaimingNormal(nonlinearity="relu")(fn.key(0), (8, 4, 3, 3)).shape
+    torch.Size([8, 4, 3, 3])
+    """
+
+    def _draw(
+        self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+    ) -> Tensor:
+        return normal(key, shape, 0.0, self._std(shape), dtype, device)
+
+
+@dataclass(frozen=True)
+class _Xavier(Initializer):
+    gain: NonNegative = 1.0
+
+    def _std(self, shape: Sequence[int]) -> float:
+        return self.gain * math.sqrt(2 / max(sum(fans(self, shape)), 1))
+
+
+@dataclass(frozen=True)
+class XavierUniform(_Xavier):
+    """Numbers from U(−√3·σ, √3·σ), σ = gain · √(2 / (fan in + fan out)).
+
+    Raises ValueError for a shape of fewer than two axes.
+    Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural networks",
+    2010. https://docs.pytorch.org/docs/stable/nn.init.html
+
+    >>> import funcnet as fn
+    >>> bool((XavierUniform()(fn.key(0), (3, 3)).abs() <= 1).all())
+    True
+    """
+
+    def _draw(
+        self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+    ) -> Tensor:
+        bound = math.sqrt(3) * self._std(shape)
+        return uniform(key, shape, -bound, bound, dtype, device)
+
+
+@dataclass(frozen=True)
+class XavierNormal(_Xavier):
+    """Numbers from N(0, σ²), σ = gain · √(2 / (fan in + fan out)).
+
+    Raises ValueError for a shape of fewer than two axes.
+    Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural networks",
+    2010. https://docs.pytorch.org/docs/stable/nn.init.html
+
+    >>> import funcnet as fn
+    >>> XavierNormal()(fn.key(0), (3, 5)).shape
+    torch.Size([3, 5])
+    """
+
+    def _draw(
+        self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+    ) -> Tensor:
+        return normal(key, shape, 0.0, self._std(shape), dtype, device)
+
+
+@dataclass(frozen=True)
+class LecunNormal(Initializer):
+    """Numbers from a normal distribution cut off at two of its deviations, of variance 1 / fan in.
+
+    The deviation before cutting is larger, so that the variance after it is 1 / fan in, as in JAX.
+
+    Raises ValueError for a shape of fewer than two axes.
+    LeCun et al., "Efficient BackProp", 1998.
+
+    >>> import funcnet as fn
+    >>> bool((LecunNormal()(fn.key(0), (50, 4)).abs() < 1.14).all())
+    True
+    """
+
+    def _draw(
+        self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+    ) -> Tensor:
+        std = 1 / math.sqrt(max(fans(self, shape)[0], 1))
+        return _truncated(key, shape, std / _STD_OF_CUT, dtype, device)
+
+
+@dataclass(frozen=True)
+class TruncatedNormal(Initializer):
+    """Numbers from N(0, std²), cut off at ±2·std.
+
+    `std` is the deviation before cutting, as in `torch.nn.init.trunc_normal_`.
+
+    >>> import funcnet as fn
+    >>> bool((TruncatedNormal(0.5)(fn.key(0), (1000,)).abs() <= 1).all())
+    True
+    """
+
+    std: NonNegative
+
+    def _draw(
+        self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+    ) -> Tensor:
+        return _truncated(key, shape, self.std, dtype, device)
+
+
+_STD_OF_CUT = 0.87962566103423978
+"""The deviation of N(0, 1) cut off at ±2."""
+
+
+def _truncated(
+    key: Key, shape: Sequence[int], std: float, dtype: torch.dtype, device: torch.device | str
+) -> Tensor:
+    """N(0, std²) within ±2·std: the inverse of its distribution function at uniform numbers."""
+    below = 0.5 * math.erfc(2 / math.sqrt(2))
+    level = uniform(key, shape, below, 1 - below, torch.float64)
+    x: Tensor = (torch.special.ndtri(level) * std).clamp(-2 * std, 2 * std)
+    return x.to(dtype=dtype, device=device)
+
+
+@dataclass(frozen=True)
+class Orthogonal(Initializer):
+    """gain times a matrix with orthonormal rows or columns, whichever are fewer.
+
+    A weight (O, I, …) counts as a matrix of O rows. It is the Q of a QR decomposition of normal
+    numbers, with the signs that make it uniformly distributed.
+
+    Raises ValueError for a shape of fewer than two axes.
+    Saxe et al., "Exact solutions to the nonlinear dynamics of learning in deep linear neural
+    networks", 2013. https://docs.pytorch.org/docs/stable/nn.init.html
+
+    >>> import funcnet as fn
+    >>> q = Orthogonal()(fn.key(0), (3, 5))
+    >>> torch.allclose(q @ q.T, torch.eye(3), atol=1e-6)
+    True
+    """
+
+    gain: Finite = 1.0
+
+    def _draw(
+        self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+    ) -> Tensor:
+        fans(self, shape)  # refuses fewer than two axes
+        rows, columns = shape[0], math.prod(shape[1:])
+        drawn = normal(key, (max(rows, columns), min(rows, columns)), dtype=torch.float64)
+        q: Tensor
+        q, r = torch.linalg.qr(drawn)
+        q = q * r.diagonal().sign()
+        q = q if rows >= columns else q.t()
+        return (self.gain * q).reshape(shape).to(dtype=dtype, device=device)
 
 
 InitializerOrNone: TypeAlias = Annotated[

@@ -26,6 +26,9 @@ PathKey: TypeAlias = "str | int"
 
 _Class = TypeVar("_Class", bound=type)
 
+_PUBLIC_MODULES = ("initializers",)
+"""The modules whose classes files call as in `initializers.Zeros`."""
+
 _registered: dict[str, type] = {}
 
 
@@ -61,14 +64,16 @@ def register_node(cls: _Class) -> _Class:
 
 def class_name(cls: type) -> str:
     """Return a class's name in files: `Conv2d` if funcnet has it, else as in `train.Moments`."""
-    if _public(cls.__name__) is cls:
-        return cls.__name__
+    module = cls.__module__.rpartition(".")[2]
+    for name in (cls.__name__, f"{module}.{cls.__name__}"):
+        if _public(name) is cls:
+            return name
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def class_named(name: str) -> type | None:
     """Return the class that files call `name`, or None if none or several may be meant."""
-    if "." not in name:
+    if name.rpartition(".")[0] in ("", *_PUBLIC_MODULES):
         return _public(name)
     if name in _registered:
         return _registered[name]
@@ -195,7 +200,9 @@ def _is_node_class(cls: type) -> bool:
 def _public(name: str) -> type | None:
     import funcnet  # not at the top: funcnet imports this module
 
-    public = vars(funcnet).get(name)
+    module, _, cls = name.rpartition(".")
+    holder = getattr(funcnet, module) if module in _PUBLIC_MODULES else funcnet
+    public = vars(holder).get(cls or name)
     return public if isinstance(public, type) and _is_node_class(public) else None
 
 

@@ -41,6 +41,10 @@ class Loss(Hyperparameters):
         """dx."""
         raise NotImplementedError(f"{type(self).__name__} writes neither _bwd nor bwd")
 
+    def _reduced(self, values: Tensor) -> Tensor:
+        """The mean or the sum of values, as the loss's reduction says."""
+        return values.mean() if getattr(self, "reduction", "mean") == "mean" else values.sum()
+
     def fwd(self, x: Tensor, target: Any) -> tuple[Tensor, Any]:
         """(value, residuals); the value is a scalar."""
         check_tensor(self, "x", x)
@@ -69,3 +73,8 @@ class Loss(Hyperparameters):
     def vjp(self, x: Tensor, target: Any, grad: Tensor | float = 1.0) -> Tensor:
         """dx, the gradient of grad · loss(x, target) with respect to x."""
         return self.bwd(self.fwd(x, target)[1], grad)
+
+
+def share(reduction: str, count: int) -> float:
+    """What each of `count` entries contributes to the mean, or to the sum."""
+    return 1 / max(count, 1) if reduction == "mean" else 1.0

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from funcnet.losses.loss import Loss, Reduction
+from funcnet.losses.loss import Loss, Reduction, share
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,7 @@ class MSE(Loss):
 
     def _fwd(self, x: Tensor, target: Any) -> tuple[Tensor, Tensor]:
         difference = x - target
-        squares = difference.square()
-        return (squares.mean() if self.reduction == "mean" else squares.sum()), difference
+        return self._reduced(difference.square()), difference
 
     def _bwd(self, difference: Tensor, grad: Tensor | float) -> Tensor:
-        count = difference.numel() if self.reduction == "mean" else 1
-        return difference * (grad * (2 / max(count, 1)))
+        return difference * (grad * (2 * share(self.reduction, difference.numel())))

@@ -1,0 +1,39 @@
+"""Binary cross-entropy of logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from funcnet.losses.loss import Loss, Reduction, share
+
+
+@dataclass(frozen=True)
+class BCEWithLogits(Loss):
+    """The binary cross-entropy of logits x and probabilities t, Σ ℓ / n, or Σ ℓ for "sum":
+
+        ℓ = −t · log σ(x) − (1 − t) · log(1 − σ(x)) = (1 − t) · x − log σ(x)
+
+    dx = (σ(x) − t) / n · grad. The second form is finite for every finite x. The residual is
+    σ(x) − t.
+
+    Shapes: x and target alike, of any rank; the value is 0-dimensional.
+    Raises ValueError unless x and target have one shape: nothing is broadcast.
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.BCEWithLogitsLoss.html
+
+    >>> import torch
+    >>> BCEWithLogits().apply(torch.tensor([0.0, 1e4]), torch.tensor([1.0, 1.0]))
+    tensor(0.3466)
+    """
+
+    reduction: Reduction = "mean"
+
+    def _fwd(self, x: Tensor, target: Any) -> tuple[Tensor, Tensor]:
+        value = (1 - target) * x - F.logsigmoid(x)
+        return self._reduced(value), x.sigmoid() - target
+
+    def _bwd(self, difference: Tensor, grad: Tensor | float) -> Tensor:
+        return difference * (grad * share(self.reduction, difference.numel()))

@@ -5,8 +5,17 @@ Every gradient is written by hand and held to autograd by property tests; see RE
 
 import torch  # noqa: F401  (the code that a repr is may say torch.bfloat16)
 
+from funcnet import schedules
 from funcnet.batch_statistics import for_inference, merge_moments, moments
-from funcnet.checkpoint import CheckpointError, inspect, load, load_model, save, save_model
+from funcnet.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    inspect,
+    load,
+    load_model,
+    save,
+    save_model,
+)
 from funcnet.combinators import (
     Cast,
     Concat,
@@ -21,7 +30,7 @@ from funcnet.combinators import (
     Sum,
 )
 from funcnet.gradients import value_and_grad
-from funcnet.keys import Key, bernoulli, fold_in, key, normal, split, uniform
+from funcnet.keys import Key, bernoulli, fold_in, key, normal, permutation, split, uniform
 from funcnet.layer import Layer, Param
 from funcnet.layers import (
     GRU,
@@ -61,7 +70,21 @@ from funcnet.layers import (
 )
 from funcnet.losses import MSE, Loss
 from funcnet.memory import keep_freed_memory
-from funcnet.optimizers import SGD, SGDState
+from funcnet.optimizers import (
+    SGD,
+    Adam,
+    AdamState,
+    AdamW,
+    Optimizer,
+    Partition,
+    PartitionState,
+    RMSprop,
+    RMSpropState,
+    SGDState,
+    average,
+    clip_by_global_norm,
+    global_norm,
+)
 from funcnet.summary import summary
 from funcnet.tree import register_node
 
@@ -75,6 +98,9 @@ __all__ = [
     "MSE",
     "RNN",
     "SGD",
+    "Adam",
+    "AdamState",
+    "AdamW",
     "AdaptiveAvgPool1d",
     "AdaptiveAvgPool2d",
     "AdaptiveAvgPool3d",
@@ -88,6 +114,7 @@ __all__ = [
     "Cast",
     "ChannelAffine",
     "CheckpointError",
+    "Checkpoints",
     "Concat",
     "Conv1d",
     "Conv2d",
@@ -107,11 +134,16 @@ __all__ = [
     "MaxPool2d",
     "MaxPool3d",
     "MultiheadAttention",
+    "Optimizer",
     "Param",
+    "Partition",
+    "PartitionState",
     "PixelShuffle",
     "PixelUnshuffle",
     "Product",
     "RMSNorm",
+    "RMSprop",
+    "RMSpropState",
     "ReLU",
     "Recompute",
     "Repeat",
@@ -123,9 +155,12 @@ __all__ = [
     "Sum",
     "Upsample2d",
     "UpsampleConv2d",
+    "average",
     "bernoulli",
+    "clip_by_global_norm",
     "fold_in",
     "for_inference",
+    "global_norm",
     "inspect",
     "key",
     "load",
@@ -133,9 +168,11 @@ __all__ = [
     "merge_moments",
     "moments",
     "normal",
+    "permutation",
     "register_node",
     "save",
     "save_model",
+    "schedules",
     "split",
     "summary",
     "uniform",

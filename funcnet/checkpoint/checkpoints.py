@@ -32,7 +32,7 @@ Folder: TypeAlias = Annotated[str | os.PathLike[str], _FolderKind()]
 
 @dataclass(frozen=True)
 class Checkpoints(Hyperparameters):
-    """Checkpoints of a training run in a folder: `save` keeps the last `keep`, `latest` reads back.
+    """Checkpoints of a training run in a folder: `save` keeps the last `keep`, `latest` reads one.
 
     The checkpoint of step 12 is the file `step-00000012.safetensors`, which `fn.save` wrote with
     metadata {"step": 12}. Other files in the folder are left alone. Processes that share the folder
@@ -52,11 +52,11 @@ class Checkpoints(Hyperparameters):
     keep: Size = 3
 
     def save(self, step: int, tree: Tree) -> None:
-        """Write the checkpoint of a step, durably, then remove all but the last `keep`.
+        """Write the checkpoint of a step, durably, then remove the earlier ones but `keep` − 1.
 
         The folder is made if there is none. A checkpoint of the same step is replaced. Damaged
-        files are not counted, and not removed: they may be newer than the last good checkpoint. The
-        new file always stays, though files of later steps may be there.
+        files and those of later steps are neither counted nor removed: a run that has resumed
+        before them keeps its last `keep` as well.
 
         Raises ValueError for a step below 0, and what `funcnet.save` raises. Then nothing is
         removed.
@@ -65,10 +65,9 @@ class Checkpoints(Hyperparameters):
         os.makedirs(self.folder, exist_ok=True)
         new = Path(self.folder) / f"step-{step:08d}.safetensors"
         save(new, tree, metadata={"step": step})
-        good = [path for _, path in self._files() if _is_whole(path)]
+        good = [path for at, path in self._files() if at <= step and _is_whole(path)]
         for path in good[: -self.keep]:
-            if path != new:
-                path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
     def latest(self, device: torch.device | str | None = None) -> tuple[int, Tree] | None:
         """(step, tree) of the last checkpoint, or None if there is none.

@@ -48,23 +48,22 @@ def clip_by_global_norm(grads: Tree, max_norm: float) -> tuple[Tree, Tensor]:
         raise ValueError(f"clip_by_global_norm: expected max_norm >= 0, got {max_norm}")
     gs, structure = flatten("clip_by_global_norm", "grads", grads)
     norm = _norm(gs)
-    scale = torch.where(norm <= max_norm, torch.ones_like(norm), max_norm / norm)
+    fits, one = norm <= float(max_norm), torch.ones_like(norm)
+    # Autograd multiplies the derivative of what is not chosen by 0: that of 1 / 0 would be NaN.
+    scale = torch.where(fits, one, float(max_norm) / torch.where(fits, one, norm))
     return structure.unflatten([(g * scale.to(g.device)).to(g.dtype) for g in gs]), norm
 
 
 def _norm(xs: list[Tensor]) -> Tensor:
     if not xs:
         return torch.zeros((), dtype=torch.float32, device="cpu")
+    xs = [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in xs]
     dtype, device = torch.float32, xs[0].device
     for x in xs:
-        dtype = torch.promote_types(dtype, x.dtype.to_real())
-    if is_plain() and not any(x.is_complex() for x in xs):
+        dtype = torch.promote_types(dtype, x.dtype)
+    if is_plain():
         norms = list(torch._foreach_norm(xs, 2.0, dtype))
     else:
-        norms = [torch.linalg.vector_norm(x, dtype=_at_least_float32(x.dtype)) for x in xs]
-    norm: Tensor = torch.linalg.vector_norm(torch.stack([n.to(device, dtype) for n in norms]))
+        norms = [torch.linalg.vector_norm(x, dtype=dtype) for x in xs]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
     return norm
-
-
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

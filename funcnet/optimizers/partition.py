@@ -145,8 +145,7 @@ class Partition(Optimizer[PartitionState]):
     ) -> dict[str, dict[str, int]]:
         """By name, the paths of a part's leaves and their positions."""
         paths: dict[str, dict[str, int]] = {name: {} for name in dict(self.optimizers)}
-        names = leaf_names if torch.compiler.is_compiling() else _remembered_names
-        for i, (path, leaf) in enumerate(zip(names(structure), leaves, strict=True)):
+        for i, (path, leaf) in enumerate(zip(_names(structure), leaves, strict=True)):
             name = self.label(path, leaf)
             if not isinstance(name, str) or name not in paths:
                 raise ValueError(
@@ -157,6 +156,14 @@ class Partition(Optimizer[PartitionState]):
         return paths
 
 
-@lru_cache(maxsize=64)
-def _remembered_names(structure: optree.PyTreeSpec) -> list[str]:
-    return leaf_names(structure)
+def _names(structure: optree.PyTreeSpec) -> list[str]:
+    if torch.compiler.is_compiling():
+        return leaf_names(structure)
+    try:
+        return _remembered_names(structure)
+    except TypeError:  # a user's node may hold what has no hash
+        return leaf_names(structure)
+
+
+# Names take half as long as a step of small tensors.
+_remembered_names = lru_cache(maxsize=64)(leaf_names)

@@ -5,9 +5,17 @@ Every gradient is written by hand and held to autograd by property tests; see RE
 
 import torch  # noqa: F401  (the code that a repr is may say torch.bfloat16)
 
-from funcnet import initializers
+from funcnet import initializers, schedules
 from funcnet.batch_statistics import for_inference, merge_moments, moments
-from funcnet.checkpoint import CheckpointError, inspect, load, load_model, save, save_model
+from funcnet.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    inspect,
+    load,
+    load_model,
+    save,
+    save_model,
+)
 from funcnet.combinators import (
     Cast,
     Concat,
@@ -22,7 +30,7 @@ from funcnet.combinators import (
     Sum,
 )
 from funcnet.gradients import value_and_grad
-from funcnet.keys import Key, bernoulli, fold_in, key, normal, split, uniform
+from funcnet.keys import Key, bernoulli, fold_in, key, normal, permutation, split, uniform
 from funcnet.layer import Layer, Param
 from funcnet.layers import (
     GRU,
@@ -62,7 +70,21 @@ from funcnet.layers import (
 )
 from funcnet.losses import L1, MSE, BCEWithLogits, CrossEntropy, Huber, Loss
 from funcnet.memory import keep_freed_memory
-from funcnet.optimizers import SGD, SGDState
+from funcnet.optimizers import (
+    SGD,
+    Adam,
+    AdamState,
+    AdamW,
+    Optimizer,
+    Partition,
+    PartitionState,
+    RMSprop,
+    RMSpropState,
+    SGDState,
+    average,
+    clip_by_global_norm,
+    global_norm,
+)
 from funcnet.summary import summary
 from funcnet.tree import register_node
 
@@ -77,6 +99,9 @@ __all__ = [
     "MSE",
     "RNN",
     "SGD",
+    "Adam",
+    "AdamState",
+    "AdamW",
     "AdaptiveAvgPool1d",
     "AdaptiveAvgPool2d",
     "AdaptiveAvgPool3d",
@@ -91,6 +116,7 @@ __all__ = [
     "Cast",
     "ChannelAffine",
     "CheckpointError",
+    "Checkpoints",
     "Concat",
     "Conv1d",
     "Conv2d",
@@ -112,11 +138,16 @@ __all__ = [
     "MaxPool2d",
     "MaxPool3d",
     "MultiheadAttention",
+    "Optimizer",
     "Param",
+    "Partition",
+    "PartitionState",
     "PixelShuffle",
     "PixelUnshuffle",
     "Product",
     "RMSNorm",
+    "RMSprop",
+    "RMSpropState",
     "ReLU",
     "Recompute",
     "Repeat",
@@ -128,9 +159,12 @@ __all__ = [
     "Sum",
     "Upsample2d",
     "UpsampleConv2d",
+    "average",
     "bernoulli",
+    "clip_by_global_norm",
     "fold_in",
     "for_inference",
+    "global_norm",
     "initializers",
     "inspect",
     "key",
@@ -139,9 +173,11 @@ __all__ = [
     "merge_moments",
     "moments",
     "normal",
+    "permutation",
     "register_node",
     "save",
     "save_model",
+    "schedules",
     "split",
     "summary",
     "uniform",

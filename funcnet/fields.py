@@ -217,6 +217,27 @@ class Number:
 
 
 @dataclass(frozen=True)
+class BelowOne:
+    """A tuple of `count` numbers in [0, 1)."""
+
+    count: int
+
+    def convert(self, owner: type, name: str, value: Any) -> tuple[float, ...]:
+        if not isinstance(value, (tuple, list)) or len(value) != self.count:
+            raise ValueError(
+                f"{owner.__name__}: expected {name} to be {_tuple_of(self.count)} of numbers, "
+                f"got {value!r}"
+            )
+        for entry in value:
+            number = as_number(owner.__name__, f"every number in {name}", entry, 0.0)
+            if not number < 1:
+                raise ValueError(
+                    f"{owner.__name__}: expected every number in {name} < 1, got {entry}"
+                )
+        return tuple(value)
+
+
+@dataclass(frozen=True)
 class InstanceOf:
     """An instance of a class, which is looked up when it is needed; or None, where that may be."""
 
@@ -266,3 +287,6 @@ NonNegative: TypeAlias = Annotated[float, Number(0.0)]
 
 Probability: TypeAlias = Annotated[float, Number(0.0, 1.0)]
 """A number in [0, 1]."""
+
+Fractions: TypeAlias = Annotated[tuple[float, float], BelowOne(2)]
+"""A pair of numbers in [0, 1)."""

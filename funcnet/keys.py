@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from funcnet.checks import as_index, name_of
+from funcnet.checks import as_index, as_int, name_of
 
 _KEY_BYTES = 16
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -60,14 +60,14 @@ def key(seed: int) -> Key:
 def split(key: Key, num: int = 2) -> tuple[Key, ...]:
     """`num` new keys, all different. `split(key, 3)` starts with the keys of `split(key, 2)`.
 
-    Raises ValueError if `num` is negative.
+    Raises ValueError if `num` is below 1.
 
     >>> first, second = split(key(0))
     >>> len(set(split(first, 5)) | {second})
     6
     """
     check_key("split", key)
-    return tuple(_derive("split", key.data, i) for i in range(_uint64("split", "num", num)))
+    return tuple(_derive("split", key.data, i) for i in range(as_int("split", "num", num, 1)))
 
 
 def fold_in(key: Key, data: int) -> Key:
@@ -150,6 +150,18 @@ def bernoulli(
         raise ValueError(f"bernoulli: expected a probability p in [0, 1], got {p}")
     unit = _generator("bernoulli", key).random(_sizes("bernoulli", shape))
     return torch.from_numpy(np.asarray(unit < p)).to(_device(device))
+
+
+def permutation(key: Key, n: int) -> Tensor:
+    """The numbers 0 … n − 1 in random order, int64 on the CPU. Every order is equally probable.
+
+    Raises ValueError if n is negative, TypeError for what is not a key or an int.
+
+    >>> sorted(permutation(key(0), 5).tolist())
+    [0, 1, 2, 3, 4]
+    """
+    order = _generator("permutation", key).permutation(as_int("permutation", "n", n, 0))
+    return torch.from_numpy(order.astype(np.int64, copy=False))
 
 
 def check_draw(who: object, key: Key, dtype: torch.dtype | None) -> None:

@@ -167,6 +167,37 @@ def child_names(parent: str, keys: Sequence[PathKey]) -> Iterator[str]:
         yield name + "%" if name == "__metadata__" else name
 
 
+def leaf_names(structure: optree.PyTreeSpec) -> list[str]:
+    """Return the names of the leaves of optree's structure of a tree, in order.
+
+    Raises ValueError for two leaves of one name: a dict may have keys 0.5 and "0.5".
+
+    >>> leaf_names(optree.tree_structure({"b": (1, 2), "a": 3}))
+    ['a', 'b.0', 'b.1']
+    """
+    names = list(_leaf_names("", structure))
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"expected leaves with different names, got two called {twice!r}")
+    return names
+
+
+def _leaf_names(name: str, structure: optree.PyTreeSpec) -> Iterator[str]:
+    if structure.is_leaf():
+        yield name
+        return
+    names = child_names(name, _keys(structure))
+    for child_name, child in zip(names, structure.children(), strict=True):
+        yield from _leaf_names(child_name, child)
+
+
+def _keys(structure: optree.PyTreeSpec) -> list[PathKey]:
+    kind: Any = structure.type
+    if isinstance(kind, type) and _is_node_class(kind):
+        return list(field_names(kind))
+    return [key if isinstance(key, (str, int)) else str(key) for key in structure.entries()]
+
+
 def _escape(key: PathKey, str_keys: set[str]) -> str:
     if isinstance(key, int):
         return f"{key}%" if str(key) in str_keys else str(key)

@@ -30,7 +30,7 @@ def test_seeds_that_are_alike_in_some_bits_differ():
     assert len({tuple(fn.normal(fn.key(seed), (3,)).tolist()) for seed in EDGES}) == len(EDGES)
 
 
-@given(SEEDS, st.integers(0, 40), SEEDS)
+@given(SEEDS, st.integers(1, 40), SEEDS)
 def test_derived_keys_are_all_different(seed, count, data):
     key = fn.key(seed)
     children = fn.split(key, count)
@@ -41,7 +41,7 @@ def test_derived_keys_are_all_different(seed, count, data):
     assert len(everything) == 1 + count + 5 * min(count, 5) + len({*range(count), data})
 
 
-@given(SEEDS, st.integers(0, 20), st.integers(0, 20))
+@given(SEEDS, st.integers(1, 20), st.integers(1, 20))
 def test_split_starts_alike(seed, a, b):
     few, many = sorted([a, b])
     assert fn.split(fn.key(seed), many)[:few] == fn.split(fn.key(seed), few)
@@ -147,6 +147,24 @@ def test_bernoulli_at_its_ends():
     assert fn.bernoulli(fn.key(0), 0.5, (2, 3)).dtype == torch.bool
 
 
+@given(SEEDS, st.integers(0, 50))
+def test_permutations(seed, n):
+    states = _states()
+    order = fn.permutation(fn.key(seed), n)
+    assert order.dtype == torch.int64
+    assert sorted(order.tolist()) == list(range(n))
+    assert torch.equal(order, fn.permutation(fn.key(seed), n))
+    for before, after in zip(states, _states(), strict=True):
+        assert str(before) == str(after)
+
+
+def test_every_order_is_equally_probable():
+    orders = [tuple(fn.permutation(key, 3).tolist()) for key in fn.split(fn.key(0), 6000)]
+    counts = [orders.count(order) for order in set(orders)]
+    assert len(counts) == 6
+    assert max(abs(count - 1000) for count in counts) < 150
+
+
 def test_keys_are_values():
     key = fn.key(7)
     for copied in (copy.deepcopy(key), pickle.loads(pickle.dumps(key)), eval(repr(key), vars(fn))):
@@ -168,7 +186,12 @@ def test_numbers_may_be_large_ints():
         (lambda: fn.key(2**64), ValueError, r"key: expected seed in"),
         (lambda: fn.key(1.0), TypeError, "key: expected seed to be an int, got 1.0"),
         (lambda: fn.key(True), TypeError, "key: expected seed to be an int, got True"),
-        (lambda: fn.split(fn.key(0), -1), ValueError, "split: expected num in"),
+        (lambda: fn.split(fn.key(0), -1), ValueError, "split: expected num >= 1, got -1"),
+        (lambda: fn.split(fn.key(0), 0), ValueError, "split: expected num >= 1, got 0"),
+        (lambda: fn.split(fn.key(0), 2.0), TypeError, "split: expected num to be an int"),
+        (lambda: fn.permutation(0, 3), TypeError, "permutation: expected a key"),
+        (lambda: fn.permutation(fn.key(0), -1), ValueError, "permutation: expected n >= 0, got -1"),
+        (lambda: fn.permutation(fn.key(0), 3.0), TypeError, "permutation: expected n to be an int"),
         (lambda: fn.split(0), TypeError, "split: expected a key made by funcnet.key"),
         (lambda: fn.fold_in(fn.key(0), -1), ValueError, "fold_in: expected data in"),
         (lambda: fn.fold_in(None, 1), TypeError, "fold_in: expected a key"),

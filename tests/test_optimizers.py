@@ -1,9 +1,14 @@
-"""SGD: the numbers of torch.optim.SGD, bit for bit, over a product of hyperparameters."""
+"""Optimisers: the numbers of torch.optim over products of hyperparameters, from one table."""
 
+import dataclasses
 import itertools
 import math
+import pickle
+import re
 from collections import OrderedDict
+from collections.abc import Callable
 from fractions import Fraction
+from typing import Any, NamedTuple
 
 import numpy as np
 import optree
@@ -11,29 +16,92 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_properties import same
+from test_properties import close, same
+from test_transforms import compile_whole
 
 import funcnet as fn
 from funcnet.testing import strategies
 
-PRODUCT = [
-    dict(
-        zip(("momentum", "dampening", "weight_decay", "nesterov", "maximize"), values, strict=True)
-    )
-    for values in itertools.product(
-        (0.0, 0.9), (0.0, 0.3), (0.0, 0.01), (False, True), (False, True)
-    )
-    if not values[3] or (values[0] and not values[1])
+
+class Row(NamedTuple):
+    """An optimiser, its twin, and the hyperparameters whose whole product is tried."""
+
+    ours: type
+    theirs: type
+    grid: dict[str, tuple[Any, ...]]
+    goes: Callable[[dict[str, Any]], bool] = lambda settings: True
+
+    def product(self):
+        for values in itertools.product(*self.grid.values()):
+            settings = dict(zip(self.grid, values, strict=True))
+            if self.goes(settings):
+                yield settings
+
+
+BOTH = (False, True)
+ADAM = {
+    "betas": ((0.9, 0.999), (0.0, 0.5)),
+    "eps": (1e-8, 0.1),
+    "weight_decay": (0.0, 0.1),
+    "amsgrad": BOTH,
+    "maximize": BOTH,
+}
+ROWS = [
+    Row(
+        fn.SGD,
+        torch.optim.SGD,
+        {
+            "momentum": (0.0, 0.9),
+            "dampening": (0.0, 0.3),
+            "weight_decay": (0.0, 0.01),
+            "nesterov": BOTH,
+            "maximize": BOTH,
+        },
+        lambda settings: (
+            not settings["nesterov"] or (settings["momentum"] and not settings["dampening"])
+        ),
+    ),
+    Row(fn.Adam, torch.optim.Adam, ADAM),
+    Row(fn.AdamW, torch.optim.AdamW, ADAM),
+    Row(
+        fn.RMSprop,
+        torch.optim.RMSprop,
+        {
+            "alpha": (0.99, 0.5),
+            "eps": (1e-8, 0.1),
+            "weight_decay": (0.0, 0.01),
+            "momentum": (0.0, 0.9),
+            "centered": BOTH,
+        },
+    ),
 ]
-settings = pytest.mark.parametrize("settings", PRODUCT, ids=str)
+products = pytest.mark.parametrize(
+    ("row", "settings"),
+    [
+        pytest.param(row, settings, id=f"{row.ours.__name__}-{settings}")
+        for row in ROWS
+        for settings in row.product()
+    ],
+)
+# Everything that a formula has, and nothing of it.
+OPTIMIZERS = [
+    fn.SGD(0.1, momentum=0.9, dampening=0.3, weight_decay=0.01),
+    fn.SGD(0.1),
+    fn.Adam(0.1, weight_decay=0.01, amsgrad=True),
+    fn.Adam(0.1),
+    fn.AdamW(0.1, amsgrad=True, maximize=True),
+    fn.RMSprop(0.1, weight_decay=0.01, momentum=0.9, centered=True),
+    fn.RMSprop(0.1),
+]
+optimizers = pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=repr)
 
 
 def parameters(dtype=torch.float32):
-    a, b, c = fn.split(fn.key(0), 3)
+    a, b, c, d = fn.split(fn.key(0), 4)
     return (
         {"weight": fn.normal(a, (2, 3), dtype=dtype), "bias": fn.normal(b, (2,), dtype=dtype)},
         (),
-        [fn.normal(c, (), dtype=dtype)],
+        [fn.normal(c, (), dtype=dtype), fn.normal(d, (37, 9), dtype=dtype)],
     )
 
 
@@ -49,46 +117,234 @@ def schedule(step):
     return 0.3 / (1 + step)
 
 
-@settings
-@pytest.mark.parametrize("lr", [0.1, schedule, 0.0], ids=["0.1", "schedule", "0"])
+class Twin:
+    """An optimiser of torch.optim on copies of the leaves of params."""
+
+    def __init__(self, row, params, lr, settings, **variant):
+        self.leaves = [leaf.clone().requires_grad_() for leaf in optree.tree_leaves(params)]
+        first = lr(0) if callable(lr) else lr
+        self.lr, self.optimizer = lr, row.theirs(self.leaves, lr=first, **settings, **variant)
+
+    def step(self, grads, step):
+        for leaf, grad in zip(self.leaves, optree.tree_leaves(grads), strict=True):
+            leaf.grad = grad.clone()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr(step) if callable(self.lr) else self.lr
+        self.optimizer.step()
+        return [leaf.detach() for leaf in self.leaves]
+
+
+@products
+@pytest.mark.parametrize("lr", [0.1, schedule], ids=["0.1", "schedule"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_the_numbers_of_torch(settings, lr, dtype):
+def test_the_numbers_of_torch(row, settings, lr, dtype):
+    """Bit for bit; of `torch.optim.Adam(fused=True)` where that is precise."""
     params = parameters(dtype)
-    theirs = [leaf.clone().requires_grad_() for leaf in optree.tree_leaves(params)]
-    optimizer = torch.optim.SGD(theirs, lr=lr(0) if callable(lr) else lr, **settings)
-    sgd = fn.SGD(lr, **settings)
-    state = sgd.init(params)
-    written, written_state = optree.tree_map(torch.clone, params), sgd.init(params)
+    is_fused = row.ours in (fn.Adam, fn.AdamW) and dtype != torch.bfloat16
+    twin = Twin(row, params, lr, settings, **({"fused": True} if is_fused else {}))
+    looped = Twin(row, params, lr, settings, foreach=False)
+    optimizer = row.ours(lr, **settings)
+    state = optimizer.init(params)
+    written, written_state = optree.tree_map(torch.clone, params), optimizer.init(params)
     for step in range(4):
         grads = gradients(params, step)
-        params, state = sgd.step(params, grads, state)
-        written, written_state = sgd.step_(written, grads, written_state)
-        for leaf, grad in zip(theirs, optree.tree_leaves(grads), strict=True):
-            leaf.grad = grad.clone()
-        optimizer.param_groups[0]["lr"] = lr(step) if callable(lr) else lr
-        optimizer.step()
-        assert same(optree.tree_leaves(params), [leaf.detach() for leaf in theirs])
-        assert same((written, written_state.momentum), (params, state.momentum))
+        params, state = optimizer.step(params, grads, state)
+        written, written_state = optimizer.step_(written, grads, written_state)
+        assert same(optree.tree_leaves(params), twin.step(grads, step))
+        assert same((written, written_state), (params, state))
+        rounding = 32 * torch.finfo(dtype).eps if is_fused else 0
+        close(
+            optree.tree_leaves(params), looped.step(grads, step), rtol=rounding, atol=rounding / 10
+        )
     assert int(state.step) == int(written_state.step) == 4
 
 
-@settings
-def test_step_writes_to_nothing_and_step_underscore_into_params(settings):
-    sgd, params = fn.SGD(0.1, **settings), parameters()
-    grads, state = gradients(params, 0), sgd.init(params)
-    _, state = sgd.step(params, grads, state)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.ours.__name__)
+def test_a_rate_of_0_is_a_rate(row):
+    params = parameters()
+    optimizer = row.ours(0.0)
+    new, state = optimizer.step(params, gradients(params, 0), optimizer.init(params))
+    assert same(new, params)
+    assert int(state.step) == 1
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.ours.__name__)
+def test_defaults_are_those_of_torch(row):
+    required = {"lr": 0.1} if row.ours is fn.SGD else {}
+    ours = row.ours(**required)
+    theirs = row.theirs([torch.ones(1)], **required).defaults
+    for name in row.grid.keys() | {"lr"}:
+        assert getattr(ours, name) == theirs[name]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.ours.__name__)
+def test_complex_parameters(row):
+    """Adam and RMSprop treat real and imaginary parts apart, as torch does."""
+    settings = dict(list(row.product())[-1])
+    params = parameters(torch.float64)
+    params = optree.tree_map(lambda p: torch.complex(p, p.flip(0) if p.ndim else -p), params)
+    twin, optimizer = Twin(row, params, 0.1, settings), row.ours(0.1, **settings)
+    state = optimizer.init(params)
+    written, written_state = optree.tree_map(torch.clone, params), optimizer.init(params)
+    for step in range(3):
+        grads = optree.tree_map(lambda p: (p * (1 + 2j)).conj(), params)  # lazily conjugated
+        params, state = optimizer.step(params, grads, state)
+        written, written_state = optimizer.step_(written, grads, written_state)
+        close(optree.tree_leaves(params), twin.step(grads, step), rtol=1e-13, atol=1e-14)
+        close((written, written_state), (params, state), rtol=1e-13, atol=1e-14)
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x.clone(),
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "gaps": lambda x: torch.stack([x, x], -1)[..., 0],
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+}
+
+
+@optimizers
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("other", LAYOUTS)
+def test_memory_layouts_do_not_matter(optimizer, layout, other):
+    p, g = (fn.normal(fn.key(seed), (2, 3, 4, 5), dtype=torch.float64) for seed in (0, 1))
+    expected = optimizer.step({"w": p}, {"w": g}, optimizer.init({"w": p}))
+    laid_out, grads = {"w": LAYOUTS[layout](p)}, {"w": LAYOUTS[other](g)}
+    for method in (optimizer.step, optimizer.step_):
+        found = method(laid_out, grads, optimizer.init(laid_out))
+        close(found, expected, rtol=1e-14, atol=1e-14)
+        assert found[0]["w"].stride() == laid_out["w"].stride() or layout == "gaps"
+    assert torch.equal(grads["w"], g)
+
+
+@optimizers
+def test_step_writes_to_nothing_and_step_underscore_into_params_and_state(optimizer):
+    params = parameters()
+    grads, state = gradients(params, 0), optimizer.init(params)
+    _, state = optimizer.step(params, grads, state)
     kept = optree.tree_map(torch.clone, (params, grads, state))
-    new_params, _ = sgd.step(params, grads, state)
+    new_params, new_state = optimizer.step(params, grads, state)
     assert same((params, grads, state), kept)
     assert optree.tree_structure(new_params) == optree.tree_structure(params)
-    for new, old in zip(optree.tree_leaves(new_params), optree.tree_leaves(params), strict=True):
-        assert new.data_ptr() != old.data_ptr()
-    places = [leaf.data_ptr() for leaf in optree.tree_leaves((params, state.momentum))]
-    returned, after = sgd.step_(params, grads, state)
+    old = {leaf.data_ptr() for leaf in optree.tree_leaves((params, grads, state))}
+    assert old.isdisjoint(leaf.data_ptr() for leaf in optree.tree_leaves((new_params, new_state)))
+    places = [leaf.data_ptr() for leaf in optree.tree_leaves((params, state[1:]))]
+    returned, after = optimizer.step_(params, grads, state)
     assert returned is params
     assert same(params, new_params)
     assert same(grads, kept[1])
-    assert [leaf.data_ptr() for leaf in optree.tree_leaves((returned, after.momentum))] == places
+    assert [leaf.data_ptr() for leaf in optree.tree_leaves((returned, after[1:]))] == places
+
+
+@optimizers
+def test_steps_are_differentiable(optimizer):
+    """By params, gradients and state, after two steps."""
+    p, g, h = (fn.normal(fn.key(seed), (3,), dtype=torch.float64) for seed in range(3))
+
+    def steps(p, g, h):
+        state = optimizer.init(p)
+        p, state = optimizer.step(p, g, state)
+        return optimizer.step(p, h, state)[0]
+
+    inputs = [x.requires_grad_() for x in (p, g, h)]
+    assert torch.autograd.gradcheck(steps, inputs)
+    with torch.no_grad():
+        close(steps(p, g, h), torch.func.vmap(steps)(*(x[None] for x in (p, g, h)))[0])
+
+
+@optimizers
+def test_a_step_of_many_states_is_the_step_of_each(optimizer):
+    params = torch.stack([fn.normal(fn.key(seed), (4,), dtype=torch.float64) for seed in range(3)])
+    grads = params.flip(0) + 0.5
+    optimizer = type(optimizer)(
+        **{name: getattr(optimizer, name) for name in ("momentum", "amsgrad", "centered")
+           if hasattr(optimizer, name)},
+        lr=schedule,
+    )  # fmt: skip
+    states = []
+    for i in range(3):
+        state = optimizer.init(params[i])
+        for step in range(i):
+            _, state = optimizer.step(params[i], gradients(params[i], step), state)
+        states.append(state)
+    stacked = optree.tree_map(lambda *leaves: torch.stack(leaves), *states)
+    found = torch.func.vmap(optimizer.step)(params, grads, stacked)
+    each = [optimizer.step(*args) for args in zip(params, grads, states, strict=True)]
+    close(found, optree.tree_map(lambda *leaves: torch.stack(leaves), *each))
+    torch.func.vmap(lambda *args: optimizer.step_(*args)[1])(params, grads, stacked)
+    close(params, found[0])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("optimizer", [OPTIMIZERS[2], OPTIMIZERS[5]], ids=repr)
+def test_compiled(optimizer):
+    params = {"w": fn.normal(fn.key(0), (2, 3))}
+    grads = gradients(params, 0)
+    _, state = optimizer.step(params, grads, optimizer.init(params))
+    expected = optimizer.step(params, grads, state)
+    close(compile_whole(optimizer.step)(params, grads, state), expected)
+    found, after = compile_whole(optimizer.step_)(params, grads, state)
+    close((params, state[1:]), (expected[0], expected[1][1:]))
+    close((found, after), expected)
+
+
+@optimizers
+def test_a_resumed_run_has_the_same_bits(optimizer, tmp_path):
+    params = parameters()
+    state = optimizer.init(params)
+    for step in range(6):
+        if step == 3:
+            saved = optree.tree_map(torch.clone, (params, state))
+            fn.save(tmp_path / "run", {"run": saved, "optimizer": optimizer})
+        params, state = optimizer.step_(params, gradients(params, step), state)
+    loaded = fn.load(tmp_path / "run")
+    (again, again_state), again_optimizer = loaded["run"], loaded["optimizer"]
+    assert type(again_state) is type(state)
+    assert again_optimizer == optimizer
+    for step in range(3, 6):
+        again, again_state = again_optimizer.step_(again, gradients(params, step), again_state)
+    assert same((again, again_state), (params, state))
+
+
+@optimizers
+@pytest.mark.parametrize("method", ["step", "step_"])
+def test_bad_trees_change_nothing(optimizer, method):
+    params = {"a": torch.ones(2), "b": torch.ones(3)}
+    state = optimizer.init(params)
+    kept = optree.tree_map(torch.clone, (params, state))
+    step = getattr(optimizer, method)
+    with pytest.raises(ValueError, match=r"grads\['b'\] like params, \(3,\) torch.float32"):
+        step(params, {"a": torch.ones(2), "b": torch.ones(4)}, state)
+    with pytest.raises(TypeError, match=f"expected an {type(state).__name__}, as init makes it"):
+        step(params, params, tuple(state))
+    for i, tree in enumerate(state[1:], 1):
+        if tree:
+            bad = [*state[:i], {**tree, "b": torch.ones(3).double()}, *state[i + 1 :]]
+            with pytest.raises(ValueError, match=r"\['b'\] like params, .*got .*float64"):
+                step(params, params, type(state)(*bad))
+            for other in ((), {"a": tree["a"]}):
+                bad[i] = other
+                with pytest.raises(ValueError, match=r" with the structure of params"):
+                    step(params, params, type(state)(*bad))
+    assert same((params, state), kept)
+
+
+def test_zeros_have_no_direction():
+    """A gradient of 0 moves nothing, by the kernel and by the formula: eps keeps 0 / 0 away."""
+    for dtype in (torch.float32, torch.bfloat16):
+        params = {"w": torch.ones(3, dtype=dtype), "nothing": torch.ones(0, 2, dtype=dtype)}
+        for optimizer in (fn.Adam(), fn.RMSprop(centered=True, momentum=0.9)):
+            grads = optree.tree_map(torch.zeros_like, params)
+            new, _ = optimizer.step(params, grads, optimizer.init(params))
+            assert same(new, params)
+
+
+@pytest.mark.parametrize("optimizer", [fn.Adam(0.1), fn.AdamW(0.1), fn.RMSprop(0.1)], ids=repr)
+def test_a_quadratic_is_minimised(optimizer):
+    p = {"w": torch.tensor([1.0, -2.0, 3.0])}
+    state = optimizer.init(p)
+    for _ in range(300):
+        p, state = optimizer.step_(p, {"w": p["w"] * torch.tensor([1.0, 10.0, 100.0])}, state)
+    assert p["w"].abs().max() < 0.1
 
 
 @given(strategies.trees(), st.floats(0, 1))
@@ -134,6 +390,53 @@ def test_gradients_flow_through_a_step():
 def test_optimisers_are_values():
     assert fn.SGD(0.1, momentum=0.9) == fn.SGD(0.1, momentum=0.9) != fn.SGD(0.1)
     assert repr(fn.SGD(0.1, nesterov=True, momentum=0.5)) == "SGD(0.1, momentum=0.5, nesterov=True)"
+
+
+@optimizers
+def test_they_are_values(optimizer):
+    again = eval(repr(optimizer), vars(fn))
+    for other in (again, pickle.loads(pickle.dumps(optimizer)), dataclasses.replace(optimizer)):
+        assert other == optimizer
+        assert hash(other) == hash(optimizer)
+    assert dataclasses.replace(optimizer, lr=0.2) != optimizer
+    assert fn.Adam(weight_decay=1e-2) != fn.AdamW()
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: fn.Adam(-1.0), ValueError, "Adam: expected lr to be finite and >= 0, got -1.0"),
+        (lambda: fn.AdamW(lr=None), TypeError, "AdamW: expected lr to be a number, got None"),
+        (
+            lambda: fn.Adam(betas=(0.9, 1.0)),
+            ValueError,
+            "Adam: expected every number in betas < 1, got 1.0",
+        ),
+        (
+            lambda: fn.Adam(betas=(math.nan, 0.9)),
+            ValueError,
+            "Adam: expected every number in betas to be finite and >= 0, got nan",
+        ),
+        (
+            lambda: fn.AdamW(betas=0.9),
+            ValueError,
+            "AdamW: expected betas to be a pair of numbers, got 0.9",
+        ),
+        (lambda: fn.Adam(betas=("a", 0)), TypeError, "every number in betas to be a number"),
+        (lambda: fn.Adam(eps=-1e-8), ValueError, "Adam: expected eps to be finite and >= 0"),
+        (lambda: fn.Adam(amsgrad=1), TypeError, "Adam: expected amsgrad to be True or False"),
+        (lambda: fn.RMSprop(alpha=1.5), ValueError, "RMSprop: expected alpha <= 1, got 1.5"),
+        (lambda: fn.RMSprop(momentum=math.inf), ValueError, "RMSprop: expected momentum to be fin"),
+        (lambda: fn.RMSprop(centered=None), TypeError, "RMSprop: expected centered to be True or"),
+    ],
+)
+def test_bad_hyperparameters(make, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        make()
+
+
+def test_betas_are_kept_as_a_tuple():
+    assert fn.Adam(betas=[0.8, 0.9]) == fn.Adam(betas=(0.8, 0.9))
 
 
 @pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay"])

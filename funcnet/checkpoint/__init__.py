@@ -15,8 +15,18 @@
 JSON of a tree's structure, `funcnet.tree` names like `0.weight`.
 """
 
+from funcnet.checkpoint.checkpoints import Checkpoints
 from funcnet.checkpoint.files import inspect, load, load_model, save, save_model
 from funcnet.checkpoint.inspection import Inspection
 from funcnet.checkpoint.structure import CheckpointError
 
-__all__ = ["CheckpointError", "Inspection", "inspect", "load", "load_model", "save", "save_model"]
+__all__ = [
+    "CheckpointError",
+    "Checkpoints",
+    "Inspection",
+    "inspect",
+    "load",
+    "load_model",
+    "save",
+    "save_model",
+]

@@ -1,0 +1,53 @@
+"""Adam's step in one pass over memory, by PyTorch's kernel for the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcnet.ops.each import Each, Scalar, Tensors
+
+_DTYPES = frozenset((torch.float32, torch.float64))  # in 16 bits it rounds less than torch.optim
+_TYPES = frozenset((Tensor, torch.nn.Parameter))
+
+
+def fits_adam(each: Each, lr: Scalar, p: Tensors, g: Tensors, *state: Tensors) -> bool:
+    """Whether the kernel may be called: it knows no autograd, and reads memory without strides."""
+    if not (each.plain and isinstance(lr, float) and _DTYPES.issuperset([x.dtype for x in p])):
+        return False
+    has_gradient = not each.write and torch.is_grad_enabled()
+    strides = [x.stride() for x in p]
+    for xs in (p, g, *state):
+        if not _TYPES.issuperset([type(x) for x in xs]):
+            return False
+        if has_gradient and True in [x.requires_grad for x in xs]:
+            return False
+        if xs and strides != [x.stride() for x in xs]:
+            return False
+    return all(x.is_cpu and _is_dense(x) for x in p)
+
+
+def adam(
+    each: Each,
+    lr: float,
+    n: int,
+    p: Tensors,
+    g: Tensors,
+    *state: Tensors,
+    is_adamw: bool,
+    **rest: Any,
+) -> tuple[Tensors, ...]:
+    """(p, *state) after step number n. `rest` is what the kernel takes by torch.optim's names."""
+    if not each.write:
+        p, *state = ([x.clone() for x in xs] for xs in (p, *state))  # type: ignore[assignment]
+    if p:
+        kernel: Any = torch._fused_adamw_ if is_adamw else torch._fused_adam_
+        steps = [torch.tensor(n, dtype=torch.float32, device="cpu")] * len(p)
+        kernel(p, g, *state, steps, lr=lr, **rest)
+    return p, *state
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))

@@ -1,0 +1,96 @@
+"""The leaves of trees that optimisers map over. Bad trees are refused before anything is changed.
+
+A message starts with `who`, an optimiser or a function's name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from funcnet.layer import Tree
+
+
+def flatten(who: object, name: str, tree: Tree) -> tuple[list[Tensor], optree.PyTreeSpec]:
+    """The leaves of a tree and its structure. Raises TypeError for a leaf without gradients."""
+    leaves, structure = optree.tree_flatten(tree)
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
+            raise TypeError(
+                f"{who}: expected floating-point tensors, got "
+                f"{leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__} at "
+                f"{structure.accessors()[i].codify(name)}"
+            )
+    return leaves, structure
+
+
+def flatten_up_to(who: object, name: str, tree: Tree, structure: optree.PyTreeSpec) -> list[Any]:
+    """What a tree has where params have leaves. Raises ValueError for another structure."""
+    try:
+        return structure.flatten_up_to(tree)
+    except ValueError:
+        other = optree.tree_structure(tree)
+        raise ValueError(
+            f"{who}: expected {name} with the structure of params, {structure}, got {other}"
+        ) from None
+
+
+def flatten_like(
+    who: object,
+    name: str,
+    tree: Tree,
+    ps: list[Tensor],
+    structure: optree.PyTreeSpec,
+    *,
+    any_dtype: bool = False,
+) -> list[Tensor]:
+    """The leaves of a tree that must match params, whose leaves are ps.
+
+    Raises ValueError or TypeError for another structure, shape, device or dtype.
+    """
+    leaves = flatten_up_to(who, name, tree, structure)
+    for i, leaf, p in zip(range(len(ps)), leaves, ps, strict=True):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"{who}: expected a tensor at {structure.accessors()[i].codify(name)}, "
+                f"got {type(leaf).__name__}"
+            )
+        if leaf.dtype is not p.dtype or leaf.shape != p.shape or leaf.device != p.device:
+            is_alike = leaf.shape == p.shape and leaf.device == p.device
+            if any_dtype and is_alike and leaf.is_complex() == p.is_complex():
+                continue
+            raise ValueError(
+                f"{who}: expected {structure.accessors()[i].codify(name)} like params, "
+                f"{_describe(p)}, got {_describe(leaf)}"
+            )
+    return leaves
+
+
+def check_writable(who: object, tensors: list[Tensor]) -> None:
+    """Raise ValueError for a tensor that is expanded or belongs to inference mode."""
+    may_ask = not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()
+    for tensor in tensors:
+        if 0 in tensor.stride() and _overlaps_itself(tensor):
+            raise ValueError(
+                f"{who}: expected tensors that can be written to, got an expanded one of "
+                f"shape {tuple(tensor.shape)} and stride {tensor.stride()}"
+            )
+        if may_ask and tensor.is_inference():
+            raise ValueError(
+                f"{who}: expected tensors that can be written to, got one of shape "
+                f"{tuple(tensor.shape)} made in inference mode"
+            )
+
+
+def _overlaps_itself(x: Tensor) -> bool:
+    """Whether x is expanded. The stride of an axis of size 1 may be anything."""
+    if x.numel() < 2:
+        return False
+    return any(n > 1 and step == 0 for n, step in zip(x.shape, x.stride(), strict=True))
+
+
+def _describe(x: Tensor) -> str:
+    return f"{tuple(x.shape)} {x.dtype} on {x.device}"

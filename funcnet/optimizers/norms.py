@@ -1,0 +1,69 @@
+"""The norm of a tree of gradients, and clipping by it."""
+
+from __future__ import annotations
+
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from funcnet.layer import Tree
+from funcnet.ops.inplace import is_plain
+from funcnet.optimizers.leaves import flatten
+
+
+def global_norm(tree: Tree) -> Tensor:
+    """√(Σ x²) over all numbers of a tree: a 0-dimensional tensor.
+
+    Its dtype is the widest of the leaves', at least float32: sums in half precision would overflow.
+    It is 0 for a tree without numbers.
+
+    Raises TypeError, naming the path, for a leaf that is not a floating-point tensor.
+
+    >>> import torch
+    >>> global_norm({"a": torch.tensor([3.0]), "b": (torch.tensor(4.0),)})
+    tensor(5.)
+    """
+    return _norm(flatten("global_norm", "tree", tree)[0])
+
+
+def clip_by_global_norm(grads: Tree, max_norm: float) -> tuple[Tree, Tensor]:
+    """(grads · min(1, max_norm / norm), norm), where norm is the `global_norm` before clipping.
+
+    Gradients whose norm is not above max_norm keep their bits, in new tensors. If the norm is NaN,
+    all gradients become NaN; if it is infinite, they become 0, and NaN where they are infinite.
+    `max_norm` may be infinite.
+
+    Raises ValueError unless max_norm ≥ 0, and what `global_norm` raises.
+    `torch.nn.utils.clip_grad_norm_` divides by norm + 1e-6 instead:
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.utils.clip_grad_norm_.html
+
+    >>> import torch
+    >>> clip_by_global_norm({"w": torch.tensor([3.0, 4.0])}, 1.0)
+    ({'w': tensor([0.6000, 0.8000])}, tensor(5.))
+    """
+    if isinstance(max_norm, bool) or not isinstance(max_norm, Real):
+        raise TypeError(f"clip_by_global_norm: expected max_norm to be a number, got {max_norm!r}")
+    if not max_norm >= 0:
+        raise ValueError(f"clip_by_global_norm: expected max_norm >= 0, got {max_norm}")
+    gs, structure = flatten("clip_by_global_norm", "grads", grads)
+    norm = _norm(gs)
+    fits, one = norm <= float(max_norm), torch.ones_like(norm)
+    # Autograd multiplies the derivative of what is not chosen by 0: that of 1 / 0 would be NaN.
+    scale = torch.where(fits, one, float(max_norm) / torch.where(fits, one, norm))
+    return structure.unflatten([(g * scale.to(g.device)).to(g.dtype) for g in gs]), norm
+
+
+def _norm(xs: list[Tensor]) -> Tensor:
+    if not xs:
+        return torch.zeros((), dtype=torch.float32, device="cpu")
+    xs = [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in xs]
+    dtype, device = torch.float32, xs[0].device
+    for x in xs:
+        dtype = torch.promote_types(dtype, x.dtype)
+    if is_plain():
+        norms = list(torch._foreach_norm(xs, 2.0, dtype))
+    else:
+        norms = [torch.linalg.vector_norm(x, dtype=dtype) for x in xs]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
+    return norm

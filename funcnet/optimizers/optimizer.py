@@ -1,0 +1,165 @@
+"""What an optimiser is: pure steps on parameter trees. A new one is its formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Generic, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from funcnet.checks import as_number
+from funcnet.fields import Hyperparameters
+from funcnet.layer import Tree
+from funcnet.ops.each import Each, Scalar, Tensors
+from funcnet.optimizers.leaves import check_writable, flatten, flatten_like
+
+State = TypeVar("State")
+Steps: TypeAlias = Callable[[], "tuple[Tree, State]"]
+
+Schedule: TypeAlias = Callable[[int], float]
+"""The learning rate as a function of the number of steps taken, which starts at 0."""
+
+
+class _RateKind:
+    def convert(self, owner: type, name: str, value: Any) -> Any:
+        return value if callable(value) else as_number(owner.__name__, name, value, 0.0)
+
+
+Rate: TypeAlias = Annotated[float | Schedule, _RateKind()]
+"""A finite number ≥ 0, or a function of the number of steps taken."""
+
+
+@dataclass(frozen=True)
+class Optimizer(Hyperparameters, Generic[State]):
+    """A pure function (params, grads, state) -> (params, state), described by hyperparameters.
+
+    A subclass writes `init`, and `_prepare`, which checks everything that a step needs.
+    """
+
+    def init(self, params: Tree) -> State:
+        """The state before the first step."""
+        raise NotImplementedError
+
+    def step(self, params: Tree, grads: Tree, state: State) -> tuple[Tree, State]:
+        """(new params, new state); nothing is written to what came in."""
+        return self._prepare(params, grads, state, write=False)()
+
+    @torch.no_grad()
+    def step_(self, params: Tree, grads: Tree, state: State) -> tuple[Tree, State]:
+        """(params, new state): `step`, written into the tensors of params and of the state."""
+        return self._prepare(params, grads, state, write=True)()
+
+    def _prepare(self, params: Tree, grads: Tree, state: State, write: bool) -> Steps[State]:
+        """The step as a function that raises nothing, and so leaves nothing half-done."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Elementwise(Optimizer[State]):
+    """An optimiser that treats every number of params alike, by a formula on lists of tensors.
+
+    A subclass declares its field `lr: Rate`, its `_State` and what the state keeps, and writes the
+    formula, `_update`. A state is a namedtuple: the number of steps taken, then a tree like params
+    for each thing that `_kept` names, or () if these hyperparameters do not need it.
+    """
+
+    _State: ClassVar[Any]
+
+    _treats_complex_as_pairs: ClassVar[bool] = False
+    """Whether the formula is not one of complex numbers: real and imaginary parts go apart."""
+
+    def _kept(self) -> dict[str, bool]:
+        """The names of what the state keeps, in order, and whether it is needed."""
+        raise NotImplementedError
+
+    def _update(
+        self, each: Each, lr: Scalar, n: Scalar, p: Tensors, g: Tensors, *kept: Tensors
+    ) -> tuple[Tensors, ...]:
+        """(p, *kept) after step number n: 1 is the first.
+
+        What is not needed is an empty list. n is an int, or a tensor where it is not known.
+        """
+        raise NotImplementedError
+
+    def init(self, params: Tree) -> State:
+        """No steps taken, and zeros."""
+        ps, structure = flatten(self, "params", params)
+        kept = [
+            structure.unflatten([torch.zeros_like(p) for p in ps]) if needed else ()
+            for needed in self._kept().values()
+        ]
+        state: State = self._State(torch.zeros((), dtype=torch.int64, device="cpu"), *kept)
+        return state
+
+    def _prepare(self, params: Tree, grads: Tree, state: Any, write: bool) -> Steps[State]:
+        if not isinstance(state, self._State):
+            raise TypeError(
+                f"{self}: expected an {self._State.__name__}, as init makes it, got {state!r:.80}"
+            )
+        ps, structure = flatten(self, "params", params)
+        gs = flatten_like(self, "grads", grads, ps, structure)
+        needs = self._kept()
+        kept = [
+            flatten_like(self, name, tree, ps, structure) if needed else []
+            for (name, needed), tree in zip(needs.items(), state[1:], strict=True)
+        ]
+        if write:
+            check_writable(self, sum(kept, ps))
+        count = _concrete(state.step)
+        lr = self._lr(count)
+        n = count + 1 if isinstance(count, int) else (count + 1).double()
+
+        def step() -> tuple[Tree, State]:
+            update = self._update_pairs if self._treats_complex_as_pairs else self._update
+            new_ps, *new = update(Each(write), lr, n, ps, gs, *kept)
+            trees = [
+                structure.unflatten(leaves) if needed else ()
+                for leaves, needed in zip(new, needs.values(), strict=True)
+            ]
+            new_state: State = self._State(state.step + 1, *trees)
+            return params if write else structure.unflatten(new_ps), new_state
+
+        return step
+
+    def _update_pairs(
+        self, each: Each, lr: Scalar, n: Scalar, ps: Tensors, gs: Tensors, *kept: Tensors
+    ) -> tuple[Tensors, ...]:
+        """`_update` of the real and imaginary parts of complex numbers."""
+        if True not in [p.is_complex() for p in ps]:
+            return self._update(each, lr, n, ps, gs, *kept)
+        gs = [g.resolve_conj() for g in gs]  # autograd makes such
+        new = self._update(each, lr, n, *([_as_pairs(x) for x in xs] for xs in (ps, gs, *kept)))
+        return tuple(
+            [torch.view_as_complex(x) if p.is_complex() else x for x, p in zip(xs, ps, strict=True)]
+            if xs
+            else xs
+            for xs in new
+        )
+
+    def _lr(self, count: int | Tensor) -> Scalar:
+        rate: Any = self.lr  # type: ignore[attr-defined]
+        if not callable(rate):
+            return float(rate)
+        lr = rate(count)
+        if not isinstance(lr, Tensor):
+            as_number(type(self).__name__, "lr(step)", lr, 0.0)
+            return float(lr)
+        if lr.ndim:
+            raise ValueError(f"{self}: expected lr(step) to be a scalar, got {tuple(lr.shape)}")
+        return lr
+
+
+def _concrete(step: Tensor) -> int | Tensor:
+    """The number of steps as an int, if it is one number that is known."""
+    if torch.compiler.is_compiling():
+        return step
+    try:
+        return int(step)
+    except RuntimeError:  # torch.func.vmap over states
+        return step
+
+
+def _as_pairs(x: Tensor) -> Tensor:
+    return torch.view_as_real(x) if x.is_complex() else x

@@ -1,0 +1,169 @@
+"""Different optimisers for different leaves of one tree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Annotated, Any, NamedTuple, TypeAlias
+
+import optree
+import torch
+from torch import Tensor
+
+from funcnet.layer import Tree
+from funcnet.optimizers.leaves import flatten_up_to
+from funcnet.optimizers.optimizer import Optimizer, Steps
+from funcnet.tree import leaf_names
+
+Label: TypeAlias = Callable[[str, Tensor], str]
+"""A function (path, leaf) -> name."""
+
+
+class PartitionState(NamedTuple):
+    """What `Partition` carries from step to step: by name, the state of each part's optimiser."""
+
+    parts: dict[str, Any]
+
+
+class _LabelKind:
+    def convert(self, owner: type, name: str, value: Any) -> Any:
+        if not callable(value):
+            raise TypeError(
+                f"{owner.__name__}: expected {name} to be a function (path, leaf) -> name, "
+                f"got {value!r}"
+            )
+        return value
+
+
+class _PartsKind:
+    """A dict, kept as a sorted tuple of its items, which can be hashed."""
+
+    def convert(self, owner: type, name: str, value: Any) -> tuple[tuple[str, Any], ...]:
+        if not isinstance(value, (Mapping, tuple)):
+            raise TypeError(
+                f"{owner.__name__}: expected a dict of optimisers by name, got {value!r}"
+            )
+        parts = dict(value)
+        for key, optimizer in parts.items():
+            if not isinstance(key, str):
+                raise TypeError(f"{owner.__name__}: expected names that are str, got {key!r}")
+            if not (optimizer is None or isinstance(optimizer, Optimizer)):
+                raise TypeError(
+                    f"{owner.__name__}: expected an optimiser or None for {key!r}, "
+                    f"got {optimizer!r}"
+                )
+        return tuple(sorted(parts.items(), key=lambda item: item[0]))
+
+
+Parts: TypeAlias = Annotated[
+    Mapping[str, Any] | tuple[tuple[str, Any], ...],
+    _PartsKind(),
+]
+
+
+@dataclass(frozen=True, repr=False)
+class Partition(Optimizer[PartitionState]):
+    """An optimiser for each part of a tree; `label(path, leaf)` names the part of a leaf.
+
+    A path is a leaf's name in files, such as "2.weight" (`funcnet.tree`). A part whose optimiser is
+    None is frozen: its leaves come back as they are, its gradients may be anything, and no time is
+    spent on them. Every other part's optimiser is handed dicts of leaves by path.
+
+    Raises TypeError for what is not an optimiser, and ValueError for a label that is not a name of
+    a part, before anything is changed. Raises what the parts raise, before anything is changed.
+
+    >>> import funcnet as fn, torch
+    >>> net = fn.Sequential(fn.Conv2d(4, 3), fn.ReLU(), fn.Conv2d(4, 3))
+    >>> params = net.init(fn.key(0), (1, 8, 8))
+    >>> def label(path, leaf):
+    ...     if path.startswith("0."):
+    ...         return "frozen"
+    ...     return "decay" if leaf.ndim > 1 else "plain"
+    >>> optimizer = fn.Partition(
+    ...     label, {"decay": fn.AdamW(), "plain": fn.AdamW(weight_decay=0.0), "frozen": None}
+    ... )
+    >>> state = optimizer.init(params)
+    >>> {name: list(part.first) for name, part in state.parts.items()}
+    {'decay': ['2.weight'], 'plain': ['2.bias']}
+    """
+
+    label: Annotated[Label, _LabelKind()]
+    optimizers: Parts
+
+    def __repr__(self) -> str:
+        return f"Partition({self.label!r}, {dict(self.optimizers)!r})"
+
+    def init(self, params: Tree) -> PartitionState:
+        """The parts' states before the first step."""
+        leaves, structure = optree.tree_flatten(params)
+        paths = self._paths(leaves, structure)
+        return PartitionState(
+            {
+                name: optimizer.init({path: leaves[i] for path, i in paths[name].items()})
+                for name, optimizer in self._active()
+            }
+        )
+
+    def _prepare(self, params: Tree, grads: Tree, state: Any, write: bool) -> Steps[PartitionState]:
+        names = [name for name, _ in self._active()]
+        if not isinstance(state, PartitionState) or sorted(state.parts) != names:
+            raise TypeError(
+                f"Partition: expected a PartitionState of {names}, as init makes it, "
+                f"got {state!r:.80}"
+            )
+        leaves, structure = optree.tree_flatten(params)
+        gs = flatten_up_to("Partition", "grads", grads, structure)
+        paths = self._paths(leaves, structure)
+        steps = {
+            name: optimizer._prepare(
+                {path: leaves[i] for path, i in paths[name].items()},
+                {path: gs[i] for path, i in paths[name].items()},
+                state.parts[name],
+                write,
+            )
+            for name, optimizer in self._active()
+        }
+
+        def step() -> tuple[Tree, PartitionState]:
+            new_leaves, states = list(leaves), {}
+            for name, step_of_part in steps.items():
+                part, states[name] = step_of_part()
+                for path, i in paths[name].items():
+                    new_leaves[i] = part[path]
+            return params if write else structure.unflatten(new_leaves), PartitionState(states)
+
+        return step
+
+    def _active(self) -> list[tuple[str, Optimizer[Any]]]:
+        """The names and optimisers of the parts that are not frozen."""
+        parts: Any = self.optimizers
+        return [(name, optimizer) for name, optimizer in parts if optimizer is not None]
+
+    def _paths(
+        self, leaves: list[Tensor], structure: optree.PyTreeSpec
+    ) -> dict[str, dict[str, int]]:
+        """By name, the paths of a part's leaves and their positions."""
+        paths: dict[str, dict[str, int]] = {name: {} for name in dict(self.optimizers)}
+        for i, (path, leaf) in enumerate(zip(_names(structure), leaves, strict=True)):
+            name = self.label(path, leaf)
+            if not isinstance(name, str) or name not in paths:
+                raise ValueError(
+                    f"Partition: expected label({path!r}, leaf) to be one of {[*paths]}, "
+                    f"got {name!r}"
+                )
+            paths[name][path] = i
+        return paths
+
+
+def _names(structure: optree.PyTreeSpec) -> list[str]:
+    if torch.compiler.is_compiling():
+        return leaf_names(structure)
+    try:
+        return _remembered_names(structure)
+    except TypeError:  # a user's node may hold what has no hash
+        return leaf_names(structure)
+
+
+# Names take half as long as a step of small tensors.
+_remembered_names = lru_cache(maxsize=64)(leaf_names)

@@ -1,0 +1,233 @@
+"""Learning rates as functions of the number of steps taken, which starts at 0.
+
+A schedule is a value: comparable, hashable, picklable, with code for its repr. It takes an int and
+returns a float, or takes a tensor of counts and returns a float64 tensor of its shape:
+
+    >>> from funcnet import schedules
+    >>> lr = schedules.cosine(0.1, steps=100, warmup=10)
+    >>> lr
+    cosine(0.1, steps=100, warmup=10)
+    >>> lr(0), lr(9), lr(100)
+    (0.01, 0.1, 0.0)
+    >>> import torch
+    >>> lr(torch.tensor([0, 9, 100]))
+    tensor([0.0100, 0.1000, 0.0000], dtype=torch.float64)
+
+In the formulas t is the number of steps taken.
+"""
+
+# ruff: noqa: N801 - the classes are called as functions are, and so is their repr
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeAlias, overload
+
+import torch
+from torch import Tensor
+
+from funcnet.checks import as_int, as_number
+from funcnet.fields import Hyperparameters, NonNegative, Size, Whole
+
+Count: TypeAlias = Annotated[int, Whole(0)]
+
+
+@dataclass(frozen=True)
+class Schedule(Hyperparameters):
+    """A function of the number of steps taken that is a value. A subclass writes `_at`."""
+
+    @overload
+    def __call__(self, step: int) -> float: ...
+    @overload
+    def __call__(self, step: Tensor) -> Tensor: ...
+    def __call__(self, step: Any) -> Any:
+        """The learning rate after so many steps. Raises ValueError for an int below 0."""
+        if isinstance(step, Tensor):
+            return self._at(step.double())
+        return self._at(as_int(type(self).__name__, "step", step, 0))
+
+    def _at(self, t: Any) -> Any:
+        """The learning rate after t steps, an int or a float64 tensor."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class constant(Schedule):
+    """lr, always.
+
+    >>> constant(0.1)(1000)
+    0.1
+    """
+
+    lr: NonNegative
+
+    def _at(self, t: Any) -> Any:
+        return _fill(t, self.lr)
+
+
+@dataclass(frozen=True)
+class linear(Schedule):
+    """first + (last − first) · min(t, steps) / steps.
+
+    >>> linear(1.0, last=0.0, steps=4)(1)
+    0.75
+    """
+
+    first: NonNegative
+    last: NonNegative
+    steps: Size
+
+    def _at(self, t: Any) -> Any:
+        return self.first + (self.last - self.first) * _min(t, self.steps) / self.steps
+
+
+@dataclass(frozen=True)
+class cosine(Schedule):
+    """A linear rise to the peak, then half a period of a cosine down to `last`:
+
+        peak · (t + 1) / warmup                                          while t < warmup
+        last + (peak − last) · (1 + cos(π · (t − warmup) / (steps − warmup))) / 2
+        last                                                             from t = steps on
+
+    Raises ValueError unless warmup ≤ steps.
+    Loshchilov and Hutter, "SGDR: stochastic gradient descent with warm restarts", 2017.
+
+    >>> lr = cosine(1.0, steps=6, warmup=2)
+    >>> [round(lr(t), 3) for t in range(8)]
+    [0.5, 1.0, 1.0, 0.854, 0.5, 0.146, 0.0, 0.0]
+    """
+
+    peak: NonNegative
+    steps: Size
+    warmup: Count = 0
+    last: NonNegative = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.warmup > self.steps:
+            raise ValueError(
+                f"cosine: expected warmup <= steps, got warmup={self.warmup}, steps={self.steps}"
+            )
+
+    def _at(self, t: Any) -> Any:
+        t = _min(t, self.steps)
+        rise = self.peak * (t + 1) / max(self.warmup, 1)
+        angle = math.pi * (t - self.warmup) / max(self.steps - self.warmup, 1)
+        fall = self.last + (self.peak - self.last) * (1 + _cos(angle)) / 2
+        return _where(t < self.warmup, rise, _where(t < self.steps, fall, _fill(t, self.last)))
+
+
+@dataclass(frozen=True)
+class exponential(Schedule):
+    """first · rateᵗ.
+
+    >>> exponential(0.5, rate=0.5)(2)
+    0.125
+    """
+
+    first: NonNegative
+    rate: NonNegative
+
+    def _at(self, t: Any) -> Any:
+        try:
+            lr = self.first * self.rate**t
+            return lr if isinstance(t, Tensor) else float(lr)
+        except OverflowError:
+            return math.inf
+
+
+class _RatesKind:
+    """A dict from steps to learning rates, kept as a sorted tuple of its items."""
+
+    def convert(self, owner: type, name: str, value: Any) -> tuple[tuple[int, float], ...]:
+        who = owner.__name__
+        if not isinstance(value, (Mapping, tuple)):
+            raise TypeError(f"{who}: expected a dict {{step: lr}}, got {value!r}")
+        rates = {
+            as_int(who, "every step", step, 0): as_number(who, "every lr", lr, 0.0)
+            for step, lr in dict(value).items()
+        }
+        if 0 not in rates:
+            raise ValueError(f"{who}: expected the lr of step 0, got steps {sorted(rates)}")
+        return tuple(sorted(rates.items()))
+
+
+@dataclass(frozen=True, repr=False)
+class piecewise(Schedule):
+    """The lr of the last step that is reached, of a dict {step: lr}.
+
+    Raises ValueError unless step 0 is among them.
+
+    >>> lr = piecewise({0: 0.1, 100: 0.01})
+    >>> lr(99), lr(100)
+    (0.1, 0.01)
+    """
+
+    rates: Annotated[Mapping[int, float] | tuple[tuple[int, float], ...], _RatesKind()]
+
+    def __repr__(self) -> str:
+        rates: Any = self.rates
+        return f"piecewise({dict(rates)!r})"
+
+    def _at(self, t: Any) -> Any:
+        rates: Any = self.rates
+        (_, first), *others = rates
+        lr = _fill(t, first)
+        for step, rate in others:
+            lr = _where(t >= step, _fill(t, rate), lr)
+        return lr
+
+
+@dataclass(frozen=True)
+class one_cycle(Schedule):
+    """Up to the peak and far down again, by halves of cosines: torch's OneCycleLR by its defaults.
+
+    From peak / 25 at t = 0 to the peak at t = 0.3 · steps − 1, to peak / 250000 at t = steps − 1,
+    and no further.
+
+    Smith and Topin, "Super-convergence: very fast training of neural networks using large learning
+    rates", 2018;
+    https://docs.pytorch.org/docs/stable/generated/torch.optim.lr_scheduler.OneCycleLR.html
+
+    >>> lr = one_cycle(1.0, steps=10)
+    >>> [round(lr(t), 3) for t in range(11)]
+    [0.04, 0.52, 1.0, 0.95, 0.812, 0.611, 0.389, 0.188, 0.05, 0.0, 0.0]
+    """
+
+    peak: NonNegative
+    steps: Size
+
+    def _at(self, t: Any) -> Any:
+        first, top = self.peak / 25, 0.3 * self.steps - 1
+        last, end = first / 1e4, self.steps - 1
+        t = _min(t, end)
+        rise = _anneal(first, self.peak, t / top)
+        fall = _anneal(self.peak, last, (t - top) / (end - top))
+        return _where(t <= top, rise, fall)
+
+
+def _anneal(start: float, end: float, share: Any) -> Any:
+    return end + (start - end) / 2 * (_cos(math.pi * share) + 1)
+
+
+# --- Functions of an int or a float64 tensor
+
+
+def _fill(t: Any, value: float) -> Any:
+    return torch.full_like(t, value) if isinstance(t, Tensor) else float(value)
+
+
+def _min(t: Any, most: int) -> Any:
+    return t.clamp(max=most) if isinstance(t, Tensor) else min(t, most)
+
+
+def _cos(x: Any) -> Any:
+    return x.cos() if isinstance(x, Tensor) else math.cos(x)
+
+
+def _where(condition: Any, a: Any, b: Any) -> Any:
+    if isinstance(condition, Tensor):
+        return torch.where(condition, a, b)
+    return a if condition else b

@@ -1,0 +1,234 @@
+"""Checkpoints: the last few, the way back past damage, and other files left alone."""
+
+import os
+import pickle
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_properties import same
+
+import funcnet as fn
+from funcnet import tree as trees
+
+
+def tree(step):
+    return {"params": (torch.full((3,), float(step)),), "epoch": step}
+
+
+def names(checkpoints):
+    return sorted(os.listdir(checkpoints.folder))
+
+
+def path_of(checkpoints, step):
+    return os.path.join(checkpoints.folder, f"step-{step:08d}.safetensors")
+
+
+def flip(path, position=-1):
+    with open(path, "r+b") as file:
+        file.seek(position, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(position, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def truncate(path):
+    os.truncate(path, os.path.getsize(path) - 1)
+
+
+def empty(path):
+    os.truncate(path, 0)
+
+
+def dangle(path):
+    os.remove(path)
+    os.symlink(path + ".gone", path)
+
+
+def folder(path):
+    os.remove(path)
+    os.mkdir(path)
+
+
+@given(st.lists(st.integers(0, 10**12), min_size=1, max_size=8, unique=True), st.integers(1, 4))
+def test_the_last_few_are_kept(tmp_path_factory, steps, keep):
+    """In the order of their numbers, however many digits they have."""
+    checkpoints = fn.Checkpoints(tmp_path_factory.mktemp("run") / "new" / "folder", keep=keep)
+    assert checkpoints.latest() is None
+    for step in sorted(steps):
+        checkpoints.save(step, tree(step))
+        found, loaded = checkpoints.latest()
+        assert found == step
+        assert loaded["epoch"] == step
+        assert same(loaded["params"], tree(step)["params"])
+    assert len(names(checkpoints)) == min(keep, len(steps))
+    for step in sorted(steps)[-keep:]:
+        assert fn.inspect(path_of(checkpoints, step)).metadata == {"step": step}
+
+
+def test_other_files_are_left_alone(tmp_path):
+    others = ["model.safetensors", "step-1.safetensors", "step-000000001.safetensors", "notes.txt"]
+    others += ["step-00000001.safetensors.bak", "step-0000001x.safetensors", "my-step-00000001"]
+    for name in others:
+        (tmp_path / name).write_text("mine")
+    checkpoints = fn.Checkpoints(tmp_path, keep=1)
+    assert checkpoints.latest() is None
+    for step in range(3):
+        checkpoints.save(step, tree(step))
+    assert names(checkpoints) == sorted([*others, "step-00000002.safetensors"])
+    assert all((tmp_path / name).read_text() == "mine" for name in others)
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, empty, dangle, folder])
+def test_damaged_files_are_passed_over_and_named(tmp_path, damage):
+    checkpoints = fn.Checkpoints(tmp_path)
+    for step in range(3):
+        checkpoints.save(step, tree(step))
+    for step in (2, 1):
+        damage(path_of(checkpoints, step))
+        with pytest.warns(RuntimeWarning, match="Checkpoints: passing over a damaged file") as log:
+            assert checkpoints.latest()[0] == step - 1
+        assert path_of(checkpoints, step) in str(log[-1].message)
+        assert log[0].filename == __file__
+    damage(path_of(checkpoints, 0))
+    with pytest.warns(RuntimeWarning):
+        assert checkpoints.latest() is None
+
+
+@pytest.mark.parametrize("damage", [truncate, empty])
+def test_a_damaged_newer_file_does_not_push_out_the_good_ones(tmp_path, damage):
+    """A run that resumes before the damage goes on, and keeps what it resumed from."""
+    checkpoints = fn.Checkpoints(tmp_path, keep=2)
+    for step in (10, 20, 30, 40):
+        checkpoints.save(step, tree(step))
+        if step >= 30:
+            damage(path_of(checkpoints, step))
+    checkpoints.save(25, tree(25))
+    with pytest.warns(RuntimeWarning):
+        assert checkpoints.latest()[0] == 25
+    damage(path_of(checkpoints, 25))
+    with pytest.warns(RuntimeWarning):
+        assert checkpoints.latest()[0] == 20
+    checkpoints.save(30, tree(30))
+    with pytest.warns(RuntimeWarning):
+        assert checkpoints.latest()[0] == 30
+    assert os.path.exists(path_of(checkpoints, 20))
+
+
+def test_later_files_whose_bits_are_wrong_do_not_push_out_the_good_ones(tmp_path):
+    """Their headers are right, and only `latest` reads the rest."""
+    checkpoints = fn.Checkpoints(tmp_path, keep=3)
+    for step in (20, 30, 40):
+        checkpoints.save(step, tree(step))
+    for step in (30, 40):
+        flip(path_of(checkpoints, step))
+    for step in (25, 26):
+        checkpoints.save(step, tree(step))
+    assert [fn.load(path_of(checkpoints, step))["epoch"] for step in (20, 25, 26)] == [20, 25, 26]
+    with pytest.warns(RuntimeWarning):
+        assert checkpoints.latest()[0] == 26
+
+
+def test_a_run_that_begins_again_keeps_what_it_saves(tmp_path):
+    checkpoints = fn.Checkpoints(tmp_path, keep=1)
+    checkpoints.save(100, tree(100))
+    checkpoints.save(5, tree(5))
+    assert os.path.exists(path_of(checkpoints, 5))
+    checkpoints.save(6, tree(6))
+    assert names(checkpoints) == ["step-00000006.safetensors", "step-00000100.safetensors"]
+
+
+def test_a_save_that_fails_removes_nothing(tmp_path):
+    checkpoints = fn.Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, tree(1))
+    with pytest.raises(TypeError, match="bad: expected a tensor"):
+        checkpoints.save(2, {"bad": object()})
+    assert names(checkpoints) == ["step-00000001.safetensors"]
+
+
+class Moments(NamedTuple):
+    first: Any
+
+
+def test_a_class_that_is_not_registered_is_no_damage(tmp_path, monkeypatch):
+    checkpoints = fn.Checkpoints(tmp_path)
+    checkpoints.save(1, tree(1))
+    monkeypatch.setattr(trees, "_registered", dict(trees._registered))
+    fn.register_node(Moments)
+    checkpoints.save(2, Moments(torch.ones(1)))
+    assert same(checkpoints.latest()[1], Moments(torch.ones(1)))
+    monkeypatch.setattr(trees, "_registered", {})
+    with pytest.raises(fn.CheckpointError, match="before loading"):
+        checkpoints.latest()
+
+
+def test_what_another_process_removes_meanwhile(tmp_path, monkeypatch):
+    mine, other = fn.Checkpoints(tmp_path, keep=1), fn.Checkpoints(tmp_path, keep=1)
+    mine.save(1, tree(1))
+    listed = fn.Checkpoints._files
+    calls = []
+
+    def list_and_lose(self):
+        files = listed(self)
+        if not calls:
+            calls.append(1)
+            other.save(2, tree(2))
+        return files
+
+    monkeypatch.setattr(fn.Checkpoints, "_files", list_and_lose)
+    assert mine.latest()[0] == 2
+    calls.clear()
+    mine.save(3, tree(3))
+    assert mine.latest()[0] == 3
+
+
+def test_two_processes_at_the_same_time(tmp_path):
+    """Neither fails, and every file that stays is whole."""
+    script = (
+        "import sys, torch, funcnet as fn\n"
+        "checkpoints = fn.Checkpoints(sys.argv[1], keep=2)\n"
+        "for step in range(int(sys.argv[2]), 30, 2):\n"
+        "    checkpoints.save(step, [torch.full((1000,), float(step))])\n"
+        "    assert checkpoints.latest() is not None\n"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-W", "error", "-c", script, str(tmp_path), str(first)])
+        for first in (0, 1)
+    ]
+    assert [process.wait() for process in processes] == [0, 0]
+    checkpoints = fn.Checkpoints(tmp_path, keep=2)
+    assert checkpoints.latest()[0] == 29
+    assert all(fn.inspect(tmp_path / name) for name in names(checkpoints))
+
+
+def test_a_device(tmp_path, device):
+    checkpoints = fn.Checkpoints(tmp_path)
+    checkpoints.save(1, tree(1))
+    assert checkpoints.latest(device=device)[1]["params"][0].device.type == device
+
+
+def test_they_are_values(tmp_path):
+    checkpoints = fn.Checkpoints(tmp_path, keep=2)
+    assert checkpoints == fn.Checkpoints(str(tmp_path), 2) != fn.Checkpoints(tmp_path)
+    assert hash(checkpoints) == hash(fn.Checkpoints(str(tmp_path), 2))
+    assert repr(checkpoints) == f"Checkpoints({str(tmp_path)!r}, keep=2)"
+    assert pickle.loads(pickle.dumps(checkpoints)) == checkpoints
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: fn.Checkpoints(3), TypeError, "Checkpoints: expected folder to be a path, got 3"),
+        (lambda: fn.Checkpoints("a", keep=0), ValueError, "Checkpoints: expected keep >= 1, got 0"),
+        (lambda: fn.Checkpoints("a").save(-1, ()), ValueError, "expected step >= 0, got -1"),
+        (lambda: fn.Checkpoints("a").save(1.0, ()), TypeError, "expected step to be an int"),
+    ],
+)
+def test_bad_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+    assert not os.path.exists("a")

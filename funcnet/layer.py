@@ -358,7 +358,7 @@ class Layer(Hyperparameters):
         if not declared:
             check_no_params(self, params)
             return x
-        like = x if x.dtype.is_floating_point else _first_tensor(params, x)
+        like = x if x.dtype.is_floating_point else self._like_integers(params, x)
         wrong = _misshapen(self, declared, params, like, "")
         if wrong is None:
             return like
@@ -369,6 +369,18 @@ class Layer(Hyperparameters):
         raise ValueError(
             f"{name_of(self)}: expected {name} of shape {sizes(param.shape)}, got {tuple(got)}"
         )
+
+    def _like_integers(self, params: Tree, x: Spec) -> Any:
+        """The first parameter, on x's device, whose dtype y and grad have if x is of integers."""
+        like = _first_tensor(params, x)
+        if like is not x:
+            check_tensor(self, "params", like)
+        if like.device != x.device:
+            raise TypeError(
+                f"{name_of(self)}: expected x on the device of params, {like.device}, "
+                f"got {x.device}"
+            )
+        return like
 
     def _x_that_fits(self, params: Tree, x: Spec) -> tuple[int, int] | None:
         """(axis, size) of the one size of x by which all of params would fit, if there is one."""

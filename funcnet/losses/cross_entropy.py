@@ -88,14 +88,14 @@ class CrossEntropy(Loss):
             value = torch.where(kept, value, 0.0)
         total: Tensor = value.sum()
         if self.reduction == "mean":
-            total = total / self._count(x, target)
+            total = total / self._entries(target)
         return total, (log_p, target)
 
     def _bwd(self, residuals: Any, grad: Tensor | float) -> Tensor:
         log_p, target = residuals
         p, scale = log_p.exp(), grad
         if self.reduction == "mean":
-            scale = grad / self._count(log_p, target)
+            scale = grad / self._entries(target)
         if target.is_floating_point():
             smoothed = self._smoothed(target)
             dx: Tensor = (p * smoothed.sum(1, keepdim=True) - smoothed) * scale
@@ -114,8 +114,7 @@ class CrossEntropy(Loss):
         share = self.label_smoothing / probabilities.shape[1]
         return probabilities * (1 - self.label_smoothing) + share
 
-    def _count(self, x: Tensor, target: Any) -> Any:
-        """The number of places that count in the mean."""
+    def _entries(self, target: Any) -> Any:
         if target.is_floating_point():
-            return x.numel() / max(x.shape[1], 1)
-        return (target != self.ignore_index).sum().to(x.dtype)
+            return target.numel() / max(target.shape[1], 1)
+        return (target != self.ignore_index).sum()

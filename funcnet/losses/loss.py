@@ -41,6 +41,10 @@ class Loss(Hyperparameters):
         """dx."""
         raise NotImplementedError(f"{type(self).__name__} writes neither _bwd nor bwd")
 
+    def _entries(self, target: Any) -> Any:
+        """The number that the mean divides by, given the target of the whole batch."""
+        return target.numel()
+
     def _reduced(self, values: Tensor) -> Tensor:
         """The mean or the sum of values, as the loss's reduction says."""
         return values.mean() if getattr(self, "reduction", "mean") == "mean" else values.sum()

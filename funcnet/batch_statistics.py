@@ -152,13 +152,15 @@ def _collected(layer: Layer, params: Tree, copies: Shape, path: str) -> Tree:
     if isinstance(layer, _Observed):
         return _stacked(layer, copies, path)
     children = layer._children()
+    if not children:
+        return ()
     names = [name for name, _ in children]
     copies = (*copies, *layer._copied())
     parts = [
         _collected(child, own, copies, path + _step(name))
-        for (name, child), own in zip(children, _parts(params, names), strict=True)
+        for (name, child), own in zip(children, layer._child_params(params), strict=True)
     ]
-    return _whole(params, names, parts) if parts else ()
+    return _whole(params, names, parts)
 
 
 def _stacked(observed: _Observed, copies: Shape, path: str) -> Moments:
@@ -259,12 +261,9 @@ class _Inference:
         if _same(layers, [child for _, child in children]):
             return layer, params
         params = _whole(params, kept, [part for _, _, part in made])
-        if len(made) == len(children):
-            return layer._with_children(layers), params
-        sequence: Any = type(layer)
-        if isinstance(params, Mapping):
-            return sequence(**dict(zip(kept, layers, strict=True))), params
-        return sequence(*layers), params
+        if isinstance(layer, Sequential):  # which may have become shorter
+            return layer._with(tuple(layers), tuple(kept) if layer.names else ()), params
+        return layer._with_children(layers), params
 
 
 def _scale_and_shift(layer: BatchNorm, params: Tree, m: Tree, path: str) -> tuple[Tensor, Tensor]:

@@ -231,7 +231,7 @@ class Number:
     most: float = float("inf")
     may_be_none: bool = False
 
-    def convert(self, owner: type, name: str, value: Any) -> float | None:
+    def convert(self, owner: type, name: str, value: Any) -> Any:
         if value is None and self.may_be_none:
             return None
         number = as_number(owner.__name__, name, value, self.least)
@@ -266,7 +266,7 @@ class NumberButZero(Number):
     """A finite number other than 0."""
 
     def convert(self, owner: type, name: str, value: Any) -> float:
-        number = super().convert(owner, name, value)
+        number: float = super().convert(owner, name, value)
         if number == 0:
             raise ValueError(f"{owner.__name__}: expected {name} not to be 0, got {value}")
         return number

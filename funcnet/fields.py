@@ -231,7 +231,7 @@ class Number:
     most: float = float("inf")
     may_be_none: bool = False
 
-    def convert(self, owner: type, name: str, value: Any) -> float | None:
+    def convert(self, owner: type, name: str, value: Any) -> Any:
         if value is None and self.may_be_none:
             return None
         number = as_number(owner.__name__, name, value, self.least)

@@ -557,7 +557,7 @@ def _all_layers(values: Sequence[Any]) -> bool:
 
 def count_of(layers: Sequence[Any]) -> str:
     """`48 layers`, as a message names the size of a combinator."""
-    return f"{len(layers)} layer{'s' if len(layers) != 1 else ''}"
+    return f"{len(layers)} layers"
 
 
 def _has_rank(axes: str, shape: Shape) -> bool:

@@ -240,7 +240,7 @@ def test_softmax_refuses_the_batch(cls):
         cls(-1).apply((), torch.zeros(3))
     with pytest.raises(ValueError, match="expected dim to be an axis after the batch"):
         cls(-1).apply((), torch.tensor(0.0))
-    with pytest.raises(TypeError, match="expected dim to be an int, got 1.0"):
+    with pytest.raises(TypeError, match="expected dim to be an int"):
         cls(1.0)
 
 

@@ -50,7 +50,7 @@ class Dropout(Layer):
 
     def _keep(self, key: Key, x: Tensor) -> Tensor:
         """m, in a shape that broadcasts to x's."""
-        return counter.bernoulli(key.data, 1 - self.p, x.shape, x.device)
+        return counter.bernoulli(key, 1 - self.p, x.shape, x.device)
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor | None]:
         if key is None:
@@ -97,4 +97,4 @@ class Dropout2d(Dropout):
 
     def _keep(self, key: Key, x: Tensor) -> Tensor:
         """m, (N, C, 1, 1)."""
-        return counter.bernoulli(key.data, 1 - self.p, (*x.shape[:2], 1, 1), x.device)
+        return counter.bernoulli(key, 1 - self.p, (*x.shape[:2], 1, 1), x.device)

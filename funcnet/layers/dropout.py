@@ -40,6 +40,8 @@ class Dropout(Layer):
     >>> import torch
     >>> x = torch.ones(2, 4)
     >>> Dropout().apply((), x, key=fn.key(0))
+    tensor([[0., 2., 0., 2.],
+            [2., 2., 0., 0.]])
     >>> bool((Dropout().apply((), x) == x).all())
     True
     """
@@ -91,6 +93,7 @@ class Dropout2d(Dropout):
     >>> import funcnet as fn
     >>> import torch
     >>> Dropout2d().apply((), torch.ones(1, 4, 1, 2), key=fn.key(0)).flatten(1)
+    tensor([[0., 0., 2., 2., 0., 0., 2., 2.]])
     """
 
     _axes = "CHW"

@@ -2,11 +2,11 @@
 
 Counter i and the halves of a key, k₁ low and k₂ high, give 64 bits, by arithmetic modulo 2⁶⁴ as in
 MurmurHash3's and SplitMix64's finalisers (Steele et al., "Fast splittable pseudorandom number
-generators", 2014), with the second half of the key mixed in before the last round:
+generators", 2014), with the second half of the key mixed in after the first round:
 
     z = i·g + k₁
-    z = (z ⊕ z/2³²)·m₁
-    z = (z ⊕ z/2²⁹)·m₂ + k₂
+    z = (z ⊕ z/2³²)·m₁ + k₂
+    z = (z ⊕ z/2²⁹)·m₂
     z = (z ⊕ z/2³²)·m₁
 
 Each of the two halves of z decides one entry. These are a dozen integer operations on tensors, the
@@ -54,11 +54,11 @@ def _random(key: Key, size: int, chunk: int, device: torch.device) -> Iterator[T
     for start in range(0, max(size, 1), chunk):
         stop = min(start + chunk, size)
         i = torch.arange(start // 2, (stop + 1) // 2, device=device)
-        yield _mix(i, low, high).view(torch.int32)[: stop - start]
+        yield _mix(i, low, high).view(torch.int32).narrow(0, 0, stop - start)
 
 
 def _mix(i: Tensor, low: Any, high: Any) -> Tensor:
     z: Tensor = i * _GOLDEN + low
-    z = (z ^ (z >> 32)) * _FIRST
-    z = (z ^ (z >> 29)) * _SECOND + high
+    z = (z ^ (z >> 32)) * _FIRST + high
+    z = (z ^ (z >> 29)) * _SECOND
     return (z ^ (z >> 32)) * _FIRST

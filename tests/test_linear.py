@@ -92,9 +92,13 @@ def test_bfloat16_is_close():
 def test_refusals():
     layer = fn.Linear(3)
     params = layer.init(fn.key(0), (4,))
-    with pytest.raises(ValueError, match=re.escape("Linear(3): expected x of shape (N, …, 4), got (")):
+    with pytest.raises(
+        ValueError, match=re.escape("Linear(3): expected x of shape (N, …, 4), got (")
+    ):
         layer.apply(params, torch.zeros(2, 5))
-    with pytest.raises(ValueError, match=re.escape("expected the shape of one example, (…, C), got")):
+    with pytest.raises(
+        ValueError, match=re.escape("expected the shape of one example, (…, C), got")
+    ):
         layer.init(fn.key(0), ())
     with pytest.raises(ValueError, match="expected x of shape"):
         layer.apply(params, torch.zeros(4))

@@ -39,6 +39,7 @@ class ValueAndGrad:
         """(the loss, `scale` times its gradient)."""
         y, residuals = self.net.fwd(params, x, key=key)
         value, loss_residuals = loss.fwd(y, target)
+        scale = scale.to(y.dtype) if isinstance(scale, Tensor) else scale
         grad = loss.bwd(loss_residuals, scale)
         del y, loss_residuals  # the network's backward pass needs the memory
         if is_private(self.net):
@@ -70,7 +71,7 @@ class MicroBatched(ValueAndGrad):
             total = value if total is None else total + value
             grads = found if grads is None else optree.tree_map(inplace.add, grads, found)
         assert total is not None
-        return total * scale, grads
+        return (total * scale).to(total.dtype), grads
 
     def _parts(self, x: Tensor, target: Any) -> Iterator[tuple[Tensor, Any]]:
         for start in range(0, len(x), self.micro_batch):

@@ -40,6 +40,8 @@ class Dropout(Layer):
     >>> import torch
     >>> x = torch.ones(2, 4)
     >>> Dropout().apply((), x, key=fn.key(0))
+    tensor([[0., 2., 0., 2.],
+            [2., 2., 0., 0.]])
     >>> bool((Dropout().apply((), x) == x).all())
     True
     """
@@ -50,7 +52,7 @@ class Dropout(Layer):
 
     def _keep(self, key: Key, x: Tensor) -> Tensor:
         """m, in a shape that broadcasts to x's."""
-        return counter.bernoulli(key.data, 1 - self.p, x.shape, x.device)
+        return counter.bernoulli(key, 1 - self.p, x.shape, x.device)
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor | None]:
         if key is None:
@@ -91,10 +93,11 @@ class Dropout2d(Dropout):
     >>> import funcnet as fn
     >>> import torch
     >>> Dropout2d().apply((), torch.ones(1, 4, 1, 2), key=fn.key(0)).flatten(1)
+    tensor([[0., 0., 2., 2., 0., 0., 2., 2.]])
     """
 
     _axes = "CHW"
 
     def _keep(self, key: Key, x: Tensor) -> Tensor:
         """m, (N, C, 1, 1)."""
-        return counter.bernoulli(key.data, 1 - self.p, (*x.shape[:2], 1, 1), x.device)
+        return counter.bernoulli(key, 1 - self.p, (*x.shape[:2], 1, 1), x.device)

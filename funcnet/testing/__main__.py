@@ -104,7 +104,7 @@ def _cells(name: str, dtype: str, score: Score) -> tuple[str, ...]:
 
 def _row(cells: Sequence[str]) -> str:
     left, right = cells[:2], cells[2:]
-    return "".join(f"{cell:<16}" for cell in left) + "".join(f"{cell:>12}" for cell in right)
+    return f"{left[0]:<20}{left[1]:<10}" + "".join(f"{cell:>12}" for cell in right)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -80,7 +80,7 @@ def draw(x, y, probabilities):
     for ax, i in zip(axes.flat, least.tolist(), strict=True):
         first, second = probabilities[i].argsort(descending=True)[:2].tolist()
         sure, less = (float(probabilities[i, digit]) for digit in (first, second))
-        ax.imshow(x[i, 0], cmap="gray_r")
+        ax.imshow(x[i, 0].numpy(), cmap="gray_r")
         ax.set_title(f"a {y[i]}\n{first}: {sure:.0%}, {second}: {less:.0%}", fontsize=9)
         ax.axis("off")
     OUT.parent.mkdir(exist_ok=True)

@@ -26,12 +26,22 @@ import optree
 import torch
 from torch import Tensor
 
-from funcnet import layers as vocabulary
 from funcnet.checks import name_of
 from funcnet.combinators import Sequential
 from funcnet.keys import Key
 from funcnet.layer import Layer, Shape, Spec, Tree, check, run_fwd
-from funcnet.layers import BatchNorm, ChannelAffine
+from funcnet.layers import (
+    BatchNorm,
+    ChannelAffine,
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    ConvTranspose1d,
+    ConvTranspose2d,
+    ConvTranspose3d,
+    Linear,
+    UpsampleConv2d,
+)
 from funcnet.ops.inplace import is_plain
 
 Moments: TypeAlias = tuple[Tensor, Tensor, Tensor]
@@ -152,13 +162,15 @@ def _collected(layer: Layer, params: Tree, copies: Shape, path: str) -> Tree:
     if isinstance(layer, _Observed):
         return _stacked(layer, copies, path)
     children = layer._children()
+    if not children:
+        return ()
     names = [name for name, _ in children]
     copies = (*copies, *layer._copied())
     parts = [
         _collected(child, own, copies, path + _step(name))
-        for (name, child), own in zip(children, _parts(params, names), strict=True)
+        for (name, child), own in zip(children, layer._child_params(params), strict=True)
     ]
-    return _whole(params, names, parts) if parts else ()
+    return _whole(params, names, parts)
 
 
 def _stacked(observed: _Observed, copies: Shape, path: str) -> Moments:
@@ -259,12 +271,9 @@ class _Inference:
         if _same(layers, [child for _, child in children]):
             return layer, params
         params = _whole(params, kept, [part for _, _, part in made])
-        if len(made) == len(children):
-            return layer._with_children(layers), params
-        sequence: Any = type(layer)
-        if isinstance(params, Mapping):
-            return sequence(**dict(zip(kept, layers, strict=True))), params
-        return sequence(*layers), params
+        if isinstance(layer, Sequential):  # which may have become shorter
+            return layer._with(tuple(layers), tuple(kept) if layer.names else ()), params
+        return layer._with_children(layers), params
 
 
 def _scale_and_shift(layer: BatchNorm, params: Tree, m: Tree, path: str) -> tuple[Tensor, Tensor]:
@@ -306,21 +315,18 @@ def _learned(layer: BatchNorm, params: Tree, mean: Tensor, path: str) -> tuple[T
     return params["weight"], params["bias"]
 
 
-_TRANSPOSED = ("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
-_ABSORBING = ("Linear", "Conv1d", "Conv2d", "Conv3d", "UpsampleConv2d", *_TRANSPOSED)
-"""Layers with y = weight · x + bias, by their names: a subclass may compute anything."""
+_TRANSPOSED = (ConvTranspose1d, ConvTranspose2d, ConvTranspose3d)
+_ABSORBING = (Linear, Conv1d, Conv2d, Conv3d, UpsampleConv2d, *_TRANSPOSED)
+"""Layers with y = weight · x + bias. Not their subclasses, which may compute anything."""
 
 
 def _absorbs(layer: Layer, m: Tree) -> bool:
     """Whether a `BatchNorm` with these moments, right behind the layer, may become part of it."""
-    name = type(layer).__name__
-    if name not in _ABSORBING or getattr(vocabulary, name, None) is not type(layer):
-        return False
-    if name != "Linear" or not _is_moments(m):
-        return True
-    count, mean, _ = m
-    features: bool = count.ndim == mean.ndim - 1  # else axis 1 does not count its features
-    return features
+    if type(layer) is Linear and _is_moments(m):
+        count, mean, _ = m
+        has_positions: bool = count.ndim > mean.ndim - 1
+        return not has_positions  # with them, axis 1 does not count Linear's features
+    return type(layer) in _ABSORBING
 
 
 def _folded(
@@ -331,7 +337,7 @@ def _folded(
     Weights are (O, C/groups, …), of a transposed convolution (C, O/groups, …), with an axis for
     the copies of a layer in front; scale and shift are (…, O).
     """
-    weight, transposed = params["weight"], type(layer).__name__ in _TRANSPOSED
+    weight, transposed = params["weight"], type(layer) in _TRANSPOSED
     copies, groups = scale.ndim - 1, layer.groups if transposed else 1
     channels = weight.shape[copies] if not transposed else weight.shape[copies + 1] * groups
     if weight.shape[:copies] != scale.shape[:-1] or channels != scale.shape[-1]:

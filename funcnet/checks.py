@@ -53,6 +53,20 @@ def as_shape(who: object, shape: Any) -> tuple[int, ...]:
     return tuple(as_int(who, "every size in shape", size, 0) for size in shape)
 
 
+def as_axis(who: object, name: str, dim: int, shape: tuple[int, ...]) -> int:
+    """The axis, from 1 on, of a batch of examples of `shape` that `dim` means, -1 being the last.
+
+    Raises ValueError where there is none, or where it is the batch.
+    """
+    axis = dim + len(shape) + 1 if dim < 0 else dim
+    if not 1 <= axis <= len(shape):
+        raise ValueError(
+            f"{name_of(who)}: expected {name} to be an axis after the batch of x of shape "
+            f"{sizes(('N', *shape))}, got {dim}"
+        )
+    return axis
+
+
 def check_tensor(who: object, name: str, x: Any) -> None:
     """Raise TypeError unless x is a floating-point tensor."""
     if not isinstance(x, Tensor):

@@ -134,14 +134,38 @@ def _short(kind: Kind | None, value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Whole:
-    """An int that is at least `least`; any int if that is None."""
+    """An int that is at least `least`, any int if that is None; some also take None."""
 
     least: int | None = None
+    may_be_none: bool = False
 
-    def convert(self, owner: type, name: str, value: Any) -> int:
+    def convert(self, owner: type, name: str, value: Any) -> int | None:
+        if value is None and self.may_be_none:
+            return None
         if self.least is None:
             return as_index(owner.__name__, name, value)
         return as_int(owner.__name__, name, value, self.least)
+
+
+@dataclass(frozen=True)
+class AfterBatch:
+    """A dimension of x, counted as in torch: any int but 0, which is the batch."""
+
+    def convert(self, owner: type, name: str, value: Any) -> int:
+        dim = as_index(owner.__name__, name, value)
+        if dim == 0:
+            raise ValueError(f"{owner.__name__}: expected {name} not to be 0, the batch, got 0")
+        return dim
+
+
+@dataclass(frozen=True)
+class Several:
+    """A tuple of ints, each of which is at least `least`."""
+
+    least: int
+
+    def convert(self, owner: type, name: str, value: Any) -> tuple[int, ...]:
+        return tuple(as_int(owner.__name__, f"every entry of {name}", v, self.least) for v in value)
 
 
 @dataclass(frozen=True)
@@ -207,7 +231,7 @@ class Number:
     most: float = float("inf")
     may_be_none: bool = False
 
-    def convert(self, owner: type, name: str, value: Any) -> float | None:
+    def convert(self, owner: type, name: str, value: Any) -> Any:
         if value is None and self.may_be_none:
             return None
         number = as_number(owner.__name__, name, value, self.least)
@@ -238,6 +262,17 @@ class BelowOne:
 
 
 @dataclass(frozen=True)
+class NumberButZero(Number):
+    """A finite number other than 0."""
+
+    def convert(self, owner: type, name: str, value: Any) -> float | None:
+        number = super().convert(owner, name, value)
+        if number == 0:
+            raise ValueError(f"{owner.__name__}: expected {name} not to be 0, got {value}")
+        return number
+
+
+@dataclass(frozen=True)
 class InstanceOf:
     """An instance of a class, which is looked up when it is needed; or None, where that may be."""
 
@@ -257,7 +292,13 @@ Size: TypeAlias = Annotated[int, Whole(1)]
 """An int ≥ 1."""
 
 Index: TypeAlias = Annotated[int, Whole()]
-"""Any int."""
+"""An int."""
+
+IndexOrNone: TypeAlias = Annotated[int | None, Whole(may_be_none=True)]
+"""An int, or None."""
+
+Axis: TypeAlias = Annotated[int, AfterBatch()]
+"""A dimension of x other than the batch, counted as in torch: 1 is the first of an example."""
 
 Sizes: TypeAlias = Annotated[int | tuple[int, ...], PerAxis(1)]
 """An int ≥ 1, or one for each axis; kept as a tuple."""
@@ -281,6 +322,9 @@ Flag: TypeAlias = Annotated[bool, OneOf((True, False))]
 
 Finite: TypeAlias = Annotated[float, Number()]
 """A finite number."""
+
+NonZero: TypeAlias = Annotated[float, NumberButZero()]
+"""A finite number other than 0."""
 
 NonNegative: TypeAlias = Annotated[float, Number(0.0)]
 """A finite number ≥ 0."""

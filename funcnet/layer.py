@@ -358,7 +358,7 @@ class Layer(Hyperparameters):
         if not declared:
             check_no_params(self, params)
             return x
-        like = x if x.dtype.is_floating_point else _first_tensor(params, x)
+        like = x if x.dtype.is_floating_point else self._like_integers(params, x)
         wrong = _misshapen(self, declared, params, like, "")
         if wrong is None:
             return like
@@ -369,6 +369,18 @@ class Layer(Hyperparameters):
         raise ValueError(
             f"{name_of(self)}: expected {name} of shape {sizes(param.shape)}, got {tuple(got)}"
         )
+
+    def _like_integers(self, params: Tree, x: Spec) -> Any:
+        """The first parameter, on x's device, whose dtype y and grad have if x is of integers."""
+        like = _first_tensor(params, x)
+        if like is not x:
+            check_tensor(self, "params", like)
+        if like.device != x.device:
+            raise TypeError(
+                f"{name_of(self)}: expected x on the device of params, {like.device}, "
+                f"got {x.device}"
+            )
+        return like
 
     def _x_that_fits(self, params: Tree, x: Spec) -> tuple[int, int] | None:
         """(axis, size) of the one size of x by which all of params would fit, if there is one."""
@@ -494,6 +506,15 @@ def check(layer: Layer, params: Tree, x: Spec) -> Spec:
     return Spec(x.batch, tuple(layer.out_shape(x.shape)), like.dtype, like.device)
 
 
+def coupling(layer: Layer) -> str:
+    """The way to the first layer that couples examples, and its name: `layer 1: BatchNorm()`."""
+    for name, child in layer._children():
+        if child.couples_examples:
+            where = f"layer {name}: " if name.isdecimal() else f"{name}: " if name else ""
+            return where + coupling(child)
+    return name_of(layer)
+
+
 def like_params(params: Tree, dparams: Tree) -> Tree:
     """dparams in the containers of params: a dict of the same kind, in the same order."""
     if torch.compiler.is_compiling() and not optree.tree_leaves(params):
@@ -545,7 +566,7 @@ def _all_layers(values: Sequence[Any]) -> bool:
 
 def count_of(layers: Sequence[Any]) -> str:
     """`48 layers`, as a message names the size of a combinator."""
-    return f"{len(layers)} layer{'s' if len(layers) != 1 else ''}"
+    return f"{len(layers)} layers"
 
 
 def _has_rank(axes: str, shape: Shape) -> bool:

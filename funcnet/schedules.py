@@ -6,7 +6,7 @@ returns a float, or takes a tensor of counts and returns a float64 tensor of its
     >>> from funcnet import schedules
     >>> lr = schedules.cosine(0.1, steps=100, warmup=10)
     >>> lr
-    cosine(0.1, steps=100, warmup=10)
+    schedules.cosine(0.1, steps=100, warmup=10)
     >>> lr(0), lr(9), lr(100)
     (0.01, 0.1, 0.0)
     >>> import torch
@@ -29,14 +29,17 @@ import torch
 from torch import Tensor
 
 from funcnet.checks import as_int, as_number
-from funcnet.fields import Hyperparameters, NonNegative, Size, Whole
+from funcnet.fields import Hyperparameters, NonNegative, Size, Whole, source
 
 Count: TypeAlias = Annotated[int, Whole(0)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Schedule(Hyperparameters):
     """A function of the number of steps taken that is a value. A subclass writes `_at`."""
+
+    def __repr__(self) -> str:
+        return f"schedules.{source(self)}"
 
     @overload
     def __call__(self, step: int) -> float: ...
@@ -169,7 +172,7 @@ class piecewise(Schedule):
 
     def __repr__(self) -> str:
         rates: Any = self.rates
-        return f"piecewise({dict(rates)!r})"
+        return f"schedules.piecewise({dict(rates)!r})"
 
     def _at(self, t: Any) -> Any:
         rates: Any = self.rates

@@ -45,15 +45,17 @@ def summary(net: Layer, shape: Sequence[int]) -> str:
     net is a Layer.
 
     >>> import funcnet as fn
-    >>> net = fn.Sequential(fn.Conv2d(8, 3), fn.Residual(fn.Sequential(act=fn.ReLU())))
+    >>> inner = fn.Sequential(a=fn.ReLU(), b=fn.Sigmoid())
+    >>> net = fn.Sequential(fn.Conv2d(8, 3), fn.Residual(inner))
     >>> print(summary(net, (3, 32, 32)))
-    path   layer                              output       parameters  residual bytes
-           Sequential of 2 layers             (8, 30, 30)         224          41,088
-    0        Conv2d(8, kernel_size=3)         (8, 30, 30)         224          12,288
-    1        Residual(Sequential of 1 layer)  (8, 30, 30)           0          28,800
-    1          Sequential of 1 layer          (8, 30, 30)           0          28,800
-    1.act        ReLU()                       (8, 30, 30)           0          28,800
-                                              total               224          41,088
+    path  layer                               output       parameters  residual bytes
+          Sequential of 2 layers              (8, 30, 30)         224          69,888
+    0       Conv2d(8, kernel_size=3)          (8, 30, 30)         224          12,288
+    1       Residual(Sequential of 2 layers)  (8, 30, 30)           0          57,600
+    1         Sequential of 2 layers          (8, 30, 30)           0          57,600
+    1.a         ReLU()                        (8, 30, 30)           0          28,800
+    1.b         Sigmoid()                     (8, 30, 30)           0          28,800
+                                              total               224          69,888
     """
     if not isinstance(net, Layer):
         raise TypeError(f"summary: expected net to be a Layer, got {net!r}")

@@ -59,6 +59,17 @@ def test_other_dtypes_are_close_to_float64(cls, dtype, data):
         assert off <= tolerance * exact.abs().max() + tolerance
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_of_volumes_with_one_channel_a_group(dtype):
+    """Here F.conv3d returns numbers up to 1e28 in torch 2.13, in one case of a hundred."""
+    for i, kernel in enumerate([(3, 1, 2), (2, 1, 3), (2, 2, 3), (3, 2, 2), (3, 2, 3)] * 4):
+        layer = fn.Conv3d(4, kernel, padding=1, groups=2)
+        x = fn.normal(fn.key(i), (5, 2, 1, 5, 3 + i % 3), dtype=dtype)
+        params = layer.init(fn.key(i + 1), x.shape[1:], dtype=dtype)
+        exact = layer.apply(optree.tree_map(torch.Tensor.double, params), x.double())
+        torch.testing.assert_close(layer.apply(params, x).double(), exact, rtol=0.02, atol=0.02)
+
+
 @ranks
 @budget(20)
 @given(st.data())

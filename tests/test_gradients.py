@@ -150,8 +150,42 @@ def test_a_bwd_that_is_put_in_later_is_used(layer, monkeypatch):
         return own(self, *args, **kwargs)
 
     monkeypatch.setattr(type(layer), "bwd", bwd)
-    net = fn.Sequential(layer, layer)
+    net = fn.Sequential(fn.Conv2d(2, 1), layer, layer)  # one that has gradients to compute
     x = torch.ones(1, 2, 3, 3)
     params = net.init(fn.key(0), (2, 3, 3))
     fn.value_and_grad(net, fn.MSE())(params, x, torch.zeros_like(net.apply(params, x)))
     assert layer in calls
+
+
+@pytest.mark.parametrize("loss", [fn.MSE(), fn.MSE("sum"), fn.CrossEntropy(ignore_index=1)])
+@given(batch=st.integers(0, 5), size=st.integers(1, 6))
+def test_micro_batches_give_the_same_numbers(loss, batch, size):
+    net = fn.Sequential(fn.Flatten(), fn.Linear(4), fn.Tanh(), fn.Linear(3))
+    params = net.init(fn.key(0), (2, 2), dtype=torch.float64)
+    x = fn.normal(fn.key(1), (batch, 2, 2), dtype=torch.float64)
+    target = fn.normal(fn.key(2), (batch, 3), dtype=torch.float64)
+    if isinstance(loss, fn.CrossEntropy):
+        target = torch.arange(batch) // 2 % 3  # so that some parts are ignored as a whole
+    expected = fn.value_and_grad(net, loss)(params, x, target)
+    got = fn.value_and_grad(net, loss, micro_batch=size)(params, x, target)
+    close(got, expected, equal_nan=True)
+
+
+def test_micro_batch_j_draws_from_key_j():
+    net = fn.Sequential(fn.Linear(3), fn.Dropout(0.5))
+    params = net.init(fn.key(0), (2,))
+    x, key = torch.ones(4, 2), fn.key(3)
+    step = fn.value_and_grad(net, fn.MSE("sum"), micro_batch=2)
+    value, _ = step(params, x, torch.zeros(4, 3), key)
+    parts = [net.apply(params, x[:2], key=fn.fold_in(key, j)).square().sum() for j in range(2)]
+    close(value, sum(parts))
+
+
+def test_what_micro_batches_refuse():
+    net = fn.Sequential(fn.Linear(3), fn.BatchNorm())
+    with pytest.raises(
+        ValueError, match="2 layers with a layer that couples examples"
+    ):
+        fn.value_and_grad(net, fn.MSE(), micro_batch=2)
+    with pytest.raises(ValueError, match="expected micro_batch >= 1, got 0"):
+        fn.value_and_grad(fn.ReLU(), fn.MSE(), micro_batch=0)

@@ -12,6 +12,7 @@ from registry import budget
 
 import funcnet as fn
 from funcnet.testing import check_vjp, strategies
+from funcnet.testing.registry import REGISTRY
 
 MAX = [fn.MaxPool1d, fn.MaxPool2d, fn.MaxPool3d]
 AVG = [fn.AvgPool1d, fn.AvgPool2d, fn.AvgPool3d]
@@ -58,7 +59,7 @@ def test_images_keep_their_memory_format(cls, data):
     layer, _, x = data.draw(
         strategies.cases(
             strategies.layers(cls),
-            shapes=st.just((3, 8, 9)),
+            shapes=st.just((3, 11, 12)),
             layouts=["channels_last"],
             batches=st.just(2),
             dtypes=st.just(torch.float32),
@@ -70,6 +71,27 @@ def test_images_keep_their_memory_format(cls, data):
     torch.testing.assert_close(dx, layer.vjp((), x.contiguous(), y.contiguous())[1])
     if y.shape[2:] != (1, 1):  # where that is no other format
         assert dx.is_contiguous(memory_format=torch.channels_last)
+
+
+@every(POOLS)
+def test_many_channels(cls):
+    """Enough of them to come last, also under the transforms, which know no memory formats."""
+    layer = cls(2)
+    x = fn.normal(fn.key(0), (2, 17, *[5] * axes(cls)), dtype=torch.float64)
+    leaf = x.clone().requires_grad_()
+    y = REGISTRY[cls].twin(layer, tuple(x.shape[1:]))(leaf)
+    grad = fn.normal(fn.key(1), y.shape, dtype=torch.float64)
+    expected = y.detach(), torch.autograd.grad(y, leaf, grad)[0]
+
+    def step(x, grad):
+        return layer.apply((), x), layer.vjp((), x, grad)[1]
+
+    torch.testing.assert_close(step(x, grad), expected)
+    mapped = torch.func.vmap(step)(x[None], grad[None])
+    torch.testing.assert_close(tuple(leaf[0] for leaf in mapped), expected)
+    torch._dynamo.reset()  # which refuses to compile one function for so many classes
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, grad), expected)
 
 
 @every(MAX)

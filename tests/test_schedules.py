@@ -62,16 +62,18 @@ def test_tensors_give_the_same(schedule, counts):
 
 @given(SCHEDULES)
 def test_they_are_values(schedule):
-    for again in (eval(repr(schedule), vars(schedules)), pickle.loads(pickle.dumps(schedule))):
+    for again in (eval(repr(schedule), vars(fn)), pickle.loads(pickle.dumps(schedule))):
         assert again == schedule
         assert hash(again) == hash(schedule)
     assert fn.SGD(schedule) == fn.SGD(schedule)
 
 
 def test_the_code_of_a_schedule():
-    assert repr(schedules.cosine(0.1, 100, warmup=5)) == "cosine(0.1, steps=100, warmup=5)"
-    assert repr(schedules.piecewise({5: 0.01, 0: 0.1})) == "piecewise({0: 0.1, 5: 0.01})"
-    assert repr(fn.SGD(schedules.constant(0.1))) == "SGD(constant(0.1))"
+    assert (
+        repr(schedules.cosine(0.1, 100, warmup=5)) == "schedules.cosine(0.1, steps=100, warmup=5)"
+    )
+    assert repr(schedules.piecewise({5: 0.01, 0: 0.1})) == "schedules.piecewise({0: 0.1, 5: 0.01})"
+    assert repr(fn.SGD(schedules.constant(0.1))) == "SGD(schedules.constant(0.1))"
     assert schedules.piecewise({5: 0.01, 0: 0.1}) == schedules.piecewise({0: 0.1, 5: 0.01})
 
 

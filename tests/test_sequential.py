@@ -1,7 +1,7 @@
 """Sequential: composition, nesting, indexing, the right key and residual for each layer."""
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import pytest
@@ -62,7 +62,7 @@ def test_cutting_anywhere_is_composition(case, data):
     cut = data.draw(st.integers(0, len(net)))
     first, second = net[:cut], net[cut:]
     middle = first.apply(params[:cut], x)
-    assert same(second.apply(params[cut:], middle), net.apply(params, x))
+    close(second.apply(params[cut:], middle), net.apply(params, x))
     grad = fn.normal(fn.key(0), net.apply(params, x).shape, dtype=x.dtype)
     dsecond, dmiddle = second.vjp(params[cut:], middle, grad)
     dfirst, dx = first.vjp(params[:cut], x, dmiddle)
@@ -127,6 +127,86 @@ def test_it_is_a_sequence():
     assert fn.Sequential(*NET) == NET
     with pytest.raises(IndexError):
         NET[5]
+
+
+NAMED = fn.Sequential(
+    stem=fn.Conv2d(4, 3, padding=1),
+    act=fn.ReLU(),
+    head=fn.Sequential(fn.Sigmoid(), fn.Conv2d(1, 1)),
+)
+
+
+def test_layers_by_name():
+    assert len(NAMED) == 3
+    assert NAMED.names == ("stem", "act", "head")
+    assert NAMED["act"] == NAMED[1] == fn.ReLU()
+    assert NAMED[:2] == fn.Sequential(stem=NAMED["stem"], act=fn.ReLU())
+    assert NAMED[2:]["head"] == NAMED["head"]
+    assert NAMED[:0] == fn.Sequential()
+    assert list(NAMED) == [NAMED[name] for name in NAMED.names]
+    assert fn.Sequential(*NAMED) != NAMED
+    assert repr(NAMED[1:2]) == "Sequential(act=ReLU())"
+    with pytest.raises(KeyError, match="Sequential of 3 layers: expected a name among 'stem',"):
+        NAMED["tail"]
+    # The names of the constructor's own arguments are as good as others.
+    odd = fn.Sequential(self=fn.ReLU(), layers=fn.Sigmoid(), names=fn.ReLU())
+    assert odd.names == ("self", "layers", "names")
+    assert eval(repr(odd), dict(vars(fn))) == odd
+
+
+def test_params_of_layers_by_name(tmp_path):
+    params, x, grad = make(NAMED, (2, 3, 3), dtype=torch.float64)
+    assert list(params) == ["stem", "act", "head"]
+    by_position, in_order = fn.Sequential(*NAMED), tuple(params.values())
+    assert same(in_order, by_position.init(fn.key(3), (2, 3, 3), dtype=torch.float64))
+    assert torch.equal(NAMED.apply(params, x), by_position.apply(in_order, x))
+    dparams, dx = NAMED.vjp(params, x, grad)
+    assert list(dparams) == ["stem", "act", "head"]
+    assert same((tuple(dparams.values()), dx), by_position.vjp(in_order, x, grad))
+    ordered = OrderedDict(params)
+    assert type(NAMED.vjp(ordered, x, grad)[0]) is OrderedDict
+    check_vjp(NAMED, params, x)
+    path = tmp_path / "net"
+    fn.save_model(path, NAMED, params)
+    net, loaded = fn.load_model(path)
+    assert (net, list(loaded)) == (NAMED, list(params))
+    info = fn.inspect(path)
+    assert sorted(info.shapes)[-2:] == ["stem.bias", "stem.weight"]
+    assert "Sequential(stem=Conv2d(" in str(info)
+
+
+def test_other_layers_in_the_same_place():
+    for net in (NET, NAMED):
+        assert replace(net) == net
+        other = net._with_children([fn.ReLU()] * len(net))
+        assert (len(other), other.names) == (len(net), net.names)
+        assert set(other) == {fn.ReLU()}
+    assert replace(NET, layers=(fn.ReLU(),)) == fn.Sequential(fn.ReLU())
+    assert replace(NET[:1], names=("a",)) == fn.Sequential(a=NET[0])
+    with pytest.raises(TypeError, match="Sequential: expected a name for each layer, or none"):
+        replace(NAMED, layers=(fn.ReLU(),))
+
+
+def test_a_subclass_with_a_constructor_of_its_own():
+    class Stack(fn.Sequential):
+        def __init__(self, depth):
+            super().__init__(*[fn.ReLU()] * depth)
+
+    assert len(Stack(3)[:2]) == 2
+    assert len(Stack(3)._with_children([fn.Sigmoid()] * 3)) == 3
+
+
+@pytest.mark.parametrize("first", [fn.ReLU(), fn.Upsample2d(1)], ids=repr)
+@pytest.mark.parametrize("last", [fn.ReLU(), fn.Upsample2d(1)], ids=repr)
+def test_whether_y_and_dx_are_new_tensors(first, last):
+    """Then the layers around a Sequential may write over them."""
+    net = fn.Sequential(first, fn.Sigmoid(), last)
+    assert net._fresh == (first != fn.ReLU() != last)
+    outer = fn.Sequential(fn.Upsample2d(1), fn.ReLU(), net, fn.ReLU())
+    params, x, grad = make(outer, (2, 3, 3), dtype=torch.float64)
+    check_vjp(outer, params, x)
+    _, residuals = outer.fwd(params, x)
+    assert same(outer.bwd(params, residuals, grad), outer.bwd(params, residuals, grad))
 
 
 def test_no_dx_is_asked_of_layers_below_the_first_with_parameters():

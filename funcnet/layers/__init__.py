@@ -1,9 +1,32 @@
 """The vocabulary of layers."""
 
-from funcnet.layers.activations import ReLU, Sigmoid
+from funcnet.layers.activations import (
+    ELU,
+    GELU,
+    SELU,
+    Hardsigmoid,
+    Hardswish,
+    Hardtanh,
+    LeakyReLU,
+    LogSigmoid,
+    LogSoftmax,
+    Mish,
+    PReLU,
+    ReLU,
+    ReLU6,
+    Sigmoid,
+    SiLU,
+    Softmax,
+    Softplus,
+    Softsign,
+    Tanh,
+)
 from funcnet.layers.attention import MultiheadAttention
 from funcnet.layers.conv import Conv1d, Conv2d, Conv3d
 from funcnet.layers.conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
+from funcnet.layers.dropout import Dropout, Dropout2d
+from funcnet.layers.embedding import Embedding, PositionalEmbedding
+from funcnet.layers.linear import Linear
 from funcnet.layers.normalization import (
     BatchNorm,
     ChannelAffine,
@@ -28,12 +51,16 @@ from funcnet.layers.pooling import (
     MaxPool3d,
 )
 from funcnet.layers.recurrent import GRU, LSTM, RNN
+from funcnet.layers.shape import Flatten, Identity, Permute, Reshape, Select
 from funcnet.layers.upsample import Upsample2d, UpsampleConv2d
 
 __all__ = [
+    "ELU",
+    "GELU",
     "GRU",
     "LSTM",
     "RNN",
+    "SELU",
     "AdaptiveAvgPool1d",
     "AdaptiveAvgPool2d",
     "AdaptiveAvgPool3d",
@@ -51,18 +78,42 @@ __all__ = [
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "Dropout",
+    "Dropout2d",
+    "Embedding",
+    "Flatten",
     "GroupNorm",
+    "Hardsigmoid",
+    "Hardswish",
+    "Hardtanh",
+    "Identity",
     "InstanceNorm",
     "LayerNorm",
+    "LeakyReLU",
+    "Linear",
+    "LogSigmoid",
+    "LogSoftmax",
     "MaxPool1d",
     "MaxPool2d",
     "MaxPool3d",
+    "Mish",
     "MultiheadAttention",
+    "PReLU",
+    "Permute",
     "PixelShuffle",
     "PixelUnshuffle",
+    "PositionalEmbedding",
     "RMSNorm",
     "ReLU",
+    "ReLU6",
+    "Reshape",
+    "Select",
+    "SiLU",
     "Sigmoid",
+    "Softmax",
+    "Softplus",
+    "Softsign",
+    "Tanh",
     "Upsample2d",
     "UpsampleConv2d",
 ]

@@ -86,10 +86,11 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> 
     if not window.is_even:
         x = _pad_odd(x, window)
     stride, padding, dilation, groups = window.stride, window.before, window.dilation, window.groups
-    if not window.is_dilated and not (window.is_strided and _is_narrow(x)):
+    if not window.is_dilated and not (_is_narrow(x) and (window.is_strided or x.ndim == 5)):
         return conv(x, _plain(weight), bias, stride, padding, dilation, groups)
     # oneDNN 3.x has been seen to crash where dilated windows see nothing but padding: on a bias,
-    # and in bfloat16; in which, with a stride, it also returns wrong numbers on some processors.
+    # and in bfloat16; in which, with a stride, it also returns wrong numbers on some processors,
+    # and for volumes with one channel a group.
     y = conv(wide(x), _plain(wide(weight)), None, stride, padding, dilation, groups)
     if bias is not None:
         y = inplace.add(y, bias.reshape(-1, *(1,) * (y.ndim - 2)))
@@ -135,8 +136,10 @@ def kernel_gradients(
             x.float(), weight.float(), grad.float(), need, *sizes, transposed=transposed
         )
         return cast(dweight, x.dtype), cast(dx, x.dtype)
+    # Volumes of one channel are row-major, and PyTorch would lay grad out anew.
+    is_flat = x.ndim == 5 and x.shape[1] == 1
     dx, dweight, _ = _backward(
-        layout(grad),
+        _plain(grad.contiguous()) if is_flat else layout(grad),
         x,
         _plain(weight),
         None,

@@ -186,8 +186,10 @@ def channel_affine_gradients(dy: Tensor, x: Tensor, weight: Tensor, need: Need) 
 
 
 def _in_float32(x: Tensor, weight: Tensor | None, ones: torch.Size | None = None) -> Tensor | None:
-    """The weight, contiguous; on the CPU in float32 for x in half precision, and there if `ones`
-    is a shape never None."""
+    """The weight, contiguous; in float32 for x in half precision on the CPU.
+
+    There, None becomes ones of the shape `ones`, because the statistics take the weight's dtype.
+    """
     if x.is_cpu and _is_half(x):
         if weight is not None:
             return weight.float().contiguous()
@@ -196,7 +198,7 @@ def _in_float32(x: Tensor, weight: Tensor | None, ones: torch.Size | None = None
 
 
 def _exact(x: Tensor, entries: int) -> Tensor:
-    """x, in place of which sets of one entry see x − μ = 0, which kernels find up to rounding."""
+    """x, or for sets of one entry x − μ = 0, which the kernels find up to rounding alone."""
     return x - x if entries == 1 else x
 
 
@@ -243,6 +245,7 @@ def _memory_format(x: Tensor) -> torch.memory_format:
 
 
 def _memory_format_of_groups(x: Tensor, groups: int) -> torch.memory_format:
+    """The memory format that the kernels of group normalisation should see x in."""
     # With few channels a group, the kernels for channels_last are slower than copying.
     few = x.shape[1] < 4 * groups
     return torch.contiguous_format if few else _memory_format(x)

@@ -6,11 +6,13 @@ its shape and memory format alone: they are handed new memory, which nobody read
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from funcnet.ops import native
 from funcnet.ops.inplace import is_plain
 from funcnet.ops.window import Ints, Window
 
@@ -34,6 +36,9 @@ _ADAPTIVE_AVG_BACKWARD = {
     5: _aten._adaptive_avg_pool3d_backward.default,
 }
 """By the number of x's axes."""
+
+_LANES = 16
+"""From how many channels the CPU's kernels are faster if these come last: measured."""
 
 
 def count(window: Window, size: Ints, ceil_mode: bool) -> Ints:
@@ -70,7 +75,7 @@ def maximum(x: Tensor, window: Window, ceil_mode: bool) -> tuple[Tensor, Tensor]
         y, indices = maximum(x.unsqueeze(2), window.of_height_1, ceil_mode)
         return y.squeeze(2), indices.squeeze(2)
     sizes = window.kernel_size, window.stride, window.before, window.dilation
-    y, indices = _MAX[x.ndim](x, *sizes, ceil_mode)
+    y, indices = _MAX[x.ndim](_layout(x), *sizes, ceil_mode)
     return y, indices
 
 
@@ -83,8 +88,8 @@ def maximum_backward(
         whole = dy.unsqueeze(2), indices.unsqueeze(2), window.of_height_1, ceil_mode, image
         return maximum_backward(*whole).squeeze(2)
     sizes = window.kernel_size, window.stride, window.before, window.dilation
-    like = _like(dy, shape)
-    dx: Tensor = _MAX_BACKWARD[dy.ndim](dy, like, *sizes, ceil_mode, indices)
+    dy = _layout(dy)
+    dx: Tensor = _MAX_BACKWARD[dy.ndim](dy, _like(dy, shape), *sizes, ceil_mode, indices)
     return dx
 
 
@@ -94,7 +99,7 @@ def average(x: Tensor, window: Window, ceil_mode: bool, count_include_pad: bool)
         whole = x.unsqueeze(2), window.of_height_1, ceil_mode, count_include_pad
         return average(*whole).squeeze(2)
     sizes = window.kernel_size, window.stride, window.before
-    y: Tensor = _AVG[x.ndim](_wide(x), *sizes, ceil_mode, count_include_pad)
+    y: Tensor = _AVG[x.ndim](_for_averages(x), *sizes, ceil_mode, count_include_pad)
     return y.to(x.dtype)
 
 
@@ -107,7 +112,7 @@ def average_backward(
         whole = dy.unsqueeze(2), window.of_height_1, ceil_mode, count_include_pad, image
         return average_backward(*whole).squeeze(2)
     sizes = window.kernel_size, window.stride, window.before
-    wide = _wide(dy)
+    wide = _for_averages(dy)
     like = _like(wide, shape)
     dx: Tensor = _AVG_BACKWARD[dy.ndim](wide, like, *sizes, ceil_mode, count_include_pad, None)
     return dx.to(dy.dtype)
@@ -133,6 +138,8 @@ def adaptive_maximum_backward(dy: Tensor, indices: Tensor, shape: Ints) -> Tenso
 
 def adaptive_average(x: Tensor, size: Ints) -> Tensor:
     """The mean of each of the windows that cut each axis into that many."""
+    if set(size) == {1}:  # a single window, for which a sum is faster
+        return x.mean(list(range(2, x.ndim)), keepdim=True)
     if x.ndim == 3:
         return adaptive_average(x.unsqueeze(2), (1, *size)).squeeze(2)
     y: Tensor = _ADAPTIVE_AVG[x.ndim](x, size)
@@ -141,6 +148,8 @@ def adaptive_average(x: Tensor, size: Ints) -> Tensor:
 
 def adaptive_average_backward(dy: Tensor, shape: Ints) -> Tensor:
     """dx of the shape."""
+    if set(dy.shape[2:]) == {1}:
+        return (dy / math.prod(shape[2:])).expand(shape).contiguous()
     if dy.ndim == 3:
         image = (*shape[:2], 1, *shape[2:])
         return adaptive_average_backward(dy.unsqueeze(2), image).squeeze(2)
@@ -148,10 +157,17 @@ def adaptive_average_backward(dy: Tensor, shape: Ints) -> Tensor:
     return dx
 
 
-def _wide(x: Tensor) -> Tensor:
-    """x, in float32 where the CPU has no kernels for averages of its dtype."""
+def _layout(x: Tensor) -> Tensor:
+    """x with its channels last where there are enough of them for the kernels' vectors."""
+    return native.layout(x) if x.shape[1] >= _LANES else x
+
+
+def _for_averages(x: Tensor) -> Tensor:
+    """x as the kernels for averages want it: of volumes, the CPU has none in half precision."""
+    if x.ndim == 4:
+        return _layout(x)
     is_half = x.dtype in (torch.bfloat16, torch.float16)
-    return x.float() if is_half and x.is_cpu and x.ndim == 5 else x
+    return x.float() if is_half and x.is_cpu else x
 
 
 def _like(dy: Tensor, shape: Ints) -> Tensor:

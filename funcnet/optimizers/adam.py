@@ -42,9 +42,10 @@ class Adam(Elementwise[AdamState]):
     step is pure and differentiable; `step_` writes into the tensors of params and of the state
     instead, and returns them.
 
-    The numbers are those of `torch.optim.Adam(fused=True)` bit for bit for float32 and float64 on
-    the CPU, in plain eager mode, and those of `fused=False` to the last rounding. They are those of
-    `fused=False` bit for bit in other dtypes, and where the step is differentiated.
+    The numbers are bit for bit those of `torch.optim.Adam(fused=True)` for float32 and float64 on
+    the CPU, if all leaves are contiguous (or channels_last) and neither autograd, torch.func nor
+    torch.compile takes part, and those of `fused=False` to the last rounding. Elsewhere they are
+    those of `fused=False`.
 
     Raises ValueError or TypeError for numbers out of range (NaN is), and, before anything is
     changed, for trees that do not match.

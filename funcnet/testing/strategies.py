@@ -75,9 +75,12 @@ from funcnet.tree import register_node
 Strategy: TypeAlias = st.SearchStrategy
 
 _LEAVES = tuple(
-    cls for cls, row in REGISTRY.items() if not row.needs_key and not issubclass(cls, Sequential)
+    cls
+    for cls, row in REGISTRY.items()
+    if not row.needs_key and row.classes is None and not issubclass(cls, Sequential)
 )
-"""The layers that are drawn where no class is asked for: those that evaluate without a key."""
+"""The layers that are drawn where no class is asked for, behind any other: they evaluate without a
+key, and take floating-point x."""
 _LARGEST = 4096
 """How many entries an example may have that a random network makes."""
 

@@ -14,10 +14,14 @@ from funcnet.testing.registry import (
     attention,
     combinators,
     conv,
+    dropout,
+    embedding,
+    linear,
     normalization,
     pixel_shuffle,
     pooling,
     recurrent,
+    shape,
     upsample,
 )
 from funcnet.testing.registry.row import Choose, Row
@@ -31,10 +35,14 @@ REGISTRY: dict[type[Layer], Row] = {
         attention,
         combinators,
         conv,
+        dropout,
+        embedding,
+        linear,
         normalization,
         pixel_shuffle,
         pooling,
         recurrent,
+        shape,
         upsample,
     )
     for row in family.ROWS

@@ -1,0 +1,100 @@
+"""Dropout, of entries and of whole channels.
+
+Given a key, keep m (1 with probability 1 − p, else 0) decides what stays, scaled so that the mean
+is that of x:
+
+    y = m ∘ x / (1 − p),  dx = m ∘ dy / (1 − p).
+
+m follows from the key and from positions alone, not from x's values, layout, dtype or device, and
+every example has its own. Without a key a layer evaluates: y = x.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from funcnet.fields import Probability
+from funcnet.keys import Key
+from funcnet.layer import Layer
+from funcnet.ops import counter
+from funcnet.ops.need import Need
+
+
+@dataclass(frozen=True)
+class Dropout(Layer):
+    """y = m ∘ x / (1 − p): entries of x are dropped with probability p; the formulas stand at the
+    head of this module.
+
+    The mask m costs a dozen integer operations a pair of entries, on x's device; m is kept, a bool
+    an entry. Under torch.func.vmap every slice sees the same key, so the same mask.
+
+    Shapes: any; y has x's shape. With p = 1, y is 0.
+    Raises ValueError or TypeError unless p is a number in [0, 1].
+    Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting", 2014.
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.Dropout.html
+
+    >>> import funcnet as fn
+    >>> import torch
+    >>> x = torch.ones(2, 4)
+    >>> Dropout().apply((), x, key=fn.key(0))
+    >>> bool((Dropout().apply((), x) == x).all())
+    True
+    """
+
+    p: Probability = 0.5
+
+    _fresh = True
+
+    def _keep(self, key: Key, x: Tensor) -> Tensor:
+        """m, in a shape that broadcasts to x's."""
+        return counter.bernoulli(key.data, 1 - self.p, x.shape, x.device)
+
+    def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor | None]:
+        if key is None:
+            return x.clone(), None
+        keep = self._keep(key, x)
+        return self._scaled(x * keep), keep
+
+    def _bwd(self, params: Any, keep: Tensor | None, dy: Tensor, need: Need) -> Any:
+        if not need.input:
+            return (), None
+        return (), dy.clone() if keep is None else self._scaled(dy * keep)
+
+    def _fwd_(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor | None]:
+        if key is None:
+            return x, None
+        keep = self._keep(key, x)
+        return self._scaled(x.mul_(keep)), keep
+
+    def _bwd_(self, params: Any, keep: Tensor | None, dy: Tensor, need: Need) -> Any:
+        if not need.input:
+            return (), None
+        return (), dy if keep is None else self._scaled(dy.mul_(keep))
+
+    def _scaled(self, kept: Tensor) -> Tensor:
+        """kept / (1 − p), written over it."""
+        return kept.zero_() if self.p == 1 else kept.mul_(1 / (1 - self.p))
+
+
+@dataclass(frozen=True)
+class Dropout2d(Dropout):
+    """y = m ∘ x / (1 − p) with one m for each channel of each image: whole channels are dropped.
+
+    Shapes: x (N, C, H, W); y has x's shape. With p = 1, y is 0.
+    Raises ValueError or TypeError unless p is a number in [0, 1] and x a batch of images.
+    Tompson et al., "Efficient object localization using convolutional networks", 2015.
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.Dropout2d.html
+
+    >>> import funcnet as fn
+    >>> import torch
+    >>> Dropout2d().apply((), torch.ones(1, 4, 1, 2), key=fn.key(0)).flatten(1)
+    """
+
+    _axes = "CHW"
+
+    def _keep(self, key: Key, x: Tensor) -> Tensor:
+        """m, (N, C, 1, 1)."""
+        return counter.bernoulli(key.data, 1 - self.p, (*x.shape[:2], 1, 1), x.device)

@@ -1,0 +1,235 @@
+"""Layers that move entries and change none: y holds x's entries, in memory of its own.
+
+A dimension counts the batch, as in torch: 1 is the first axis of an example. What would move or mix
+the batch, 0, is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from funcnet.checks import as_axis, name_of
+from funcnet.fields import Axis, Index, Several
+from funcnet.keys import Key
+from funcnet.layer import Layer, Shape
+from funcnet.ops.need import Need
+
+_select_backward = torch.ops.aten.select_backward
+
+
+@dataclass(frozen=True)
+class Rearranged(Layer):
+    """y is a view of a copy of x, and dx of a copy of dy.
+
+    In a network, where x or dy belongs to this layer alone, a view of itself will do.
+    """
+
+    _fresh = True
+    _memory_format: ClassVar[torch.memory_format] = torch.preserve_format
+    """How a copy has to be laid out for a view of it to be possible."""
+
+    def _view(self, x: Tensor) -> Tensor:
+        """x's entries as y has them; it may share x's memory."""
+        raise NotImplementedError
+
+    def _view_back(self, shape: Shape, dy: Tensor) -> Tensor:
+        """dy's entries as dx of `shape` has them; it may share dy's memory."""
+        raise NotImplementedError
+
+    def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor]:
+        return self._view(x.clone(memory_format=self._memory_format)), x.new_empty((0, *x.shape))
+
+    def _bwd(self, params: Any, like: Tensor, dy: Tensor, need: Need) -> Any:
+        if not need.input:
+            return (), None
+        return (), self._view_back(like.shape[1:], dy.clone(memory_format=self._memory_format))
+
+    def _fwd_(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor]:
+        return self._view(x), x.new_empty((0, *x.shape))
+
+    def _bwd_(self, params: Any, like: Tensor, dy: Tensor, need: Need) -> Any:
+        return (), self._view_back(like.shape[1:], dy) if need.input else None
+
+
+@dataclass(frozen=True)
+class Identity(Rearranged):
+    """y = x, dx = dy.
+
+    Shapes: any; y has x's shape.
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.Identity.html
+
+    >>> Identity().apply((), torch.tensor([1.0, 2.0]))
+    tensor([1., 2.])
+    """
+
+    def _view(self, x: Tensor) -> Tensor:
+        return x
+
+    def _view_back(self, shape: Shape, dy: Tensor) -> Tensor:
+        return dy
+
+
+@dataclass(frozen=True)
+class Flatten(Rearranged):
+    """The axes from `start_dim` to `end_dim`, both included, become one, in row-major order.
+
+    Shapes: any that has these axes; by default x (N, C, H, W), y (N, C·H·W).
+    Raises ValueError for axes that x does not have, or that include the batch.
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.Flatten.html
+
+    >>> Flatten().apply((), torch.zeros(2, 3, 4, 5)).shape
+    torch.Size([2, 60])
+    >>> Flatten(2).out_shape((3, 4, 5))
+    (3, 20)
+    """
+
+    start_dim: Axis = 1
+    end_dim: Axis = -1
+
+    _memory_format = torch.contiguous_format
+
+    def _out_shape(self, shape: Shape) -> Shape:
+        start = as_axis(self, "start_dim", self.start_dim, shape) - 1
+        end = as_axis(self, "end_dim", self.end_dim, shape)
+        if end <= start:
+            raise ValueError(
+                f"{name_of(self)}: expected start_dim not to lie behind end_dim, got the axes "
+                f"{start + 1} and {end}"
+            )
+        return (*shape[:start], math.prod(shape[start:end]), *shape[end:])
+
+    def _view(self, x: Tensor) -> Tensor:
+        return x.flatten(self.start_dim, self.end_dim)
+
+    def _view_back(self, shape: Shape, dy: Tensor) -> Tensor:
+        return dy.reshape(shape)
+
+
+@dataclass(frozen=True, init=False)
+class Reshape(Rearranged):
+    """Every example gets another shape, with its entries in row-major order.
+
+    `Reshape(*shape)` takes the shape of one example; one of the sizes may be −1, and follows from
+    the others.
+
+    Shapes: any with as many entries an example; y (N, *shape).
+    Raises ValueError for x with another number of entries, for sizes below −1, or two of −1.
+    https://docs.pytorch.org/docs/stable/generated/torch.reshape.html
+
+    >>> Reshape(3, -1).apply((), torch.zeros(2, 6, 4)).shape
+    torch.Size([2, 3, 8])
+    """
+
+    shape: Annotated[tuple[int, ...], Several(-1)]
+
+    _memory_format = torch.contiguous_format
+
+    def __init__(self, *shape: int) -> None:
+        object.__setattr__(self, "shape", shape)
+        self.__post_init__()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shape.count(-1) > 1:
+            raise ValueError(f"Reshape: expected at most one size of -1, got {self.shape}")
+
+    def _out_shape(self, shape: Shape) -> Shape:
+        size, known = math.prod(shape), math.prod(n for n in self.shape if n != -1)
+        if -1 not in self.shape:
+            expected, fits = f"{known}", size == known
+        else:
+            expected, fits = f"a multiple of {known}", known > 0 and size % known == 0
+        if not fits:
+            raise ValueError(
+                f"{name_of(self)}: expected the entries of an example to be {expected}, "
+                f"got {size} in shape {shape}"
+            )
+        return tuple(size // known if n == -1 else n for n in self.shape)
+
+    def _view(self, x: Tensor) -> Tensor:
+        return x.reshape((*x.shape[:1], *self._out_shape(x.shape[1:])))
+
+    def _view_back(self, shape: Shape, dy: Tensor) -> Tensor:
+        return dy.reshape(shape)
+
+
+@dataclass(frozen=True, init=False)
+class Permute(Rearranged):
+    """Axis i of y is axis dims[i] of x; `Permute(0, 2, 3, 1)` puts the channels last.
+
+    Shapes: any with as many axes, batch included, as there are dims.
+    Raises ValueError unless dims are a permutation of 0, 1, … that starts with 0, the batch.
+    https://docs.pytorch.org/docs/stable/generated/torch.permute.html
+
+    >>> Permute(0, 2, 3, 1).apply((), torch.zeros(2, 3, 4, 5)).shape
+    torch.Size([2, 4, 5, 3])
+    """
+
+    dims: Annotated[tuple[int, ...], Several(0)]
+
+    def __init__(self, *dims: int) -> None:
+        object.__setattr__(self, "dims", dims)
+        self.__post_init__()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dims[:1] != (0,) or sorted(self.dims) != list(range(len(self.dims))):
+            raise ValueError(
+                f"Permute: expected a permutation of dims that starts with 0, the batch, "
+                f"got {self.dims}"
+            )
+
+    def _out_shape(self, shape: Shape) -> Shape:
+        if len(self.dims) != len(shape) + 1:
+            raise ValueError(
+                f"{name_of(self)}: expected x with {len(self.dims)} axes, got {len(shape) + 1}"
+            )
+        return tuple(shape[dim - 1] for dim in self.dims[1:])
+
+    def _view(self, x: Tensor) -> Tensor:
+        return x.permute(self.dims)
+
+    def _view_back(self, shape: Shape, dy: Tensor) -> Tensor:
+        return dy.permute([self.dims.index(dim) for dim in range(len(self.dims))])
+
+
+@dataclass(frozen=True)
+class Select(Layer):
+    """y is entry `index` along axis `dim` of x, which is dropped; dx is 0 at all other entries.
+
+    `Select(1, -1)` takes the last step of a sequence (N, T, C).
+
+    Shapes: any with that axis; y has one axis less.
+    Raises ValueError for an axis that x does not have, the batch, or an index outside of it.
+    https://docs.pytorch.org/docs/stable/generated/torch.select.html
+
+    >>> Select(1, -1).apply((), torch.tensor([[1.0, 2.0, 3.0]]))
+    tensor([3.])
+    """
+
+    dim: Axis
+    index: Index
+
+    _fresh = True
+
+    def _out_shape(self, shape: Shape) -> Shape:
+        axis = as_axis(self, "dim", self.dim, shape) - 1
+        if not -shape[axis] <= self.index < shape[axis]:
+            raise ValueError(
+                f"{name_of(self)}: expected an axis that has the index {self.index}, "
+                f"got one of size {shape[axis]}"
+            )
+        return (*shape[:axis], *shape[axis + 1 :])
+
+    def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor]:
+        return x.select(self.dim, self.index).clone(), x.new_empty((0, *x.shape))
+
+    def _bwd(self, params: Any, like: Tensor, dy: Tensor, need: Need) -> Any:
+        if not need.input:
+            return (), None
+        return (), _select_backward(dy, like.shape[1:], self.dim, self.index)

@@ -1,0 +1,67 @@
+"""Random bits as a function of a key and of position: a counter-based generator on any device.
+
+Counter i and the two 64-bit halves k₁ and k₂ of a key give 64 bits, by arithmetic modulo 2⁶⁴ as in
+MurmurHash3's and SplitMix64's finalisers (Steele et al., "Fast splittable pseudorandom number
+generators", 2014), with the second half of the key mixed in before the last round:
+
+    z = i·g + k₁
+    z = (z ⊕ z/2³²)·m₁
+    z = (z ⊕ z/2²⁹)·m₂ + k₂
+    z = (z ⊕ z/2³²)·m₁
+
+Each of the two halves of z decides one entry. These are a dozen integer operations on tensors, the
+same on every device, so they need no copy from the host; torch.compile fuses them into one pass.
+The shift is torch's, which copies the sign: that merges some z with its complement, a pair in 2⁶⁴.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from funcnet.ops.inplace import is_plain
+
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_FIRST = 0xBF58476D1CE4E5B9 - 2**64
+_SECOND = 0x94D049BB133111EB - 2**64
+
+_CHUNK = 2**17
+"""How many entries are drawn at a time on the CPU: their z should stay in the cache."""
+
+
+def bernoulli(key: int, p: float, shape: Sequence[int], device: torch.device) -> Tensor:
+    """A bool tensor: entry i, counted in row-major order, is True with probability p.
+
+    It follows from the 128-bit key, p and i alone. p is rounded to a multiple of 2⁻³².
+    """
+    size = math.prod(shape)
+    if p <= 0 or p >= 1:
+        return torch.full(tuple(shape), p >= 1, dtype=torch.bool, device=device)
+    below = min(round(p * 2**32), 2**32 - 1) - 2**31
+    chunk = _CHUNK if device.type == "cpu" and is_plain() else max(size, 1)
+    parts = [bits < below for bits in _random(key, size, chunk, device)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(tuple(shape))
+
+
+def _random(key: int, size: int, chunk: int, device: torch.device) -> Iterator[Tensor]:
+    """`size` numbers drawn evenly from the int32 ones, in chunks of an even size."""
+    first, second = _signed(key % 2**64), _signed(key >> 64)
+    for start in range(0, max(size, 1), chunk):
+        stop = min(start + chunk, size)
+        i = torch.arange(start // 2, (stop + 1) // 2, device=device)
+        yield _mix(i, first, second).view(torch.int32)[: stop - start]
+
+
+def _mix(i: Tensor, first: int, second: int) -> Tensor:
+    z = i * _GOLDEN + first
+    z = (z ^ (z >> 32)) * _FIRST
+    z = (z ^ (z >> 29)) * _SECOND + second
+    return (z ^ (z >> 32)) * _FIRST
+
+
+def _signed(word: int) -> int:
+    """The int64 with the bits of an unsigned one."""
+    return word - 2**64 if word >= 2**63 else word

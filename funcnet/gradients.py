@@ -86,16 +86,17 @@ class MicroBatched(ValueAndGrad):
         `fold_in(key, j)`."""
         self._check(x, target)
         parts = self._parts(params, x, target, key)
-        value, grads = next(parts)
-        dtypes = optree.tree_map(lambda leaf: leaf.dtype, (value, grads))
+        first: Any = next(parts)
+        dtypes: Any = optree.tree_map(lambda leaf: leaf.dtype, first)
         # Many small terms would be lost in a sum of 16 bits.
-        total = optree.tree_map(lambda leaf: leaf.to(wide(leaf.dtype)), (value, grads))
-        del value, grads
+        total: Any = optree.tree_map(lambda leaf: leaf.to(wide(leaf.dtype)), first)
+        del first
+        part: Any
         for part in parts:
             total = optree.tree_map(inplace.add_over, total, part)
             del part  # before the next one is computed
-        found: tuple[Tensor, Tree] = optree.tree_map(Tensor.to, total, dtypes)
-        return found
+        found: Any = optree.tree_map(Tensor.to, total, dtypes)
+        return found[0], found[1]
 
     def _parts(
         self, params: Tree, x: Tensor, target: Any, key: Key | None
@@ -116,7 +117,7 @@ class MicroBatched(ValueAndGrad):
                 raise TypeError(f"value_and_grad: expected {name} to be a batch, got {got}")
             if len(leaf) != len(x):
                 raise ValueError(
-                    f"value_and_grad: expected target of {len(x)} examples, as x has, got {len(leaf)}"
+                    f"value_and_grad: expected target of {len(x)} examples, as x, got {len(leaf)}"
                 )
 
 
@@ -143,12 +144,11 @@ def value_and_grad(net: Layer, loss: Loss, micro_batch: int | None = None) -> Va
     >>> value, grads = fn.value_and_grad(net, fn.MSE())(params, x, x)
     >>> grads[0]["weight"].shape
     torch.Size([3, 3, 3, 3])
-    >>> fn.value_and_grad(net, fn.MSE(), micro_batch=2)
-    value_and_grad(Sequential(Conv2d(3, kernel_size=3, padding='same'), Sigmoid()), MSE(), \
-micro_batch=2)
-    >>> small, _ = fn.value_and_grad(net, fn.MSE(), micro_batch=2)(params, x, x)
-    >>> torch.allclose(small, value)
+    >>> in_parts, _ = fn.value_and_grad(net, fn.MSE(), micro_batch=2)(params, x, x)
+    >>> torch.allclose(in_parts, value)
     True
+    >>> fn.value_and_grad(fn.Sigmoid(), fn.MSE(), micro_batch=2)
+    value_and_grad(Sigmoid(), MSE(), micro_batch=2)
     """
     if not isinstance(net, Layer):
         raise TypeError(f"value_and_grad: expected net to be a Layer, got {type(net).__name__}")

@@ -388,8 +388,8 @@ class Orthogonal(Initializer):
     ) -> Tensor:
         rows, columns = shape[0], math.prod(shape[1:])
         tall = normal(key, (max(rows, columns), min(rows, columns)), dtype=torch.float64)
-        q, r = torch.linalg.qr(tall)
-        q = q * r.diagonal().sign() * self.gain
+        drawn, r = torch.linalg.qr(tall)
+        q: Tensor = drawn * r.diagonal().sign() * self.gain
         q = q if rows >= columns else q.t().contiguous()
         return q.reshape(shape).to(dtype=dtype, device=device)
 

@@ -63,8 +63,7 @@ def register_node(cls: _Class) -> _Class:
 
 
 def class_name(cls: type) -> str:
-    """Return a class's name in files: `Conv2d` or `initializers.Zeros` if funcnet has it, else as in
-    `train.Moments`."""
+    """Return a class's name in files: `Conv2d`, `initializers.Zeros`, or as in `train.Moments`."""
     names = [cls.__name__, *(f"{module}.{cls.__name__}" for module in _PUBLIC_MODULES)]
     public = next((name for name in names if _public(name) is cls), None)
     return public or f"{cls.__module__}.{cls.__qualname__}"

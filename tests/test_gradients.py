@@ -183,9 +183,7 @@ def test_micro_batch_j_draws_from_key_j():
 
 def test_what_micro_batches_refuse():
     net = fn.Sequential(fn.Linear(3), fn.BatchNorm())
-    with pytest.raises(
-        ValueError, match="2 layers with a layer that couples examples"
-    ):
+    with pytest.raises(ValueError, match="2 layers with a layer that couples examples"):
         fn.value_and_grad(net, fn.MSE(), micro_batch=2)
     with pytest.raises(ValueError, match="expected micro_batch >= 1, got 0"):
         fn.value_and_grad(fn.ReLU(), fn.MSE(), micro_batch=0)

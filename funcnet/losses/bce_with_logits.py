@@ -42,4 +42,5 @@ class BCEWithLogits(Loss):
 
     def _bwd(self, residuals: Any, grad: Tensor | float) -> Tensor:
         x, target = residuals
-        return (x.sigmoid() - target) * (grad * share(self.reduction, x.numel()))
+        difference: Tensor = x.sigmoid() - target
+        return difference * (grad * share(self.reduction, x.numel()))

@@ -127,9 +127,9 @@ class CrossEntropy(Loss):
 
     def _smoothed(self, probabilities: Tensor) -> Tensor:
         """t′."""
-        if not self.label_smoothing:
-            return probabilities
-        return (1 - self.label_smoothing) * probabilities + self._share(probabilities)
+        if self.label_smoothing:
+            return probabilities * (1 - self.label_smoothing) + self._share(probabilities)
+        return probabilities
 
     def _share(self, x: Tensor) -> float:
         """ε / C."""
@@ -139,6 +139,7 @@ class CrossEntropy(Loss):
         """n, the number of places that count."""
         if target.is_floating_point():
             places = target.numel() // max(target.shape[1], 1)
-            return target.new_full((), places, dtype=torch.int64)
-        count: Tensor = (target != self.ignore_index).sum()
+            count: Tensor = target.new_full((), places, dtype=torch.int64)
+        else:
+            count = (target != self.ignore_index).sum()
         return count

@@ -13,12 +13,13 @@ def gradient(grad: Tensor, log_p: Tensor, classes: Tensor, ignored: int) -> Tens
 
     Shapes: grad (), log_p (N, C, …), classes (N, …).
     """
+    found: Tensor
     if log_p.ndim == 2:
-        return _plain(grad, log_p, classes, None, _SUM, ignored, grad)
-    # The other kernel takes images alone.
-    images = log_p.unsqueeze(2) if log_p.ndim == 3 else log_p.flatten(3)
-    places = classes.unsqueeze(1) if log_p.ndim == 3 else classes.flatten(2)
-    found = _of_images(grad, images, places, None, _SUM, ignored, grad)
+        found = _plain(grad, log_p, classes, None, _SUM, ignored, grad)
+    else:  # the other kernel takes images alone
+        images = log_p.unsqueeze(2) if log_p.ndim == 3 else log_p.flatten(3)
+        places = classes.unsqueeze(1) if log_p.ndim == 3 else classes.flatten(2)
+        found = _of_images(grad, images, places, None, _SUM, ignored, grad)
     return found.reshape(log_p.shape)
 
 

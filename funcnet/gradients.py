@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import optree
+import torch
 from torch import Tensor
 
-from funcnet.checks import as_int, name_of
+from funcnet.checks import as_int
 from funcnet.keys import Key, fold_in
-from funcnet.layer import Layer, Tree, is_private
-from funcnet.losses import Loss
+from funcnet.layer import Layer, Tree, coupling, is_private
+from funcnet.losses.loss import Loss, wide
 from funcnet.ops import inplace
 from funcnet.ops.need import Need
 
@@ -21,26 +22,34 @@ from funcnet.ops.need import Need
 class ValueAndGrad:
     """The function (params, x, target, key=None) ↦ (loss(net(x), target), its gradient by params).
 
-    Made by `value_and_grad`.
+    A value that `value_and_grad` makes.
     """
 
     net: Layer
-    loss: Loss
+    loss: Any
+
+    def __repr__(self) -> str:
+        return f"value_and_grad({self.net!r}, {self.loss!r})"
 
     def __call__(
         self, params: Tree, x: Tensor, target: Any, key: Key | None = None
     ) -> tuple[Tensor, Tree]:
-        """(the loss, its gradient with respect to params)."""
-        return self._of(self.loss, params, x, target, key)
+        """(the loss, its gradient with respect to params).
+
+        `key` is for layers that draw numbers; without one they evaluate.
+        """
+        return self._of(params, x, target, key)
 
     def _of(
-        self, loss: Loss, params: Tree, x: Tensor, target: Any, key: Key | None, scale: Any = 1.0
+        self, params: Tree, x: Tensor, target: Any, key: Key | None, whole: Any = None
     ) -> tuple[Tensor, Tree]:
-        """(the loss, `scale` times its gradient)."""
+        """(the loss, its gradient), or their contributions to the mean over `whole` terms."""
         y, residuals = self.net.fwd(params, x, key=key)
-        value, loss_residuals = loss.fwd(y, target)
-        scale = scale.to(y.dtype) if isinstance(scale, Tensor) else scale
-        grad = loss.bwd(loss_residuals, scale)
+        value, loss_residuals = self.loss.fwd(y, target)
+        share = 1.0
+        if whole is not None:
+            value, share = _contribution(value, self.loss._count(target), whole)
+        grad = self.loss.bwd(loss_residuals, share)
         del y, loss_residuals  # the network's backward pass needs the memory
         if is_private(self.net):
             need = Need(params=True, input=False, consume=True)
@@ -48,48 +57,85 @@ class ValueAndGrad:
         return value, self.net.bwd(params, residuals, grad, input_grad=False)[0]
 
 
-@dataclass(frozen=True)
+def _contribution(value: Tensor, count: Any, whole: Any) -> tuple[Tensor, Any]:
+    """A mean over `count` terms as its part of the mean over `whole`, and the share of that."""
+    if isinstance(count, Tensor):
+        value = torch.where(count == 0, torch.zeros_like(value), value)  # no term: NaN
+        share = (count.to(wide(value.dtype)) / whole).to(value.dtype)
+    else:
+        share = count / whole
+    return value * share, share
+
+
+@dataclass(frozen=True, repr=False)
 class MicroBatched(ValueAndGrad):
-    """`ValueAndGrad` that takes `micro_batch` examples at a time: the same numbers, less memory."""
+    """The same numbers, `micro_batch` examples at a time: residuals take that much less memory.
+
+    A value that `value_and_grad` makes.
+    """
 
     micro_batch: int
+
+    def __repr__(self) -> str:
+        return f"value_and_grad({self.net!r}, {self.loss!r}, micro_batch={self.micro_batch})"
 
     def __call__(
         self, params: Tree, x: Tensor, target: Any, key: Key | None = None
     ) -> tuple[Tensor, Tree]:
-        """(the loss, its gradient with respect to params)."""
-        if not len(x):
-            return super().__call__(params, x, target, key)
-        summed: Any = replace(self.loss, reduction="sum")  # type: ignore[call-arg]
-        is_mean = self.loss.reduction == "mean"  # type: ignore[attr-defined]
-        # A part alone may have nothing to average, where all of its places are ignored.
-        scale = 1 / self.loss._entries(target) if is_mean else 1.0
-        total, grads = None, None
-        for j, (part, target_of_part) in enumerate(self._parts(x, target)):
-            own = None if key is None else fold_in(key, j)
-            value, found = self._of(summed, params, part, target_of_part, own, scale)
-            total = value if total is None else total + value
-            grads = found if grads is None else optree.tree_map(inplace.add, grads, found)
-        assert total is not None
-        return (total * scale).to(total.dtype), grads
+        """(the loss, its gradient with respect to params). Micro-batch j draws from
+        `fold_in(key, j)`."""
+        self._check(x, target)
+        parts = self._parts(params, x, target, key)
+        first: Any = next(parts)
+        dtypes: Any = optree.tree_map(lambda leaf: leaf.dtype, first)
+        # Many small terms would be lost in a sum of 16 bits.
+        total: Any = optree.tree_map(lambda leaf: leaf.to(wide(leaf.dtype)), first)
+        del first
+        part: Any
+        for part in parts:
+            total = optree.tree_map(inplace.add_over, total, part)
+            del part  # before the next one is computed
+        found: Any = optree.tree_map(Tensor.to, total, dtypes)
+        return found[0], found[1]
 
-    def _parts(self, x: Tensor, target: Any) -> Iterator[tuple[Tensor, Any]]:
-        for start in range(0, len(x), self.micro_batch):
-            part = slice(start, start + self.micro_batch)
-            yield x[part], target[part]
+    def _parts(
+        self, params: Tree, x: Tensor, target: Any, key: Key | None
+    ) -> Iterator[tuple[Tensor, Tree]]:
+        """Each micro-batch's contribution to the value and its gradient."""
+        is_mean = self.loss.reduction == "mean"
+        whole = self.loss._count(target) if is_mean and len(x) else None
+        for j, start in enumerate(range(0, max(len(x), 1), self.micro_batch)):
+            own = None if key is None else fold_in(key, j)
+            of_part = optree.tree_map(lambda t, i=start: t[i : i + self.micro_batch], target)
+            yield self._of(params, x[start : start + self.micro_batch], of_part, own, whole)
+
+    def _check(self, x: Any, target: Any) -> None:
+        """Raise unless x and target are of the same examples."""
+        for name, leaf in (("x", x), *(("target", leaf) for leaf in optree.tree_leaves(target))):
+            if not isinstance(leaf, Tensor) or not leaf.ndim:
+                got = type(leaf).__name__ if not isinstance(leaf, Tensor) else "shape ()"
+                raise TypeError(f"value_and_grad: expected {name} to be a batch, got {got}")
+            if len(leaf) != len(x):
+                raise ValueError(
+                    f"value_and_grad: expected target of {len(x)} examples, as x, got {len(leaf)}"
+                )
 
 
 def value_and_grad(net: Layer, loss: Loss, micro_batch: int | None = None) -> ValueAndGrad:
     """The function (params, x, target, key=None) ↦ (loss(net(x), target), its gradient by params).
 
     The gradient has the tree of params. Each residual is freed as soon as it has been used, and
-    the gradient with respect to x is never formed. `key` is for layers that draw numbers. With
-    `micro_batch=n` the same numbers are computed n examples at a time, micro-batch j with the key
-    `fold_in(key, j)`.
+    the gradient with respect to x is never formed. `key` is for layers that draw numbers.
+
+    `micro_batch=n` computes the same numbers n examples at a time, in less memory: x and all of
+    target are cut along axis 0, and gradients are added up. A mean is that of the whole batch, also
+    where `CrossEntropy` ignores other numbers of places in each part. Micro-batch j, from 0, draws
+    from `fold_in(key, j)`.
 
     Raises TypeError if net is not a Layer, or if loss is a Layer or a class, or lacks `fwd` or
-    `bwd`; ValueError if micro_batch is given and the net has a layer that couples examples, or the
-    loss has no reduction "mean" or "sum". Errors of the two pass through.
+    `bwd`. For micro_batch, raises ValueError if it is below 1, if a layer couples examples
+    (BatchNorm), or if the loss is not a `Loss` with a reduction "mean" or "sum". Errors of the two
+    pass through.
 
     >>> import funcnet as fn
     >>> net = fn.Sequential(fn.Conv2d(3, 3, padding="same"), fn.Sigmoid())
@@ -98,6 +144,11 @@ def value_and_grad(net: Layer, loss: Loss, micro_batch: int | None = None) -> Va
     >>> value, grads = fn.value_and_grad(net, fn.MSE())(params, x, x)
     >>> grads[0]["weight"].shape
     torch.Size([3, 3, 3, 3])
+    >>> in_parts, _ = fn.value_and_grad(net, fn.MSE(), micro_batch=2)(params, x, x)
+    >>> torch.allclose(in_parts, value)
+    True
+    >>> fn.value_and_grad(fn.Sigmoid(), fn.MSE(), micro_batch=2)
+    value_and_grad(Sigmoid(), MSE(), micro_batch=2)
     """
     if not isinstance(net, Layer):
         raise TypeError(f"value_and_grad: expected net to be a Layer, got {type(net).__name__}")
@@ -107,12 +158,12 @@ def value_and_grad(net: Layer, loss: Loss, micro_batch: int | None = None) -> Va
         return ValueAndGrad(net, loss)
     if net.couples_examples:
         raise ValueError(
-            f"value_and_grad: expected a net that treats every example alone with micro_batch, "
-            f"got {name_of(net)} with a layer that couples examples"
+            "value_and_grad: expected layers that treat every example alone, for micro_batch, "
+            f"got {coupling(net)}"
         )
-    if getattr(loss, "reduction", None) not in ("mean", "sum") or not isinstance(loss, Loss):
+    if not isinstance(loss, Loss) or getattr(loss, "reduction", None) not in ("mean", "sum"):
         raise ValueError(
-            f'value_and_grad: expected a loss with reduction "mean" or "sum" with micro_batch, '
+            'value_and_grad: expected a loss with reduction "mean" or "sum", for micro_batch, '
             f"got {loss!r}"
         )
     return MicroBatched(net, loss, as_int("value_and_grad", "micro_batch", micro_batch, 1))

@@ -1,30 +1,67 @@
-"""Initialisers: how a parameter is drawn from a key."""
+"""Initialisers: how a parameter is drawn from a key.
+
+An initialiser is a value, and a function (key, shape, dtype=None, device=None) -> tensor. Numbers
+are drawn on the CPU, so that a key means the same numbers on every device.
+
+    >>> import funcnet as fn
+    >>> layer = fn.Conv2d(8, 3, weight_init=fn.initializers.Orthogonal(gain=2.0))
+    >>> layer
+    Conv2d(8, kernel_size=3, weight_init=initializers.Orthogonal(gain=2.0))
+    >>> layer.init(fn.key(0), (3, 5, 5))["weight"].shape
+    torch.Size([8, 3, 3, 3])
+
+Fan in and fan out of a weight (O, I, …) are I and O, times the number of entries of the other axes.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from funcnet.fields import Finite, Hyperparameters, InstanceOf, NonNegative, OneOf
+from funcnet.checks import as_shape, sizes
+from funcnet.fields import Finite, Hyperparameters, InstanceOf, NonNegative, OneOf, source
 from funcnet.keys import Key, check_draw, normal, uniform
+
+__all__ = [
+    "Constant",
+    "Initializer",
+    "KaimingNormal",
+    "KaimingUniform",
+    "LecunNormal",
+    "Normal",
+    "Ones",
+    "Orthogonal",
+    "TruncatedNormal",
+    "Uniform",
+    "XavierNormal",
+    "XavierUniform",
+    "Zeros",
+]
 
 
 @dataclass(frozen=True)
 class Initializer(Hyperparameters):
     """A function (key, shape, dtype=None, device=None) -> tensor that is a value.
 
-    A subclass writes `_draw`.
+    A subclass writes `_draw`, and the letters of the axes that it needs in `_first_axes`.
     """
+
+    _first_axes: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         # A layer's check declares parameters under torch.compile too, where only shapes count.
         if not torch.compiler.is_compiling():
             super().__post_init__()
+
+    def __repr__(self) -> str:
+        """The code that builds it where funcnet's names are known, as they are for a layer's."""
+        prefix = "initializers." if type(self).__module__ == __name__ else ""
+        return prefix + source(self)
 
     def __call__(
         self,
@@ -35,9 +72,15 @@ class Initializer(Hyperparameters):
     ) -> Tensor:
         """A tensor of `shape`, drawn from the key; float32 on the CPU unless told otherwise."""
         check_draw(self, key, dtype)
-        if device is not None and torch.device(device).type == "meta":
-            return torch.empty(tuple(shape), dtype=dtype or torch.float32, device=device)
-        return self._draw(key, tuple(shape), dtype or torch.float32, device or "cpu")
+        shape, dtype, device = as_shape(self, shape), dtype or torch.float32, device or "cpu"
+        if len(shape) < len(self._first_axes):
+            raise ValueError(
+                f"{self}: expected a shape of at least {len(self._first_axes)} axes, "
+                f"{sizes((*self._first_axes, '…'))}, got {shape}"
+            )
+        if torch.device(device).type == "meta":
+            return torch.empty(shape, dtype=dtype, device=device)
+        return self._draw(key, shape, dtype, device)
 
     def _draw(
         self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
@@ -129,16 +172,48 @@ class Normal(Initializer):
         return normal(key, shape, self.mean, self.std, dtype, device)
 
 
+# --- Cut off
+
+
+@dataclass(frozen=True)
+class TruncatedNormal(Initializer):
+    """Numbers from N(0, std²), cut off at ±2·std.
+
+    `std` is the standard deviation before cutting, as in `torch.nn.init.trunc_normal_`; it is
+    0.8796·std after.
+
+    >>> import funcnet as fn
+    >>> bool((TruncatedNormal(0.5)(fn.key(0), (1000,)).abs() <= 1).all())
+    True
+    """
+
+    std: NonNegative = 1.0
+
+    def _draw(
+        self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+    ) -> Tensor:
+        return _cut_normal(key, shape, self.std, dtype, device)
+
+
+_STD_OF_CUT = 0.87962566103423978
+"""The standard deviation of N(0, 1) cut off at ±2."""
+
+
+def _cut_normal(
+    key: Key, shape: tuple[int, ...], std: float, dtype: torch.dtype, device: torch.device | str
+) -> Tensor:
+    """N(0, std²) within ±2·std: the inverse of its distribution function at uniform numbers."""
+    below = 0.5 * math.erfc(math.sqrt(2))
+    level = uniform(key, shape, below, 1 - below, torch.float64)
+    x: Tensor = (torch.special.ndtri(level) * std).clamp(-2 * std, 2 * std)
+    return x.to(dtype=dtype, device=device)
+
+
 # --- Scaled to the fan
 
 
-def fans(who: object, shape: Sequence[int]) -> tuple[int, int]:
-    """(fan in, fan out) of a weight (O, I, …): I and O times the entries of the other axes.
-
-    Raises ValueError for fewer than two axes.
-    """
-    if len(shape) < 2:
-        raise ValueError(f"{who}: expected a shape of at least 2 axes, (O, I, …), got {shape}")
+def fans(shape: Sequence[int]) -> tuple[int, int]:
+    """(fan in, fan out) of a weight (O, I, …)."""
     field = math.prod(shape[2:])
     return shape[1] * field, shape[0] * field
 
@@ -157,12 +232,14 @@ Nonlinearity: TypeAlias = Annotated[str, OneOf(("leaky_relu", *_GAINS))]
 
 @dataclass(frozen=True)
 class _Kaiming(Initializer):
+    _first_axes = "OI"
+
     a: Finite = 0.0
     mode: Mode = "fan_in"
     nonlinearity: Nonlinearity = "leaky_relu"
 
     def _std(self, shape: Sequence[int]) -> float:
-        fan = fans(self, shape)[self.mode == "fan_out"]
+        fan = fans(shape)[self.mode == "fan_out"]
         gain = _GAINS.get(self.nonlinearity) or math.sqrt(2 / (1 + self.a**2))
         return gain / math.sqrt(max(fan, 1))
 
@@ -211,10 +288,12 @@ class KaimingNormal(_Kaiming):
 
 @dataclass(frozen=True)
 class _Xavier(Initializer):
+    _first_axes = "OI"
+
     gain: NonNegative = 1.0
 
     def _std(self, shape: Sequence[int]) -> float:
-        return self.gain * math.sqrt(2 / max(sum(fans(self, shape)), 1))
+        return self.gain * math.sqrt(2 / max(sum(fans(shape)), 1))
 
 
 @dataclass(frozen=True)
@@ -258,56 +337,29 @@ class XavierNormal(_Xavier):
 
 @dataclass(frozen=True)
 class LecunNormal(Initializer):
-    """Numbers from a normal distribution cut off at two of its deviations, of variance 1 / fan in.
+    """Numbers from N(0, s²) cut off at ±2·s, with s such that their variance is 1 / fan in.
 
-    The deviation before cutting is larger, so that the variance after it is 1 / fan in, as in JAX.
+    s = 1 / (0.8796 · √fan in), as in JAX, Flax and Keras, whose `lecun_normal` is cut off too.
 
     Raises ValueError for a shape of fewer than two axes.
-    LeCun et al., "Efficient BackProp", 1998.
+    LeCun et al., "Efficient BackProp", 1998; Klambauer et al., "Self-normalizing neural networks",
+    2017. https://docs.jax.dev/en/latest/_autosummary/jax.nn.initializers.lecun_normal.html
 
     >>> import funcnet as fn
     >>> bool((LecunNormal()(fn.key(0), (50, 4)).abs() < 1.14).all())
     True
     """
 
-    def _draw(
-        self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
-    ) -> Tensor:
-        std = 1 / math.sqrt(max(fans(self, shape)[0], 1))
-        return _truncated(key, shape, std / _STD_OF_CUT, dtype, device)
-
-
-@dataclass(frozen=True)
-class TruncatedNormal(Initializer):
-    """Numbers from N(0, std²), cut off at ±2·std.
-
-    `std` is the deviation before cutting, as in `torch.nn.init.trunc_normal_`.
-
-    >>> import funcnet as fn
-    >>> bool((TruncatedNormal(0.5)(fn.key(0), (1000,)).abs() <= 1).all())
-    True
-    """
-
-    std: NonNegative
+    _first_axes = "OI"
 
     def _draw(
         self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
     ) -> Tensor:
-        return _truncated(key, shape, self.std, dtype, device)
+        std = 1 / math.sqrt(max(fans(shape)[0], 1))
+        return _cut_normal(key, shape, std / _STD_OF_CUT, dtype, device)
 
 
-_STD_OF_CUT = 0.87962566103423978
-"""The deviation of N(0, 1) cut off at ±2."""
-
-
-def _truncated(
-    key: Key, shape: Sequence[int], std: float, dtype: torch.dtype, device: torch.device | str
-) -> Tensor:
-    """N(0, std²) within ±2·std: the inverse of its distribution function at uniform numbers."""
-    below = 0.5 * math.erfc(2 / math.sqrt(2))
-    level = uniform(key, shape, below, 1 - below, torch.float64)
-    x: Tensor = (torch.special.ndtri(level) * std).clamp(-2 * std, 2 * std)
-    return x.to(dtype=dtype, device=device)
+# --- Orthogonal
 
 
 @dataclass(frozen=True)
@@ -329,17 +381,17 @@ class Orthogonal(Initializer):
 
     gain: Finite = 1.0
 
+    _first_axes = "OI"
+
     def _draw(
         self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
     ) -> Tensor:
-        fans(self, shape)  # refuses fewer than two axes
         rows, columns = shape[0], math.prod(shape[1:])
-        drawn = normal(key, (max(rows, columns), min(rows, columns)), dtype=torch.float64)
-        q: Tensor
-        q, r = torch.linalg.qr(drawn)
-        q = q * r.diagonal().sign()
-        q = q if rows >= columns else q.t()
-        return (self.gain * q).reshape(shape).to(dtype=dtype, device=device)
+        tall = normal(key, (max(rows, columns), min(rows, columns)), dtype=torch.float64)
+        drawn, r = torch.linalg.qr(tall)
+        q: Tensor = drawn * r.diagonal().sign() * self.gain
+        q = q if rows >= columns else q.t().contiguous()
+        return q.reshape(shape).to(dtype=dtype, device=device)
 
 
 InitializerOrNone: TypeAlias = Annotated[

@@ -506,6 +506,15 @@ def check(layer: Layer, params: Tree, x: Spec) -> Spec:
     return Spec(x.batch, tuple(layer.out_shape(x.shape)), like.dtype, like.device)
 
 
+def coupling(layer: Layer) -> str:
+    """The way to the first layer that couples examples, and its name: `layer 1: BatchNorm()`."""
+    for name, child in layer._children():
+        if child.couples_examples:
+            where = f"layer {name}: " if name.isdecimal() else f"{name}: " if name else ""
+            return where + coupling(child)
+    return name_of(layer)
+
+
 def like_params(params: Tree, dparams: Tree) -> Tree:
     """dparams in the containers of params: a dict of the same kind, in the same order."""
     if torch.compiler.is_compiling() and not optree.tree_leaves(params):

@@ -63,12 +63,10 @@ def register_node(cls: _Class) -> _Class:
 
 
 def class_name(cls: type) -> str:
-    """Return a class's name in files: `Conv2d` if funcnet has it, else as in `train.Moments`."""
-    module = cls.__module__.rpartition(".")[2]
-    for name in (cls.__name__, f"{module}.{cls.__name__}"):
-        if _public(name) is cls:
-            return name
-    return f"{cls.__module__}.{cls.__qualname__}"
+    """Return a class's name in files: `Conv2d`, `initializers.Zeros`, or as in `train.Moments`."""
+    names = [cls.__name__, *(f"{module}.{cls.__name__}" for module in _PUBLIC_MODULES)]
+    public = next((name for name in names if _public(name) is cls), None)
+    return public or f"{cls.__module__}.{cls.__qualname__}"
 
 
 def class_named(name: str) -> type | None:
@@ -231,9 +229,9 @@ def _is_node_class(cls: type) -> bool:
 def _public(name: str) -> type | None:
     import funcnet  # not at the top: funcnet imports this module
 
-    module, _, cls = name.rpartition(".")
+    module, _, last = name.rpartition(".")
     holder = getattr(funcnet, module) if module in _PUBLIC_MODULES else funcnet
-    public = vars(holder).get(cls or name)
+    public = vars(holder).get(last) if holder is funcnet or last in holder.__all__ else None
     return public if isinstance(public, type) and _is_node_class(public) else None
 
 

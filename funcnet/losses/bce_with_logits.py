@@ -17,8 +17,11 @@ class BCEWithLogits(Loss):
 
         ℓ = −t · log σ(x) − (1 − t) · log(1 − σ(x)) = (1 − t) · x − log σ(x)
 
-    dx = (σ(x) − t) / n · grad. The second form is finite for every finite x. The residual is
-    σ(x) − t.
+    n is the number of entries. The second form is finite for every finite x.
+
+        dx = (σ(x) − t) / n · grad
+
+    The residuals are x and t.
 
     Shapes: x and target alike, of any rank; the value is 0-dimensional.
     Raises ValueError unless x and target have one shape: nothing is broadcast.
@@ -27,13 +30,17 @@ class BCEWithLogits(Loss):
     >>> import torch
     >>> BCEWithLogits().apply(torch.tensor([0.0, 1e4]), torch.tensor([1.0, 1.0]))
     tensor(0.3466)
+    >>> BCEWithLogits().vjp(torch.tensor([0.0, 1e4]), torch.tensor([1.0, 1.0]))
+    tensor([-0.2500,  0.0000])
     """
 
     reduction: Reduction = "mean"
 
-    def _fwd(self, x: Tensor, target: Any) -> tuple[Tensor, Tensor]:
-        value = (1 - target) * x - F.logsigmoid(x)
-        return self._reduced(value), x.sigmoid() - target
+    def _fwd(self, x: Tensor, target: Any) -> tuple[Tensor, Any]:
+        value = F.binary_cross_entropy_with_logits(x, target, reduction=self.reduction)
+        return value, (x, target)
 
-    def _bwd(self, difference: Tensor, grad: Tensor | float) -> Tensor:
-        return difference * (grad * share(self.reduction, difference.numel()))
+    def _bwd(self, residuals: Any, grad: Tensor | float) -> Tensor:
+        x, target = residuals
+        difference: Tensor = x.sigmoid() - target
+        return difference * (grad * share(self.reduction, x.numel()))

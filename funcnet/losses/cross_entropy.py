@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from funcnet.checks import name_of
 from funcnet.fields import Index, Probability
-from funcnet.losses.loss import Loss, Reduction
-from funcnet.ops.inplace import is_plain
+from funcnet.losses.loss import Loss, Reduction, as_scalar, wide
+from funcnet.ops import nll
+from funcnet.ops.inplace import has_values
 
 
 @dataclass(frozen=True)
@@ -20,9 +22,9 @@ class CrossEntropy(Loss):
 
         ℓ = −Σ_c t′_c · log p_c,    p = softmax(x),    t′ = (1 − ε) · t + ε / C
 
-    The value is Σ ℓ over all places but the ignored, divided by their number, or not for "sum". A
-    class index stands for probability 1 of that class. `label_smoothing` is ε. Places whose class
-    is `ignore_index` are ignored; if all are, the mean is NaN, as in PyTorch.
+    The value is Σ ℓ / n over all places, or Σ ℓ for "sum"; n is the number of places. A class
+    stands for probability 1 of that class. Places whose class is `ignore_index` do not count, in
+    Σ ℓ or in n. If no place counts, the mean is NaN, and dx is 0. `label_smoothing` is ε.
 
         dx = (p · Σ_c t′_c − t′) / n · grad,    0 where ignored
 
@@ -30,12 +32,15 @@ class CrossEntropy(Loss):
 
     Shapes: x (N, C, …); target (N, …) of int64 classes, or (N, C, …) of probabilities in x's dtype;
     the value is 0-dimensional.
-    Raises ValueError or TypeError for a target of another shape or dtype, and for a class out of
-    range where values can be seen: on the CPU, not under torch.func and torch.compile.
+    Raises ValueError or TypeError for a target of another shape or dtype, for probabilities with an
+    `ignore_index` ≥ 0, and for a class out of range where its value can be read: on the CPU, not
+    under torch.func or torch.compile.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html
 
     >>> CrossEntropy().apply(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
     tensor(0.6931)
+    >>> CrossEntropy().vjp(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
+    tensor([[ 0.5000, -0.5000]])
     """
 
     label_smoothing: Probability = 0.0
@@ -47,13 +52,18 @@ class CrossEntropy(Loss):
             raise ValueError(
                 f"{name_of(self)}: expected x of shape (N, C, …), got {tuple(x.shape)}"
             )
-        if isinstance(target, Tensor) and target.is_floating_point():
-            return super()._check(x, target)
-        if not isinstance(target, Tensor) or target.dtype != torch.int64:
-            got = target.dtype if isinstance(target, Tensor) else type(target).__name__
-            raise TypeError(
-                f"{name_of(self)}: expected target to be int64 classes or probabilities, got {got}"
-            )
+        if not isinstance(target, Tensor):
+            raise self._unfit(type(target).__name__)
+        if target.is_floating_point():
+            super()._check(x, target)
+            if self.ignore_index >= 0:
+                raise ValueError(
+                    f"{name_of(self)}: expected classes, since ignore_index is one, "
+                    "got probabilities"
+                )
+            return
+        if target.dtype != torch.int64:
+            raise self._unfit(str(target.dtype))
         if target.device != x.device:
             raise TypeError(
                 f"{name_of(self)}: expected target on {x.device}, x's device, got {target.device}"
@@ -61,60 +71,75 @@ class CrossEntropy(Loss):
         expected = (*x.shape[:1], *x.shape[2:])
         if target.shape != expected:
             raise ValueError(
-                f"{name_of(self)}: expected target of classes of shape {tuple(expected)}, "
+                f"{name_of(self)}: expected target of classes of shape {expected}, "
                 f"got {tuple(target.shape)}"
             )
-        return self._check_classes(target, x.shape[1])
+        self._check_classes(target, x.shape[1])
 
     def _check_classes(self, target: Tensor, classes: int) -> None:
-        if not (target.is_cpu and is_plain() and target.numel()):
+        if not (has_values(target) and target.numel()):
             return
-        wrong = (target != self.ignore_index) & ((target < 0) | (target >= classes))
-        if wrong.any():
-            raise ValueError(
-                f"{name_of(self)}: expected classes in [0, {classes}), got {int(target[wrong][0])}"
-            )
+        least, greatest = map(int, target.aminmax())
+        if least < 0 or greatest >= classes:  # perhaps by places to ignore
+            wrong = target[(target != self.ignore_index) & ((target < 0) | (target >= classes))]
+            if len(wrong):
+                raise ValueError(
+                    f"{name_of(self)}: expected classes in [0, {classes}), got {int(wrong[0])}"
+                )
+
+    def _unfit(self, got: str) -> TypeError:
+        return TypeError(
+            f"{name_of(self)}: expected target to be int64 classes or probabilities, got {got}"
+        )
 
     def _fwd(self, x: Tensor, target: Any) -> tuple[Tensor, Any]:
-        log_p = x.log_softmax(1)
+        log_p, count = x.log_softmax(1), self._count(target)
         if target.is_floating_point():
-            value = -(self._smoothed(target) * log_p).sum(1)
+            losses = -(self._smoothed(target) * log_p).sum(1)
         else:
-            kept = target != self.ignore_index
-            at = torch.where(kept, target, 0).unsqueeze(1)
-            value = -(1 - self.label_smoothing) * log_p.gather(1, at).squeeze(1)
+            losses = F.nll_loss(log_p, target, ignore_index=self.ignore_index, reduction="none")
             if self.label_smoothing:
-                value = value - self.label_smoothing * log_p.mean(1)
-            value = torch.where(kept, value, 0.0)
-        total: Tensor = value.sum()
-        if self.reduction == "mean":
-            total = total / self._entries(target)
-        return total, (log_p, target)
+                kept = target != self.ignore_index
+                of_all = torch.where(kept, log_p.sum(1), 0.0)
+                losses = (1 - self.label_smoothing) * losses - self._share(x) * of_all
+        value = losses.sum(dtype=wide(x.dtype))
+        value = value / count if self.reduction == "mean" else value
+        return value.to(x.dtype), (log_p, target, count)
 
     def _bwd(self, residuals: Any, grad: Tensor | float) -> Tensor:
-        log_p, target = residuals
-        p, scale = log_p.exp(), grad
+        log_p, target, count = residuals
+        scale = as_scalar(grad, log_p)
         if self.reduction == "mean":
-            scale = grad / self._entries(target)
+            scale = (scale.to(wide(log_p.dtype)) / count).to(log_p.dtype)
         if target.is_floating_point():
-            smoothed = self._smoothed(target)
-            dx: Tensor = (p * smoothed.sum(1, keepdim=True) - smoothed) * scale
-            return dx
-        kept = (target != self.ignore_index).unsqueeze(1)
-        at = torch.where(kept, target.unsqueeze(1), 0)
-        dx = p - self.label_smoothing / log_p.shape[1] if self.label_smoothing else p
-        hit = torch.full_like(at, -1, dtype=p.dtype) * (1 - self.label_smoothing)
-        dx = dx.scatter_add(1, at, hit)
-        # Not times 0: of logits that are not finite, an ignored place says nothing.
-        return torch.where(kept, dx * scale, 0.0)
+            dlog_p = self._smoothed(target) * -scale
+        elif not self.label_smoothing:
+            dlog_p = nll.gradient(scale, log_p, target, self.ignore_index)
+        else:
+            of_class = (1 - self.label_smoothing) * scale
+            dlog_p = nll.gradient(of_class, log_p, target, self.ignore_index)
+            kept = (target != self.ignore_index).unsqueeze(1)
+            dlog_p = dlog_p - torch.where(kept, self._share(log_p) * scale, 0.0)
+        dx: Tensor = torch.ops.aten._log_softmax_backward_data.default(
+            dlog_p, log_p, 1, log_p.dtype
+        )
+        return dx
 
     def _smoothed(self, probabilities: Tensor) -> Tensor:
-        if not self.label_smoothing:
-            return probabilities
-        share = self.label_smoothing / probabilities.shape[1]
-        return probabilities * (1 - self.label_smoothing) + share
+        """t′."""
+        if self.label_smoothing:
+            return probabilities * (1 - self.label_smoothing) + self._share(probabilities)
+        return probabilities
 
-    def _entries(self, target: Any) -> Any:
+    def _share(self, x: Tensor) -> float:
+        """ε / C."""
+        return self.label_smoothing / max(x.shape[1], 1)
+
+    def _count(self, target: Any) -> Tensor:
+        """n, the number of places that count."""
         if target.is_floating_point():
-            return target.numel() / max(target.shape[1], 1)
-        return (target != self.ignore_index).sum()
+            places = target.numel() // max(target.shape[1], 1)
+            count: Tensor = target.new_full((), places, dtype=torch.int64)
+        else:
+            count = (target != self.ignore_index).sum()
+        return count

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcnet.fields import Number
-from funcnet.losses.loss import Loss, Reduction, share
+from funcnet.fields import NonNegative
+from funcnet.losses.loss import Loss, Reduction, as_scalar
 
 
 @dataclass(frozen=True)
@@ -19,19 +20,20 @@ class Huber(Loss):
         h(d) = d²/2               where |d| ≤ δ
                δ · (|d| − δ/2)    elsewhere
 
-    dx = clamp(d, −δ, δ) / n · grad. The residual is the clamped difference.
+    dx = clamp(x − target, −δ, δ) / n · grad. The residuals are x and target.
 
     Shapes: x and target alike, of any rank; the value is 0-dimensional. `delta` is δ > 0.
     Raises ValueError unless x and target have one shape: nothing is broadcast.
     P. J. Huber, "Robust estimation of a location parameter", 1964.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.HuberLoss.html
 
-    >>> import torch
     >>> Huber().apply(torch.tensor([0.5, 5.0]), torch.tensor([0.0, 3.0]))
     tensor(0.8125)
+    >>> Huber().vjp(torch.tensor([0.5, 5.0]), torch.tensor([0.0, 3.0]))
+    tensor([0.2500, 0.5000])
     """
 
-    delta: Annotated[float, Number(0.0)] = 1.0
+    delta: NonNegative = 1.0
     reduction: Reduction = "mean"
 
     def __post_init__(self) -> None:
@@ -39,9 +41,17 @@ class Huber(Loss):
         if not self.delta > 0:
             raise ValueError(f"Huber: expected delta > 0, got {self.delta}")
 
-    def _fwd(self, x: Tensor, target: Any) -> tuple[Tensor, Tensor]:
-        value = F.huber_loss(x, target, reduction="none", delta=self.delta)
-        return self._reduced(value), (x - target).clamp(-self.delta, self.delta)
+    def _fwd(self, x: Tensor, target: Any) -> tuple[Tensor, Any]:
+        value = F.huber_loss(x, target, reduction=self.reduction, delta=self.delta)
+        return value, (x, target)
 
-    def _bwd(self, slope: Tensor, grad: Tensor | float) -> Tensor:
-        return slope * (grad * share(self.reduction, slope.numel()))
+    def _bwd(self, residuals: Any, grad: Tensor | float) -> Tensor:
+        x, target = residuals
+        dx: Tensor = torch.ops.aten.huber_loss_backward.default(
+            as_scalar(grad, x), x, target, _REDUCTIONS[self.reduction], self.delta
+        )
+        return dx
+
+
+_REDUCTIONS = {"mean": 1, "sum": 2}
+"""PyTorch's numbers for them."""

@@ -14,7 +14,7 @@ from funcnet.losses.loss import Loss, Reduction, share
 class L1(Loss):
     """The mean absolute error: Σ |x − target| / n, with n the number of entries, or 1 for "sum".
 
-    dx = sign(x − target) / n · grad, and 0 where x = target. The residual is the sign.
+    dx = sign(x − target) / n · grad, and 0 where x = target. The residual is x − target.
 
     Shapes: x and target alike, of any rank; the value is 0-dimensional.
     Raises ValueError unless x and target have one shape: nothing is broadcast.
@@ -23,13 +23,15 @@ class L1(Loss):
     >>> import torch
     >>> L1().apply(torch.tensor([1.0, 5.0]), torch.tensor([1.0, 3.0]))
     tensor(1.)
+    >>> L1().vjp(torch.tensor([1.0, 5.0]), torch.tensor([1.0, 3.0]))
+    tensor([0.0000, 0.5000])
     """
 
     reduction: Reduction = "mean"
 
     def _fwd(self, x: Tensor, target: Any) -> tuple[Tensor, Tensor]:
         difference = x - target
-        return self._reduced(difference.abs()), difference.sign()
+        return self._reduced(difference.abs()), difference
 
-    def _bwd(self, sign: Tensor, grad: Tensor | float) -> Tensor:
-        return sign * (grad * share(self.reduction, sign.numel()))
+    def _bwd(self, difference: Tensor, grad: Tensor | float) -> Tensor:
+        return difference.sign() * (grad * share(self.reduction, difference.numel()))

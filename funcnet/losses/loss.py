@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Annotated, Any, Literal, TypeAlias
 
+import optree
+import torch
 from torch import Tensor
 
 from funcnet.checks import check_like, check_tensor, name_of
@@ -19,9 +21,9 @@ Reduction: TypeAlias = Annotated[Literal["mean", "sum"], OneOf(("mean", "sum"))]
 class Loss(Hyperparameters):
     """A function of x and a target to a scalar, with its gradient with respect to x.
 
-    `apply`, `vjp`, `fwd` and `bwd` check their arguments; an author writes `_fwd` and `_bwd`, and
-    `_check` where the target is not like x. An author may also write `fwd` and `bwd` alone; then
-    the loss checks for itself.
+    `apply`, `vjp`, `fwd` and `bwd` check their arguments; an author writes `_fwd` and `_bwd`,
+    `_check` where the target is not like x, and `_count` where a mean is not over all examples
+    alike. An author may also write `fwd` and `bwd` alone; then the loss checks for itself.
     """
 
     def _check(self, x: Tensor, target: Any) -> None:
@@ -41,9 +43,9 @@ class Loss(Hyperparameters):
         """dx."""
         raise NotImplementedError(f"{type(self).__name__} writes neither _bwd nor bwd")
 
-    def _entries(self, target: Any) -> Any:
-        """The number that the mean divides by, given the target of the whole batch."""
-        return target.numel()
+    def _count(self, target: Any) -> int | Tensor:
+        """The weight of these examples in a mean: their number, or that of the terms that count."""
+        return len(optree.tree_leaves(target)[0])
 
     def _reduced(self, values: Tensor) -> Tensor:
         """The mean or the sum of values, as the loss's reduction says."""
@@ -77,6 +79,16 @@ class Loss(Hyperparameters):
     def vjp(self, x: Tensor, target: Any, grad: Tensor | float = 1.0) -> Tensor:
         """dx, the gradient of grad · loss(x, target) with respect to x."""
         return self.bwd(self.fwd(x, target)[1], grad)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to add and count in: float32 for one of 16 bits, else the same."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def as_scalar(grad: Tensor | float, like: Tensor) -> Tensor:
+    """grad as a tensor, for kernels that want one."""
+    return grad if isinstance(grad, Tensor) else like.new_full((), grad)
 
 
 def share(reduction: str, count: int) -> float:

@@ -19,6 +19,11 @@ def _is_transforming() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def has_values(x: Tensor) -> bool:
+    """Whether Python may read x's values, without waiting for a device."""
+    return x.is_cpu and is_plain() and type(x) is Tensor  # a FakeTensor has none
+
+
 def add(x: Tensor, y: Tensor) -> Tensor:
     """x + y, written over x."""
     return x.add_(y) if is_plain() else x + y

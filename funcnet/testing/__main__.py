@@ -1,6 +1,6 @@
-"""`python -m funcnet.testing`: every layer in many random cases, and the worst errors found.
+"""`python -m funcnet.testing`: every layer and loss in many random cases, and the worst errors.
 
-A row is a layer in one dtype; its columns are the cases run and, over all of them,
+A row is a layer or loss in one dtype; its columns are the cases run and, over all of them,
 
     autograd      the largest difference from autograd in float64, relative to the leaf's largest
     differences   the same of central differences along random directions
@@ -27,14 +27,15 @@ from hypothesis import strategies as st
 from funcnet.keys import key as make_key
 from funcnet.testing import strategies
 from funcnet.testing.check import Errors, inspect_vjp
-from funcnet.testing.registry import REGISTRY
+from funcnet.testing.registry import LOSSES, REGISTRY
 
 _LAYERS: dict[str, strategies.Strategy[Any]] = {
     # check_vjp takes floating-point x alone.
     **{cls.__name__: strategies.layers(cls) for cls, row in REGISTRY.items() if not row.classes},
     "Sequential": strategies.networks(),
-    "MSE": strategies.losses(),
+    **{cls.__name__: strategies.losses(cls) for cls in LOSSES},
 }
+_LOSSES = {cls.__name__ for cls in LOSSES}
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 _HEADER = ("layer", "dtype", "cases", "autograd", "differences", "taylor", "rounding", "seconds")
 
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(name: str, dtype: torch.dtype, device: str, examples: int) -> Score:
     """`check_vjp` in many random cases of one layer."""
     score = Score()
-    draw: Callable[..., Any] = strategies.loss_cases if name == "MSE" else strategies.cases
+    draw: Callable[..., Any] = strategies.loss_cases if name in _LOSSES else strategies.cases
     cases = draw(_LAYERS[name], dtypes=st.just(dtype), device=device)
 
     @settings(

@@ -2,9 +2,10 @@
 
     layers()                any layer of the vocabulary; layers(Conv2d, ReLU) any of these
     networks()              Sequentials of any layers, nested ones and the empty one among them
-    losses()
+    losses()                any loss; losses(MSE, L1) any of these
     cases(layers())         (layer, params, x) that fit together, of networks and one's own too
     loss_cases()            (loss, x, target)
+    targets(loss, x)        targets that a loss takes beside x
     shapes(layer)           shapes of one example that a layer takes
     tensors(shape)          tensors of a shape, in any memory layout
     dtypes()                float64 and float32
@@ -67,9 +68,9 @@ from funcnet.combinators import Sequential
 from funcnet.fields import Number, OneOf, PerAxis, Whole, kinds
 from funcnet.keys import key as make_key
 from funcnet.layer import Layer, Shape, Tree
-from funcnet.losses import MSE, Loss
+from funcnet.losses import Loss
 from funcnet.testing.layouts import LAYOUTS, fits, laid_out
-from funcnet.testing.registry import REGISTRY
+from funcnet.testing.registry import LOSSES, REGISTRY, draw_target
 from funcnet.tree import register_node
 
 Strategy: TypeAlias = st.SearchStrategy
@@ -136,9 +137,11 @@ def _network(
     return Sequential(*chosen), shape
 
 
-def losses() -> Strategy[Loss]:
-    """MSE with any reduction."""
-    return st.builds(MSE, st.sampled_from(["sum", "mean"]))
+@st.composite
+def losses(draw: st.DrawFn, *classes: type[Loss]) -> Loss:
+    """Any loss, or any of these classes, with any hyperparameters."""
+    row = LOSSES[draw(st.sampled_from(classes or tuple(LOSSES)))]
+    return row.draw(lambda some: draw(st.sampled_from(list(some))))
 
 
 # --- Tensors
@@ -247,7 +250,7 @@ class FittingCase(NamedTuple):
 
 
 class FittingLossCase(NamedTuple):
-    """A loss with two tensors of one shape."""
+    """A loss with x and a target that fit it."""
 
     loss: Loss
     x: Tensor
@@ -319,12 +322,26 @@ def loss_cases(
     device: torch.device | str = "cpu",
     layouts: Sequence[str] = LAYOUTS,
 ) -> FittingLossCase:
-    """(loss, x, target) with tensors of up to 4 axes."""
+    """(loss, x, target) that fit together, with x of up to 4 axes."""
     loss = draw(_any_losses() if losses is None else losses)
-    shape = draw(st.lists(st.integers(0, 4), max_size=4))
-    dtype = draw(_any_dtypes() if dtypes is None else dtypes)
-    x = draw(tensors(shape, dtype, device, layouts))
-    return FittingLossCase(loss, x, draw(tensors(shape, dtype, device, layouts)))
+    rank = LOSSES[type(loss)].rank if type(loss) in LOSSES else 0
+    shape = draw(st.lists(st.integers(0, 4), min_size=rank, max_size=4))
+    if rank:
+        shape[1] = max(shape[1], 1)  # at least one class
+    x = draw(tensors(shape, draw(_any_dtypes() if dtypes is None else dtypes), device, layouts))
+    return FittingLossCase(loss, x, draw(targets(loss, x, layouts)))
+
+
+@st.composite
+def targets(draw: st.DrawFn, loss: Loss, x: Tensor, layouts: Sequence[str] = LAYOUTS) -> Tensor:
+    """Targets that fit a loss and x, in any of the `layouts`; like x for a loss of one's own."""
+    row = LOSSES.get(type(loss))
+    kind = draw(st.sampled_from(("numbers",) if row is None else row.targets(loss)))
+    if kind == "numbers":
+        return draw(tensors(tuple(x.shape), x.dtype, x.device, layouts))
+    target = draw_target(kind, loss, x, draw(st.integers(0, 2**32 - 1)))
+    fitting = [layout for layout in layouts if fits(layout, target.ndim)]
+    return laid_out(target, draw(st.sampled_from(fitting)))
 
 
 # --- Trees

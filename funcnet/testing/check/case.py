@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -51,7 +51,7 @@ class Case:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """Every argument by name."""
+        """Every tensor among the arguments, by name."""
         return {**dict(zip(self.names, self.leaves, strict=True)), "grad": self.grad}
 
     def at(self, leaves: Sequence[Tensor], grad: Tensor | None = None) -> Case:
@@ -91,17 +91,32 @@ class Case:
 
 @dataclass(frozen=True)
 class LossCase(Case):
-    """A loss, as a layer without parameters."""
+    """A loss, as a layer without parameters. Its target, any tree, is never moved."""
 
     target: Any = None
     is_loss: ClassVar[bool] = True
 
     @property
     def inputs(self) -> dict[str, Any]:
-        return {"x": self.x, "target": self.target, "grad": self.grad}
+        accessors = optree.tree_accessors(self.target)
+        names = [accessor.codify("target") for accessor in accessors]
+        named = zip(names, optree.tree_leaves(self.target), strict=True)
+        targets = {name: leaf for name, leaf in named if isinstance(leaf, Tensor)}
+        return {"x": self.x, **targets, "grad": self.grad}
+
+    def with_target(self, change: Callable[[Tensor], Tensor]) -> LossCase:
+        """The same case with another target: each tensor in it changed."""
+        return replace(
+            self,
+            target=optree.tree_map(
+                lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf, self.target
+            ),
+        )
 
     def double(self) -> Case:
-        return replace(super().double(), target=_double(self.target))  # type: ignore[call-arg]
+        there = super().double()
+        assert isinstance(there, LossCase)
+        return there.with_target(_double)
 
     def fwd(self) -> Any:
         return self.layer.fwd(self.x, self.target)

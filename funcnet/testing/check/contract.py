@@ -21,7 +21,7 @@ from torch import Tensor
 
 from funcnet.keys import fold_in
 from funcnet.keys import key as make_key
-from funcnet.testing.check.case import Case, Leaves, flat, signed
+from funcnet.testing.check.case import Case, Leaves, LossCase, flat, signed
 from funcnet.testing.check.comparison import excess, worst
 from funcnet.testing.check.purity import expect_own, expect_unshared, pure, under_two_seeds
 from funcnet.testing.check.rounding import TRIALS, allowance, gradient_moves, value_moves
@@ -174,6 +174,9 @@ def _check_layouts(case: Case, residuals: Any, gradients: Leaves) -> None:
             _expect_the_same(there, straight, f"x in the memory layout {name!r} changes")
     there = case.at([laid_out(leaf, "strided") for leaf in case.leaves])
     _expect_the_same(there, case, "params that are not contiguous change")
+    if isinstance(case, LossCase):
+        there = case.with_target(lambda target: laid_out(target, "strided"))
+        _expect_the_same(there, case, "a target that is not contiguous changes")
 
 
 def _expect_the_same(there: Case, straight: Case, complaint: str) -> None:

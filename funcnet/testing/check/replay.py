@@ -28,7 +28,8 @@ def snippet(case: Case, fails: Callable[[Case], bool]) -> str:
     drawn = None if isinstance(case, LossCase) or case.key is not None else _drawn(case, fails)
     entries = sum(x.numel() for x in case.inputs.values())
     lines = ["import torch", "import funcnet as fn", "from funcnet.testing import check_vjp"]
-    if drawn is None and not (entries <= _MOST_LITERAL and _is_builtin(case.params)):
+    tree = case.target if isinstance(case, LossCase) else case.params
+    if drawn is None and not (entries <= _MOST_LITERAL and _is_builtin(tree)):
         x, key = ("x, error.target", "") if case.is_loss else ("params, x", ", key=error.key")
         lines += [
             "# The tensors are not spelled out: catch the exception as `error`.",
@@ -68,13 +69,10 @@ def _drawn(case: Case, fails: Callable[[Case], bool]) -> Case | None:
 def _literally(case: Case) -> list[str]:
     key = "" if case.key is None else f", key=fn.{case.key!r}"
     lines = [f"x = {_literal(case.x)}"]
-    if isinstance(case, LossCase):
-        lines.append(f"target = {_literal(case.target)}")
-        arguments = "layer, x, target"
-    else:
-        params = optree.tree_map(lambda leaf: _Code(_literal(leaf)), case.params)
-        lines.append(f"params = {params!r}")
-        arguments = "layer, params, x"
+    name, tree = ("target", case.target) if isinstance(case, LossCase) else ("params", case.params)
+    code = optree.tree_map(lambda leaf: _Code(_literal(leaf)), tree)
+    lines.append(f"{name} = {code!r}")
+    arguments = "layer, x, target" if case.is_loss else "layer, params, x"
     lines.append(f"grad = {_literal(case.grad)}")
     return [*lines, f"check_vjp({arguments}, grad=grad{key})"]
 

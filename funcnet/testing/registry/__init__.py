@@ -1,6 +1,7 @@
-"""The registry: one row a layer, which drives all else.
+"""The registry: one row a layer or loss, which drives all else.
 
     REGISTRY[Conv2d]          its row: settings, examples with shapes, its twin in torch.nn
+    LOSSES[CrossEntropy]      its row: settings, targets, its twin
 
 The strategies, `python -m funcnet.testing`, the benchmark's translation to torch.nn and the tests
 that cut across all layers read it. A new layer is its file, one export, and one row here.
@@ -9,6 +10,7 @@ that cut across all layers read it. A new layer is its file, one export, and one
 from __future__ import annotations
 
 from funcnet.layer import Layer
+from funcnet.losses import Loss
 from funcnet.testing.registry import (
     activations,
     attention,
@@ -24,9 +26,10 @@ from funcnet.testing.registry import (
     shape,
     upsample,
 )
+from funcnet.testing.registry.losses import LOSS_ROWS, LossRow, draw_target
 from funcnet.testing.registry.row import Choose, Row
 
-__all__ = ["REGISTRY", "Choose", "Row"]
+__all__ = ["LOSSES", "REGISTRY", "Choose", "LossRow", "Row", "draw_target"]
 
 REGISTRY: dict[type[Layer], Row] = {
     row.layer: row
@@ -47,3 +50,5 @@ REGISTRY: dict[type[Layer], Row] = {
     )
     for row in family.ROWS
 }
+
+LOSSES: dict[type[Loss], LossRow] = {row.loss: row for row in LOSS_ROWS}

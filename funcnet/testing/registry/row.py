@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
-from funcnet.fields import Number, OneOf, PerAxis, Whole, kinds
+from funcnet.fields import Hyperparameters, Number, OneOf, PerAxis, Whole, kinds
 from funcnet.layer import Layer, Shape
 
 _Choice = TypeVar("_Choice")
@@ -44,14 +44,20 @@ class Row:
         """A layer with settings chosen at random. Raises ValueError for some that do not fit."""
         if self.build is not None:
             return self.build(choose)
-        chosen = {
-            name: choose(choices(self.layer, name, self.settings.get(name)))
-            for name in (f.name for f in fields(self.layer) if f.init)
-        }
-        return self.layer(**chosen)
+        return self.layer(**choose_settings(self.layer, self.settings, choose))
 
 
-def choices(cls: type[Layer], name: str, given: Sequence[Any] | None = None) -> Sequence[Any]:
+def choose_settings(
+    cls: type[Hyperparameters], settings: Mapping[str, Sequence[Any]], choose: Choose
+) -> dict[str, Any]:
+    """Each hyperparameter with one of its choices."""
+    names = (f.name for f in fields(cls) if f.init)
+    return {name: choose(choices(cls, name, settings.get(name))) for name in names}
+
+
+def choices(
+    cls: type[Hyperparameters], name: str, given: Sequence[Any] | None = None
+) -> Sequence[Any]:
     """The choices for a hyperparameter: those given, or what the kind of its field suggests."""
     if given is not None:
         return given

@@ -1,0 +1,102 @@
+"""The losses: a row each, with the targets that it takes and its twin in torch.nn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from funcnet.losses import L1, MSE, BCEWithLogits, CrossEntropy, Huber, Loss
+from funcnet.testing.registry.row import Choose, choose_settings
+
+
+@dataclass(frozen=True)
+class LossRow:
+    """What the registry says of a loss.
+
+    `twin` makes the torch.nn module that computes the same. `targets` tells the kinds of target
+    that a loss takes, names in `TARGETS`; `rank` is the number of axes that x has at least.
+    `settings` is as in a layer's row.
+    """
+
+    loss: type[Loss]
+    twin: Callable[[Any], nn.Module]
+    targets: Callable[[Any], tuple[str, ...]] = lambda loss: ("numbers",)
+    rank: int = 0
+    settings: dict[str, Sequence[Any]] = field(default_factory=dict)
+
+    def draw(self, choose: Choose) -> Loss:
+        """A loss with settings chosen at random. Raises ValueError for some that do not fit."""
+        return self.loss(**choose_settings(self.loss, self.settings, choose))
+
+
+def _classes(loss: Any, x: Tensor, generator: torch.Generator) -> Tensor:
+    """int64 classes, of x's shape without axis 1; every fourth place is to be ignored."""
+    shape = (*x.shape[:1], *x.shape[2:])
+    classes = torch.randint(x.shape[1], shape, generator=generator, device="cpu")
+    ignored = torch.randint(4, shape, generator=generator, device="cpu") == 0
+    return torch.where(ignored, loss.ignore_index, classes)
+
+
+def _probabilities(loss: Any, x: Tensor, generator: torch.Generator) -> Tensor:
+    """Numbers in x's shape that add up to 1 along axis 1."""
+    return _numbers(loss, x, generator).softmax(1)
+
+
+def _in_unit(loss: Any, x: Tensor, generator: torch.Generator) -> Tensor:
+    """Numbers in [0, 1] in x's shape; both ends are among them."""
+    return (_numbers(loss, x, generator) + 0.5).clamp(0, 1)
+
+
+def _numbers(_: Any, x: Tensor, generator: torch.Generator) -> Tensor:
+    """Any numbers in x's shape."""
+    return torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu")
+
+
+TARGETS: dict[str, Callable[[Any, Tensor, torch.Generator], Tensor]] = {
+    "numbers": _numbers,
+    "in [0, 1]": _in_unit,
+    "classes": _classes,
+    "probabilities": _probabilities,
+}
+
+
+def draw_target(kind: str, loss: Any, x: Tensor, seed: int) -> Tensor:
+    """A target of a kind for a loss of x; floating-point ones have x's dtype."""
+    target = TARGETS[kind](loss, x, torch.Generator().manual_seed(seed))
+    return target.to(device=x.device, dtype=x.dtype if target.is_floating_point() else None)
+
+
+def _classes_or_probabilities(loss: Any) -> tuple[str, ...]:
+    # Probabilities go with no class to ignore.
+    return ("classes", "probabilities") if loss.ignore_index < 0 else ("classes",)
+
+
+LOSS_ROWS = (
+    LossRow(MSE, lambda loss: nn.MSELoss(reduction=loss.reduction)),
+    LossRow(L1, lambda loss: nn.L1Loss(reduction=loss.reduction)),
+    LossRow(
+        Huber,
+        lambda loss: nn.HuberLoss(reduction=loss.reduction, delta=loss.delta),
+        settings={"delta": [1.0, 0.25, 2.0]},
+    ),
+    LossRow(
+        BCEWithLogits,
+        lambda loss: nn.BCEWithLogitsLoss(reduction=loss.reduction),
+        targets=lambda loss: ("in [0, 1]",),
+    ),
+    LossRow(
+        CrossEntropy,
+        lambda loss: nn.CrossEntropyLoss(
+            reduction=loss.reduction,
+            ignore_index=loss.ignore_index,
+            label_smoothing=loss.label_smoothing,
+        ),
+        targets=_classes_or_probabilities,
+        rank=2,
+        settings={"label_smoothing": [0.0, 0.1, 1.0], "ignore_index": [-100, -1, 0, 2]},
+    ),
+)

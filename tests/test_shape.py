@@ -71,11 +71,17 @@ def test_a_network_that_owns_x_copies_nothing_and_gets_the_same(layer, shape, fu
         assert y.untyped_storage().data_ptr() == inner.untyped_storage().data_ptr()
 
 
-def test_flatten_copies_once_whatever_the_layout():
-    x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
-    y = fn.Flatten().apply((), x)
-    assert y.is_contiguous()
-    assert torch.equal(y, x.flatten(1))
+def test_y_is_row_major_and_dx_in_the_memory_format_of_x():
+    for shape, last in [
+        ((2, 3, 4, 5), torch.channels_last),
+        ((2, 3, 4, 5, 2), torch.channels_last_3d),
+    ]:
+        x = torch.randn(shape).contiguous(memory_format=last)
+        y = fn.Flatten().apply((), x)
+        assert y.is_contiguous()
+        assert torch.equal(y, x.flatten(1))
+        assert fn.Flatten().vjp((), x, y)[1].is_contiguous(memory_format=last)
+        assert fn.Flatten().vjp((), x.contiguous(), y)[1].is_contiguous()
 
 
 @functions

@@ -271,7 +271,21 @@ class ReLU6(InPlace):
 
 
 @dataclass(frozen=True)
-class Softmax(Activation):
+class AlongAxis(Activation):
+    """An activation along an axis of x other than the batch. It keeps y."""
+
+    dim: Axis
+
+    _keeps_y = True
+    _fresh = False
+
+    def _out_shape(self, shape: Shape) -> Shape:
+        as_axis(self, "dim", self.dim, shape)
+        return shape
+
+
+@dataclass(frozen=True)
+class Softmax(AlongAxis):
     """y = eˣ / Σ eˣ with the sum along `dim`; dx = y ∘ (dy − Σ y ∘ dy).
 
     `dim` counts the batch: 1 is the axis after it. 0 would mix the batch.
@@ -285,15 +299,6 @@ class Softmax(Activation):
             [0.0000, 1.0000]])
     """
 
-    dim: Axis
-
-    _keeps_y = True
-    _fresh = False
-
-    def _out_shape(self, shape: Shape) -> Shape:
-        as_axis(self, "dim", self.dim, shape)
-        return shape
-
     def _value(self, x: Tensor) -> Tensor:
         return torch.softmax(x, self.dim)
 
@@ -302,7 +307,7 @@ class Softmax(Activation):
 
 
 @dataclass(frozen=True)
-class LogSoftmax(Activation):
+class LogSoftmax(AlongAxis):
     """y = x − log Σ eˣ with the sum along `dim`; dx = dy − eʸ ∘ Σ dy.
 
     `dim` counts the batch: 1 is the axis after it. 0 would mix the batch.
@@ -315,15 +320,6 @@ class LogSoftmax(Activation):
     tensor([[-6.9315e-01, -6.9315e-01],
             [-1.0000e+04,  0.0000e+00]])
     """
-
-    dim: Axis
-
-    _keeps_y = True
-    _fresh = False
-
-    def _out_shape(self, shape: Shape) -> Shape:
-        as_axis(self, "dim", self.dim, shape)
-        return shape
 
     def _value(self, x: Tensor) -> Tensor:
         return torch.log_softmax(x, self.dim)

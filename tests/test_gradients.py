@@ -184,7 +184,7 @@ def test_micro_batch_j_draws_from_key_j():
 def test_what_micro_batches_refuse():
     net = fn.Sequential(fn.Linear(3), fn.BatchNorm())
     with pytest.raises(
-        ValueError, match="treat every example alone, for micro_batch, got layer 1: BatchN"
+        ValueError, match="treat every example alone, for micro_batch, got layer 1: Batch"
     ):
         fn.value_and_grad(net, fn.MSE(), micro_batch=2)
     with pytest.raises(ValueError, match="expected micro_batch >= 1, got 0"):

@@ -5,48 +5,18 @@ from __future__ import annotations
 from ..mutant import Row, in_file
 
 GEOMETRY = in_file(
-    "layers/geometry.py",
+    "ops/window.py",
     "test_conv.py test_gate_properties.py",
-    Row(
-        "count-rounds-up",
-        "(height - self._reach[0]) // self.stride[0] + 1",
-        "-(-(height - self._reach[0]) // self.stride[0]) + 1",
-        "a stride that does not divide the input evenly leaves a remainder, which is dropped",
-    ),
     Row(
         "reach-without-dilation",
         "tuple(d * (k - 1) + 1 for k, d in",
         "tuple(k for k, d in",
         "dilation spreads the kernel over d(k−1) + 1 entries",
     ),
-    Row(
-        "same-odd-side",
-        "(height // 2, height - height // 2), (width // 2, width - width // 2)",
-        "(height - height // 2, height // 2), (width - width // 2, width // 2)",
-        'the odd entry of "same" goes after the image, as in PyTorch',
-    ),
-    Row(
-        "same-without-dilation",
-        "height, width = (d * (k - 1) for",
-        "height, width = (k - 1 for",
-        '"same" keeps the size with any dilation',
-    ),
-    Row(
-        "padding-axes-swapped",
-        "rows, columns = (0, 0) if isinstance(padding, str) else pair(padding)",
-        "columns, rows = (0, 0) if isinstance(padding, str) else pair(padding)",
-        "a pair of paddings is (height, width)",
-    ),
-    Row(
-        "flat-sides-order",
-        "return left, right, top, bottom",
-        "return top, bottom, left, right",
-        "torch.nn.functional.pad begins with the last axis",
-    ),
 )
 
 UNFOLD = in_file(
-    "layers/unfold.py",
+    "ops/unfold.py",
     "test_gate_properties.py test_conv.py",
     Row(
         "fold-crops-the-other-side",
@@ -81,31 +51,13 @@ UNFOLD = in_file(
 )
 
 NATIVE = in_file(
-    "layers/native.py",
+    "ops/native.py",
     "test_gate_properties.py test_conv.py",
     Row(
         "dilation-ignored",
         "_plain(wide(weight)), None, stride, padding, dilation, groups)",
         "_plain(wide(weight)), None, stride, padding, (1, 1), groups)",
         "a dilated kernel has holes",
-    ),
-    Row(
-        "dilated-in-bfloat16",
-        "F.conv2d(wide(x), _plain(wide(weight)), None",
-        "F.conv2d(x, _plain(weight), None",
-        "PyTorch's dilated convolutions in bfloat16 can end the process",
-    ),
-    Row(
-        "one-channel-in-channels-last",
-        "if x.shape[1] > 1 and x.stride() == _strides(x, torch.channels_last):",
-        "if x.stride() == _strides(x, torch.channels_last):",
-        "images of one channel are not read past their end",
-    ),
-    Row(
-        "strides-of-single-entries-trusted",
-        "if x.stride() == _strides(x, memory_format):",
-        "if x.is_contiguous(memory_format=memory_format):",
-        "axes of size 1 may have any stride, and PyTorch's kernels believe it",
     ),
     Row(
         "gradients-in-half-precision",
@@ -119,28 +71,10 @@ NATIVE = in_file(
         "return x\n    return x",
         "PyTorch's kernels return wrong numbers for some strides of axes of size 1",
     ),
-    Row(
-        "bias-of-dilated-convolutions-lost",
-        "return (y if bias is None else inplace.add(y, bias[:, None, None])).to(x.dtype)",
-        "return y.to(x.dtype)",
-        "the bias is added after a dilated convolution",
-    ),
-    Row(
-        "odd-padding-before",
-        "F.pad(x, (0, right - left, 0, bottom - top))",
-        "F.pad(x, (right - left, 0, bottom - top, 0))",
-        'the odd entry of "same" goes after the image, as in PyTorch',
-    ),
-    Row(
-        "odd-padding-cropped-before",
-        "dx = dx[:, :, : x.shape[2], : x.shape[3]]",
-        "dx = dx[:, :, -x.shape[2] :, -x.shape[3] :]",
-        "what was padded after is what is cropped from dx",
-    ),
 )
 
 PATCHES = in_file(
-    "layers/patches.py",
+    "ops/patches.py",
     "test_conv.py",
     Row(
         "patches-padded-before",
@@ -166,22 +100,10 @@ PATCHES = in_file(
         "width, channels).transpose(1, 2).reshape(-1, height, width, channels).permute(0, 3, 1, 2)",
         "dweight of square kernels has the right shape even when it is transposed",
     ),
-    Row(
-        "patches-whatever-the-padding",
-        "window.sides == ((0, 0), (0, 0))",
-        "window.sides[0] == (0, 0)",
-        "padding on either axis rules the patch products out",
-    ),
-    Row(
-        "patches-whatever-the-dilation",
-        "window.dilation == (1, 1)",
-        "window.dilation[0] == 1",
-        "dilation on either axis rules the patch products out",
-    ),
 )
 
 PIXELWISE = in_file(
-    "layers/pixelwise.py",
+    "ops/pixelwise.py",
     "test_conv.py test_upsample_conv.py",
     Row(
         "pixels-paired-across-the-diagonal",
@@ -198,7 +120,7 @@ PIXELWISE = in_file(
 )
 
 INPLACE = in_file(
-    "layers/inplace.py",
+    "ops/inplace.py",
     "test_gate_properties.py test_upsample_conv.py test_transforms.py",
     Row(
         "in-place-inside-of-torch-func",
@@ -206,33 +128,15 @@ INPLACE = in_file(
         "return not torch.compiler.is_compiling()",
         "torch.func writes the value over and then refuses the tangent",
     ),
-    Row(
-        "derivative-over-the-residual",
-        "_threshold_backward.grad_input(grad, y, 0, grad_input=grad)",
-        "_threshold_backward.grad_input(grad, y, 0, grad_input=y)",
-        "bwd may be called twice on the same residuals",
-    ),
 )
 
 UPSAMPLE_CONV = in_file(
-    "layers/upsample_conv.py",
+    "layers/upsample.py",
     "test_upsample_conv.py",
-    Row(
-        "two-steps-always-same",
-        "padding=self.padding,",
-        'padding="same",',
-        "both methods give the same numbers",
-    ),
-    Row(
-        "out-size-axes-swapped",
-        "(scale[0] * size[0], scale[1] * size[1])",
-        "(scale[1] * size[0], scale[0] * size[1])",
-        "a pair of scales is (height, width)",
-    ),
 )
 
 TRANSPOSED = in_file(
-    "layers/transposed.py",
+    "ops/transposed.py",
     "test_gate_properties.py test_upsample_conv.py",
     Row(
         "crop-on-the-other-side",

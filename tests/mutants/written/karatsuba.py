@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..mutant import Row, in_file
 
 KARATSUBA = in_file(
-    "layers/karatsuba.py",
+    "ops/karatsuba.py",
     "test_karatsuba.py",
     Row(
         "rows-of-taps-for-columns",

@@ -8,12 +8,6 @@ KEYS = in_file(
     "keys.py",
     "test_keys.py test_errors.py",
     Row(
-        "true-is-one",
-        "if number is None or isinstance(value, bool):",
-        "if number is None:",
-        "Conv2d(True, 3) is a mistake",
-    ),
-    Row(
         "uniform-leaves-its-value",
         "first.item() < low and above.item() < high",
         "first.item() < low",
@@ -24,18 +18,6 @@ KEYS = in_file(
         '_derive("fold_in", ',
         '_derive("split", ',
         "split(key)[1] and foldin_file(key, 1) are different keys",
-    ),
-    Row(
-        "split-ignores-the-key",
-        '_derive("split", key.data, i)',
-        '_derive("split", 0, i)',
-        "different keys have different children",
-    ),
-    Row(
-        "split-repeats",
-        '_derive("split", key.data, i)',
-        '_derive("split", key.data, i // 2)',
-        "the keys of a split are all different",
     ),
     Row(
         "seed-cut-to-32-bits",

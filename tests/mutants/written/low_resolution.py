@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..mutant import Row, in_file
 
 LOW_RESOLUTION = in_file(
-    "layers/low_resolution.py",
+    "ops/low_resolution.py",
     "test_upsample_conv.py",
     Row(
         "wrong-phase",
@@ -36,12 +36,6 @@ LOW_RESOLUTION = in_file(
         "part = slice(start, start + batch)",
         "part = slice(start, start + batch + 1)",
         "each example is in one chunk",
-    ),
-    Row(
-        "kernel-gradient-of-the-last-chunk",
-        "dkernel = dk if dkernel is None else dkernel.add_(dk)",
-        "dkernel = dk",
-        "dweight sums over all chunks",
     ),
     Row(
         "chunk-written-to-the-start",

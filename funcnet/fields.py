@@ -265,7 +265,7 @@ class BelowOne:
 class NumberButZero(Number):
     """A finite number other than 0."""
 
-    def convert(self, owner: type, name: str, value: Any) -> float | None:
+    def convert(self, owner: type, name: str, value: Any) -> Any:
         number = super().convert(owner, name, value)
         if number == 0:
             raise ValueError(f"{owner.__name__}: expected {name} not to be 0, got {value}")

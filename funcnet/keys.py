@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from numbers import Real
 from typing import Any
@@ -35,15 +35,35 @@ class Key:
     """A source of random numbers that is a value: immutable, hashable, picklable. Made by `key`."""
 
     data: int
+    _halves: Any = field(init=False, repr=False, compare=False)
+    """The low and the high 64 bits of data, an array of int64.
+
+    torch.compile takes an array for an input, where it would compile again for another int.
+    """
 
     def __post_init__(self) -> None:
-        if torch.compiler.is_compiling():
-            return  # a key that is derived there is right
         if not (type(self.data) is int and 0 <= self.data < 2 ** (8 * _KEY_BYTES)):
             raise ValueError(f"Key: expected an int in [0, 2**128), got {self.data!r}")
+        halves = np.frombuffer(self.data.to_bytes(_KEY_BYTES, "little"), np.int64).copy()
+        object.__setattr__(self, "_halves", halves)
 
     def __repr__(self) -> str:
         return f"Key(0x{self.data:032x})"
+
+    def __reduce__(self) -> tuple[type[Key], tuple[int]]:
+        return Key, (self.data,)
+
+
+class _TracedKey(Key):
+    """A key that is derived in a function which torch.compile traces: its halves are a tensor."""
+
+    __slots__ = ()
+
+    def __init__(self, halves: Tensor) -> None:
+        object.__setattr__(self, "_halves", halves)
+
+
+_ROOT = Key(0)
 
 
 def key(seed: int) -> Key:
@@ -54,7 +74,7 @@ def key(seed: int) -> Key:
     >>> key(0) == key(0), key(0) == key(1)
     (True, False)
     """
-    return _derive("seed", 0, _uint64("key", "seed", seed))
+    return _derive("seed", _ROOT, _uint64("key", "seed", seed))
 
 
 def split(key: Key, num: int = 2) -> tuple[Key, ...]:
@@ -67,7 +87,7 @@ def split(key: Key, num: int = 2) -> tuple[Key, ...]:
     6
     """
     check_key("split", key)
-    return tuple(_derive("split", key.data, i) for i in range(as_int("split", "num", num, 1)))
+    return tuple(_derive("split", key, i) for i in range(as_int("split", "num", num, 1)))
 
 
 def fold_in(key: Key, data: int) -> Key:
@@ -77,7 +97,7 @@ def fold_in(key: Key, data: int) -> Key:
     True
     """
     check_key("fold_in", key)
-    return _derive("fold_in", key.data, _uint64("fold_in", "data", data))
+    return _derive("fold_in", key, _uint64("fold_in", "data", data))
 
 
 def uniform(
@@ -176,15 +196,41 @@ def check_key(who: object, key: Key) -> None:
         raise TypeError(f"{name_of(who)}: expected a key made by funcnet.key(seed), got {key!r}")
 
 
-def _derive(purpose: str, data: int, item: int) -> Key:
-    return Key(_hashed(purpose, data, item))
+def halves(key: Key) -> tuple[Any, Any]:
+    """The low and the high 64 bits of a key as int64: ints, or tensors under torch.compile."""
+    if torch.compiler.is_compiling():
+        traced = _halves_tensor(key)
+        return traced[0], traced[1]
+    low, high = key._halves.tolist()
+    return low, high
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _hashed(purpose: str, data: int, item: int) -> int:
-    message = data.to_bytes(_KEY_BYTES, "little") + item.to_bytes(8, "little")
-    digest = blake2b(message, digest_size=_KEY_BYTES, person=purpose.encode()).digest()
-    return int.from_bytes(digest, "little")
+def _halves_tensor(key: Key) -> Tensor:
+    return key._halves if isinstance(key, _TracedKey) else torch.from_numpy(key._halves)
+
+
+def _derive(purpose: str, key: Key, item: int) -> Key:
+    if torch.compiler.is_compiling():
+        signed = item - 2**64 if item >= 2**63 else item
+        return _TracedKey(_derive_halves(_halves_tensor(key), purpose, signed))
+    message = key.data.to_bytes(_KEY_BYTES, "little") + item.to_bytes(8, "little")
+    return Key(int.from_bytes(_hash(purpose, message), "little"))
+
+
+@torch.library.custom_op("funcnet::derive_key", mutates_args=())
+def _derive_halves(halves: Tensor, purpose: str, item: int) -> Tensor:
+    """The halves of the derived key, computed when a compiled function runs."""
+    message = halves.numpy().tobytes() + item.to_bytes(8, "little", signed=True)
+    return torch.from_numpy(np.frombuffer(_hash(purpose, message), np.int64).copy())
+
+
+@_derive_halves.register_fake
+def _(halves: Tensor, purpose: str, item: int) -> Tensor:
+    return torch.empty_like(halves)
+
+
+def _hash(purpose: str, message: bytes) -> bytes:
+    return blake2b(message, digest_size=_KEY_BYTES, person=purpose.encode()).digest()
 
 
 def _generator(who: str, key: Key) -> np.random.Generator:

@@ -9,6 +9,9 @@ from funcnet.testing.registry import REGISTRY
 
 LAYERS = list(REGISTRY)
 EXAMPLES = [example for row in REGISTRY.values() for example in row.examples]
+FLOAT_EXAMPLES = [
+    example for row in REGISTRY.values() if row.classes is None for example in row.examples
+]
 EXAMPLE_IDS = [f"{layer}-{'x'.join(map(str, shape))}" for layer, shape in EXAMPLES]
 EVERY_LAYER = strategies.layers() | strategies.networks()
 
@@ -38,7 +41,7 @@ def draw_x(layer, shape, dtype=torch.float32, device="cpu"):
     if classes is None:
         return fn.normal(fn.key(4), shape, dtype=dtype, device=device)
     generator = torch.Generator().manual_seed(4)
-    return torch.randint(classes, shape, generator=generator).to(device)
+    return torch.randint(classes, shape, generator=generator, device="cpu").to(device)
 
 
 def make(layer, shape, batch=2, dtype=torch.float32, device="cpu"):

@@ -27,7 +27,7 @@ DENOISER = fn.Sequential(
 )
 
 
-@given(strategies.cases(EVERY_LAYER), strategies.losses())
+@given(strategies.cases(EVERY_LAYER), st.sampled_from([fn.MSE(), fn.MSE("sum"), fn.Huber()]))
 def test_it_is_the_chain_rule(case, loss):
     net, params, x = case
     y = net.apply(params, x)
@@ -183,7 +183,9 @@ def test_micro_batch_j_draws_from_key_j():
 
 def test_what_micro_batches_refuse():
     net = fn.Sequential(fn.Linear(3), fn.BatchNorm())
-    with pytest.raises(ValueError, match="2 layers with a layer that couples examples"):
+    with pytest.raises(
+        ValueError, match="treat every example alone, for micro_batch, got layer 1: Batch"
+    ):
         fn.value_and_grad(net, fn.MSE(), micro_batch=2)
     with pytest.raises(ValueError, match="expected micro_batch >= 1, got 0"):
         fn.value_and_grad(fn.ReLU(), fn.MSE(), micro_batch=0)

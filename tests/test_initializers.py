@@ -28,9 +28,9 @@ SHAPE = (30, 20, 3, 2)
 
 @pytest.mark.parametrize("initializer", ALL, ids=repr)
 def test_it_is_a_value_that_files_hold(initializer, tmp_path):
-    assert eval(f"init.{initializer!r}") == initializer
+    assert eval(repr(initializer), vars(fn)) == initializer
     assert pickle.loads(pickle.dumps(initializer)) == initializer
-    assert hash(initializer) == hash(eval(f"init.{initializer!r}"))
+    assert hash(initializer) == hash(eval(repr(initializer), vars(fn)))
     net = fn.Sequential(fn.Conv2d(4, 3, weight_init=initializer))
     params = net.init(fn.key(0), (2, 5, 5))
     assert torch.equal(

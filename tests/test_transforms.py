@@ -7,14 +7,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from registry import EVERY_LAYER, EXAMPLE_IDS, EXAMPLES
-from test_properties import close, make, same
+from registry import EVERY_LAYER, EXAMPLE_IDS, EXAMPLES, FLOAT_EXAMPLES, draw_x, key_for, make
+from test_properties import close, same
 
 import funcnet as fn
 from funcnet.testing import check_vjp, strategies
 
 examples = pytest.mark.parametrize(("layer", "shape"), EXAMPLES, ids=EXAMPLE_IDS)
+examples_of_floats = pytest.mark.parametrize(("layer", "shape"), FLOAT_EXAMPLES, ids=str)
 FLOAT64 = st.just(torch.float64)
+
+
+def variants(x):
+    """Three inputs like x: of integers, ones that are in range."""
+    return torch.stack([x, 2 * x, -x] if x.is_floating_point() else [x, x.flip(0), x])
 
 
 def stack(trees):
@@ -22,9 +28,10 @@ def stack(trees):
 
 
 def members(layer, x, count=3):
-    """The parameters of several networks, apart and stacked."""
+    """The parameters of several networks in float64, apart and stacked."""
     keys = fn.split(fn.key(0), count)
-    each = [layer.init(key, x.shape[1:], dtype=x.dtype, device=x.device) for key in keys]
+    options = {"dtype": torch.float64, "device": x.device}
+    each = [layer.init(key, x.shape[1:], **options) for key in keys]
     return each, stack(each)
 
 
@@ -35,13 +42,13 @@ def members(layer, x, count=3):
 @pytest.mark.parametrize("given_dtype", [torch.float32, torch.bfloat16])
 def test_global_settings_change_nothing(layer, shape, given_dtype, device):
     """Not the default device and dtype, not autocast: not even the bits."""
-    sgd = fn.SGD(0.1, momentum=0.9)
+    sgd, key = fn.SGD(0.1, momentum=0.9), key_for(layer)
 
     def everything():
         params, x, grad = make(layer, shape, dtype=given_dtype, device=device)
-        y = layer.apply(params, x)
-        dparams, dx = layer.vjp(params, x, grad)
-        loss, grads = fn.value_and_grad(layer, fn.MSE())(params, x, grad)
+        y = layer.apply(params, x, key=key)
+        dparams, dx = layer.vjp(params, x, grad, key=key)
+        loss, grads = fn.value_and_grad(layer, fn.MSE())(params, x, grad, key)
         return y, dx, dparams, loss, grads, sgd.step(params, grads, sgd.init(params))
 
     expected = everything()
@@ -96,7 +103,7 @@ def test_apply_over_parameters(case):
 @given(strategies.cases(EVERY_LAYER, dtypes=FLOAT64))
 def test_apply_over_x(case):
     layer, params, x = case
-    xs = torch.stack([x, 2 * x, -x])
+    xs = variants(x)
     y = torch.func.vmap(layer.apply, in_dims=(None, 0))(params, xs)
     close(y, torch.stack([layer.apply(params, x) for x in xs]))
 
@@ -105,8 +112,8 @@ def test_apply_over_x(case):
 def test_vjp_over_parameters_x_and_grad(case, input_grad):
     layer, _, x = case
     each, stacked = members(layer, x)
-    xs = torch.stack([x, 2 * x, -x])
-    grads = fn.normal(fn.key(1), (3, *layer.apply(each[0], x).shape), dtype=x.dtype)
+    xs = variants(x)
+    grads = fn.normal(fn.key(1), (3, *layer.apply(each[0], x).shape), dtype=torch.float64)
 
     def vjp(params, x, grad):
         return optree.tree_leaves(layer.vjp(params, x, grad, input_grad=input_grad))
@@ -115,29 +122,30 @@ def test_vjp_over_parameters_x_and_grad(case, input_grad):
     close(mapped, stack([vjp(*args) for args in zip(each, xs, grads, strict=True)]))
 
 
-@examples
+@examples_of_floats
 def test_vjp_over_grad_alone(layer, shape, device):
     """Rows of a Jacobian: one x, many grads."""
     params, x, grad = make(layer, shape, dtype=torch.float64, device=device)
-    grads = torch.stack([grad, -grad, grad.flip(0)])
-    mapped = torch.func.vmap(lambda grad: layer.vjp(params, x, grad)[1])(grads)
-    close(mapped, torch.stack([layer.vjp(params, x, grad)[1] for grad in grads]))
+    grads, key = torch.stack([grad, -grad, grad.flip(0)]), key_for(layer)
+    mapped = torch.func.vmap(lambda grad: layer.vjp(params, x, grad, key=key)[1])(grads)
+    close(mapped, torch.stack([layer.vjp(params, x, grad, key=key)[1] for grad in grads]))
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @examples
 def test_a_whole_step_over_parameters(layer, shape, momentum, device):
     """An ensemble trained at once is the networks trained one by one."""
-    x = fn.normal(fn.key(2), (2, *shape), dtype=torch.float64, device=device)
+    x, key = draw_x(layer, (2, *shape), torch.float64, device), key_for(layer)
     each, stacked = members(layer, x)
-    target = fn.normal(fn.key(3), layer.apply(each[0], x).shape, dtype=x.dtype, device=device)
+    out = layer.apply(each[0], x, key=key).shape
+    target = fn.normal(fn.key(3), out, dtype=torch.float64, device=device)
     value_and_grad = fn.value_and_grad(layer, fn.MSE())
     sgd = fn.SGD(0.1, momentum=momentum, weight_decay=0.01)
     if not optree.tree_leaves(stacked):
         return
 
     def step(params, velocities):
-        value, grads = value_and_grad(params, x, target)
+        value, grads = value_and_grad(params, x, target, key)
         params, state = sgd.step(params, grads, sgd.init(params)._replace(momentum=velocities))
         return value, params, state.momentum
 
@@ -171,28 +179,33 @@ def test_derivatives_of_steps_over_tasks(transform):
 def test_autograd_through_apply(case):
     layer, params, x = case
     leaves, structure = optree.tree_flatten((params, x))
-    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    leaves = [leaf.detach().clone() for leaf in leaves]
+    moved = [leaf.requires_grad_() for leaf in leaves if leaf.is_floating_point()]
     y = layer.apply(*structure.unflatten(leaves))
-    grad = fn.normal(fn.key(1), y.shape, dtype=x.dtype)
-    expected = torch.autograd.grad(y, leaves, grad)
+    if not y.requires_grad:
+        return
+    grad = fn.normal(fn.key(1), y.shape, dtype=torch.float64)
+    expected = torch.autograd.grad(y, moved, grad, materialize_grads=True)
     close(optree.tree_leaves(layer.vjp(params, x, grad)), list(expected), rtol=1e-9, atol=1e-9)
 
 
-@examples
+@examples_of_floats
 def test_torch_func_agrees(layer, shape, device):
     params, x, grad = make(layer, shape, dtype=torch.float64, device=device)
-    _, vjp = torch.func.vjp(layer.apply, params, x)
-    close(layer.vjp(params, x, grad), vjp(grad))
+    key = key_for(layer)
+    _, vjp = torch.func.vjp(lambda params, x: layer.apply(params, x, key=key), params, x)
+    close(layer.vjp(params, x, grad, key=key), vjp(grad))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@examples
+@pytest.mark.filterwarnings("ignore:An output with one or more")  # in torch's own logsigmoid
+@examples_of_floats
 def test_forward_derivatives_along_one_direction(layer, shape, device):
     params, x, _ = make(layer, shape, dtype=torch.float64, device=device)
-    direction, xs = x.flip(0), torch.stack([x, 2 * x, -x])
+    direction, xs, key = x.flip(0), variants(x), key_for(layer)
 
     def derivative(x):
-        return torch.func.jvp(lambda x: layer.apply(params, x), (x,), (direction,))
+        return torch.func.jvp(lambda x: layer.apply(params, x, key=key), (x,), (direction,))
 
     mapped = torch.func.vmap(derivative)(xs)
     close(mapped, stack([derivative(x) for x in xs]))

@@ -20,7 +20,7 @@ from funcnet.fields import Axis, Finite, NonZero, OneOf, Size
 from funcnet.initializers import Constant, InitializerOrNone
 from funcnet.keys import Key
 from funcnet.layer import Layer, Param, Shape
-from funcnet.ops.inplace import is_plain
+from funcnet.ops.inplace import is_plain, is_untracked
 from funcnet.ops.need import Need
 
 _elu_backward: Callable[..., Tensor] = torch.ops.aten.elu_backward
@@ -271,7 +271,21 @@ class ReLU6(InPlace):
 
 
 @dataclass(frozen=True)
-class Softmax(Activation):
+class AlongAxis(Activation):
+    """An activation along an axis of x other than the batch. It keeps y."""
+
+    dim: Axis
+
+    _keeps_y = True
+    _fresh = False
+
+    def _out_shape(self, shape: Shape) -> Shape:
+        as_axis(self, "dim", self.dim, shape)
+        return shape
+
+
+@dataclass(frozen=True)
+class Softmax(AlongAxis):
     """y = eˣ / Σ eˣ with the sum along `dim`; dx = y ∘ (dy − Σ y ∘ dy).
 
     `dim` counts the batch: 1 is the axis after it. 0 would mix the batch.
@@ -285,15 +299,6 @@ class Softmax(Activation):
             [0.0000, 1.0000]])
     """
 
-    dim: Axis
-
-    _keeps_y = True
-    _fresh = False
-
-    def _out_shape(self, shape: Shape) -> Shape:
-        as_axis(self, "dim", self.dim, shape)
-        return shape
-
     def _value(self, x: Tensor) -> Tensor:
         return torch.softmax(x, self.dim)
 
@@ -302,7 +307,7 @@ class Softmax(Activation):
 
 
 @dataclass(frozen=True)
-class LogSoftmax(Activation):
+class LogSoftmax(AlongAxis):
     """y = x − log Σ eˣ with the sum along `dim`; dx = dy − eʸ ∘ Σ dy.
 
     `dim` counts the batch: 1 is the axis after it. 0 would mix the batch.
@@ -315,15 +320,6 @@ class LogSoftmax(Activation):
     tensor([[-6.9315e-01, -6.9315e-01],
             [-1.0000e+04,  0.0000e+00]])
     """
-
-    dim: Axis
-
-    _keeps_y = True
-    _fresh = False
-
-    def _out_shape(self, shape: Shape) -> Shape:
-        as_axis(self, "dim", self.dim, shape)
-        return shape
 
     def _value(self, x: Tensor) -> Tensor:
         return torch.log_softmax(x, self.dim)
@@ -374,7 +370,10 @@ class SiLU(Activation):
         return F.silu(x)
 
     def _slope(self, x: Tensor, dy: Tensor) -> Tensor:
-        return _silu_backward(dy, x)
+        if is_untracked(x, dy):
+            return _silu_backward(dy, x)
+        s = torch.sigmoid(x)  # autograd cannot differentiate the kernel
+        return s * (1 + x * (1 - s)) * dy
 
 
 @dataclass(frozen=True)
@@ -393,9 +392,9 @@ class Mish(Activation):
         return F.mish(x)
 
     def _slope(self, x: Tensor, dy: Tensor) -> Tensor:
-        if is_plain():
+        if is_untracked(x, dy):
             return _mish_backward(dy, x)
-        t = torch.tanh(F.softplus(x))  # torch.func.vmap has no batching rule for the kernel
+        t = torch.tanh(F.softplus(x))  # neither autograd nor torch.func.vmap takes the kernel
         return (t + x * (1 - t * t) * torch.sigmoid(x)) * dy
 
 
@@ -500,7 +499,9 @@ class Hardsigmoid(Activation):
 
     def _slope(self, x: Tensor, dy: Tensor) -> Tensor:
         # From y the kinks could not be told: near them, y is rounded to 0 or 1.
-        return _hardsigmoid_backward(dy, x)
+        if is_untracked(x, dy):
+            return _hardsigmoid_backward(dy, x)
+        return torch.where(x.abs() < 3, dy / 6, 0.0)  # autograd cannot differentiate the kernel
 
 
 @dataclass(frozen=True)
@@ -515,10 +516,11 @@ class LogSigmoid(Activation):
     """
 
     def _value(self, x: Tensor) -> Tensor:
-        return F.logsigmoid(x)
+        # softplus with β = −1: F.logsigmoid would make another tensor, for its gradient.
+        return F.softplus(x, -1.0, 40.0)
 
     def _slope(self, x: Tensor, dy: Tensor) -> Tensor:
-        return torch.sigmoid(-x) * dy
+        return _softplus_backward(dy, x, -1.0, 40.0)
 
 
 @dataclass(frozen=True)

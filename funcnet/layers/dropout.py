@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from funcnet.fields import Probability
@@ -40,6 +41,8 @@ class Dropout(Layer):
     >>> import torch
     >>> x = torch.ones(2, 4)
     >>> Dropout().apply((), x, key=fn.key(0))
+    tensor([[0., 2., 0., 2.],
+            [2., 2., 0., 0.]])
     >>> bool((Dropout().apply((), x) == x).all())
     True
     """
@@ -50,33 +53,37 @@ class Dropout(Layer):
 
     def _keep(self, key: Key, x: Tensor) -> Tensor:
         """m, in a shape that broadcasts to x's."""
-        return counter.bernoulli(key.data, 1 - self.p, x.shape, x.device)
+        return counter.bernoulli(key, 1 - self.p, x.shape, x.device)
+
+    def _drop(self, x: Tensor, keep: Tensor) -> Tensor:
+        """keep ∘ x / (1 − p)."""
+        return torch.zeros_like(x) if self.p == 1 else (x * keep).mul_(1 / (1 - self.p))
+
+    def _drop_(self, x: Tensor, keep: Tensor) -> Tensor:
+        """`_drop`, written over x."""
+        return x.zero_() if self.p == 1 else x.mul_(keep).mul_(1 / (1 - self.p))
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor | None]:
         if key is None:
             return x.clone(), None
         keep = self._keep(key, x)
-        return self._scaled(x * keep), keep
+        return self._drop(x, keep), keep
 
     def _bwd(self, params: Any, keep: Tensor | None, dy: Tensor, need: Need) -> Any:
         if not need.input:
             return (), None
-        return (), dy.clone() if keep is None else self._scaled(dy * keep)
+        return (), dy.clone() if keep is None else self._drop(dy, keep)
 
     def _fwd_(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor | None]:
         if key is None:
             return x, None
         keep = self._keep(key, x)
-        return self._scaled(x.mul_(keep)), keep
+        return self._drop_(x, keep), keep
 
     def _bwd_(self, params: Any, keep: Tensor | None, dy: Tensor, need: Need) -> Any:
         if not need.input:
             return (), None
-        return (), dy if keep is None else self._scaled(dy.mul_(keep))
-
-    def _scaled(self, kept: Tensor) -> Tensor:
-        """kept / (1 − p), written over it."""
-        return kept.zero_() if self.p == 1 else kept.mul_(1 / (1 - self.p))
+        return (), dy if keep is None else self._drop_(dy, keep)
 
 
 @dataclass(frozen=True)
@@ -91,10 +98,21 @@ class Dropout2d(Dropout):
     >>> import funcnet as fn
     >>> import torch
     >>> Dropout2d().apply((), torch.ones(1, 4, 1, 2), key=fn.key(0)).flatten(1)
+    tensor([[0., 0., 2., 2., 0., 0., 2., 2.]])
     """
 
     _axes = "CHW"
 
     def _keep(self, key: Key, x: Tensor) -> Tensor:
         """m, (N, C, 1, 1)."""
-        return counter.bernoulli(key.data, 1 - self.p, (*x.shape[:2], 1, 1), x.device)
+        return counter.bernoulli(key, 1 - self.p, (*x.shape[:2], 1, 1), x.device)
+
+    def _drop(self, x: Tensor, keep: Tensor) -> Tensor:
+        return torch.zeros_like(x) if self.p == 1 else x * self._factors(x, keep)
+
+    def _drop_(self, x: Tensor, keep: Tensor) -> Tensor:
+        return x.zero_() if self.p == 1 else x.mul_(self._factors(x, keep))
+
+    def _factors(self, x: Tensor, keep: Tensor) -> Tensor:
+        """keep / (1 − p): the channels' factors are few, and x is read once."""
+        return keep.to(x.dtype).mul_(1 / (1 - self.p))

@@ -149,13 +149,13 @@ class PositionalEmbedding(Layer):
         return shape
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, None]:
-        return x + params["weight"][: x.shape[1]], None
+        return x + params["weight"].narrow(0, 0, x.shape[1]), None
 
     def _bwd(self, params: Any, _: None, dy: Tensor, need: Need) -> Any:
         return self._dparams(dy, need), dy.clone() if need.input else None
 
     def _fwd_(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, None]:
-        return x.add_(params["weight"][: x.shape[1]]), None
+        return x.add_(params["weight"].narrow(0, 0, x.shape[1])), None
 
     def _bwd_(self, params: Any, _: None, dy: Tensor, need: Need) -> Any:
         return self._dparams(dy, need), dy if need.input else None

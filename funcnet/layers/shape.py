@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from funcnet.checks import as_axis, name_of
 from funcnet.fields import Axis, Index, Several
 from funcnet.keys import Key
 from funcnet.layer import Layer, Shape
+from funcnet.ops.inplace import is_plain
 from funcnet.ops.need import Need
 
 _select_backward = torch.ops.aten.select_backward
@@ -30,8 +31,6 @@ class Rearranged(Layer):
     """
 
     _fresh = True
-    _memory_format: ClassVar[torch.memory_format] = torch.preserve_format
-    """How a copy has to be laid out for a view of it to be possible."""
 
     def _view(self, x: Tensor) -> Tensor:
         """x's entries as y has them; it may share x's memory."""
@@ -41,19 +40,47 @@ class Rearranged(Layer):
         """dy's entries as dx of `shape` has them; it may share dy's memory."""
         raise NotImplementedError
 
-    def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor]:
-        return self._view(x.clone(memory_format=self._memory_format)), x.new_empty((0, *x.shape))
+    def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
+        return self._view(x.clone()), x.new_empty((0, *x.shape))
 
-    def _bwd(self, params: Any, like: Tensor, dy: Tensor, need: Need) -> Any:
-        if not need.input:
-            return (), None
-        return (), self._view_back(like.shape[1:], dy.clone(memory_format=self._memory_format))
+    def _bwd(self, params: Any, like: Any, dy: Tensor, need: Need) -> Any:
+        return (), self._view_back(like.shape[1:], dy.clone()) if need.input else None
 
-    def _fwd_(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor]:
+    def _fwd_(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
         return self._view(x), x.new_empty((0, *x.shape))
 
-    def _bwd_(self, params: Any, like: Tensor, dy: Tensor, need: Need) -> Any:
+    def _bwd_(self, params: Any, like: Any, dy: Tensor, need: Need) -> Any:
         return (), self._view_back(like.shape[1:], dy) if need.input else None
+
+
+@dataclass(frozen=True)
+class Reshaped(Rearranged):
+    """y has x's entries in row-major order, which a view has only of an x in that order.
+
+    dx gets x's memory format: where x is in channels_last, the layers before it are, too.
+    """
+
+    def _view_back(self, shape: Shape, dy: Tensor) -> Tensor:
+        return dy.reshape(shape)
+
+    def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
+        y = self._view(x.clone(memory_format=torch.contiguous_format))
+        return y, (x.new_empty((0, *x.shape)), _memory_format(x))
+
+    def _bwd(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
+        if not need.input:
+            return (), None
+        like, memory_format = residuals
+        return (), self._view_back(like.shape[1:], dy).clone(memory_format=memory_format)
+
+    def _fwd_(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
+        return self._view(x), (x.new_empty((0, *x.shape)), _memory_format(x))
+
+    def _bwd_(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
+        if not need.input:
+            return (), None
+        like, memory_format = residuals
+        return (), self._view_back(like.shape[1:], dy).contiguous(memory_format=memory_format)
 
 
 @dataclass(frozen=True)
@@ -75,7 +102,7 @@ class Identity(Rearranged):
 
 
 @dataclass(frozen=True)
-class Flatten(Rearranged):
+class Flatten(Reshaped):
     """The axes from `start_dim` to `end_dim`, both included, become one, in row-major order.
 
     Shapes: any that has these axes; by default x (N, C, H, W), y (N, C·H·W).
@@ -91,8 +118,6 @@ class Flatten(Rearranged):
     start_dim: Axis = 1
     end_dim: Axis = -1
 
-    _memory_format = torch.contiguous_format
-
     def _out_shape(self, shape: Shape) -> Shape:
         start = as_axis(self, "start_dim", self.start_dim, shape) - 1
         end = as_axis(self, "end_dim", self.end_dim, shape)
@@ -106,12 +131,9 @@ class Flatten(Rearranged):
     def _view(self, x: Tensor) -> Tensor:
         return x.flatten(self.start_dim, self.end_dim)
 
-    def _view_back(self, shape: Shape, dy: Tensor) -> Tensor:
-        return dy.reshape(shape)
-
 
 @dataclass(frozen=True, init=False)
-class Reshape(Rearranged):
+class Reshape(Reshaped):
     """Every example gets another shape, with its entries in row-major order.
 
     `Reshape(*shape)` takes the shape of one example; one of the sizes may be −1, and follows from
@@ -126,8 +148,6 @@ class Reshape(Rearranged):
     """
 
     shape: Annotated[tuple[int, ...], Several(-1)]
-
-    _memory_format = torch.contiguous_format
 
     def __init__(self, *shape: int) -> None:
         object.__setattr__(self, "shape", shape)
@@ -153,9 +173,6 @@ class Reshape(Rearranged):
 
     def _view(self, x: Tensor) -> Tensor:
         return x.reshape((*x.shape[:1], *self._out_shape(x.shape[1:])))
-
-    def _view_back(self, shape: Shape, dy: Tensor) -> Tensor:
-        return dy.reshape(shape)
 
 
 @dataclass(frozen=True, init=False)
@@ -233,3 +250,12 @@ class Select(Layer):
         if not need.input:
             return (), None
         return (), _select_backward(dy, like.shape[1:], self.dim, self.index)
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """channels_last for images or volumes that are laid out so, else row-major."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if not is_plain() or x.ndim not in formats or x.is_contiguous():
+        return torch.contiguous_format
+    last = formats[x.ndim]
+    return last if x.is_contiguous(memory_format=last) else torch.contiguous_format

@@ -1,12 +1,12 @@
 """Random bits as a function of a key and of position: a counter-based generator on any device.
 
-Counter i and the two 64-bit halves k₁ and k₂ of a key give 64 bits, by arithmetic modulo 2⁶⁴ as in
+Counter i and the halves of a key, k₁ low and k₂ high, give 64 bits, by arithmetic modulo 2⁶⁴ as in
 MurmurHash3's and SplitMix64's finalisers (Steele et al., "Fast splittable pseudorandom number
-generators", 2014), with the second half of the key mixed in before the last round:
+generators", 2014), with the second half of the key mixed in after the first round:
 
     z = i·g + k₁
-    z = (z ⊕ z/2³²)·m₁
-    z = (z ⊕ z/2²⁹)·m₂ + k₂
+    z = (z ⊕ z/2³²)·m₁ + k₂
+    z = (z ⊕ z/2²⁹)·m₂
     z = (z ⊕ z/2³²)·m₁
 
 Each of the two halves of z decides one entry. These are a dozen integer operations on tensors, the
@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from funcnet.keys import Key, halves
 from funcnet.ops.inplace import is_plain
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
@@ -32,10 +34,10 @@ _CHUNK = 2**17
 """How many entries are drawn at a time on the CPU: their z should stay in the cache."""
 
 
-def bernoulli(key: int, p: float, shape: Sequence[int], device: torch.device) -> Tensor:
+def bernoulli(key: Key, p: float, shape: Sequence[int], device: torch.device) -> Tensor:
     """A bool tensor: entry i, counted in row-major order, is True with probability p.
 
-    It follows from the 128-bit key, p and i alone. p is rounded to a multiple of 2⁻³².
+    It follows from key, p and i alone. p is rounded to a multiple of 2⁻³².
     """
     size = math.prod(shape)
     if p <= 0 or p >= 1:
@@ -46,22 +48,17 @@ def bernoulli(key: int, p: float, shape: Sequence[int], device: torch.device) ->
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(tuple(shape))
 
 
-def _random(key: int, size: int, chunk: int, device: torch.device) -> Iterator[Tensor]:
+def _random(key: Key, size: int, chunk: int, device: torch.device) -> Iterator[Tensor]:
     """`size` numbers drawn evenly from the int32 ones, in chunks of an even size."""
-    first, second = _signed(key % 2**64), _signed(key >> 64)
+    low, high = halves(key)
     for start in range(0, max(size, 1), chunk):
         stop = min(start + chunk, size)
         i = torch.arange(start // 2, (stop + 1) // 2, device=device)
-        yield _mix(i, first, second).view(torch.int32)[: stop - start]
+        yield _mix(i, low, high).view(torch.int32).narrow(0, 0, stop - start)
 
 
-def _mix(i: Tensor, first: int, second: int) -> Tensor:
-    z = i * _GOLDEN + first
-    z = (z ^ (z >> 32)) * _FIRST
-    z = (z ^ (z >> 29)) * _SECOND + second
+def _mix(i: Tensor, low: Any, high: Any) -> Tensor:
+    z: Tensor = i * _GOLDEN + low
+    z = (z ^ (z >> 32)) * _FIRST + high
+    z = (z ^ (z >> 29)) * _SECOND
     return (z ^ (z >> 32)) * _FIRST
-
-
-def _signed(word: int) -> int:
-    """The int64 with the bits of an unsigned one."""
-    return word - 2**64 if word >= 2**63 else word

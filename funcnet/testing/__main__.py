@@ -24,12 +24,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from funcnet.keys import key as make_key
 from funcnet.testing import strategies
 from funcnet.testing.check import Errors, inspect_vjp
 from funcnet.testing.registry import LOSSES, REGISTRY
 
 _LAYERS: dict[str, strategies.Strategy[Any]] = {
-    **{cls.__name__: strategies.layers(cls) for cls in REGISTRY},
+    # check_vjp takes floating-point x alone.
+    **{cls.__name__: strategies.layers(cls) for cls, row in REGISTRY.items() if not row.classes},
     "Sequential": strategies.networks(),
     **{cls.__name__: strategies.losses(cls) for cls in LOSSES},
 }
@@ -78,7 +80,8 @@ def run(name: str, dtype: torch.dtype, device: str, examples: int) -> Score:
     @given(cases)
     def check(case: tuple[Any, Any, Any]) -> None:
         score.cases += 1
-        score.errors.merge(inspect_vjp(*case))
+        key = make_key(0) if getattr(case[0], "couples_examples", False) else None
+        score.errors.merge(inspect_vjp(*case, key=key))
 
     start = time.perf_counter()
     try:
@@ -102,7 +105,7 @@ def _cells(name: str, dtype: str, score: Score) -> tuple[str, ...]:
 
 def _row(cells: Sequence[str]) -> str:
     left, right = cells[:2], cells[2:]
-    return "".join(f"{cell:<16}" for cell in left) + "".join(f"{cell:>12}" for cell in right)
+    return f"{left[0]:<20}{left[1]:<10}" + "".join(f"{cell:>12}" for cell in right)
 
 
 def _parser() -> argparse.ArgumentParser:

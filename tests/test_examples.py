@@ -1,0 +1,44 @@
+"""The one-page examples run, learn something, and write their pictures."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import matplotlib as mpl
+import pytest
+
+mpl.use("Agg")
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture
+def example(tmp_path, monkeypatch, request):
+    """The module of an example, in a folder of its own."""
+    spec = importlib.util.spec_from_file_location(request.param, EXAMPLES / f"{request.param}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.chdir(tmp_path)
+    yield module
+    assert module.OUT.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("example", ["digits"], indirect=True)
+def test_digits(example):
+    assert example.main(epochs=6) > 0.95
+
+
+@pytest.mark.parametrize("example", ["characters"], indirect=True)
+def test_characters(example):
+    losses = example.main(steps=40)
+    assert losses[-1] < 0.75 * losses[0]
+
+
+@pytest.mark.parametrize("example", ["ensemble"], indirect=True)
+def test_ensemble(example):
+    assert example.main(steps=300) < 0.1
+
+
+@pytest.mark.parametrize("example", ["maml"], indirect=True)
+def test_maml(example):
+    assert math.isfinite(after := example.main(steps=50))
+    assert after < 4.5

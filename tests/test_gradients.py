@@ -1,6 +1,9 @@
 """value_and_grad: loss and gradient, memory freed on the way, training in several precisions."""
 
 import gc
+import inspect
+import pickle
+import re
 import weakref
 from dataclasses import dataclass
 
@@ -14,7 +17,9 @@ from test_properties import close, make, same
 
 import funcnet as fn
 from funcnet.testing import check_vjp, strategies
+from funcnet.testing.registry import LOSSES
 
+FLOAT64 = st.just(torch.float64)
 DENOISER = fn.Sequential(
     fn.Conv2d(8, 2, stride=2),
     fn.ReLU(),
@@ -27,18 +32,24 @@ DENOISER = fn.Sequential(
 )
 
 
-@given(strategies.cases(EVERY_LAYER), st.sampled_from([fn.MSE(), fn.MSE("sum"), fn.Huber()]))
-def test_it_is_the_chain_rule(case, loss):
+def draw_loss(data, y):
+    """A loss and a target that fit y."""
+    loss = data.draw(strategies.losses(*(c for c, row in LOSSES.items() if row.rank <= y.ndim)))
+    return loss, data.draw(strategies.targets(loss, y))
+
+
+@given(strategies.cases(EVERY_LAYER), st.data())
+def test_it_is_the_chain_rule(case, data):
     net, params, x = case
     y = net.apply(params, x)
-    target = fn.normal(fn.key(0), y.shape, dtype=x.dtype)
+    loss, target = draw_loss(data, y)
     value, grads = fn.value_and_grad(net, loss)(params, x, target)
     close(value, loss.apply(y, target), equal_nan=True)
-    close(grads, net.vjp(params, x, loss.vjp(y, target))[0])
+    close(grads, net.vjp(params, x, loss.vjp(y, target))[0], equal_nan=True)
     assert optree.tree_structure(grads) == optree.tree_structure(params)
 
 
-@given(strategies.cases(EVERY_LAYER, dtypes=st.just(torch.float64), batches=st.just(2)))
+@given(strategies.cases(EVERY_LAYER, dtypes=FLOAT64, batches=st.just(2)))
 def test_it_is_autograds(case):
     net, params, x = case
     target = fn.normal(fn.key(0), net.apply(params, x).shape, dtype=x.dtype)
@@ -47,8 +58,8 @@ def test_it_is_autograds(case):
     value = fn.MSE().apply(net.apply(structure.unflatten(leaves), x), target)
     ours, grads = fn.value_and_grad(net, fn.MSE())(params, x, target)
     close(ours, value.detach())
-    if leaves:
-        expected = torch.autograd.grad(value, leaves)
+    if leaves and value.requires_grad:  # of Frozen layers it does not
+        expected = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
         close(optree.tree_leaves(grads), list(expected), rtol=1e-9, atol=1e-11)
 
 
@@ -157,18 +168,85 @@ def test_a_bwd_that_is_put_in_later_is_used(layer, monkeypatch):
     assert layer in calls
 
 
-@pytest.mark.parametrize("loss", [fn.MSE(), fn.MSE("sum"), fn.CrossEntropy(ignore_index=1)])
-@given(batch=st.integers(0, 5), size=st.integers(1, 6))
-def test_micro_batches_give_the_same_numbers(loss, batch, size):
-    net = fn.Sequential(fn.Flatten(), fn.Linear(4), fn.Tanh(), fn.Linear(3))
-    params = net.init(fn.key(0), (2, 2), dtype=torch.float64)
-    x = fn.normal(fn.key(1), (batch, 2, 2), dtype=torch.float64)
-    target = fn.normal(fn.key(2), (batch, 3), dtype=torch.float64)
-    if isinstance(loss, fn.CrossEntropy):
-        target = torch.arange(batch) // 2 % 3  # so that some parts are ignored as a whole
+# --- What it returns is a value
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batch": 3}], ids=str)
+def test_the_function_is_a_value(options):
+    net = fn.Sequential(fn.Linear(3))
+    step = fn.value_and_grad(net, fn.MSE(), **options)
+    assert eval(repr(step), dict(vars(fn))) == step
+    assert hash(step) == hash(fn.value_and_grad(net, fn.MSE(), **options))
+    assert step != fn.value_and_grad(net, fn.MSE("sum"), **options)
+    assert pickle.loads(pickle.dumps(step)) == step
+    assert list(inspect.signature(step).parameters) == ["params", "x", "target", "key"]
+    assert inspect.getdoc(step)
+    with pytest.raises(AttributeError):
+        step.net = net
+
+
+# --- Micro-batches
+
+
+@given(strategies.cases(EVERY_LAYER, dtypes=FLOAT64), st.integers(1, 4), st.data())
+def test_micro_batches_give_the_same_numbers(case, size, data):
+    net, params, x = case
+    if net.couples_examples:
+        return
+    loss, target = draw_loss(data, net.apply(params, x))
+    kept = optree.tree_map(torch.clone, (params, x, target))
     expected = fn.value_and_grad(net, loss)(params, x, target)
-    got = fn.value_and_grad(net, loss, micro_batch=size)(params, x, target)
-    close(got, expected, equal_nan=True)
+    found = fn.value_and_grad(net, loss, micro_batch=size)(params, x, target)
+    close(found, expected, rtol=1e-9, atol=1e-11, equal_nan=True)
+    assert optree.tree_structure(found) == optree.tree_structure(expected)
+    assert same((params, x, target), kept)
+
+
+CLASSIFIER = fn.Sequential(fn.Flatten(), fn.Linear(4), fn.Tanh(), fn.Linear(3))
+LABELS = {
+    "another number of places is ignored in each part": [0, 1, 1, 1, 2, 0, 0],
+    "a part is ignored as a whole": [1, 1, 0, 2, 0, 0, 1],
+    "all is ignored": [1] * 7,
+}
+
+
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_mean_is_over_places_that_count(labels, smoothing, reduction):
+    loss = fn.CrossEntropy(smoothing, 1, reduction)
+    params = CLASSIFIER.init(fn.key(0), (2, 2), dtype=torch.float64)
+    x = fn.normal(fn.key(1), (7, 2, 2), dtype=torch.float64)
+    expected = fn.value_and_grad(CLASSIFIER, loss)(params, x, torch.tensor(labels))
+    for size in (1, 2, 3, 7, 8):
+        step = fn.value_and_grad(CLASSIFIER, loss, micro_batch=size)
+        found = step(params, x, torch.tensor(labels))
+        close(found, expected, rtol=1e-12, atol=1e-15, equal_nan=True)
+
+
+@dataclass(frozen=True)
+class WeightedError(fn.Loss):
+    """A mean over examples of w · (x − t)², with w and t in the target."""
+
+    reduction: str = "mean"
+
+    def fwd(self, x, target):
+        w, difference = target["w"][:, None], x - target["t"]
+        total = (w * difference**2).sum()
+        count = len(x) if self.reduction == "mean" else 1
+        return total / count, 2 * w * difference / count
+
+    def bwd(self, residuals, grad=1.0):
+        return residuals * grad
+
+
+def test_a_target_that_is_a_tree_is_cut_too():
+    net = fn.Linear(3)
+    params = net.init(fn.key(0), (2,), dtype=torch.float64)
+    x, t = (fn.normal(fn.key(i), (5, n), dtype=torch.float64) for i, n in ((1, 2), (2, 3)))
+    target = {"w": fn.uniform(fn.key(3), (5,), dtype=torch.float64), "t": t}
+    expected = fn.value_and_grad(net, WeightedError())(params, x, target)
+    close(fn.value_and_grad(net, WeightedError(), micro_batch=2)(params, x, target), expected)
 
 
 def test_micro_batch_j_draws_from_key_j():
@@ -181,11 +259,69 @@ def test_micro_batch_j_draws_from_key_j():
     close(value, sum(parts))
 
 
+def test_no_part_is_kept_while_the_next_is_computed():
+    alive, seen = {}, []
+
+    class Noted(Watcher):
+        def fwd(self, params, x, *, key=None):
+            gc.collect()
+            seen.append((len(x), "a" in alive and alive["a"]() is not None))
+            return super().fwd(params, x, key=key)
+
+    layer = Noted("a", alive)
+    alive.update(b=lambda: None, c=lambda: None)
+    x = torch.ones(7, 3)
+    step = fn.value_and_grad(layer, fn.MSE(), micro_batch=3)
+    step(layer.init(fn.key(0), (3,)), x, torch.zeros(7, 3))
+    assert seen == [(3, False), (3, False), (1, False)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_small_parts_add_up_in_16_bits(dtype):
+    """A sum in bfloat16 would stop growing at 256."""
+    net = fn.Linear(1, bias=False)
+    params = {"weight": torch.ones(1, 1, dtype=dtype)}
+    x = torch.ones(1000, 1, dtype=dtype)
+    step = fn.value_and_grad(net, fn.L1("sum"), micro_batch=1)
+    value, grads = step(params, x, torch.zeros_like(x))
+    assert value == grads["weight"] == 1000
+    assert value.dtype == grads["weight"].dtype == dtype
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_micro_batches_under_transforms():
+    from test_transforms import compile_whole
+
+    params = CLASSIFIER.init(fn.key(0), (2, 2), dtype=torch.float64)
+    x = fn.normal(fn.key(1), (5, 2, 2), dtype=torch.float64)
+    target = torch.tensor([-100, -100, 1, 2, 0])
+    for loss in (fn.CrossEntropy(), fn.CrossEntropy(reduction="sum")):
+        step = fn.value_and_grad(CLASSIFIER, loss, micro_batch=2)
+        expected = fn.value_and_grad(CLASSIFIER, loss)(params, x, target)
+        close(compile_whole(step)(params, x, target), expected)
+        many = optree.tree_map(lambda leaf: torch.stack([leaf, 2 * leaf]), params)
+        mapped = torch.func.vmap(step, in_dims=(0, None, None))(many, x, target)
+        close(optree.tree_map(lambda leaf: leaf[0], mapped), expected)
+
+
 def test_what_micro_batches_refuse():
-    net = fn.Sequential(fn.Linear(3), fn.BatchNorm())
-    with pytest.raises(
-        ValueError, match="treat every example alone, for micro_batch, got layer 1: Batch"
+    loss, layer = fn.MSE(), fn.ReLU()
+    net = fn.Sequential(stem=fn.Linear(3), body=fn.Residual(fn.Sequential(fn.BatchNorm())))
+    expected = "expected layers that treat every example alone, for micro_batch, got "
+    with pytest.raises(ValueError, match=re.escape(expected + "body: layer 0: BatchNorm()")):
+        fn.value_and_grad(net, loss, micro_batch=2)
+    with pytest.raises(ValueError, match=re.escape("expected micro_batch >= 1, got 0")):
+        fn.value_and_grad(layer, loss, micro_batch=0)
+    for wrong in (1.5, True, "2"):
+        with pytest.raises(TypeError, match="expected micro_batch to be an int, got"):
+            fn.value_and_grad(layer, loss, micro_batch=wrong)
+    with pytest.raises(ValueError, match='expected a loss with reduction "mean" or "sum", for'):
+        fn.value_and_grad(layer, WeightedError("none"), micro_batch=2)
+    step = fn.value_and_grad(layer, loss, micro_batch=2)
+    for target, error, message in (
+        (torch.zeros(4, 2), ValueError, "expected target of 3 examples, as x, got 4"),
+        (torch.tensor(1.0), TypeError, "expected target to be a batch, got shape ()"),
+        (1.0, TypeError, "expected target to be a batch, got float"),
     ):
-        fn.value_and_grad(net, fn.MSE(), micro_batch=2)
-    with pytest.raises(ValueError, match="expected micro_batch >= 1, got 0"):
-        fn.value_and_grad(fn.ReLU(), fn.MSE(), micro_batch=0)
+        with pytest.raises(error, match=re.escape(message)):
+            step((), torch.zeros(3, 2), target)

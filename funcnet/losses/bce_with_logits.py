@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcnet.losses.loss import Loss, Reduction, share
+from funcnet.losses.loss import Loss, Reduction, scaled, share
 
 
 @dataclass(frozen=True)
@@ -42,5 +42,4 @@ class BCEWithLogits(Loss):
 
     def _bwd(self, residuals: Any, grad: Tensor | float) -> Tensor:
         x, target = residuals
-        difference: Tensor = x.sigmoid() - target
-        return difference * (grad * share(self.reduction, x.numel()))
+        return scaled(x.sigmoid() - target, grad * share(self.reduction, x.numel()))

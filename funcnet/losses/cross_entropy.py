@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from funcnet.checks import name_of
@@ -28,7 +27,7 @@ class CrossEntropy(Loss):
 
         dx = (p · Σ_c t′_c − t′) / n · grad,    0 where ignored
 
-    The residuals are log p and the target.
+    The residuals are log p, the target and n.
 
     Shapes: x (N, C, …); target (N, …) of int64 classes, or (N, C, …) of probabilities in x's dtype;
     the value is 0-dimensional.
@@ -93,33 +92,33 @@ class CrossEntropy(Loss):
         )
 
     def _fwd(self, x: Tensor, target: Any) -> tuple[Tensor, Any]:
-        log_p, count = x.log_softmax(1), self._count(target)
+        log_p = x.log_softmax(1)
         if target.is_floating_point():
-            losses = -(self._smoothed(target) * log_p).sum(1)
+            value = -(self._smoothed(target) * log_p).sum(1).sum(dtype=wide(x.dtype))
+            count = self._count(target).to(value.dtype)
+            value = value / count if self.reduction == "mean" else value
         else:
-            losses = F.nll_loss(log_p, target, ignore_index=self.ignore_index, reduction="none")
+            exact = log_p.to(wide(x.dtype))  # 16 bits do not hold the sum of many places
+            value, count = nll.forward(exact, target, self.reduction, self.ignore_index)
             if self.label_smoothing:
                 kept = target != self.ignore_index
-                of_all = torch.where(kept, log_p.sum(1), 0.0)
-                losses = (1 - self.label_smoothing) * losses - self._share(x) * of_all
-        value = losses.sum(dtype=wide(x.dtype))
-        value = value / count if self.reduction == "mean" else value
+                of_all = torch.where(kept, exact.sum(1), 0.0).sum()
+                of_all = of_all / count if self.reduction == "mean" else of_all
+                value = value * (1 - self.label_smoothing) - of_all * self._share(x)
         return value.to(x.dtype), (log_p, target, count)
 
     def _bwd(self, residuals: Any, grad: Tensor | float) -> Tensor:
         log_p, target, count = residuals
-        scale = as_scalar(grad, log_p)
-        if self.reduction == "mean":
-            scale = (scale.to(wide(log_p.dtype)) / count).to(log_p.dtype)
+        scale = as_scalar(grad / count if self.reduction == "mean" else grad, log_p)
         if target.is_floating_point():
             dlog_p = self._smoothed(target) * -scale
         elif not self.label_smoothing:
-            dlog_p = nll.gradient(scale, log_p, target, self.ignore_index)
+            dlog_p = nll.backward(scale, log_p, target, self.ignore_index)
         else:
-            of_class = (1 - self.label_smoothing) * scale
-            dlog_p = nll.gradient(of_class, log_p, target, self.ignore_index)
+            of_class = scale * (1 - self.label_smoothing)
             kept = (target != self.ignore_index).unsqueeze(1)
-            dlog_p = dlog_p - torch.where(kept, self._share(log_p) * scale, 0.0)
+            dlog_p = nll.backward(of_class, log_p, target, self.ignore_index)
+            dlog_p = dlog_p - torch.where(kept, scale * self._share(log_p), 0.0)
         dx: Tensor = torch.ops.aten._log_softmax_backward_data.default(
             dlog_p, log_p, 1, log_p.dtype
         )

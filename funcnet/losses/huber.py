@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funcnet.fields import NonNegative
-from funcnet.losses.loss import Loss, Reduction, as_scalar
+from funcnet.losses.loss import Loss, Reduction, as_scalar, share
+from funcnet.ops.inplace import is_plain
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,22 @@ class Huber(Loss):
             raise ValueError(f"Huber: expected delta > 0, got {self.delta}")
 
     def _fwd(self, x: Tensor, target: Any) -> tuple[Tensor, Any]:
-        value = F.huber_loss(x, target, reduction=self.reduction, delta=self.delta)
+        if is_plain():
+            value = F.huber_loss(x, target, reduction=self.reduction, delta=self.delta)
+        else:  # torch.func.vmap has no rules for PyTorch's kernels
+            difference = x - target
+            slope = difference.clamp(-self.delta, self.delta)
+            value = self._reduced(slope * (difference - slope / 2))
         return value, (x, target)
 
     def _bwd(self, residuals: Any, grad: Tensor | float) -> Tensor:
         x, target = residuals
-        dx: Tensor = torch.ops.aten.huber_loss_backward.default(
-            as_scalar(grad, x), x, target, _REDUCTIONS[self.reduction], self.delta
-        )
+        if is_plain():
+            mean_or_sum = 1 if self.reduction == "mean" else 2
+            dx: Tensor = torch.ops.aten.huber_loss_backward.default(
+                as_scalar(grad, x), x, target, mean_or_sum, self.delta
+            )
+        else:
+            slope = (x - target).clamp(-self.delta, self.delta)
+            dx = slope * (grad * share(self.reduction, slope.numel()))
         return dx
-
-
-_REDUCTIONS = {"mean": 1, "sum": 2}
-"""PyTorch's numbers for them."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from funcnet.losses.loss import Loss, Reduction, share
+from funcnet.losses.loss import Loss, Reduction, scaled, share
 
 
 @dataclass(frozen=True)
@@ -34,4 +34,4 @@ class L1(Loss):
         return self._reduced(difference.abs()), difference
 
     def _bwd(self, difference: Tensor, grad: Tensor | float) -> Tensor:
-        return difference.sign() * (grad * share(self.reduction, difference.numel()))
+        return scaled(difference.sign(), grad * share(self.reduction, difference.numel()))

@@ -13,6 +13,7 @@ from torch import Tensor
 from funcnet.checks import check_like, check_tensor, name_of
 from funcnet.fields import Hyperparameters, OneOf
 from funcnet.ops.autocast import without_autocast
+from funcnet.ops.inplace import is_plain
 
 Reduction: TypeAlias = Annotated[Literal["mean", "sum"], OneOf(("mean", "sum"))]
 
@@ -62,7 +63,9 @@ class Loss(Hyperparameters):
     def bwd(self, residuals: Any, grad: Tensor | float = 1.0) -> Tensor:
         """dx, where grad is a scalar."""
         like, kept = residuals
-        if not isinstance(grad, Real):
+        if isinstance(grad, Real):
+            grad = float(grad)  # a number of NumPy's would make arrays of tensors
+        else:
             check_like(self, "grad", grad, "x", like)
             assert isinstance(grad, Tensor)
             if grad.ndim != 0:
@@ -87,8 +90,13 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def as_scalar(grad: Tensor | float, like: Tensor) -> Tensor:
-    """grad as a tensor, for kernels that want one."""
-    return grad if isinstance(grad, Tensor) else like.new_full((), grad)
+    """grad as a tensor of `like`'s dtype, for kernels that want one."""
+    return grad.to(like.dtype) if isinstance(grad, Tensor) else like.new_full((), grad)
+
+
+def scaled(x: Tensor, factor: Tensor | float) -> Tensor:
+    """factor · x, written over x."""
+    return x.mul_(factor) if is_plain() else x * factor
 
 
 def share(reduction: str, count: int) -> float:

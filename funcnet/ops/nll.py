@@ -1,27 +1,43 @@
-"""The gradient of the negative log-likelihood of classes, −Σ log_p[n, classes[n], …]."""
+"""The negative log-likelihood of classes, −Σ log_p[n, classes[n], …], by the library's kernels.
+
+Shapes: log_p (N, C, …); classes (N, …). Places whose class is `ignored` do not count.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-_SUM = 2  # PyTorch's number for this reduction
+_REDUCTIONS = {"mean": 1, "sum": 2}
+"""PyTorch's numbers for them."""
 
 
-def gradient(grad: Tensor, log_p: Tensor, classes: Tensor, ignored: int) -> Tensor:
-    """−grad at each place's class, 0 at the others and where the class is to be ignored.
-
-    Shapes: grad (), log_p (N, C, …), classes (N, …).
-    """
-    found: Tensor
-    if log_p.ndim == 2:
-        found = _plain(grad, log_p, classes, None, _SUM, ignored, grad)
-    else:  # the other kernel takes images alone
-        images = log_p.unsqueeze(2) if log_p.ndim == 3 else log_p.flatten(3)
-        places = classes.unsqueeze(1) if log_p.ndim == 3 else classes.flatten(2)
-        found = _of_images(grad, images, places, None, _SUM, ignored, grad)
-    return found.reshape(log_p.shape)
+def forward(log_p: Tensor, classes: Tensor, reduction: str, ignored: int) -> tuple[Tensor, Tensor]:
+    """(the sum, or the mean over all places that count; the number of these)."""
+    log_p, classes = _as_images(log_p, classes)
+    kernel = (
+        torch.ops.aten.nll_loss_forward if log_p.ndim == 2 else torch.ops.aten.nll_loss2d_forward
+    )
+    value, count = kernel.default(log_p, classes, None, _REDUCTIONS[reduction], ignored)
+    return value, count
 
 
-_plain = torch.ops.aten.nll_loss_backward.default
-_of_images = torch.ops.aten.nll_loss2d_backward.default
+def backward(grad: Tensor, log_p: Tensor, classes: Tensor, ignored: int) -> Tensor:
+    """The gradient of grad times the sum: −grad at each place's class, and 0 elsewhere."""
+    shape = log_p.shape
+    log_p, classes = _as_images(log_p, classes)
+    kernel = (
+        torch.ops.aten.nll_loss_backward if log_p.ndim == 2 else torch.ops.aten.nll_loss2d_backward
+    )
+    # The last argument, the number of places, does not matter for a sum.
+    dlog_p: Tensor = kernel.default(grad, log_p, classes, None, _REDUCTIONS["sum"], ignored, grad)
+    return dlog_p.reshape(shape)
+
+
+def _as_images(log_p: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """log_p of 2 or 4 axes: one kernel takes those, another these."""
+    if log_p.ndim == 3:
+        return log_p.unsqueeze(2), classes.unsqueeze(1)
+    if log_p.ndim > 4:
+        return log_p.flatten(3), classes.flatten(2)
+    return log_p, classes

@@ -18,7 +18,7 @@ TARGETS: tuple[tuple[str, str], ...] = (
     *map(_family, ("activations", "attention", "dropout", "embedding", "linear", "normalization")),
     *map(_family, ("conv", "conv_transpose", "pixel_shuffle", "pooling", "recurrent", "shape")),
     _family("upsample"),
-    ("funcnet/losses/*.py", "test_losses.py test_losses_of_torch.py test_errors.py"),
+    ("funcnet/losses/*.py", "test_losses.py test_errors.py"),
     (
         "funcnet/combinators/*.py",
         f"test_sequential.py test_combinators.py test_errors.py {_PURITY}",

@@ -248,3 +248,15 @@ def test_what_is_refused():
         layer.apply(params, torch.zeros(3, 8))
     with pytest.raises(ValueError, match=r"expected x of shape \(N, T, 8\), got \(2, 3, 12\)"):
         layer.apply(params, torch.zeros(2, 3, 12))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_dropout_of_weights_compiles_for_any_key():
+    from test_transforms import compile_whole
+
+    layer = fn.MultiheadAttention(2, dropout=0.3)
+    params, x = layer.init(fn.key(0), (5, 8)), fn.normal(fn.key(1), (2, 5, 8))
+    compiled = compile_whole(lambda params, x, key: layer.apply(params, x, key=key))
+    for seed in (2, 3):
+        key = fn.key(seed)
+        torch.testing.assert_close(compiled(params, x, key), layer.apply(params, x, key=key))

@@ -23,9 +23,9 @@ from torch import Tensor
 from funcnet.checks import name_of
 from funcnet.fields import Flag, Probability, Size
 from funcnet.initializers import Uniform, Zeros
-from funcnet.keys import Key, bernoulli
+from funcnet.keys import Key
 from funcnet.layer import Layer, Param, Shape
-from funcnet.ops import attention
+from funcnet.ops import attention, counter
 from funcnet.ops.need import Need
 
 
@@ -116,7 +116,7 @@ class MultiheadAttention(Layer):
             return None
         examples, steps, _ = x.shape
         shape = (examples, self.num_heads, steps, steps)
-        return bernoulli(key, 1.0 - self.dropout, shape, x.device)
+        return counter.bernoulli(key, 1.0 - self.dropout, shape, x.device)
 
 
 def _product(dy: Tensor, x: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import optree
+import pytest
+import torch
 from test_properties import same
 
 import funcnet as fn
@@ -31,3 +34,12 @@ def test_a_tree():
     assert type(loaded["state"]) is fn.SGDState
     assert loaded[3] == [None, ()]
     assert same((loaded["params"], loaded["state"]), (tree["params"], tree["state"]))
+
+
+def test_a_model_in_another_dtype():
+    net, params = fn.load_model(DATA / "model-0.1.0.safetensors", dtype=torch.float64)
+    expected = optree.tree_map(torch.Tensor.double, NET.init(fn.key(7), (3, 8, 8)))
+    assert net == NET
+    assert same(params, expected)
+    with pytest.raises(TypeError, match="load_model: expected a floating-point dtype"):
+        fn.load_model(DATA / "model-0.1.0.safetensors", dtype=torch.int64)

@@ -141,8 +141,7 @@ def load(
       0: expected shape (3,), got (2, 3)
       1: expected int, got float
     """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"load: expected a floating-point dtype, got {dtype!r}")
+    _check_dtype("load", dtype)
     if like is None and not strict:
         raise ValueError("load: expected a tree `like` with strict=False, got None")
     with _opened(path) as (file, header):
@@ -165,10 +164,15 @@ def load(
         return merged, dict(skipped.values())
 
 
-def load_model(path: _Path, device: torch.device | str | None = None) -> tuple[Layer, Tree]:
+def load_model(
+    path: _Path,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Layer, Tree]:
     """Return the network and the parameters in a file of `save_model`.
 
     The network is built from classes known by name, whose constructors check their arguments.
+    `dtype` converts floating-point parameters.
 
     Raises what `load` raises, and CheckpointError for a file without a network.
 
@@ -179,11 +183,12 @@ def load_model(path: _Path, device: torch.device | str | None = None) -> tuple[L
     >>> net
     Sequential(ReLU(), Sigmoid())
     """
+    _check_dtype("load_model", dtype)
     with _opened(path) as (file, header):
         net = Inspection(header).architecture
         if net is None:
             raise CheckpointError("expected a file of save_model, got one without a network")
-        return net, decode(header.structure, _tensors(file, header, device, None, None))
+        return net, decode(header.structure, _tensors(file, header, device, dtype, None))
 
 
 def inspect(path: _Path) -> Inspection:
@@ -241,6 +246,11 @@ def _tensors(
         return dict(tensors)
     target = "cpu" if device is None else device
     return {name: tensor.to(target, _converted(tensor.dtype, dtype)) for name, tensor in tensors}
+
+
+def _check_dtype(who: str, dtype: Any) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"{who}: expected a floating-point dtype, got {dtype!r}")
 
 
 def _converted(dtype: torch.dtype, floating: torch.dtype | None) -> torch.dtype:

@@ -8,6 +8,62 @@ CHECKPOINT = (
     *in_file(
         "checkpoint/data.py",
         "test_checkpoint_hostile.py",
+        Row(
+            "data-checksum-skipped",
+            "if found == expected:",
+            "if len(found) == len(expected):",
+            "a flipped bit in the data is found",
+        ),
+        Row(
+            "last-group-dropped",
+            "        previous = item\n    yield previous\n",
+            "        previous = item\n",
+            "the last tensors are read, too",
+        ),
+    ),
+    *in_file(
+        "checkpoint/container.py",
+        "test_checkpoint_hostile.py",
+        Row(
+            "header-checksum-skipped",
+            'if len(head) != 8 + size or b"%08x" % zlib.crc32(blank) != head[_CHECKSUM]:',
+            "if len(head) != 8 + size:",
+            "a flipped bit in the header is found",
+        ),
+        Row("holes-pass", "if entry.start != end:", "if entry.start < end:", "data without holes"),
+        Row(
+            "additions-pass",
+            "if end != data_size:",
+            "if end > data_size:",
+            "something added to a file is found",
+        ),
+        Row("keys-twice", "object_pairs_hook=_unique", "object_pairs_hook=dict", "JSON keeps both"),
+    ),
+    *in_file(
+        "checkpoint/compare.py",
+        "test_checkpoint_like.py",
+        Row(
+            "like-ignores-dtype",
+            "if entry.dtype != other.dtype:",
+            "if entry.dtype != other.dtype and shape != other_shape:",
+            "another dtype is refused",
+        ),
+        Row(
+            "like-ignores-additions",
+            "if path not in expected_nodes and not node.children:",
+            "if not expected_nodes and not node.children:",
+            "every path that differs is named",
+        ),
+    ),
+    *in_file(
+        "checkpoint/files.py",
+        "test_checkpoint_roundtrip.py test_checkpoint_like.py",
+        Row(
+            "dtype-converts-integers",
+            "floating if floating is not None and dtype.is_floating_point else dtype",
+            "floating or dtype",
+            "dtype is for floating-point tensors",
+        ),
     ),
     *in_file(
         "checkpoint/atomic.py",
@@ -69,10 +125,6 @@ CHECKPOINT = (
             "{}",
             "the network travels with its parameters",
         ),
-    ),
-    *in_file(
-        "checkpoint/compare.py",
-        "test_checkpoint_like.py",
     ),
     *in_file(
         "checkpoint/storable.py",

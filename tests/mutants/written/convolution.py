@@ -8,6 +8,12 @@ GEOMETRY = in_file(
     "ops/window.py",
     "test_conv.py test_gate_properties.py",
     Row(
+        "count-rounds-up",
+        "(n + padding - reach) // stride + 1",
+        "-(-(n + padding - reach) // stride) + 1",
+        "a stride that does not divide the input evenly leaves a remainder, which is dropped",
+    ),
+    Row(
         "reach-without-dilation",
         "tuple(d * (k - 1) + 1 for k, d in",
         "tuple(k for k, d in",

@@ -8,6 +8,12 @@ KEYS = in_file(
     "keys.py",
     "test_keys.py test_errors.py",
     Row(
+        "split-repeats",
+        '_derive("split", key, i)',
+        '_derive("split", key, i // 2)',
+        "the keys of a split are all different",
+    ),
+    Row(
         "uniform-leaves-its-value",
         "first.item() < low and above.item() < high",
         "first.item() < low",

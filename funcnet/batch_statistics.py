@@ -42,7 +42,7 @@ from funcnet.layers import (
     Linear,
     UpsampleConv2d,
 )
-from funcnet.ops.inplace import is_plain
+from funcnet.ops.inplace import is_eager
 
 Moments: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """(count, mean, M2) of a `BatchNorm`'s x, in float64; mean and M2 (C,).
@@ -285,7 +285,7 @@ def _scale_and_shift(layer: BatchNorm, params: Tree, m: Tree, path: str) -> tupl
         )
     count, mean, m2 = (part.double() for part in m)
     # Values cannot be seen under vmap and compile.
-    if is_plain() and not bool((count > 1).all()):
+    if is_eager() and not bool((count > 1).all()):
         raise ValueError(
             f"{path}{name_of(layer)}: expected moments of at least 2 values per channel, "
             f"got count {count.min().item():g}"

@@ -13,7 +13,7 @@ from torch import Tensor
 from funcnet.checks import as_int
 from funcnet.keys import Key, fold_in
 from funcnet.layer import Layer, Tree, coupling, is_private
-from funcnet.losses.loss import Loss, wide
+from funcnet.losses.loss import Loss, accumulator_dtype
 from funcnet.ops import inplace
 from funcnet.ops.need import Need
 
@@ -61,7 +61,7 @@ def _contribution(value: Tensor, count: Any, whole: Any) -> tuple[Tensor, Any]:
     """A mean over `count` terms as its part of the mean over `whole`, and the share of that."""
     if isinstance(count, Tensor):
         value = torch.where(count == 0, torch.zeros_like(value), value)  # no term: NaN
-        share = (count.to(wide(value.dtype)) / whole).to(value.dtype)
+        share = (count.to(accumulator_dtype(value.dtype)) / whole).to(value.dtype)
     else:
         share = count / whole
     return value * share, share
@@ -89,7 +89,7 @@ class MicroBatched(ValueAndGrad):
         first: Any = next(parts)
         dtypes: Any = optree.tree_map(lambda leaf: leaf.dtype, first)
         # Many small terms would be lost in a sum of 16 bits.
-        total: Any = optree.tree_map(lambda leaf: leaf.to(wide(leaf.dtype)), first)
+        total: Any = optree.tree_map(lambda leaf: leaf.to(accumulator_dtype(leaf.dtype)), first)
         del first
         part: Any
         for part in parts:

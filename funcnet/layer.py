@@ -53,7 +53,7 @@ from funcnet.fields import Hyperparameters
 from funcnet.initializers import Initializer
 from funcnet.keys import Key, check_draw, check_key, split
 from funcnet.ops.autocast import without_autocast
-from funcnet.ops.inplace import is_plain
+from funcnet.ops.inplace import is_eager
 from funcnet.ops.need import Need
 
 Tree: TypeAlias = Any
@@ -322,7 +322,7 @@ class Layer(Hyperparameters):
         """The spec of y, remembered for what has been accepted; else params and x are checked."""
         if key is not None:
             check_key(self, key)
-        if not is_plain():
+        if not is_eager():
             return self._check(params, _spec(self, x, shape))
         accepted: tuple[tuple[Any, Spec], ...] = self.__dict__.get("_accepted", ())
         leaves, structure = optree.tree_flatten(params)

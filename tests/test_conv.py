@@ -117,13 +117,13 @@ def test_products_over_patches_are_exact(case):
     ("batch", "out_channels", "forward", "backward"),
     [(2, 3, True, True), (14, 3, False, True), (22, 3, False, False), (5, 2000, False, False)],
 )
-def test_few_patches_are_worth_it(monkeypatch, batch, out_channels, forward, backward):
+def test_few_patches_are_faster(monkeypatch, batch, out_channels, forward, backward):
     monkeypatch.setattr(pixelwise, "_FEW", 20_000_000)
     layer = fn.Conv2d(out_channels, 2, stride=2)
     x = fn.normal(fn.key(1), (batch, 16, 11, 21), dtype=torch.float64)
     params = layer.init(fn.key(0), x.shape[1:], dtype=torch.float64)
     ways = [
-        patches.are_worth_it(x, params["weight"], layer._window, backward=way)
+        patches.are_faster(x, params["weight"], layer._window, backward=way)
         for way in (False, True)
     ]
     assert ways == [forward, backward]

@@ -22,7 +22,7 @@ from funcnet.layer import (
     run_bwd,
     zeros_like,
 )
-from funcnet.ops.inplace import is_plain
+from funcnet.ops.inplace import is_eager
 from funcnet.ops.need import Need
 
 
@@ -98,7 +98,7 @@ class Sequential(Several):
 
     def _apply(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
         """y; no residual outlives its layer."""
-        in_place, params = is_plain(), self._child_params(params)
+        in_place, params = is_eager(), self._child_params(params)
         layer: Any
         with self._position() as at:
             for at.i, layer in enumerate(self.layers):
@@ -113,7 +113,7 @@ class Sequential(Several):
         return x if self.layers else x.clone()
 
     def _fwd(self, params: Tree, x: Tensor, key: Key | None) -> tuple[Tensor, list[Any]]:
-        in_place, params = is_plain(), self._child_params(params)
+        in_place, params = is_eager(), self._child_params(params)
         layer: Any
         residuals = []
         with self._position() as at:
@@ -153,7 +153,7 @@ class Sequential(Several):
         dparams += [()] * (len(self) - first)
         dx: Any = grad if self.layers else grad.clone()
         layer: Any
-        in_place, above = is_plain(), need._replace(input=True)
+        in_place, above = is_eager(), need._replace(input=True)
         with self._position() as at:
             for at.i in range(len(self) - 1, first - 1, -1):
                 layer, own = self.layers[at.i], owns[at.i]

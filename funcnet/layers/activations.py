@@ -20,7 +20,7 @@ from funcnet.fields import Axis, Finite, NonZero, OneOf, Size
 from funcnet.initializers import Constant, InitializerOrNone
 from funcnet.keys import Key
 from funcnet.layer import Layer, Param, Shape
-from funcnet.ops.inplace import is_plain, is_untracked
+from funcnet.ops.inplace import is_eager, is_untracked
 from funcnet.ops.need import Need
 
 _elu_backward: Callable[..., Tensor] = torch.ops.aten.elu_backward
@@ -582,7 +582,7 @@ class PReLU(Layer):
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor]:
         weight = _along_channels(params["weight"], x)
         # The kernel cannot map over weights alone.
-        return _prelu(x, weight) if is_plain() else torch.where(x > 0, x, weight * x), x
+        return _prelu(x, weight) if is_eager() else torch.where(x > 0, x, weight * x), x
 
     def _bwd(self, params: Any, x: Tensor, dy: Tensor, need: Need) -> Any:
         weight = _along_channels(params["weight"], x)

@@ -15,7 +15,7 @@ from funcnet.initializers import Initializer, InitializerOrNone, Normal
 from funcnet.keys import Key
 from funcnet.layer import Layer, Param, Shape, Spec
 from funcnet.ops import native
-from funcnet.ops.inplace import is_plain
+from funcnet.ops.inplace import is_eager
 from funcnet.ops.need import Need
 
 _embedding_backward = torch.ops.aten.embedding_dense_backward
@@ -81,7 +81,7 @@ class Embedding(Layer):
         try:
             return F.embedding(x, params["weight"], self.padding_idx), x
         except IndexError:
-            if not is_plain():
+            if not is_eager():
                 raise
             raise ValueError(
                 f"{name_of(self)}: expected x in [0, {self.num_embeddings}), "
@@ -93,7 +93,7 @@ class Embedding(Layer):
             return None, None
         padding = -1 if self.padding_idx is None else self.padding_idx
         # Sums in half precision would stop growing.
-        dweight = _embedding_backward(native.wide(dy), x, self.num_embeddings, padding, False)
+        dweight = _embedding_backward(native.upcast(dy), x, self.num_embeddings, padding, False)
         return {"weight": dweight.to(dy.dtype)}, None
 
 

@@ -17,7 +17,7 @@ from funcnet.checks import as_axis, name_of
 from funcnet.fields import Axis, Index, Several
 from funcnet.keys import Key
 from funcnet.layer import Layer, Shape
-from funcnet.ops.inplace import is_plain
+from funcnet.ops.inplace import is_eager
 from funcnet.ops.need import Need
 
 _select_backward = torch.ops.aten.select_backward
@@ -255,7 +255,7 @@ class Select(Layer):
 def _memory_format(x: Tensor) -> torch.memory_format:
     """channels_last for images or volumes that are laid out so, else row-major."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    if not is_plain() or x.ndim not in formats or x.is_contiguous():
+    if not is_eager() or x.ndim not in formats or x.is_contiguous():
         return torch.contiguous_format
     last = formats[x.ndim]
     return last if x.is_contiguous(memory_format=last) else torch.contiguous_format

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funcnet.checks import name_of
 from funcnet.fields import Index, Probability
-from funcnet.losses.loss import Loss, Reduction, as_scalar, wide
+from funcnet.losses.loss import Loss, Reduction, accumulator_dtype, as_scalar
 from funcnet.ops import nll
 from funcnet.ops.inplace import has_values
 
@@ -94,11 +94,12 @@ class CrossEntropy(Loss):
     def _fwd(self, x: Tensor, target: Any) -> tuple[Tensor, Any]:
         log_p = x.log_softmax(1)
         if target.is_floating_point():
-            value = -(self._smoothed(target) * log_p).sum(1).sum(dtype=wide(x.dtype))
+            value = -(self._smoothed(target) * log_p).sum(1).sum(dtype=accumulator_dtype(x.dtype))
             count = self._count(target).to(value.dtype)
             value = value / count if self.reduction == "mean" else value
         else:
-            exact = log_p.to(wide(x.dtype))  # 16 bits do not hold the sum of many places
+            # 16 bits do not hold the sum of many positions.
+            exact = log_p.to(accumulator_dtype(x.dtype))
             value, count = nll.forward(exact, target, self.reduction, self.ignore_index)
             if self.label_smoothing:
                 kept = target != self.ignore_index

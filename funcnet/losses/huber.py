@@ -11,7 +11,7 @@ from torch import Tensor
 
 from funcnet.fields import NonNegative
 from funcnet.losses.loss import Loss, Reduction, as_scalar, share
-from funcnet.ops.inplace import is_plain
+from funcnet.ops.inplace import is_eager
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Huber(Loss):
             raise ValueError(f"Huber: expected delta > 0, got {self.delta}")
 
     def _fwd(self, x: Tensor, target: Any) -> tuple[Tensor, Any]:
-        if is_plain():
+        if is_eager():
             value = F.huber_loss(x, target, reduction=self.reduction, delta=self.delta)
         else:  # torch.func.vmap has no rules for PyTorch's kernels
             difference = x - target
@@ -53,7 +53,7 @@ class Huber(Loss):
 
     def _bwd(self, residuals: Any, grad: Tensor | float) -> Tensor:
         x, target = residuals
-        if is_plain():
+        if is_eager():
             mean_or_sum = 1 if self.reduction == "mean" else 2
             dx: Tensor = torch.ops.aten.huber_loss_backward.default(
                 as_scalar(grad, x), x, target, mean_or_sum, self.delta

@@ -13,7 +13,7 @@ from torch import Tensor
 from funcnet.checks import check_like, check_tensor, name_of
 from funcnet.fields import Hyperparameters, OneOf
 from funcnet.ops.autocast import without_autocast
-from funcnet.ops.inplace import is_plain
+from funcnet.ops.inplace import is_eager
 
 Reduction: TypeAlias = Annotated[Literal["mean", "sum"], OneOf(("mean", "sum"))]
 
@@ -84,7 +84,7 @@ class Loss(Hyperparameters):
         return self.bwd(self.fwd(x, target)[1], grad)
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype to add and count in: float32 for one of 16 bits, else the same."""
     return torch.promote_types(dtype, torch.float32)
 
@@ -96,7 +96,7 @@ def as_scalar(grad: Tensor | float, like: Tensor) -> Tensor:
 
 def scaled(x: Tensor, factor: Tensor | float) -> Tensor:
     """factor · x, written over x."""
-    return x.mul_(factor) if is_plain() else x * factor
+    return x.mul_(factor) if is_eager() else x * factor
 
 
 def share(reduction: str, count: int) -> float:

@@ -32,8 +32,8 @@ def convolve(
         return y.squeeze(2), image.squeeze(2)
     x = native.layout(x)
     y = torch.convolution(
-        native.wide(x),
-        native.layout(native.wide(weight)),
+        native.upcast(x),
+        native.layout(native.upcast(weight)),
         None,
         window.stride,
         window.before,

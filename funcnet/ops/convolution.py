@@ -59,6 +59,6 @@ def implementation(
     """The module that is fastest for images like x, or the one that the method names."""
     if method == "unfold":
         return unfold
-    if window.cuts_patches and x.ndim == 4 and patches.are_worth_it(x, weight, window, backward):
+    if window.cuts_patches and x.ndim == 4 and patches.are_faster(x, weight, window, backward):
         return patches
     return native

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from funcnet.keys import Key, halves
-from funcnet.ops.inplace import is_plain
+from funcnet.ops.inplace import is_eager
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _FIRST = 0xBF58476D1CE4E5B9 - 2**64
@@ -43,7 +43,7 @@ def bernoulli(key: Key, p: float, shape: Sequence[int], device: torch.device) ->
     if p <= 0 or p >= 1:
         return torch.full(tuple(shape), p >= 1, dtype=torch.bool, device=device)
     below = min(round(p * 2**32), 2**32 - 1) - 2**31
-    chunk = _CHUNK if device.type == "cpu" and is_plain() else max(size, 1)
+    chunk = _CHUNK if device.type == "cpu" and is_eager() else max(size, 1)
     parts = [bits < below for bits in _random(key, size, chunk, device)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(tuple(shape))
 

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from funcnet.ops.inplace import is_plain
+from funcnet.ops.inplace import is_eager
 
 Tensors: TypeAlias = list[Tensor]
 Scalar: TypeAlias = "float | Tensor"
@@ -27,7 +27,7 @@ class Each:
     def __init__(self, write: bool) -> None:
         self.write = write
         # torch.func.vmap has no rule for lists of tensors.
-        self.plain = is_plain()
+        self.eager = is_eager()
 
     def neg(self, xs: Tensors) -> Tensors:
         """−x."""
@@ -88,7 +88,7 @@ class Each:
 
     def _map(self, name: str, xs: Tensors, *others: Any, **numbers: float) -> Tensors:
         """`torch.Tensor`'s operation of that name. The other operands are lists or numbers."""
-        if self.plain and xs:
+        if self.eager and xs:
             return _New(getattr(torch, "_foreach_" + name)(xs, *others, **numbers))
         operation: Any = getattr(Tensor, name)
         columns = [other if isinstance(other, list) else [other] * len(xs) for other in others]
@@ -98,7 +98,7 @@ class Each:
         """`_map`, written into xs if that may be."""
         if not (self.write or (type(xs) is _New and not _need_autograd(xs, *others))):
             return self._map(name, xs, *others, **numbers)
-        if self.plain and xs:
+        if self.eager and xs:
             getattr(torch, f"_foreach_{name}_")(xs, *others, **numbers)
             return xs
         # torch.func.vmap has no rule for addcmul_ and others.

@@ -15,7 +15,7 @@ _TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 def fits_adam(each: Each, lr: Scalar, p: Tensors, g: Tensors, *state: Tensors) -> bool:
     """Whether the kernel may be called: it knows no autograd, and reads memory without strides."""
-    if not (each.plain and isinstance(lr, float) and _DTYPES.issuperset([x.dtype for x in p])):
+    if not (each.eager and isinstance(lr, float) and _DTYPES.issuperset([x.dtype for x in p])):
         return False
     has_gradient = not each.write and torch.is_grad_enabled()
     strides = [x.stride() for x in p]

@@ -1,7 +1,7 @@
-"""Work on memory that funcnet has just made itself, in one pass and without new memory.
+"""Work in place, on memory that funcnet has just made itself.
 
-Such calls are an economy and no more: where torch refuses them, as autograd some, or may refuse
-them halfway, as torch.func, the same numbers come by way of new memory.
+It saves a pass over memory and changes no number. Autograd refuses some writes, and torch.func may
+refuse them halfway; there the same numbers are written to new memory.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 
-def is_plain() -> bool:
-    """Whether torch runs as usual: not inside of torch.func, nor traced by torch.compile."""
+def is_eager() -> bool:
+    """Whether torch runs eagerly: neither inside torch.func nor traced by torch.compile."""
     return not (torch.compiler.is_compiling() or _is_transforming())
 
 
@@ -21,17 +21,17 @@ def _is_transforming() -> bool:
 
 def has_values(x: Tensor) -> bool:
     """Whether Python may read x's values, without waiting for a device."""
-    return x.is_cpu and is_plain() and type(x) is Tensor  # a FakeTensor has none
+    return x.is_cpu and is_eager() and type(x) is Tensor  # a FakeTensor has none
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
     """x + y, written over x."""
-    return x.add_(y) if is_plain() else x + y
+    return x.add_(y) if is_eager() else x + y
 
 
 def add_into(out: Tensor, x: Tensor, y: Tensor, alpha: int = 1) -> None:
     """out = x + alpha · y."""
-    if is_plain():
+    if is_eager():
         try:
             torch.add(x, y, alpha=alpha, out=out)
             return
@@ -41,8 +41,8 @@ def add_into(out: Tensor, x: Tensor, y: Tensor, alpha: int = 1) -> None:
 
 
 def is_untracked(*tensors: Tensor | None) -> bool:
-    """Whether torch runs as usual and autograd does not follow what is computed from `tensors`."""
-    if not is_plain():
+    """Whether torch runs eagerly and autograd records nothing computed from `tensors`."""
+    if not is_eager():
         return False
     return not torch.is_grad_enabled() or not any(
         t is not None and t.requires_grad for t in tensors
@@ -51,7 +51,7 @@ def is_untracked(*tensors: Tensor | None) -> bool:
 
 def add_over(x: Tensor, y: Tensor) -> Tensor:
     """x + y, written over x where torch allows it: nobody else has x, but autograd may need it."""
-    if is_plain() and not x.requires_grad:
+    if is_eager() and not x.requires_grad:
         try:
             return x.add_(y)
         except RuntimeError:  # x is expanded, or y needs a gradient
@@ -61,4 +61,4 @@ def add_over(x: Tensor, y: Tensor) -> Tensor:
 
 def multiply(x: Tensor, y: Tensor) -> Tensor:
     """x · y, written over x."""
-    return x.mul_(y) if is_plain() else x * y
+    return x.mul_(y) if is_eager() else x * y

@@ -58,8 +58,8 @@ _SUMS = [
 """K (5·k, kh·kw) for each factor along the height, which has k kernels."""
 
 
-def is_worth_it(x: Tensor, weight: Tensor, scale: Pair, window: Window) -> bool:
-    """Whether this is such a convolution, of pictures of even height and width, and faster so."""
+def is_faster(x: Tensor, weight: Tensor, scale: Pair, window: Window) -> bool:
+    """Whether this is such a convolution, of images of even height and width, and faster so."""
     batch, channels, height, width = x.shape
     pixels = batch * height * width
     return (
@@ -73,7 +73,7 @@ def is_worth_it(x: Tensor, weight: Tensor, scale: Pair, window: Window) -> bool:
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Pair, window: Window) -> Tensor:
     """y (N, O, 2H, 2W) of x (N, C, H, W) upsampled by 2, and weight (O, C, 3, 3)."""
-    dtype, x, weight = x.dtype, native.wide(x), native.wide(weight)
+    dtype, x, weight = x.dtype, native.upcast(x), native.upcast(weight)
     half = []
     kernels_of_rows = _kernels(weight, _sums_like(weight))
     along_height = zip(_factors(native.layout(x), -2), kernels_of_rows, strict=True)
@@ -88,7 +88,7 @@ def gradients(
     x: Tensor, weight: Tensor, grad: Tensor, scale: Pair, window: Window, need: Need
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dx), None where it is not needed."""
-    dtype, x, weight, grad = x.dtype, native.wide(x), native.wide(weight), native.wide(grad)
+    dtype, x, weight, grad = x.dtype, native.upcast(x), native.upcast(weight), native.upcast(grad)
     sums = _sums_like(weight)
     dtaps: list[Tensor] = []
     dhalf: list[Tensor] = []

@@ -11,7 +11,7 @@ for each tap and source pixel, and the upsampled signal's are shifted copies of 
     z_t[i] = w_t · x[i],    y[s·i + a] = Σ_t z_t[i + q_at],
 
 k products for each source pixel, where the upsampled signal would take s·k. In two dimensions they
-are k² products of size C×O instead of s²·k²: a single matrix product for the whole picture. The
+are k² products of size C×O instead of s²·k²: a single matrix product for the whole image. The
 sums are taken along one axis after the other. The gradients are the adjoint of the sums, and the
 two gradients of the matrix product:
 
@@ -20,7 +20,7 @@ two gradients of the matrix product:
 
     gather     dz_t[i] = Σ_a dy[s·(i − q_at) + a]
 
-The upsampled picture is never made. Half precision is computed in float32, since each sum here is
+The upsampled image is never made. Half precision is computed in float32, since each sum here is
 rounded to the dtype at hand, where the library's kernels would accumulate in float32.
 """
 
@@ -60,7 +60,7 @@ def layout(weight: Tensor) -> Tensor:
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Pair, window: Window) -> Tensor:
     """y (N, O, H′, W′) of x (N, C, H, W) upsampled by `scale`, and weight (O, C, kh, kw)."""
-    dtype, x, weight = x.dtype, native.wide(x), native.wide(weight)
+    dtype, x, weight = x.dtype, native.upcast(x), native.upcast(weight)
     rows, columns = _shifts(0, scale, window), _shifts(1, scale, window)
     height, width = window.count((scale[0] * x.shape[2], scale[1] * x.shape[3]))
     kernel = _kernel(weight)
@@ -82,7 +82,7 @@ def gradients(
     x: Tensor, weight: Tensor, grad: Tensor, scale: Pair, window: Window, need: Need
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dx), None where it is not needed."""
-    dtype, x, weight, grad = x.dtype, native.wide(x), native.wide(weight), native.wide(grad)
+    dtype, x, weight, grad = x.dtype, native.upcast(x), native.upcast(weight), native.upcast(grad)
     rows, columns = _shifts(0, scale, window), _shifts(1, scale, window)
     (kh, kw), (height, width) = window.kernel_size, x.shape[2:]
     kernel = _kernel(weight)
@@ -202,8 +202,7 @@ def _write_sum(out: Tensor, sources: list[Tensor]) -> None:
 
 
 def _chunks(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Parts of the batch, of a size, whose z has at most `_CHUNK_ENTRIES` entries if that can be;
-    and where they lie in it."""
+    """Yield parts of the batch and their slices: each z has about `_CHUNK_ENTRIES` entries."""
     entries = x.numel() // x.shape[1] * weight.numel() // weight.shape[1]
     batch = max(1, math.ceil(len(x) / max(1, math.ceil(entries / _CHUNK_ENTRIES))))
     for start in range(0, max(len(x), 1), batch):
@@ -211,13 +210,13 @@ def _chunks(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield part, x[part]
 
 
-def _layout(pictures: Tensor, out_channels: int) -> Tensor:
-    """Pictures (n, k·O, H, W) in the memory format in which sums over O channels are fastest."""
-    return pictures.contiguous() if out_channels < _LANES else native.layout(pictures)
+def _layout(images: Tensor, out_channels: int) -> Tensor:
+    """Images (n, k·O, H, W) in the memory format in which sums over O channels are fastest."""
+    return images.contiguous() if out_channels < _LANES else native.layout(images)
 
 
 def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """New memory for pictures (n, …, O, H, W), in the same format."""
+    """New memory for images (n, …, O, H, W), in the same format."""
     if shape[-3] < _LANES:
         return like.new_empty(tuple(shape))
     *channels, height, width = shape[1:]

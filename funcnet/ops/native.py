@@ -34,7 +34,7 @@ def layout(x: Tensor) -> Tensor:
     memory_format = _CHANNELS_LAST[x.ndim] if channels > 1 else torch.contiguous_format
     if not torch.compiler.is_compiling():
         try:
-            return _plain(x.contiguous(memory_format=memory_format), memory_format)
+            return _canonical(x.contiguous(memory_format=memory_format), memory_format)
         except RuntimeError:
             pass
     if channels == 1:
@@ -43,12 +43,12 @@ def layout(x: Tensor) -> Tensor:
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-def _plain(x: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
-    """x with the strides of a new tensor, row-major or in channels_last.
+def _canonical(x: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """Return x with the strides of a new tensor, row-major or in channels_last.
 
-    Those of axes of size 1 can be anything, and PyTorch's kernels, of which some take them at
-    their word, have been seen to return wrong numbers: of one channel, with the strides of
-    channels_last, some pictures and kernels are read past their end.
+    The stride of an axis of size 1 can be any number. Some of PyTorch's kernels use it all the
+    same: they read past the end of one-channel images and kernels in channels_last, and return
+    wrong numbers.
     """
     if 1 not in x.shape or x.stride() == _strides(x, torch.contiguous_format):
         return x
@@ -70,9 +70,11 @@ def _strides(x: Tensor, memory_format: torch.memory_format) -> Ints:
     return tuple(strides)
 
 
-def wide(x: Tensor) -> Tensor:
-    """x, in float32 where it is in half precision on the CPU, whose kernels for the gradients in
-    bfloat16 return wrong numbers for pictures of few columns."""
+def upcast(x: Tensor) -> Tensor:
+    """Return x, in float32 if it is in half precision on the CPU.
+
+    PyTorch's gradients in bfloat16 are wrong there for images of few columns.
+    """
     return x.float() if _is_narrow(x) else x
 
 
@@ -87,11 +89,11 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> 
         x = _pad_odd(x, window)
     stride, padding, dilation, groups = window.stride, window.before, window.dilation, window.groups
     if not window.is_dilated and not (_is_narrow(x) and (window.is_strided or x.ndim == 5)):
-        return conv(x, _plain(weight), bias, stride, padding, dilation, groups)
+        return conv(x, _canonical(weight), bias, stride, padding, dilation, groups)
     # oneDNN 3.x has been seen to crash where dilated windows see nothing but padding: on a bias,
     # and in bfloat16; in which, with a stride, it also returns wrong numbers on some processors,
     # and for volumes with one channel a group.
-    y = conv(wide(x), _plain(wide(weight)), None, stride, padding, dilation, groups)
+    y = conv(upcast(x), _canonical(upcast(weight)), None, stride, padding, dilation, groups)
     if bias is not None:
         y = inplace.add(y, bias.reshape(-1, *(1,) * (y.ndim - 2)))
     return y.to(x.dtype)
@@ -139,9 +141,9 @@ def kernel_gradients(
     # Volumes of one channel are row-major, and PyTorch would lay grad out anew.
     is_flat = x.ndim == 5 and x.shape[1] == 1
     dx, dweight, _ = _backward(
-        _plain(grad.contiguous()) if is_flat else layout(grad),
+        _canonical(grad.contiguous()) if is_flat else layout(grad),
         x,
-        _plain(weight),
+        _canonical(weight),
         None,
         stride,
         padding,

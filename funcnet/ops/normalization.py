@@ -66,7 +66,7 @@ def rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """(y, rstd (…, 1)), over the last `num_dims` axes."""
     # PyTorch takes ε of the dtype in which it computes.
-    rows = _wide(x).flatten(-num_dims)
+    rows = _upcast(x).flatten(-num_dims)
     eps = torch.finfo(rows.dtype).eps if eps is None else eps
     rstd = torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps)
     y = rows * rstd
@@ -79,7 +79,7 @@ def rms_norm_gradients(
     dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None, num_dims: int, need: Need
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dweight), None where it is not needed."""
-    rows, grad = _wide(x).flatten(-num_dims), _wide(dy).flatten(-num_dims)
+    rows, grad = _upcast(x).flatten(-num_dims), _upcast(dy).flatten(-num_dims)
     products = (grad * rows).flatten(0, -2)  # (rows, entries of a set), for products of matrices
     dx = dweight = None
     if need.params and weight is not None:
@@ -178,7 +178,7 @@ def channel_affine_gradients(dy: Tensor, x: Tensor, weight: Tensor, need: Need) 
     if not need.params:
         return dx, None, None
     axes = (0, *range(2, x.ndim))
-    dweight = (_wide(x) * dy).sum(axes).to(weight.dtype)
+    dweight = (_upcast(x) * dy).sum(axes).to(weight.dtype)
     return dx, dweight, dy.sum(axes)
 
 
@@ -206,7 +206,7 @@ def _is_half(x: Tensor) -> bool:
     return x.dtype in (torch.bfloat16, torch.float16)
 
 
-def _wide(x: Tensor) -> Tensor:
+def _upcast(x: Tensor) -> Tensor:
     return x.float() if _is_half(x) else x
 
 
@@ -237,7 +237,7 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 def _memory_format(x: Tensor) -> torch.memory_format:
     """The memory format that the kernels should see x in."""
     # torch.func.vmap knows no other.
-    if x.is_cpu and x.ndim in _CHANNELS_LAST and inplace.is_plain():
+    if x.is_cpu and x.ndim in _CHANNELS_LAST and inplace.is_eager():
         channels_last = _CHANNELS_LAST[x.ndim]
         if x.is_contiguous(memory_format=channels_last) and not x.is_contiguous():
             return channels_last

@@ -1,6 +1,6 @@
 """Convolution with the stride of the kernel's size: products of matrices over patches.
 
-Such windows do not overlap: they cut the picture into patches. With the kh·kw·C numbers of a patch
+Such windows do not overlap: they cut the image into patches. With the kh·kw·C numbers of a patch
 as the channels of one pixel, the convolution is pixelwise, and so are its gradients; dx is the
 patches back in their places.
 """
@@ -20,10 +20,10 @@ _FEW, _FEW_BACKWARD = 256, 1024
 products are few, too: measured."""
 
 _TINY = 20480
-"""Up to how many numbers in all PyTorch has a leaner kernel for a single picture."""
+"""Up to how many numbers in all PyTorch has a leaner kernel for a single image."""
 
 
-def are_worth_it(x: Tensor, weight: Tensor, window: Window, backward: bool) -> bool:
+def are_faster(x: Tensor, weight: Tensor, window: Window, backward: bool) -> bool:
     """Whether this is a convolution over patches, and faster so."""
     if not (
         window.cuts_patches

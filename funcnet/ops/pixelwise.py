@@ -4,7 +4,7 @@ With the C channels of each of the P = N·H·W pixels as a row of X, and the ker
 
     Y = X·Kᵀ + bias        dX = dY·K        dK = dYᵀ·X.
 
-In channels_last these rows are how pictures lie in memory. Yᵀ = K·Xᵀ has the channels of y apart
+In channels_last these rows are how images lie in memory. Yᵀ = K·Xᵀ has the channels of y apart
 from each other, plane by plane.
 
 PyTorch's convolution kernels do the same, but lay K out anew at every call, which takes most of the
@@ -51,7 +51,7 @@ def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def convolve_to_planes(x: Tensor, kernel: Tensor) -> Tensor:
-    """y (N, O, H, W), of which each picture's channels are planes."""
+    """y (N, O, H, W), of which each image's channels are planes."""
     if not are_few(_pixels(x), kernel):
         return convolve(x, kernel).contiguous()
     planes = torch.unflatten(torch.mm(kernel, _rows(x).t()), 1, (len(x), *x.shape[2:]))

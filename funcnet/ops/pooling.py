@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from funcnet.ops import native
-from funcnet.ops.inplace import is_plain
+from funcnet.ops.inplace import is_eager
 from funcnet.ops.window import Ints, Window
 
 _aten = torch.ops.aten
@@ -174,6 +174,6 @@ def _like(dy: Tensor, shape: Ints) -> Tensor:
     """A tensor of x's shape, in dy's memory format, for a kernel that will not read it."""
     # torch.func.vmap knows no memory formats.
     last: Any = _CHANNELS_LAST[dy.ndim]
-    if is_plain() and not dy.is_contiguous() and dy.is_contiguous(memory_format=last):
+    if is_eager() and not dy.is_contiguous() and dy.is_contiguous(memory_format=last):
         return torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=last)
     return dy.new_empty(shape)

@@ -37,5 +37,5 @@ def implementation(x: Tensor, weight: Tensor, scale: Pair, window: Window) -> An
     """The module that is fastest for images like x."""
     if not x.is_cpu:
         return transposed
-    many = karatsuba.is_worth_it(x, weight, scale, window)
+    many = karatsuba.is_faster(x, weight, scale, window)
     return karatsuba if many else low_resolution

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from funcnet.layer import Tree
-from funcnet.ops.inplace import is_plain
+from funcnet.ops.inplace import is_eager
 from funcnet.optimizers.leaves import flatten
 
 
@@ -61,7 +61,7 @@ def _norm(xs: list[Tensor]) -> Tensor:
     dtype, device = torch.float32, xs[0].device
     for x in xs:
         dtype = torch.promote_types(dtype, x.dtype)
-    if is_plain():
+    if is_eager():
         norms = list(torch._foreach_norm(xs, 2.0, dtype))
     else:
         norms = [torch.linalg.vector_norm(x, dtype=dtype) for x in xs]

@@ -61,8 +61,8 @@ NATIVE = in_file(
     "test_gate_properties.py test_conv.py",
     Row(
         "dilation-ignored",
-        "_plain(wide(weight)), None, stride, padding, dilation, groups)",
-        "_plain(wide(weight)), None, stride, padding, (1, 1), groups)",
+        "_canonical(upcast(weight)), None, stride, padding, dilation, groups)",
+        "_canonical(upcast(weight)), None, stride, padding, (1, 1), groups)",
         "a dilated kernel has holes",
     ),
     Row(

@@ -39,8 +39,7 @@ def layer_norm(
     shape = x.shape[-num_dims:]
     x = _exact(x, math.prod(shape))
     weight, bias = _in_float32(x, weight, shape), _in_float32(x, bias)
-    normalised: Normalised = _layer_norm(x, shape, weight, bias, eps)
-    return normalised
+    return _in_dtype(_layer_norm(x, shape, weight, bias, eps), x.dtype)
 
 
 def layer_norm_gradients(
@@ -107,8 +106,7 @@ def group_norm(
     sizes = _sizes(x)
     x = _exact(x, sizes[1] * sizes[2] // groups)
     if memory_format == torch.contiguous_format or _is_half(x):
-        normalised: Normalised = _group_norm(x, weight, bias, *sizes, groups, eps)
-        return normalised
+        return _in_dtype(_group_norm(x, weight, bias, *sizes, groups, eps), x.dtype)
     # In channels_last the kernel takes the variance for E[x²] − E[x]²: wrong for a large mean.
     means = x.mean(tuple(range(2, x.ndim)))
     around = means.reshape(len(x), groups, -1).mean(2)
@@ -146,8 +144,7 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     """A channel at a time, over the batch and what stands behind the channels."""
     weight, bias = _in_float32(x, weight, x.shape[1:2]), _in_float32(x, bias)
     x = _dense(x, _memory_format(x))
-    normalised: Normalised = _batch_norm(x, weight, bias, None, None, True, 0.0, eps)
-    return normalised
+    return _in_dtype(_batch_norm(x, weight, bias, None, None, True, 0.0, eps), x.dtype)
 
 
 def batch_norm_gradients(
@@ -183,6 +180,12 @@ def channel_affine_gradients(dy: Tensor, x: Tensor, weight: Tensor, need: Need) 
 
 
 # --- How the kernels want it
+
+
+def _in_dtype(normalised: Normalised, dtype: torch.dtype) -> Normalised:
+    """y in the dtype of x: under vmap, the kernels return it in that of the weight."""
+    y, mean, rstd = normalised
+    return y.to(dtype), mean, rstd
 
 
 def _in_float32(x: Tensor, weight: Tensor | None, ones: torch.Size | None = None) -> Tensor | None:

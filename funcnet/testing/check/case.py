@@ -13,31 +13,41 @@ from torch import Tensor
 from funcnet.keys import Key
 from funcnet.layer import Layer, Tree
 from funcnet.losses import Loss
+from funcnet.testing.errors import GradientMismatch
 
 Leaves = list[Tensor]
-"""The leaves of params, then x; or their gradients, in that order."""
+"""The leaves of params, then those of x; or their gradients, in that order."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A layer with the arguments of its functions. Its methods return what the layer returns."""
+    """A layer with the arguments of its functions. Its methods return what the layer returns.
+
+    x is a tensor, or a tree of tensors for a layer of several. Leaves of integers and bools are
+    never moved, and their gradients are None, here zeros.
+    """
 
     layer: Any
     params: Tree
-    x: Tensor
+    x: Any
     grad: Tensor
     key: Key | None = None
     is_loss: ClassVar[bool] = False
 
     @property
     def leaves(self) -> Leaves:
-        return [*optree.tree_leaves(self.params), self.x]
+        return [*optree.tree_leaves(self.params), *optree.tree_leaves(self.x)]
 
     @property
     def names(self) -> list[str]:
         """The name of each leaf in messages: `params[0]['weight']`, …, `x`."""
-        accessors = optree.tree_accessors(self.params)
-        return [*(accessor.codify("params") for accessor in accessors), "x"]
+        trees = {"params": self.params, "x": self.x}
+        return [a.codify(name) for name, tree in trees.items() for a in optree.tree_accessors(tree)]
+
+    @property
+    def first_of_x(self) -> int:
+        """The position of x's first leaf among `leaves`."""
+        return len(optree.tree_leaves(self.params))
 
     @property
     def frozen(self) -> list[bool]:
@@ -54,10 +64,32 @@ class Case:
         """Every tensor among the arguments, by name."""
         return {**dict(zip(self.names, self.leaves, strict=True)), "grad": self.grad}
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that is checked: that of y, and so of grad."""
+        return self.grad.dtype
+
+    @property
+    def batch(self) -> int | None:
+        """The number of examples; None for a loss, or where x's leaves disagree about it."""
+        leaves = optree.tree_leaves(self.x)
+        counts = {len(leaf) if leaf.ndim else None for leaf in leaves}
+        return counts.pop() if len(counts) == 1 and not self.is_loss else None
+
     def at(self, leaves: Sequence[Tensor], grad: Tensor | None = None) -> Case:
         """The same case with other leaves, and another grad if given."""
-        params = optree.tree_unflatten(optree.tree_structure(self.params), leaves[:-1])
-        return replace(self, params=params, x=leaves[-1], grad=self.grad if grad is None else grad)
+        params, x = optree.tree_structure(self.params), optree.tree_structure(self.x)
+        return replace(
+            self,
+            params=params.unflatten(leaves[: params.num_leaves]),
+            x=x.unflatten(leaves[params.num_leaves :]),
+            grad=self.grad if grad is None else grad,
+        )
+
+    def with_x(self, change: Callable[[Tensor], Tensor], grad: Tensor | None = None) -> Case:
+        """The same case with every leaf of x changed, and another grad if given."""
+        x = optree.tree_map(change, self.x)
+        return replace(self, x=x, grad=self.grad if grad is None else grad)
 
     def double(self) -> Case:
         """A contiguous copy in float64, on the CPU if the device has no float64."""
@@ -82,11 +114,44 @@ class Case:
 
     def gradients(self) -> Leaves:
         """The gradients of `leaves`, by `vjp`."""
-        return flat(self.vjp())
+        return self.flat(self.vjp())
+
+    def flat(self, gradients: Any) -> Leaves:
+        """(dparams, dx) as a list, without what was not asked for; zeros for None of integers."""
+        return [leaf for part in self.parts(gradients) for leaf in part or ()]
+
+    def parts(self, gradients: Any) -> tuple[Leaves | None, Leaves | None]:
+        """The leaves of dparams and of dx; None for what was not asked for.
+
+        Raises ValueError for a gradient that has another tree than what it is the gradient of.
+        """
+        dparams, dx = (
+            None if tree is None and _has_floats(of) else _leaves_like(of, tree)
+            for of, tree in zip((self.params, self.x), gradients, strict=True)
+        )
+        return dparams, dx
 
     def out_shape(self) -> tuple[int, ...]:
         """The shape that y should have."""
-        return (*self.x.shape[:1], *self.layer.out_shape(tuple(self.x.shape[1:])))
+        of_one = optree.tree_map(lambda leaf: tuple(leaf.shape[1:]), self.x)
+        return (*optree.tree_leaves(self.x)[0].shape[:1], *self.layer.out_shape(of_one))
+
+
+def _has_floats(tree: Tree) -> bool:
+    return any(leaf.is_floating_point() for leaf in optree.tree_leaves(tree))
+
+
+def _leaves_like(of: Tree, tree: Any) -> Leaves:
+    """The leaves of a tree of gradients, in the order of those of `of`."""
+    if tree is None:
+        tree = optree.tree_map(lambda leaf: None, of)
+    found: list[Any] = optree.tree_structure(of).flatten_up_to(tree)
+    return [
+        leaf.new_zeros(leaf.shape, dtype=torch.float64)
+        if gradient is None and not leaf.is_floating_point()
+        else gradient
+        for leaf, gradient in zip(optree.tree_leaves(of), found, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -146,18 +211,22 @@ def make_case(
         x, target = params, x
         drawn = torch.as_tensor(-1.375 if grad is None else grad, device=x.device)
         return LossCase(layer, (), x.detach(), drawn.detach().to(x.dtype), None, target)
-    params = optree.tree_map(lambda leaf: leaf.detach(), params)
-    x = x.detach()
+    params, x = (optree.tree_map(lambda leaf: leaf.detach(), tree) for tree in (params, x))
+    leaves = [*optree.tree_leaves(x), *optree.tree_leaves(params)]
     if grad is None:
         y = layer.apply(params, x, key=key)
-        grad = signed(y.shape, seed=1).to(dtype=x.dtype, device=x.device)
-    return Case(layer, params, x, torch.as_tensor(grad, device=x.device).detach(), key)
+        if not isinstance(y, Tensor):
+            raise GradientMismatch(f"apply: expected y to be a tensor, got {kind_of(y)}")
+        like = next((leaf for leaf in leaves if leaf.is_floating_point()), y)
+        grad = signed(y.shape, seed=1).to(like)
+    return Case(layer, params, x, torch.as_tensor(grad, device=leaves[0].device).detach(), key)
 
 
-def flat(gradients: Any) -> Leaves:
-    """(dparams, dx) as a list, without those that are None."""
-    dparams, dx = gradients
-    return [*optree.tree_leaves(dparams), *([] if dx is None else [dx])]
+def kind_of(value: Any) -> str:
+    """A value's kind in messages."""
+    if isinstance(value, tuple):
+        return f"a tuple of {len(value)}"
+    return "None" if value is None else type(value).__name__
 
 
 def signed(shape: Sequence[int], seed: int) -> Tensor:

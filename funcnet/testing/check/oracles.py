@@ -32,6 +32,7 @@ from funcnet.testing.check.tolerances import (
 _LEVELS = 9
 _FINEST = 2.0**-17
 _EPSILON = torch.finfo(torch.float64).eps
+_KEPT = 2**22  # entries of y that a line keeps
 
 
 def autograd_gradients(case: Case) -> Leaves | None:
@@ -52,7 +53,7 @@ def autograd_gradients(case: Case) -> Leaves | None:
         return None  # apply may write to its own intermediate results
     gradients = (next(found) if leaf.is_floating_point() else None for leaf in leaves)
     return [
-        torch.zeros_like(leaf) if gradient is None else gradient.detach()
+        torch.zeros_like(leaf, dtype=torch.float64) if gradient is None else gradient.detach()
         for leaf, gradient in zip(leaves, gradients, strict=True)
     ]
 
@@ -91,6 +92,10 @@ class Slope:
         own = ESTIMATE * self.error + HALF_JUMP * self.jump
         return not abs(derivative - self.value) <= own + slack
 
+    def resolves(self, difference: float) -> bool:
+        """Whether it could tell two slopes apart, or there is a kink, where both may be right."""
+        return self.jump > 0 or ESTIMATE * self.error < abs(difference)
+
 
 @dataclass
 class Line:
@@ -106,14 +111,23 @@ class Line:
     length: float = 1.0
     evaluations: int = 0
     _known: dict[float, Tensor] = field(default_factory=dict)
+    _changes: dict[float, float] = field(default_factory=dict)
 
     def y(self, h: float) -> Tensor:
         if h not in self._known:
+            if len(self._known) * self.noise.numel() > _KEPT:
+                self._known = {0.0: self.y(0.0)}
             pairs = zip(self.case.leaves, self.direction, strict=True)
             leaves = [leaf if v is None else leaf + h * v for leaf, v in pairs]
             self._known[h] = self._apply(leaves) if h else self.case.at(leaves).apply()
             self.evaluations += 1
         return self._known[h]
+
+    def change(self, h: float) -> float:
+        """φ(h) − φ(0). Entries that do not change cancel before they are summed."""
+        if h not in self._changes:
+            self._changes[h] = float((self.case.grad * (self.y(h) - self.y(0.0))).sum())
+        return self._changes[h]
 
     def _apply(self, leaves: Leaves) -> Tensor:
         """y, or NaN where the layer raises: it may be defined on one side only."""
@@ -123,8 +137,8 @@ class Line:
             return torch.full_like(self.y(0.0), math.nan)
 
     def central(self, h: float) -> float:
-        """(φ(h) − φ(−h)) / 2h. Entries that do not change cancel before they are summed."""
-        return self._dot(self.y(h) - self.y(-h)) / (2 * h * self.length)
+        """(φ(h) − φ(−h)) / 2h."""
+        return (self.change(h) - self.change(-h)) / (2 * h * self.length)
 
     def rounding(self, h: float) -> float:
         """The error that y's rounding makes in `central`."""
@@ -142,7 +156,7 @@ class Line:
 
     def remainder(self, h: float, derivative: float) -> float:
         """φ(h) − φ(0) − h·derivative."""
-        return self._dot(self.y(h) - self.y(0.0)) - h * self.length * derivative
+        return self.change(h) - h * self.length * derivative
 
     def _bend(self, h: float) -> Tensor:
         return ((self.y(h) - self.y(0.0)) - (self.y(0.0) - self.y(-h))) / (h * self.length)
@@ -151,17 +165,27 @@ class Line:
     def _blur(self) -> Tensor:
         """The noise of the entries of y that depend on the direction; 0 elsewhere.
 
-        Steps of the direction's own length show them, or steps of 1 if those are lost in rounding.
+        Steps of the direction's own length show them, or steps of 1 if those are lost in rounding,
+        or NaN along the direction if every step is. If even NaN shows none, all are taken to.
         """
         largest = max(float(v.abs().max()) for v in self.direction if v is not None)
         reached = torch.zeros_like(self.noise, dtype=torch.bool)
-        for h in (1.0, 1 / largest) if 0 < largest < 1 else (1.0,):
+        for h in (1.0, 1 / largest) if 2.0**-1022 < largest < 1 else (1.0,):
             for step in (h, -h):
                 reached |= self.y(step) != self.y(0.0)
+        reached |= self._poisoned().isnan() & ~self.y(0.0).isnan()
+        if not reached.any():
+            return self.noise
         return torch.where(reached, self.noise, torch.zeros_like(self.noise))
 
-    def _dot(self, change: Tensor) -> float:
-        return float((self.case.grad * change).sum())
+    def _poisoned(self) -> Tensor:
+        """y where every entry that moves is NaN."""
+        pairs = zip(self.case.leaves, self.direction, strict=True)
+        leaves = [leaf if v is None else leaf.masked_fill(v != 0, math.nan) for leaf, v in pairs]
+        try:
+            return self.case.at(leaves).apply()
+        except Exception:  # a layer may refuse NaN by any exception
+            return self.y(0.0)
 
 
 def slope(line: Line) -> Slope:

@@ -25,7 +25,7 @@ def pure(
     """Return `call()`. Raise GradientMismatch if it changes an input, or a tensor in `extra`."""
     tensors = _tensors({**case.inputs, **(extra or {})})
     before = {name: (_description(x), bits(x)) for name, x in tensors.items()}
-    leaves, structure = optree.tree_flatten(case.params)
+    trees = {name: optree.tree_flatten(getattr(case, name)) for name in ("params", "x")}
     states = _random_states(case)
     result = call()
     _expect_states(case, who, states)
@@ -33,9 +33,11 @@ def pure(
         description, old = before[name]
         if _description(x) != description or not torch.equal(bits(x), old):
             raise GradientMismatch(f"{who}: writes to {name}, a tensor that it was handed")
-    leaves_after, structure_after = optree.tree_flatten(case.params)
-    if structure_after != structure or not all(map(operator.is_, leaves_after, leaves)):
-        raise GradientMismatch(f"{who}: changes the tree of params that it was handed")
+    for name, tree in (("params", case.params), ("x", case.x)):
+        leaves_before, structure_before = trees[name]
+        leaves, structure = optree.tree_flatten(tree)
+        if structure != structure_before or not all(map(operator.is_, leaves, leaves_before)):
+            raise GradientMismatch(f"{who}: changes the tree of {name} that it was handed")
     return result
 
 
@@ -55,7 +57,7 @@ def under_two_seeds(case: Case, who: str, call: Callable[[], _Result]) -> list[_
     try:
         for seed in (1, 2):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds every device
-            if case.x.device.type == "cuda":
+            if case.grad.device.type == "cuda":
                 torch.cuda.manual_seed(seed)
             np.random.seed(seed)
             random.seed(seed)
@@ -67,7 +69,7 @@ def under_two_seeds(case: Case, who: str, call: Callable[[], _Result]) -> list[_
         np.random.set_state(states["numpy"])
         random.setstate(states["random"])
         if "torch.cuda" in states:
-            torch.cuda.set_rng_state(states["torch.cuda"], case.x.device)
+            torch.cuda.set_rng_state(states["torch.cuda"], case.grad.device)
     return results
 
 
@@ -78,8 +80,8 @@ def _random_states(case: Case) -> dict[str, Any]:
         "numpy": np.random.get_state(legacy=False),
         "random": random.getstate(),
     }
-    if case.x.device.type == "cuda":
-        states["torch.cuda"] = torch.cuda.get_rng_state(case.x.device)
+    if case.grad.device.type == "cuda":
+        states["torch.cuda"] = torch.cuda.get_rng_state(case.grad.device)
     return states
 
 
@@ -104,7 +106,8 @@ def expect_unshared(name: str, result: Tensor, others: Mapping[str, Any], why: s
     for other, x in _tensors(others).items():
         if x.numel() and result.numel() and _storage(x) == _storage(result):
             raise GradientMismatch(
-                f"{name} shares memory with {other}{why}: whoever writes to one changes the other"
+                f"{name} shares memory with {other}{why}: whoever writes to one changes the other. "
+                "The remedy is a clone()"
             )
 
 

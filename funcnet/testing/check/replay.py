@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from enum import Enum
 from typing import Any
 
 import optree
@@ -13,7 +15,6 @@ from torch import Tensor
 import funcnet
 from funcnet.keys import key as make_key
 from funcnet.keys import normal
-from funcnet.layer import Layer
 from funcnet.testing.check.case import Case, LossCase, make_case
 
 _MOST_LITERAL = 400
@@ -25,11 +26,13 @@ def snippet(case: Case, fails: Callable[[Case], bool]) -> str:
     It draws its tensors from keys if such a case fails too, the smallest batch first. Otherwise it
     spells them out if they have few entries, or takes them from the exception.
     """
-    drawn = None if isinstance(case, LossCase) or case.key is not None else _drawn(case, fails)
+    drawable = not case.is_loss and case.key is None and isinstance(case.x, Tensor)
+    drawn = _drawn(case, fails) if drawable and _is_source(case.layer) else None
     entries = sum(x.numel() for x in case.inputs.values())
     lines = ["import torch", "import funcnet as fn", "from funcnet.testing import check_vjp"]
-    tree = case.target if isinstance(case, LossCase) else case.params
-    if drawn is None and not (entries <= _MOST_LITERAL and _is_builtin(tree)):
+    trees = (case.target if isinstance(case, LossCase) else case.params, case.x)
+    spelled = entries <= _MOST_LITERAL and _is_builtin(trees) and _is_source(case.layer)
+    if drawn is None and not spelled:
         x, key = ("x, error.target", "") if case.is_loss else ("params, x", ", key=error.key")
         lines += [
             "# The tensors are not spelled out: catch the exception as `error`.",
@@ -51,7 +54,7 @@ def snippet(case: Case, fails: Callable[[Case], bool]) -> str:
 
 def _drawn(case: Case, fails: Callable[[Case], bool]) -> Case | None:
     """A failing case of the same shapes, drawn from keys."""
-    dtype, device = case.x.dtype, case.x.device
+    dtype, device = case.dtype, case.x.device
     batch = len(case.x) if case.x.ndim else None
     for count in [] if batch is None else sorted({min(1, batch), min(2, batch), batch}):
         shape = (count, *case.x.shape[1:])
@@ -68,13 +71,16 @@ def _drawn(case: Case, fails: Callable[[Case], bool]) -> Case | None:
 
 def _literally(case: Case) -> list[str]:
     key = "" if case.key is None else f", key=fn.{case.key!r}"
-    lines = [f"x = {_literal(case.x)}"]
     name, tree = ("target", case.target) if isinstance(case, LossCase) else ("params", case.params)
-    code = optree.tree_map(lambda leaf: _Code(_literal(leaf)), tree)
-    lines.append(f"{name} = {code!r}")
+    lines = [f"x = {_spelled(case.x)}", f"{name} = {_spelled(tree)}"]
     arguments = "layer, x, target" if case.is_loss else "layer, params, x"
     lines.append(f"grad = {_literal(case.grad)}")
     return [*lines, f"check_vjp({arguments}, grad=grad{key})"]
+
+
+def _spelled(tree: Any) -> str:
+    """Code that makes a tree of tensors."""
+    return repr(optree.tree_map(lambda leaf: _Code(_literal(leaf)), tree))
 
 
 class _Code(str):
@@ -89,10 +95,12 @@ def _is_builtin(tree: Any) -> bool:
         return all(map(_is_builtin, tree))
     if type(tree) is dict:
         return all(map(_is_builtin, tree.values()))
-    return tree is None or isinstance(tree, Tensor)
+    return tree is None or isinstance(tree, (Tensor, int, float, str))
 
 
-def _literal(x: Tensor) -> str:
+def _literal(x: Any) -> str:
+    if not isinstance(x, Tensor):
+        return repr(x)
     values = re.sub(r"\b(inf|nan)\b", r"torch.\1", repr(x.tolist()))
     shaped = f".reshape({tuple(x.shape)})" if not x.numel() else ""
     return f"torch.tensor({values}, dtype={x.dtype}{_on(x.device)}){shaped}"
@@ -108,17 +116,41 @@ def _source(layer: Any) -> str:
     return re.sub(r"[\w.]*<locals>\.", "", repr(layer))
 
 
+def _is_source(layer: Any) -> bool:
+    """Whether the layer's code, with its imports, makes the same layer again.
+
+    A class or function that is defined in a function cannot be imported: the reader has it.
+    """
+    if "<" in _source(layer):
+        return True
+    names: dict[str, Any] = {"torch": torch, "fn": funcnet}
+    names.update((name, getattr(funcnet, name)) for name in funcnet.__all__)
+    names.update((cls.__name__, cls) for cls in _classes(layer))
+    try:
+        return bool(eval(_source(layer), names) == layer)
+    except Exception:  # a repr need not be code
+        return False
+
+
 def _import_of(layer: Any) -> list[str]:
     named = set(re.findall(r"\w+", _source(layer))) & set(funcnet.__all__)
     lines = [f"from funcnet import {', '.join(sorted(named))}"] if named else []
     for cls in sorted(_classes(layer), key=str):
         importable = cls.__module__ != "__main__" and "<locals>" not in cls.__qualname__
-        if importable and not cls.__module__.startswith("funcnet."):
+        if importable and cls.__module__.split(".")[0] not in ("funcnet", "builtins", "torch"):
             lines.append(f"from {cls.__module__} import {cls.__name__}")
     return lines
 
 
-def _classes(layer: Any) -> set[type]:
-    """The classes of a layer and of the layers in it."""
-    children = layer._children() if isinstance(layer, Layer) else ()
-    return {type(layer)}.union(*(_classes(child) for _, child in children))
+def _classes(value: Any) -> set[type]:
+    """The classes of a layer and of what its fields hold."""
+    if isinstance(value, (tuple, list)):
+        held = list(value)
+    elif isinstance(value, dict):
+        held = list(value.values())
+    elif is_dataclass(value) and not isinstance(value, type):
+        held = [getattr(value, f.name) for f in fields(value) if f.repr]
+    else:
+        return {type(value)} if isinstance(value, Enum) else set()
+    own = {type(value)} if type(value) not in (tuple, list, dict) else set()
+    return own.union(*map(_classes, held))

@@ -16,12 +16,13 @@ def wrong_gradient(found: Finding) -> GradientMismatch:
     name = found.case.names[found.leaf]
     mismatch = GradientMismatch()
     mismatch.leaf = name + (f"[{', '.join(map(str, found.index))}]" if found.index else "")
+    along = "" if found.index is not None else " along a direction that moves equal entries alike"
     mismatch.analytic, mismatch.numeric = found.analytic, found.numeric
     size = max(abs(found.numeric), abs(found.analytic))
     relative = abs(found.analytic - found.numeric) / size if size else 0.0
     mismatch.relative_error = relative
     lines = [
-        f"the gradient for {mismatch.leaf} is wrong",
+        f"the gradient for {mismatch.leaf} is wrong{along}",
         f"  analytic        {found.analytic:.12g}",
         f"  numeric         {found.numeric:.12g}",
         f"  relative error  {relative:.3g}",
@@ -61,7 +62,7 @@ def complete(mismatch: GradientMismatch, case: Case, examine: Callable[[Case], N
     sizes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in case.inputs.items())
     code = mismatch.snippet.replace("\n", "\n    ")
     mismatch.args = (
-        f"{case.layer}: {mismatch.args[0]}\n  of              {sizes}; {case.x.dtype}\n"
+        f"{case.layer}: {mismatch.args[0]}\n  of              {sizes}; {case.dtype}\n"
         f"To replay it:\n    {code}",
     )
 

@@ -9,15 +9,18 @@ relative, so it holds at any scale.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, TypeVar
 
 import optree
 import torch
 from torch import Tensor
 
-from funcnet.testing.check.case import Case, Leaves, flat, signed
-from funcnet.testing.check.tolerances import LEAF_SHARE, SAFETY, SMALLEST
+from funcnet.testing.check.case import Case, Leaves, scale_of, signed
+from funcnet.testing.check.tolerances import LEAF_SHARE, SAFETY, SMALLEST, TAIL
+
+_Result = TypeVar("_Result")
 
 TRIALS = 12
 """Trials that show both sides of a kink within rounding."""
@@ -28,8 +31,51 @@ def value_moves(case: Case, epsilon: float, trials: int = 2) -> Tensor:
     y = case.apply()
     moves = torch.zeros_like(y)
     for trial in range(trials):
-        moves = torch.maximum(moves, _distance(_nudge(case, epsilon, trial).apply(), y))
+        there = _tried(_nudge(case, epsilon, trial).apply)
+        if there is not None:
+            moves = torch.maximum(moves, _distance(there, y))
     return torch.maximum(moves, epsilon * _finite(y).abs())
+
+
+def value_noise(case: Case, epsilon: float, trials: int = 2) -> Tensor:
+    """The rounding of each entry of y: its move, or what terms that cancel in its tail leave.
+
+    1 + erf(x) is a staircase at x = −8: no nudge shows its steps. But terms that cancel there are
+    about as large as y is nearer to 0, so y is taken there too.
+    """
+    y = case.apply()
+    largest = _finite(y).abs()
+    for there in _nearer_to_zero(case):
+        found = _tried(there.apply)
+        if found is not None:
+            largest = torch.maximum(largest, _finite(found).abs())
+    noise = torch.maximum(value_moves(case, epsilon, trials), TAIL * epsilon * largest)
+    return noise + torch.finfo(y.dtype).tiny
+
+
+def gradient_noise(case: Case, epsilon: float, trials: int) -> Leaves:
+    """The rounding of each entry of the gradients, in tails too, as `value_noise`."""
+    moves, tails = gradient_moves(case, epsilon, trials), gradient_tails(case)
+    pairs = zip(moves, tails, strict=True)
+    return [torch.maximum(move, TAIL * epsilon * tail) for move, tail in pairs]
+
+
+def gradient_tails(case: Case) -> Leaves:
+    """The largest size of each entry of the gradients nearer to 0."""
+    largest = [_finite(gradient).abs() for gradient in case.gradients()]
+    for there in _nearer_to_zero(case):
+        for size, gradient in zip(largest, _tried(there.gradients) or (), strict=False):
+            torch.maximum(size, _finite(gradient).abs(), out=size)
+    return largest
+
+
+def _nearer_to_zero(case: Case) -> Iterator[Case]:
+    """Points on the rays from 0 through all leaves, and through x alone."""
+    for factor in (1 / 8, 1 / 64):
+        for which in (slice(None), slice(case.first_of_x, None)):
+            leaves = case.leaves
+            leaves[which] = [factor * x if x.is_floating_point() else x for x in leaves[which]]
+            yield case.at(leaves)
 
 
 def gradient_moves(
@@ -39,16 +85,37 @@ def gradient_moves(
     residuals = case.fwd()[1] if by is Case.gradients else None
 
     def results(there: Case, kept: Any) -> Leaves:
-        return [*by(there), *(flat(there.bwd(kept)) if by is Case.gradients else [])]
+        return [*by(there), *(case.flat(there.bwd(kept)) if by is Case.gradients else [])]
 
     still = results(case, residuals)
-    moves = [torch.zeros_like(leaf) for leaf in case.leaves]
+    moves = [torch.zeros(leaf.shape, dtype=case.dtype, device=leaf.device) for leaf in case.leaves]
     for trial in range(trials):
         kept = _nudge_tree(residuals, epsilon, 1000 + trial)
-        for i, leaf in enumerate(results(_nudge(case, epsilon, trial), kept)):
+        found = _tried(partial(results, _nudge(case, epsilon, trial), kept))
+        for i, leaf in enumerate(found or ()):
             move = moves[i % len(moves)]
             torch.maximum(move, _distance(leaf, still[i]), out=move)
     return moves
+
+
+def is_extreme(case: Case) -> bool:
+    """Whether products of three of the case's numbers may overflow in its dtype, or underflow."""
+    limit = float(torch.finfo(case.dtype).max) ** (1 / 3)
+    for x in [*case.leaves, case.grad, case.apply()]:
+        finite = x[x.isfinite()] if x.is_floating_point() else x.new_ones(0)
+        if finite.numel() and not (
+            1 / limit < scale_of(finite) and float(finite.abs().max()) < limit
+        ):
+            return True
+    return False
+
+
+def _tried(call: Callable[[], _Result]) -> _Result | None:
+    """Return `call()`, None where the layer refuses: it may be undefined beside x."""
+    try:
+        return call()
+    except Exception:  # a layer may refuse its input by any exception
+        return None
 
 
 def allowance(moves: Tensor, dtype: torch.dtype) -> Tensor:

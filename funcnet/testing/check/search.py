@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -20,55 +21,88 @@ from torch import Tensor
 from funcnet.testing.check.case import Case, Leaves, scale_of, signed
 from funcnet.testing.check.comparison import Errors, excess, largest_error, unravel
 from funcnet.testing.check.oracles import Line, Slope, autograd_gradients, slope, taylor_slope
-from funcnet.testing.check.rounding import allowance, gradient_moves, value_moves
-from funcnet.testing.check.tolerances import NEGLIGIBLE, SCORED, WRONG_POWER
+from funcnet.testing.check.rounding import (
+    allowance,
+    gradient_moves,
+    gradient_tails,
+    is_extreme,
+    value_noise,
+)
+from funcnet.testing.check.tolerances import IN_TAILS, NEGLIGIBLE, SCORED, WRONG_POWER
 
 _EPSILON = torch.finfo(torch.float64).eps
 _SUSPECTS = 12
-_WITH_AUTOGRAD, _ALONE = 100, 20000  # evaluations of apply that single entries may cost
+_CALM, _SUSPICIOUS = 100, 20000  # evaluations of apply that single entries may cost
 _WORK = 2**24  # entries that all those evaluations may compute
+_SHORTEST = 2.0**-960  # parts of a shorter step would drown in the smallest numbers
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A wrong entry: its leaf and index, and the numbers to compare it with."""
+    """A wrong entry: its leaf and index, and the numbers to compare it with.
+
+    Without an index it is a leaf that is wrong along a direction, whose derivative by the leaf's
+    gradient is `along`.
+    """
 
     case: Case
     leaf: int
-    index: tuple[int, ...]
+    index: tuple[int, ...] | None
     gradients: Leaves
     numeric: float
     floor: Tensor
     reference: Tensor | None = None
     taylor: float | None = None
+    along: float = math.nan
 
     @property
     def analytic(self) -> float:
-        return float(self.gradients[self.leaf][self.index])
+        return self.along if self.index is None else float(self.gradients[self.leaf][self.index])
 
 
-def find_wrong(case: Case, rtol: float, atol: float, errors: Errors) -> Finding | None:
+@dataclass(frozen=True)
+class Budget:
+    """What the search for wrong entries may cost: seconds, or evaluations of `apply`."""
+
+    seconds: float | None = None
+    start: float = field(default_factory=time.monotonic)
+
+    def is_spent(self, evaluations: int, most: int) -> bool:
+        if self.seconds is None:
+            return evaluations >= most
+        return time.monotonic() - self.start >= self.seconds
+
+
+def find_wrong(
+    case: Case, rtol: float, atol: float, errors: Errors, budget: Budget
+) -> Finding | None:
     """The first wrong entry at a float64 case, or at a point beside it, away from ties."""
-    here = _Search(case, rtol, atol, errors).find(thorough=False)
-    return here or _Search(moved(case), rtol, atol, errors).find(thorough=True)
+    here = _Search(case, rtol, atol, errors, budget).find(thorough=False)
+    return here or _Search(moved(case), rtol, atol, errors, budget).find(thorough=True)
 
 
 def moved(case: Case) -> Case:
-    """A point beside the case. Entries keep their sign; zeros move if y stays finite."""
+    """A point beside the case. Entries keep their sign; zeros move if y stays finite.
+
+    It is nearer where the layer refuses one that is further off, and the case itself at last.
+    """
     still = case.apply().isfinite().all()
 
-    def beside(leaf: Tensor, seed: int, zeros: float) -> Tensor:
+    def beside(leaf: Tensor, seed: int, step: float, zeros: float) -> Tensor:
         if not _movable(leaf):
             return leaf
         noise = signed(leaf.shape, seed).to(leaf).clamp(-3, 3)
         away = zeros * scale_of(leaf) * noise
-        return torch.where(leaf == 0, away, leaf * (1 + 0.02 * noise))
+        return torch.where(leaf == 0, away, leaf * (1 + step * noise))
 
-    for zeros in (0.02, 0.0):
-        leaves = [beside(leaf, 7 + i, zeros) for i, leaf in enumerate(case.leaves)]
-        there = case.at(leaves)
-        if not still or there.apply().isfinite().all():
-            return there
+    for step, zeros in ((0.02, 0.02), (0.02, 0.0), (0.001, 0.0)):
+        there = case.at([beside(leaf, 7 + i, step, zeros) for i, leaf in enumerate(case.leaves)])
+        try:
+            if not still or there.apply().isfinite().all():
+                there.vjp()
+                return there
+        except Exception:  # a layer may refuse its input by any exception
+            continue
     return case
 
 
@@ -79,11 +113,19 @@ def _movable(leaf: Tensor) -> bool:
 class _Search:
     """The search at one float64 point."""
 
-    def __init__(self, case: Case, rtol: float, atol: float, errors: Errors) -> None:
+    def __init__(
+        self, case: Case, rtol: float, atol: float, errors: Errors, budget: Budget
+    ) -> None:
         self.case, self.rtol, self.atol, self.errors = case, rtol, atol, errors
+        self.budget = budget
         self.gradients = case.gradients()
         self.evaluations = 0
-        self.frozen = case.frozen
+        frozen = case.frozen
+        self.examined = [
+            i
+            for i, leaf in enumerate(case.leaves)
+            if _movable(leaf) and not frozen[i] and leaf.numel()
+        ]
         self.autograd = autograd_gradients(case)
         y = case.apply()
         self.finite = bool(y.isfinite().all())
@@ -92,7 +134,11 @@ class _Search:
 
     @cached_property
     def noise(self) -> Tensor:  # of y
-        return value_moves(self.case, _EPSILON)
+        return value_noise(self.case, _EPSILON)
+
+    @cached_property
+    def extreme(self) -> bool:
+        return is_extreme(self.case)
 
     @cached_property
     def floors(self) -> Leaves:
@@ -103,28 +149,54 @@ class _Search:
                 self.case, _EPSILON, 2, lambda case: autograd_gradients(case) or case.gradients()
             )
             moves = [torch.maximum(a, b) for a, b in zip(moves, theirs, strict=True)]
-        return [allowance(move, torch.float64) for move in moves]
+        tails = gradient_tails(self.case)
+        return [
+            allowance(move, torch.float64) + IN_TAILS * _EPSILON * tail
+            for move, tail in zip(moves, tails, strict=True)
+        ]
 
     def find(self, thorough: bool) -> Finding | None:
-        found = None if self.autograd is None else self._against_autograd(self.autograd)
+        found = self._not_a_number()
+        if found is None and self.autograd is not None:
+            found = self._against_autograd(self.autograd)
         if found is None and self.finite and (thorough or self.autograd is None):
-            return self._along_directions() or self._entry_by_entry()
+            suspicious = self._is_wrong_over_all_leaves() and not self.extreme
+            found = self._along_directions(3 if suspicious else 1 + thorough)
+            if found is None and (suspicious or thorough):
+                found = self._entry_by_entry(_SUSPICIOUS if suspicious else _CALM)
         return found
+
+    def _not_a_number(self) -> Finding | None:
+        """An entry that is NaN, though y and the entries of the leaf are finite."""
+        if not (self.finite and self.case.grad.isfinite().all()):
+            return None
+        for i in self.examined:
+            undefined = self.gradients[i].isnan()
+            if undefined.any() and not self.extreme:
+                return self._finding(i, int(undefined.flatten().int().argmax()), math.nan)
+        return None
 
     def _against_autograd(self, references: Leaves) -> Finding | None:
         suspects: list[tuple[float, int, int]] = []
+        differing = set()
         for i, (ours, theirs) in enumerate(zip(self.gradients, references, strict=True)):
+            if not ours.is_floating_point():
+                continue
             self.errors.autograd = max(self.errors.autograd, largest_error(ours, theirs, theirs))
             allowed = self.atol + self.rtol * theirs.abs()
             if (excess(ours, theirs, allowed) <= 1).all():
                 continue  # the floors, which take more evaluations, are not needed
+            differing.add(i)
             off = excess(ours, theirs, allowed + self.floors[i]).flatten()
             top = off.topk(min(_SUSPECTS, off.numel())).indices.tolist()
             suspects += [(float(off[p]), i, p) for p in top if off[p] > 1]
-        for _, i, position in sorted(suspects, reverse=True)[: 2 * _SUSPECTS]:
+        suspects = sorted(suspects, reverse=True)[: 2 * _SUSPECTS]
+        for _, i, position in suspects:
             mine = float(self.gradients[i].flatten()[position])
             other = float(references[i].flatten()[position])
             if not (self.finite and math.isfinite(mine)):
+                if self.extreme:
+                    continue
                 return self._finding(i, position, other)
             found = self._entry_slope(i, position)
             slack = self.rtol * abs(found.value) + self.atol
@@ -133,43 +205,96 @@ class _Search:
                 return self._finding(i, position, other if right else found.value)
             if found.refutes(other, slack):
                 self.autograd = None  # it cannot follow apply
-                break
-        return None
+                return None
+            if not (found.resolves(mine - other) or self.extreme):
+                return self._finding(i, position, other)  # autograd decides
+        return self._along_ties(differing) if self.finite else None
 
-    def _along_directions(self) -> Finding | None:
-        for i, leaf in enumerate(self.case.leaves):
-            if not _movable(leaf) or self.frozen[i] or not leaf.numel():
+    def _is_wrong_over_all_leaves(self) -> bool:
+        """Move all leaves at once: most right gradients need no more than this."""
+        for trial in range(2):
+            directions: list[Tensor | None] = [None] * len(self.case.leaves)
+            for i in self.examined:
+                v = self._direction(self.case.leaves[i], 977 * trial + i, relative=not trial)
+                directions[i] = v
+            if (
+                self.examined
+                and self._refuted(directions, record=True, by_taylor=False) is not None
+            ):
+                return True
+        return False
+
+    def _along_directions(self, trials: int) -> Finding | None:
+        for trial, i in itertools.product(range(trials), self.examined):
+            if trial and self.budget.is_spent(0, 1):
+                break
+            v = self._direction(self.case.leaves[i], 31 * i + trial, relative=trial != 1)
+            taylor = self._refuted(self._only(i, v), record=True)
+            if taylor is not None and (found := self._halve(i, v, taylor)):
+                return found
+        return None if self.autograd is not None else self._along_ties(set(self.examined))
+
+    def _along_ties(self, leaves: set[int]) -> Finding | None:
+        """Move equal entries alike: at a tie, each entry alone may claim the whole slope."""
+        for i in sorted(leaves & set(self.examined)):
+            leaf = self.case.leaves[i]
+            values, which = torch.unique(leaf, return_inverse=True)
+            if len(values) == leaf.numel():
                 continue
-            for trial in range(1 if self.autograd is not None else 3):
-                v = self._direction(leaf, 31 * i + trial, relative=trial != 1)
-                taylor = self._refuted(i, v, record=True)
-                if taylor is not None and (found := self._halve(i, v, taylor)):
-                    return found
+            v = self._direction(values, 57 + i, relative=True)[which] if len(values) > 1 else None
+            v = torch.full_like(leaf, max(scale_of(leaf), _SHORTEST)) if v is None else v
+            directions = self._only(i, v)
+            taylor = self._refuted(directions, at_ties=True)
+            if taylor is not None:
+                numeric = slope(self._line(directions)).value
+                along = float((self.gradients[i] * v).sum())
+                reference = None if self.autograd is None else self.autograd[i]
+                floor = self.floors[i]
+                return Finding(
+                    self.case, i, None, self.gradients, numeric, floor, reference, taylor, along
+                )
         return None
 
     def _direction(self, leaf: Tensor, seed: int, relative: bool) -> Tensor:
         """A signed random direction, in units of each entry, whose sign stays, or of the leaf."""
         scale = torch.full_like(leaf, scale_of(leaf))
         size = torch.where(leaf == 0, scale, leaf.abs()) if relative else scale
-        return signed(leaf.shape, seed).to(leaf) * size
+        return signed(leaf.shape, seed).to(leaf) * size.clamp(min=_SHORTEST)
 
-    def _refuted(self, i: int, v: Tensor, record: bool = False) -> float | None:
-        """The power of Taylor's remainder along v if the gradient is wrong there."""
-        line = self._line(i, v)
-        terms = self.gradients[i] * v
+    def _refuted(
+        self,
+        directions: list[Tensor | None],
+        *,
+        record: bool = False,
+        by_taylor: bool = True,
+        at_ties: bool = False,
+    ) -> float | None:
+        """The power of Taylor's remainder along a direction if the gradient is wrong there.
+
+        It is 0 there without `by_taylor`, which a direction over many right entries may blur.
+        `at_ties` says that nudges break ties, so that the rounding that they show is none.
+        """
+        line = self._line(directions)
+        moving = [(i, v) for i, v in enumerate(directions) if v is not None]
+        terms = torch.cat([(self.gradients[i] * v).flatten() for i, v in moving])
         derivative, norm = float(terms.sum()), float(terms.norm())
+        if not math.isfinite(derivative) and self.extreme:
+            return None
         numeric = slope(line)
         taylor = taylor_slope(line, derivative)
         if record and norm > 0 and not numeric.jump and numeric.error <= SCORED * norm:
             error = abs(derivative - numeric.value) / norm
             self.errors.differences = max(self.errors.differences, error)
-        slack = NEGLIGIBLE * self.rtol * norm + self.atol * float(v.norm())
-        if numeric.refutes(derivative, slack):
-            slack += float((self.floors[i] * v).norm())
+        length = math.hypot(*(float(v.norm()) for _, v in moving))
+        slack = (1 if at_ties else NEGLIGIBLE) * self.rtol * norm + self.atol * length
+        if numeric.refutes(derivative, slack) and not at_ties:
+            slack += math.hypot(*(float((self.floors[i] * v).norm()) for i, v in moving))
         if not numeric.refutes(derivative, slack):
             if record and taylor is not None and not numeric.jump:
                 self.errors.taylor = min(self.errors.taylor, taylor)
             return None
+        if not by_taylor:
+            return 0.0
         # Away from kinks a wrong derivative shows in Taylor's remainder too.
         return taylor if taylor is not None and taylor < WRONG_POWER else None
 
@@ -180,7 +305,7 @@ class _Search:
             for half in positions.tensor_split(2):
                 part = torch.zeros_like(v).flatten()
                 part[half] = v.flatten()[half]
-                if self._refuted(i, part.reshape(v.shape)) is not None:
+                if self._refuted(self._only(i, part.reshape(v.shape))) is not None:
                     positions = half
                     break
             else:
@@ -188,19 +313,23 @@ class _Search:
         found = (self._refuted_entry(i, p, taylor) for p in positions[:_SUSPECTS].tolist())
         return next(filter(None, found), None)
 
-    def _entry_by_entry(self) -> Finding | None:
+    def _entry_by_entry(self, evaluations: int) -> Finding | None:
         """Examine the full Jacobian if it is small, else some entries of every leaf."""
-        budget = min(self.most, _ALONE if self.autograd is None else _WITH_AUTOGRAD)
+        most = min(self.most, evaluations)
         self.evaluations = 0
         for i, position in self._some_entries():
+            if self.budget.is_spent(self.evaluations, most):
+                return None
             found = self._refuted_entry(i, position)
-            if found is not None or self.evaluations >= budget:
+            if found is not None:
                 return found
         return None
 
     def _refuted_entry(self, i: int, position: int, taylor: float | None = None) -> Finding | None:
         """The finding that an entry is wrong, None unless a numeric derivative refutes it."""
         ours = float(self.gradients[i].flatten()[position])
+        if not math.isfinite(ours) and self.extreme:
+            return None
         found = self._entry_slope(i, position)
         slack = self.rtol * abs(found.value) + self.atol
         if found.refutes(ours, slack):
@@ -214,7 +343,7 @@ class _Search:
         orders = []
         for i, leaf in enumerate(self.case.leaves):
             generator = torch.Generator().manual_seed(i)
-            count = leaf.numel() if _movable(leaf) and not self.frozen[i] else 0
+            count = leaf.numel() if i in self.examined else 0
             shuffled = torch.randperm(count, generator=generator, device="cpu")
             orders.append(shuffled[: self.most].tolist())
         for turn in itertools.zip_longest(*orders):
@@ -227,7 +356,7 @@ class _Search:
         """
         leaf = self.case.leaves[i].flatten()
         own, others = abs(float(leaf[position])), scale_of(leaf)
-        size = own or others
+        size = max(own or others, _SHORTEST)
         found = self._slope_by(i, position, size)
         if size < others and not found.error <= NEGLIGIBLE * self.rtol * abs(found.value):
             larger = self._slope_by(i, position, others)
@@ -237,15 +366,19 @@ class _Search:
     def _slope_by(self, i: int, position: int, size: float) -> Slope:
         v = torch.zeros_like(self.case.leaves[i]).flatten()
         v[position] = size
-        line = self._line(i, v.reshape(self.case.leaves[i].shape), size)
+        line = self._line(self._only(i, v.reshape(self.case.leaves[i].shape)), size)
         found = slope(line)
         self.evaluations += line.evaluations
         return found
 
-    def _line(self, i: int, v: Tensor, length: float = 1.0) -> Line:
-        direction: list[Tensor | None] = [None] * len(self.case.leaves)
-        direction[i] = v
-        return Line(self.case, direction, self.noise, length)
+    def _only(self, i: int, v: Tensor) -> list[Tensor | None]:
+        """The direction that moves one leaf alone."""
+        directions: list[Tensor | None] = [None] * len(self.case.leaves)
+        directions[i] = v
+        return directions
+
+    def _line(self, directions: list[Tensor | None], length: float = 1.0) -> Line:
+        return Line(self.case, directions, self.noise, length)
 
     def _finding(
         self, i: int, position: int, numeric: float, taylor: float | None = None

@@ -11,8 +11,15 @@ import torch
 # --- Rounding
 
 # Moves: a sum rounds at every term, where a nudge moves its inputs once. 1000 moves are still 2e-13
-# in float64, so it can be generous. Half precision accumulates its sums in float32.
-SAFETY = {torch.float64: 1000.0, torch.float32: 128.0, torch.float16: 32.0, torch.bfloat16: 32.0}
+# in float64, so it can be generous. Half precision accumulates its sums in float32: over all layers
+# of the package its entries are at most 5 moves off, those of float32 at most 9.
+SAFETY = {torch.float64: 1000.0, torch.float32: 64.0, torch.float16: 16.0, torch.bfloat16: 16.0}
+# ε that the factor between a leaf and float64's may be off 1, besides one move of its entries, most
+# of which cancel: 2 over all layers of the package. So in leaves of many entries a factor is seen
+# from about 6 ε on: 5 % in bfloat16, 0.6 % in float16, 7e-7 in float32.
+FACTOR = 3.0
+# ε of a gradient's terms that its derivative along a direction may be off, in its own dtype.
+ALIKE_IN_DTYPE = 64.0
 # Share of the leaf's largest move that is added to each entry's own: an entry that stood still in
 # every trial is not exact, and algorithms share sums between entries.
 LEAF_SHARE = 1 / 64
@@ -22,6 +29,10 @@ SMALLEST = 64.0
 SAME_DTYPE = 64.0
 # ε of an entry, from float64: the inputs, the intermediate results and the result are rounded.
 ACROSS_DTYPES = 8.0
+# ε of y nearer to 0 on the ray through x: two or three roundings of terms that cancel in a tail.
+TAIL = 2.0
+# The same of a gradient in float64, ours or autograd's: y·(1 − y) is off by that for sigmoid(24).
+IN_TAILS = 16.0
 # Share of the dtype's largest number above which nothing is judged: sums overflow on the way.
 OVERFLOW = 1 / 64
 

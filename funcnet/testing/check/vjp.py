@@ -14,10 +14,11 @@ from funcnet.losses import Loss
 from funcnet.testing.check.case import Case, make_case
 from funcnet.testing.check.comparison import Errors
 from funcnet.testing.check.contract import check_calls, check_surroundings
+from funcnet.testing.check.keyed import beside_key
 from funcnet.testing.check.laws import check_frozen, check_linear_in_grad, check_sum_of_examples
 from funcnet.testing.check.precision import check_precision
 from funcnet.testing.check.report import complete, wrong_gradient
-from funcnet.testing.check.search import find_wrong, moved
+from funcnet.testing.check.search import Budget, find_wrong, moved
 from funcnet.testing.errors import GradientMismatch
 
 
@@ -30,6 +31,7 @@ def check_vjp(
     key: Key | None = None,
     rtol: float = 1e-6,
     atol: float = 0.0,
+    budget: float | None = None,
 ) -> None:
     """Check the gradient of a layer, network or loss, and the contract of both.
 
@@ -49,11 +51,18 @@ def check_vjp(
       A second point, away from ties, is checked beside the given one.
     - The dtype of x against float64, up to what rounding in it can do.
 
+    Leaves of integers and bools, in x, params and target, are never moved; their gradient is None.
+    A layer of several tensors may take a tree of them as x. A layer is checked without a key and,
+    if that changes y, with one. Where it refuses an x beside the given one, that x is left out.
+
+    `budget` is a time in seconds. Random directions over all leaves come first; what is left of the
+    time goes to single entries. Without a budget, these are a few hundred evaluations.
+
     An entry is wrong if it is off by more than `rtol` of itself, `atol` and the rounding of its own
     sum: gradients of 1e-12 are checked as closely as those of 1e12.
 
-    Raises GradientMismatch; TypeError for an x that is not a floating-point tensor; and every
-    exception of the layer, unchanged.
+    Raises GradientMismatch; TypeError for what is not a tensor; ValueError if no gradient could be
+    wrong (grad is 0, x or y is not finite); and every exception of the layer, unchanged.
 
     >>> import funcnet as fn
     >>> layer = fn.Conv2d(2, 3, padding=1)
@@ -61,44 +70,67 @@ def check_vjp(
     >>> check_vjp(layer, params, fn.normal(fn.key(1), (2, 3, 5, 5)))
     >>> check_vjp(fn.MSE(), fn.normal(fn.key(2), (4,)), fn.normal(fn.key(3), (4,)))
     """
-    inspect_vjp(layer, params, x, grad, key, rtol, atol)
+    inspect_vjp(layer, params, x, grad, key, rtol, atol, budget)
 
 
 def inspect_vjp(
     layer: Any, params: Any, x: Any, grad: Any = None, key: Key | None = None,
-    rtol: float = 1e-6, atol: float = 0.0,
+    rtol: float = 1e-6, atol: float = 0.0, budget: float | None = None,
 ) -> Errors:  # fmt: skip
     """`check_vjp` that returns the worst errors it has seen."""
     _refuse(layer, params, x)
+    if budget is not None and not budget > 0:
+        raise ValueError(f"check_vjp: expected a budget of more than 0 seconds, got {budget}")
     case = make_case(layer, params, x, grad, key)
-    errors = Errors()
-    try:
-        _examine(case, rtol, atol, errors)
-    except GradientMismatch as mismatch:
-        if mismatch.snippet is None:  # it has one if the layer calls check_vjp itself
-            complete(mismatch, case, lambda drawn: _examine(drawn, rtol, atol, Errors()))
-        raise
+    errors, limit = Errors(), Budget(budget)
+    _attempt(case, rtol, atol, errors, limit)
+    for there in beside_key(case):
+        _attempt(there, rtol, atol, errors, limit)
     return errors
 
 
-def _examine(case: Case, rtol: float, atol: float, errors: Errors) -> None:
+def _attempt(case: Case, rtol: float, atol: float, errors: Errors, budget: Budget) -> None:
+    """Examine a case, and complete the exception that says what is wrong."""
+    try:
+        _examine(case, rtol, atol, errors, budget)
+    except GradientMismatch as mismatch:
+        if mismatch.snippet is None:  # it has one if the layer calls check_vjp itself
+            complete(mismatch, case, lambda drawn: _examine(drawn, rtol, atol, Errors(), budget))
+        raise
+
+
+def _examine(case: Case, rtol: float, atol: float, errors: Errors, budget: Budget) -> None:
     check_calls(case)
     double = case.double()
-    dtype = double.apply().dtype
-    if dtype != torch.float64:
-        raise GradientMismatch(f"apply: expected y to be torch.float64 as x is, got {dtype}")
-    if case.x.dtype != torch.float64:
+    y = double.apply()
+    if y.dtype != torch.float64:
+        raise GradientMismatch(f"apply: expected y to be torch.float64 as x is, got {y.dtype}")
+    _expect_something(double, y)
+    if case.dtype != torch.float64:
         check_calls(double)  # rounding in the dtype of x may hide differences
     check_frozen(double)
-    found = find_wrong(double, rtol, atol, errors)
+    found = find_wrong(double, rtol, atol, errors, budget)
     if found is not None:
         raise wrong_gradient(found)
     beside = moved(double)
     check_linear_in_grad(beside)
     check_sum_of_examples(beside)
     check_surroundings(case)
-    if case.x.dtype != torch.float64:
+    if case.dtype != torch.float64:
         check_precision(case, double, errors)
+
+
+def _expect_something(case: Case, y: Tensor) -> None:
+    """Raise ValueError where any gradient would pass."""
+    movable = [leaf for leaf in case.leaves if leaf.is_floating_point()]
+    for nothing, why in (
+        (not movable, "neither x nor params have a floating-point tensor"),
+        (y.numel() and not y.isfinite().any(), "no entry of y is finite"),
+        (y.numel() and not case.grad.any(), "grad is 0"),
+        (y.numel() and not any(x.isfinite().any() for x in movable), "no entry is finite"),
+    ):
+        if nothing:
+            raise ValueError(f"check_vjp: expected a gradient that can be checked, but {why}")
 
 
 def _refuse(layer: Any, params: Any, x: Any) -> None:
@@ -106,10 +138,16 @@ def _refuse(layer: Any, params: Any, x: Any) -> None:
         kind = "the class " if isinstance(layer, type) else ""
         name = (layer if isinstance(layer, type) else type(layer)).__name__
         raise TypeError(f"check_vjp: expected a layer or a loss, got {kind}{name}")
-    x = params if isinstance(layer, Loss) else x
-    if not (isinstance(x, Tensor) and x.is_floating_point()):
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"check_vjp: expected x to be a floating-point tensor, got {got}")
-    for leaf in [] if isinstance(layer, Loss) else optree.tree_leaves(params):
-        if not isinstance(leaf, Tensor):
-            raise TypeError(f"check_vjp: expected params of tensors, got {type(leaf).__name__}")
+    if isinstance(layer, Loss):
+        if not (isinstance(params, Tensor) and params.is_floating_point()):
+            got = params.dtype if isinstance(params, Tensor) else type(params).__name__
+            raise TypeError(f"check_vjp: expected x to be a floating-point tensor, got {got}")
+        return
+    for name, tree in (("params", params), ("x", x)):
+        for leaf in optree.tree_leaves(tree):
+            if not isinstance(leaf, Tensor):
+                raise TypeError(f"check_vjp: expected {name} of tensors, got {type(leaf).__name__}")
+            if leaf.is_complex():
+                raise TypeError(f"check_vjp: expected {name} of real numbers, got {leaf.dtype}")
+    if not optree.tree_leaves(x):
+        raise TypeError(f"check_vjp: expected x to be a tensor, got {type(x).__name__}")

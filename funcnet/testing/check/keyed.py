@@ -1,0 +1,54 @@
+"""The same case with a key and without: evaluation is one function, training another."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from funcnet.keys import fold_in
+from funcnet.keys import key as make_key
+from funcnet.testing.check.case import Case
+from funcnet.testing.errors import GradientMismatch
+from funcnet.testing.layouts import same
+
+_KEYS = 8
+
+
+def beside_key(case: Case) -> list[Case]:
+    """The case without its key, or with one drawn; none where the layer takes no notice of it.
+
+    Raises GradientMismatch if every key drops the same entries.
+    """
+    if case.is_loss:
+        return []
+    key = make_key(0) if case.key is None else case.key
+    without, drawn = _y(replace(case, key=None)), _y(replace(case, key=key))
+    if without is None or drawn is None or same(without, drawn):
+        return []
+    if _is_masked(drawn, without) and all(
+        (y := _y(replace(case, key=fold_in(key, i)))) is not None and same(y, drawn)
+        for i in range(_KEYS)
+    ):
+        raise GradientMismatch(
+            f"apply: {_KEYS} different keys drop the same entries: the numbers that it draws do "
+            "not depend on its key"
+        )
+    return [replace(case, key=None if case.key is not None else key)]
+
+
+def _is_masked(y: Tensor, without: Tensor) -> bool:
+    """Whether a key changes some entries of y to 0 and others in another way, as dropout does."""
+    dropped = (y == 0) & (without != 0)
+    return bool(dropped.any()) and bool(((y != 0) & (y != without)).any())
+
+
+def _y(case: Case) -> Tensor | None:
+    """y, None where the layer refuses: some need a key, and some know of none."""
+    try:
+        y = case.apply()
+    except Exception:  # a layer may refuse its input by any exception
+        return None
+    shaped = isinstance(y, torch.Tensor) and y.shape == case.grad.shape
+    return y if shaped else None

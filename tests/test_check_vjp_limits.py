@@ -1,0 +1,558 @@
+"""check_vjp at extreme numbers, at the edge of a layer's domain, at kinks, and on odd trees."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import optree
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from registry import budget
+from users_layers import Dense, Plain
+
+import funcnet as fn
+from funcnet.testing import GradientMismatch, check_vjp
+
+
+def draw(shape, dtype=torch.float64, key=0):
+    return fn.normal(fn.key(key), shape, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Function(Plain):
+    """y = f(x) entry by entry, with slope f′(x); both are named in `FUNCTIONS`."""
+
+    name: str
+    opaque: bool = False
+    factor: float = 1.0
+
+    def fwd(self, params, x, *, key=None):
+        with torch.set_grad_enabled(not self.opaque and torch.is_grad_enabled()):
+            return FUNCTIONS[self.name][0](x), x
+
+    def bwd(self, params, x, grad, *, input_grad=True):
+        return (), self.factor * grad * FUNCTIONS[self.name][1](x) if input_grad else None
+
+
+def within(x, low, high):
+    if not ((x >= low) & (x <= high)).all():
+        raise ValueError(f"expected numbers between {low} and {high}")
+    return x
+
+
+def normal_cdf(x):
+    return 0.5 * (1 + torch.erf(x * 0.5**0.5))
+
+
+FUNCTIONS = {
+    "gelu": (
+        F.gelu,
+        lambda x: normal_cdf(x) + x * torch.exp(-x * x / 2) / math.sqrt(2 * math.pi),
+    ),
+    "cdf": (normal_cdf, lambda x: torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)),
+    "slope of tanh": (
+        lambda x: 1 - torch.tanh(x) ** 2,
+        lambda x: -2 * torch.tanh(x) * (1 - torch.tanh(x) ** 2),
+    ),
+    "square": (torch.square, lambda x: 2 * x),
+    "cube": (lambda x: x**3, lambda x: 3 * x**2),
+    "reciprocal": (torch.reciprocal, lambda x: -1 / x / x),
+    "acos": (lambda x: torch.acos(within(x, -1, 1)), lambda x: -1 / torch.sqrt(1 - x * x)),
+    "entropy": (
+        lambda x: -torch.xlogy(within(x, 0, 1), x) - torch.xlogy(1 - x, 1 - x),
+        lambda x: torch.log(1 - x) - torch.log(x),
+    ),
+    "log": (lambda x: torch.log(within(x, 0, math.inf)), torch.reciprocal),
+    "sigmoid": (torch.sigmoid, lambda x: torch.sigmoid(x) * torch.sigmoid(-x)),
+    "softplus": (F.softplus, torch.sigmoid),
+    "exp": (torch.exp, torch.exp),
+}
+TAILS = ["gelu", "cdf", "slope of tanh", "sigmoid", "softplus", "exp"]
+
+
+# --- What drowns in rounding is not refuted
+
+
+@pytest.mark.parametrize("opaque", [False, True], ids=["autograd", "opaque"])
+@pytest.mark.parametrize("name", TAILS)
+@budget(8)
+@given(x=st.lists(st.floats(-40, 40), min_size=1, max_size=3))
+def test_right_slopes_in_tails(name, opaque, x):
+    for dtype in (torch.float64, torch.float32):
+        check_vjp(Function(name, opaque), (), torch.tensor([x], dtype=dtype))
+
+
+@pytest.mark.parametrize("opaque", [False, True], ids=["autograd", "opaque"])
+def test_gelu_is_a_staircase_far_from_zero(opaque):
+    check_vjp(Function("gelu", opaque), (), torch.tensor([[7.0, -8.0]], dtype=torch.float64))
+    check_vjp(Function("gelu", opaque), (), torch.tensor([[-5.5, -6.0]]))
+
+
+DEEP = {
+    "sigmoids": (fn.Sequential(*(fn.Conv2d(2, 3, padding=1), fn.Sigmoid()) * 20), (2, 4, 4)),
+    "relus": (fn.Sequential(*(fn.Linear(6), fn.ReLU()) * 30), (6,)),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_deep_networks_in_which_the_first_layers_hardly_matter(name):
+    net, shape = DEEP[name]
+    params = net.init(fn.key(0), shape, dtype=torch.float64)
+    check_vjp(net, params, draw((2, *shape)))
+
+
+@pytest.mark.parametrize("exponent", [-300, -200, -18, 18, 200, 300])
+@pytest.mark.parametrize(
+    "layer", [fn.Linear(4), fn.LayerNorm(), fn.Sequential(fn.Linear(4), fn.Tanh())], ids=str
+)
+def test_right_layers_at_extreme_scales(layer, exponent):
+    params = layer.init(fn.key(0), (5,), dtype=torch.float64)
+    check_vjp(layer, params, 10.0**exponent * draw((3, 5)))
+    if abs(exponent) < 30:
+        params = layer.init(fn.key(0), (5,))
+        check_vjp(layer, params, 10.0**exponent * draw((3, 5), torch.float32))
+
+
+@pytest.mark.parametrize("factor", [1e4, 1e-3])
+@pytest.mark.parametrize(
+    "layer", [fn.LSTM(3), fn.MultiheadAttention(2), fn.GELU(), fn.Linear(4)], ids=str
+)
+def test_right_layers_of_large_and_small_weights(layer, factor):
+    shape = (4, 4)
+    params = layer.init(fn.key(0), shape, dtype=torch.float64)
+    params = optree.tree_map(lambda leaf: factor * leaf, params)
+    check_vjp(layer, params, draw((2, *shape)))
+
+
+@pytest.mark.parametrize("size", [5e-324, 1e-310, 1e-200, 1e200, torch.finfo().max])
+@pytest.mark.parametrize("name", ["relu", "square", "cube", "reciprocal", "gelu"])
+def test_the_smallest_and_the_largest_numbers(name, size):
+    layer = fn.ReLU() if name == "relu" else Function(name)
+    x = torch.tensor([size, 1.0], dtype=torch.float64)
+    check_vjp(layer, (), x)
+    check_vjp(layer, (), torch.stack([x, -x]), grad=torch.stack([x, x]))
+
+
+def test_a_single_subnormal_number():
+    check_vjp(fn.ReLU(), (), torch.tensor([5e-324], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("opaque", [False, True], ids=["autograd", "opaque"])
+@pytest.mark.parametrize("name", ["gelu", "softplus", "square", "log"])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e6])
+def test_wrong_slopes_are_still_refuted(name, opaque, scale):
+    if name in ("gelu", "softplus") and scale != 1:
+        return  # steps of 1e-12 drown in softplus(0), and the slope of gelu is 0 or 1 at 1e6
+    x = scale * fn.uniform(fn.key(1), (2, 3), 0.1, 2.0, dtype=torch.float64)
+    with pytest.raises(GradientMismatch, match="is wrong"):
+        check_vjp(Function(name, opaque, factor=1 + 1e-4), (), x)
+
+
+def test_autograd_decides_what_no_step_resolves():
+    x = torch.tensor([[1e-3, -7.5]], dtype=torch.float64)
+    check_vjp(Function("cdf"), (), x)
+
+    @dataclass(frozen=True)
+    class Flat(Function):
+        def bwd(self, params, x, grad, *, input_grad=True):
+            _, dx = super().bwd(params, x, grad)
+            return (), torch.where(x < -7, 1.5 * dx, dx) if input_grad else None
+
+    with pytest.raises(GradientMismatch, match=r"x\[0, 1\] is wrong"):
+        check_vjp(Flat("cdf"), (), x)
+
+
+# --- A layer may be undefined beside x
+
+
+@pytest.mark.parametrize(
+    ("name", "x"),
+    [("acos", [0.999, -0.9999]), ("entropy", [0.99, 0.01]), ("log", [1e-300, 1e-3])],
+)
+def test_layers_that_refuse_what_lies_beside_x(name, x):
+    for opaque in (False, True):
+        check_vjp(Function(name, opaque), (), torch.tensor([x, x], dtype=torch.float64))
+    check_vjp(Function(name), (), torch.tensor([x, x]))
+
+
+def test_a_layer_that_refuses_one_example():
+    @dataclass(frozen=True)
+    class Centred(Plain):
+        def fwd(self, params, x, *, key=None):
+            if len(x) == 1:
+                raise ValueError("expected two examples")
+            return x - x.mean(0) if len(x) else x.clone(), ()
+
+        def bwd(self, params, residuals, grad, *, input_grad=True):
+            return (), (grad - grad.mean(0) if len(grad) else grad.clone()) if input_grad else None
+
+    check_vjp(Centred(), (), draw((3, 4)))
+
+
+# --- Kinks
+
+
+@dataclass(frozen=True)
+class RowMax(Plain):
+    """The largest entry of each row. At ties, `share` says what each of them gets."""
+
+    share: str
+
+    def out_shape(self, shape):
+        return tuple(shape[:-1])
+
+    def fwd(self, params, x, *, key=None):
+        return x.amax(-1), x
+
+    def bwd(self, params, x, grad, *, input_grad=True):
+        top = (x == x.amax(-1, keepdim=True)).to(x.dtype)
+        if self.share == "equal":
+            top = top / top.sum(-1, keepdim=True)
+        if self.share == "first":
+            top = top * (top.cumsum(-1) == 1)
+        return (), grad[..., None] * top if input_grad else None
+
+
+@pytest.mark.parametrize("x", [[[1.0, 1.0, 0.5], [0.2, 0.7, 0.7]], [[0.0] * 3] * 2])
+def test_ties_are_shared_but_not_doubled(x):
+    x = torch.tensor(x, dtype=torch.float64)
+    for share in ("equal", "first"):
+        check_vjp(RowMax(share), (), x)
+    with pytest.raises(GradientMismatch, match="moves equal entries alike"):
+        check_vjp(RowMax("all of it to each"), (), x)
+
+
+def test_nan_is_wrong_where_y_is_finite():
+    @dataclass(frozen=True)
+    class Norm(Plain):
+        safe: bool
+
+        def out_shape(self, shape):
+            return tuple(shape[:-1])
+
+        def fwd(self, params, x, *, key=None):
+            return x.norm(dim=-1), x
+
+        def bwd(self, params, x, grad, *, input_grad=True):
+            size = x.norm(dim=-1, keepdim=True)
+            unit = x / size
+            unit = torch.where(size > 0, unit, 0.0) if self.safe else unit
+            return (), grad[..., None] * unit if input_grad else None
+
+    x = torch.tensor([[1.0, 2.0], [0.0, 0.0]], dtype=torch.float64)
+    check_vjp(Norm(True), (), x)
+    with pytest.raises(GradientMismatch, match=r"x\[1, 0\] is wrong"):
+        check_vjp(Norm(False), (), x)
+
+
+# --- Keys
+
+
+@dataclass(frozen=True)
+class Mask(Plain):
+    """Dropout with a fault."""
+
+    fault: str = ""
+
+    def mask(self, x, key):
+        key = fn.key(7) if self.fault == "one mask for all keys" else key
+        kept = fn.bernoulli(key, 0.5, tuple(x.shape), device=x.device)
+        return kept.to(x.dtype) / 0.5
+
+    def fwd(self, params, x, *, key=None):
+        if key is None:
+            return (x.clone() if self.fault != "wrong without a key" else x**2), None
+        mask = self.mask(x, key)
+        return x * mask, (key, mask)
+
+    def bwd(self, params, residuals, grad, *, input_grad=True):
+        if residuals is None or not input_grad:
+            return (), grad.clone() if input_grad else None
+        key, mask = residuals
+        if self.fault == "drawn again in bwd":
+            mask = self.mask(grad, fn.fold_in(key, 1))
+        return (), grad * mask
+
+
+@pytest.mark.parametrize("key", [None, fn.key(3)], ids=["no key", "key"])
+def test_layers_that_draw_are_tried_with_and_without_a_key(key):
+    x = draw((4, 6))
+    check_vjp(Mask(), (), x, key=key)
+    for fault in ("one mask for all keys", "drawn again in bwd", "wrong without a key"):
+        with pytest.raises(GradientMismatch):
+            check_vjp(Mask(fault), (), x, key=key)
+
+
+# --- Precision
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factor"),
+    [(torch.float32, 1 + 1e-5), (torch.bfloat16, 1.05), (torch.float16, 1.01)],
+)
+def test_the_resolution_of_each_dtype(dtype, factor):
+    @dataclass(frozen=True)
+    class Off(Dense):
+        def bwd(self, params, residuals, grad, *, input_grad=True):
+            dparams, dx = super().bwd(params, residuals, grad)
+            return dparams, (dx * (factor if dx.dtype == dtype else 1)) if input_grad else None
+
+    params = Off().init(fn.key(0), (6,), dtype=dtype)
+    check_vjp(Dense(), params, draw((3, 6), dtype))
+    with pytest.raises(GradientMismatch, match="in torch"):
+        check_vjp(Off(), params, draw((3, 6), dtype))
+
+
+def test_a_gradient_that_is_wrong_in_the_dtype_in_which_the_layer_draws():
+    @dataclass(frozen=True)
+    class Noisy(Plain):
+        factor: float
+
+        def fwd(self, params, x, *, key=None):
+            scale = 1 if key is None else fn.normal(key, tuple(x.shape), dtype=x.dtype)
+            return x * scale, scale
+
+        def bwd(self, params, scale, grad, *, input_grad=True):
+            off = self.factor if grad.dtype == torch.float32 else 1
+            return (), off * grad * scale if input_grad else None
+
+    x = draw((3, 4), torch.float32)
+    check_vjp(Noisy(1.0), (), x, key=fn.key(1))
+    with pytest.raises(GradientMismatch):
+        check_vjp(Noisy(1.5), (), x, key=fn.key(1))
+
+
+@pytest.mark.parametrize("nothing", ["grad", "x", "y"])
+def test_a_check_that_could_check_nothing_is_refused(nothing):
+    x = draw((2, 3))
+    grad = torch.zeros_like(x) if nothing == "grad" else None
+    x = {"grad": x, "x": x * math.nan, "y": torch.zeros_like(x)}[nothing]
+    with pytest.raises(ValueError, match="expected a gradient that can be checked"):
+        check_vjp(Function("reciprocal"), (), x, grad=grad)
+
+
+# --- Any tree
+
+
+@dataclass(frozen=True)
+class Masked(Plain):
+    """y = w · x where a mask is set; the mask and a count are params that are not learned."""
+
+    grad_of_mask: Any = None
+
+    def init(self, key, shape, *, dtype=None, device=None):
+        return {
+            "mask": torch.arange(shape[0], device=device) % 2 == 0,
+            "times": torch.tensor(2, device=device),
+            "w": fn.normal(key, tuple(shape), dtype=dtype, device=device),
+        }
+
+    def fwd(self, params, x, *, key=None):
+        scale = params["w"] * params["mask"] * params["times"]
+        return scale * x, (scale, x)
+
+    def bwd(self, params, residuals, grad, *, input_grad=True):
+        scale, x = residuals
+        dw = (grad * x).sum(0) * params["mask"] * params["times"]
+        dparams = {"mask": self.grad_of_mask, "times": None, "w": dw}
+        return dparams, grad * scale if input_grad else None
+
+
+def test_integers_and_bools_among_params():
+    params = Masked().init(fn.key(0), (4,), dtype=torch.float64)
+    check_vjp(Masked(), params, draw((3, 4)))
+    with pytest.raises(GradientMismatch, match=r"to be None, as torch.bool has no gradient"):
+        check_vjp(Masked(torch.ones(4)), params, draw((3, 4)))
+
+
+@dataclass(frozen=True)
+class Attend(fn.Layer):
+    """softmax(q·kᵀ)·v of x = (q, k, v)."""
+
+    factor: float = 1.0
+
+    def init(self, key, shape, *, dtype=None, device=None):
+        return ()
+
+    def out_shape(self, shape):
+        return shape[0]
+
+    def fwd(self, params, x, *, key=None):
+        q, k, v = x
+        p = torch.softmax(q @ k.mT, -1)
+        return p @ v, (q, k, v, p)
+
+    def bwd(self, params, residuals, grad, *, input_grad=True):
+        if not input_grad:
+            return (), None
+        q, k, v, p = residuals
+        dp = grad @ v.mT
+        ds = p * (dp - (dp * p).sum(-1, keepdim=True))
+        return (), (ds @ k, self.factor * ds.mT @ q, p.mT @ grad)
+
+    def vjp(self, params, x, grad, *, key=None, input_grad=True):
+        return self.bwd(params, self.fwd(params, x)[1], grad, input_grad=input_grad)
+
+
+def test_x_may_be_a_tuple():
+    x = tuple(draw((2, 3, 4), key=i) for i in range(3))
+    check_vjp(Attend(), (), x)
+    with pytest.raises(GradientMismatch, match=r"x\[1\]\["):
+        check_vjp(Attend(1.01), (), x)
+
+
+@dataclass(frozen=True)
+class Gather(fn.Layer):
+    """Rows of a table by integer x."""
+
+    factor: float = 1.0
+
+    def init(self, key, shape, *, dtype=None, device=None):
+        return {"table": fn.normal(key, (5, 2), dtype=dtype, device=device)}
+
+    def out_shape(self, shape):
+        return (*shape, 2)
+
+    def fwd(self, params, x, *, key=None):
+        return params["table"][x], x
+
+    def bwd(self, params, x, grad, *, input_grad=True):
+        table = torch.zeros_like(params["table"])
+        rows = self.factor * grad.reshape(-1, 2)
+        return {"table": table.index_add(0, x.reshape(-1), rows)}, None
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_x_of_integers(dtype):
+    params = Gather().init(fn.key(0), (3,), dtype=torch.float64)
+    x = torch.tensor([[0, 1, 1], [4, 2, 1]], dtype=dtype)
+    check_vjp(Gather(), params, x)
+    with pytest.raises(GradientMismatch, match="table"):
+        check_vjp(Gather(1.01), params, x)
+    embedding = fn.Embedding(5, 2)
+    check_vjp(embedding, embedding.init(fn.key(0), (3,)), x.long())
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_a_loss_whose_target_is_a_tree(dtype):
+    @dataclass(frozen=True)
+    class Weighted(fn.Loss):
+        factor: float = 1.0
+
+        def fwd(self, x, target):
+            picked = x.gather(1, target["classes"][:, None].long())[:, 0]
+            return (picked * target["weights"][0]).sum(), (x, target)
+
+        def bwd(self, residuals, grad=1.0):
+            x, target = residuals
+            rows = torch.arange(len(x))
+            dx = torch.zeros_like(x)
+            dx[rows, target["classes"].long()] = self.factor * grad * target["weights"][0]
+            return dx
+
+    target = {"classes": torch.tensor([0, 2, 1], dtype=dtype), "weights": (draw((3,)), "log")}
+    check_vjp(Weighted(), draw((3, 4)), target)
+    with pytest.raises(GradientMismatch, match=r"a factor of 1\.5"):
+        check_vjp(Weighted(1.5), draw((3, 4)), target)
+
+
+def test_complex_numbers_are_refused():
+    with pytest.raises(TypeError, match=r"params of real numbers, got torch.complex64"):
+        check_vjp(Dense(), {"w": torch.ones(2, dtype=torch.complex64)}, draw((2, 2)))
+
+
+# --- The contract
+
+
+@dataclass(frozen=True)
+class Faulty(Dense):
+    """A Dense that breaks its contract in a way that only one call shows."""
+
+    fault: str = ""
+
+    def init(self, key, shape, *, dtype=None, device=None):
+        if self.fault == "init ignores dtype":
+            dtype = torch.float32
+        if self.fault == "init of another shape":
+            shape = (shape[0] + 1,)
+        params = super().init(key, shape, dtype=dtype, device=device)
+        if self.fault == "init ignores device":
+            params = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in params.items()}
+        return params
+
+    def out_shape(self, shape):
+        sizes = {"out_shape is a list": [self.size], "out_shape is an int": self.size}
+        return sizes.get(self.fault, (self.size,))
+
+    def apply(self, params, x, *, key=None):
+        if self.fault == "apply reads a number":
+            return super().apply(params, x) + 0 * float(x.detach().flatten()[:1].sum().item())
+        y = super().apply(params, x)
+        return (y, y) if self.fault == "y is a tuple" else y
+
+    def fwd(self, params, x, *, key=None):
+        if self.fault == "empty batch with a key" and key is not None and not len(x):
+            raise IndexError("no examples")
+        y, residuals = super().fwd(params, x)
+        if self.fault == "state by params":
+            STATE[id(params["weight"])] = residuals
+        return y, residuals
+
+    def bwd(self, params, residuals, grad, *, input_grad=True):
+        if self.fault == "state by params":
+            residuals = STATE[id(params["weight"])]
+        dparams, dx = super().bwd(params, residuals, grad)
+        if self.fault == "squeezed":
+            dx = dx.squeeze()
+        return dparams, dx if input_grad else None
+
+
+STATE: dict[int, Any] = {}
+FAULTS = {
+    "init ignores dtype": "in the dtype asked for, torch.float64, got torch.float32",
+    "init of another shape": r"init: expected params\['weight'\] of shape \(4, 6\), got \(4, 7\)",
+    "init ignores device": "on the device asked for, meta",
+    "out_shape is a list": r"out_shape: expected a tuple of ints, got \[4\]",
+    "out_shape is an int": "out_shape: expected a tuple of ints, got 4",
+    "apply reads a number": "apply does not work under torch.func.vmap",
+    "y is a tuple": "apply: expected y to be a tensor, got a tuple of 2",
+    "empty batch with a key": "a batch of 0 should work",
+    "state by params": "state is kept between fwd and bwd",
+    "squeezed": r"batch of 1: expected the gradient for x of shape \(1, 6\), got \(6,\)",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_that_only_one_call_shows(fault):
+    layer = Faulty(fault=fault)
+    params = Dense().init(fn.key(0), (6,), dtype=torch.float64)
+    key = fn.key(1) if "key" in fault else None
+    with pytest.raises(GradientMismatch, match=FAULTS[fault]):
+        check_vjp(layer, params, draw((3, 6)), key=key)
+
+
+def test_layers_that_numpy_computes_are_not_asked_for_vmap():
+    @dataclass(frozen=True)
+    class ByNumpy(Plain):
+        def fwd(self, params, x, *, key=None):
+            return torch.from_numpy(np.sin(x.detach().numpy())), x
+
+        def bwd(self, params, x, grad, *, input_grad=True):
+            return (), grad * x.cos() if input_grad else None
+
+    check_vjp(ByNumpy(), (), draw((3, 4)))
+
+
+# --- Time
+
+
+def test_a_budget_in_seconds():
+    net = fn.Sequential(fn.LSTM(3), fn.Linear(2))
+    params = net.init(fn.key(0), (4, 3), dtype=torch.float64)
+    check_vjp(net, params, draw((2, 4, 3)), budget=0.5)
+    with pytest.raises(ValueError, match="expected a budget of more than 0 seconds, got 0"):
+        check_vjp(net, params, draw((2, 4, 3)), budget=0)

@@ -288,12 +288,12 @@ class Layer(Hyperparameters):
             },
         )
 
-    def _frozen_params(self, params: Tree) -> list[Tensor]:
-        """The leaves of params whose gradient is 0 by intention: those of `Frozen` layers."""
+    def _frozen_params(self, params: Tree) -> list[tuple[Tensor, Any]]:
+        """(leaf, index) of the entries of params whose gradient is 0 by intention."""
         children = self._children()
         owns = self._child_params(params) if children else ()
         pairs = zip(children, owns, strict=False)
-        return [leaf for (_, child), own in pairs for leaf in child._frozen_params(own)]
+        return [entry for (_, child), own in pairs for entry in child._frozen_params(own)]
 
     # --- The checks at the boundary
 

@@ -36,9 +36,9 @@ class Frozen(Wrapper):
     def _learns(self, params: Tree) -> bool:
         return False
 
-    def _frozen_params(self, params: Tree) -> list[Tensor]:
+    def _frozen_params(self, params: Tree) -> list[tuple[Tensor, Any]]:
         leaves: list[Any] = optree.tree_leaves(params)
-        return leaves
+        return [(leaf, ...) for leaf in leaves]
 
     def _apply(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
         return run_apply(self.layer, _detached(params), x, key)

@@ -77,6 +77,9 @@ class Embedding(Layer):
     def _out_shape(self, shape: Shape) -> Shape:
         return (*shape, self.embedding_dim)
 
+    def _frozen_params(self, params: Any) -> list[tuple[Tensor, Any]]:
+        return [] if self.padding_idx is None else [(params["weight"], self.padding_idx)]
+
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor]:
         try:
             return F.embedding(x, params["weight"], self.padding_idx), x

@@ -21,8 +21,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+
+try:
+    from hypothesis import HealthCheck, given, settings
+    from hypothesis import strategies as st
+except ModuleNotFoundError:
+    sys.exit("python -m funcnet.testing needs hypothesis: pip install 'funcnet[test]'")
 
 from funcnet.keys import key as make_key
 from funcnet.testing import strategies
@@ -30,8 +34,7 @@ from funcnet.testing.check import Errors, inspect_vjp
 from funcnet.testing.registry import LOSSES, REGISTRY
 
 _LAYERS: dict[str, strategies.Strategy[Any]] = {
-    # check_vjp takes floating-point x alone.
-    **{cls.__name__: strategies.layers(cls) for cls, row in REGISTRY.items() if not row.classes},
+    **{cls.__name__: strategies.layers(cls) for cls in REGISTRY},
     "Sequential": strategies.networks(),
     **{cls.__name__: strategies.losses(cls) for cls in LOSSES},
 }
@@ -80,6 +83,7 @@ def run(name: str, dtype: torch.dtype, device: str, examples: int) -> Score:
     @given(cases)
     def check(case: tuple[Any, Any, Any]) -> None:
         score.cases += 1
+        _progress(f"{name} {dtype}: case {score.cases} of about {examples}")
         key = make_key(0) if getattr(case[0], "couples_examples", False) else None
         score.errors.merge(inspect_vjp(*case, key=key))
 
@@ -89,7 +93,15 @@ def run(name: str, dtype: torch.dtype, device: str, examples: int) -> Score:
     except Exception as failure:  # whatever it is, it belongs in the table
         score.failure = failure
     score.seconds = time.perf_counter() - start
+    _progress("")
     return score
+
+
+def _progress(line: str) -> None:
+    """Write over the last line of a terminal."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\033[K{line}")
+        sys.stderr.flush()
 
 
 def _cells(name: str, dtype: str, score: Score) -> tuple[str, ...]:

@@ -7,7 +7,9 @@
     loss_cases()            (loss, x, target)
     targets(loss, x)        targets that a loss takes beside x
     shapes(layer)           shapes of one example that a layer takes
-    tensors(shape)          tensors of a shape, in any memory layout
+    tensors(shape)          tensors of a shape, in any memory layout, of any kind of numbers
+    integers(shape, 10)     int64 and int32 tensors of numbers below 10
+    keys()                  keys
     dtypes()                float64 and float32
     trees()                 nested dicts, lists, tuples, None, … of tensors
     invalid_layers()        (make, error, message): make() raises error with this message in it
@@ -66,6 +68,7 @@ except ModuleNotFoundError as error:
 
 from funcnet.combinators import Sequential
 from funcnet.fields import Number, OneOf, PerAxis, Whole, kinds
+from funcnet.keys import Key
 from funcnet.keys import key as make_key
 from funcnet.layer import Layer, Shape, Tree
 from funcnet.losses import Loss
@@ -82,6 +85,10 @@ _LEAVES = tuple(
 )
 """The layers that are drawn where no class is asked for, behind any other: they evaluate without a
 key, and take floating-point x."""
+_RARELY = 40
+"""One in so many networks has no layer, and one in so many batches no example."""
+_DRAWS = 8
+"""How many layers are drawn for a place in a network until one fits."""
 _LARGEST = 4096
 """How many entries an example may have that a random network makes."""
 
@@ -122,19 +129,29 @@ def _network(
 ) -> tuple[Sequential, Shape]:
     """A network that takes examples of `shape`, and the shape of one example of its y."""
     chosen: list[Layer] = []
-    for _ in range(draw(st.integers(0, max_layers))):
+    empty = draw(st.integers(0, _RARELY)) == _RARELY
+    for _ in range(0 if empty else draw(st.integers(min(1, max_layers), max_layers))):
         layer: Layer
         if depth and draw(st.integers(0, 4)) == 4:
             layer, out = _network(draw, parts, shape, 2, depth - 1)
         else:
-            layer = draw(parts)
-            if not takes(layer, shape):
+            found = _fitting(draw, parts, shape)
+            if found is None:
                 continue
-            out = layer.out_shape(shape)
+            layer, out = found, found.out_shape(shape)
         if 0 < math.prod(out) <= _LARGEST:
             chosen.append(layer)
             shape = out
     return Sequential(*chosen), shape
+
+
+def _fitting(draw: st.DrawFn, parts: Strategy[Layer], shape: Shape) -> Layer | None:
+    """A layer that takes examples of a shape; None if several draws find none."""
+    for _ in range(_DRAWS):
+        layer = draw(parts)
+        if takes(layer, shape):
+            return layer
+    return None
 
 
 @st.composite
@@ -222,23 +239,64 @@ def tensors(
     device: torch.device | str = "cpu",
     layouts: Sequence[str] = LAYOUTS,
     integers: bool | None = None,
+    values: Sequence[str] = ("normal", "integers"),
 ) -> Tensor:
     """Tensors of a shape, or of one drawn from a strategy, in any of the `layouts`.
 
-    Numbers are small integers, on which sums and products are exact, if `integers` is True, drawn
-    from N(0, 1) if it is False, and either if it is None.
+    `values` names the kinds of numbers, among `VALUES`. `integers` True stands for small integers
+    alone, on which sums and products are exact, and False for all other kinds.
     """
     if isinstance(shape, st.SearchStrategy):
         shape = draw(shape)
-    exact = draw(st.booleans()) if integers is None else integers
+    if integers is not None:
+        others = [kind for kind in values if kind != "integers"]
+        values = ["integers"] if integers else others
+    kind = draw(st.sampled_from(list(values)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
-    if exact:
-        x = torch.randint(-3, 4, tuple(shape), generator=generator, device="cpu").to(dtype)
-    else:
-        double = torch.float64
-        x = torch.randn(tuple(shape), generator=generator, dtype=double, device="cpu").to(dtype)
+    x = VALUES[kind](tuple(shape), generator).to(dtype)
     fitting = [layout for layout in layouts if fits(layout, x.ndim)]
     return laid_out(x.to(device), draw(st.sampled_from(fitting)))
+
+
+def _normal(shape: Shape, generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+
+
+def _small_integers(shape: Shape, generator: torch.Generator) -> Tensor:
+    return torch.randint(-3, 4, shape, generator=generator, device="cpu").double()
+
+
+def _infinite(shape: Shape, generator: torch.Generator) -> Tensor:
+    x = _normal(shape, generator)
+    return torch.where(x.abs() > 1.5, x.sign() * math.inf, x)
+
+
+VALUES: dict[str, Callable[[Shape, torch.Generator], Tensor]] = {
+    "normal": _normal,
+    "integers": _small_integers,
+    "tied": lambda shape, generator: (2 * _normal(shape, generator)).round() / 2,
+    "constant": lambda shape, generator: _normal((1,) * len(shape), generator).expand(shape),
+    "saturated": lambda shape, generator: 30 * _normal(shape, generator),
+    "infinite": _infinite,
+}
+"""Kinds of numbers: N(0, 1), integers from −3 to 3, many ties, one number, some large enough to
+saturate a sigmoid, and some infinite."""
+
+
+@st.composite
+def integers(
+    draw: st.DrawFn,
+    shape: Sequence[int] | Strategy[Shape],
+    classes: int,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """int64 and int32 tensors of numbers from 0 to `classes` − 1."""
+    if isinstance(shape, st.SearchStrategy):
+        shape = draw(shape)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    dtype = draw(st.sampled_from([torch.int64, torch.int32]))
+    x = torch.randint(classes, tuple(shape), generator=generator, device="cpu", dtype=dtype)
+    return x.to(device)
 
 
 class FittingCase(NamedTuple):
@@ -257,7 +315,13 @@ class FittingLossCase(NamedTuple):
     target: Tensor
 
 
-_any_layers, _any_dtypes, _any_losses = layers, dtypes, losses  # below, arguments hide the names
+def keys() -> Strategy[Key]:
+    """Keys from any seed."""
+    return st.integers(0, 2**64 - 1).map(make_key)
+
+
+# Below, arguments hide the names.
+_any_layers, _any_dtypes, _any_losses, _any_integers = layers, dtypes, losses, integers
 
 
 @st.composite
@@ -271,6 +335,7 @@ def cases(
     device: torch.device | str = "cpu",
     layouts: Sequence[str] = LAYOUTS,
     integers: bool | None = None,
+    values: Sequence[str] = ("normal", "integers"),
 ) -> FittingCase:
     """(layer, params, x) that fit together, of any layers; by default of any layer or network.
 
@@ -279,19 +344,24 @@ def cases(
     """
     layer = draw(st.one_of(_any_layers(), networks()) if layers is None else layers)
     shape = draw(shapes if isinstance(shapes, st.SearchStrategy) else shapes(layer))
-    batch = draw(st.sampled_from([1, 2, 3, 0]) if batches is None else batches)
+    batch = draw(_batches() if batches is None else batches)
     if layer.couples_examples:
         batch = max(batch, 2)  # a single value per channel has no variance
     dtype = draw(_any_dtypes() if dtypes is None else dtypes)
     classes = _classes(layer)
     if classes is None:
-        x = draw(tensors((batch, *shape), dtype, device, layouts, integers))
+        x = draw(tensors((batch, *shape), dtype, device, layouts, integers, values))
     else:
-        x = draw(_indices((batch, *shape), classes, device))
+        x = draw(_any_integers((batch, *shape), classes, device))
     params = layer.init(make_key(draw(st.integers(0, 2**16))), shape, dtype=dtype, device=device)
     if integers:
         params = optree.tree_map(lambda leaf: (leaf * 8).round().clamp(-3, 3), params)
     return FittingCase(layer, params, x)
+
+
+def _batches() -> Strategy[int]:
+    """1, 2 and 3, and rarely 0."""
+    return st.integers(0, _RARELY).map(lambda n: 0 if n == _RARELY else 1 + n % 3)
 
 
 def _classes(layer: Layer) -> int | None:
@@ -301,16 +371,6 @@ def _classes(layer: Layer) -> int | None:
         return row.classes(layer)
     children = layer._children()
     return _classes(children[0][1]) if children else None
-
-
-@st.composite
-def _indices(
-    draw: st.DrawFn, shape: Sequence[int], classes: int, device: torch.device | str
-) -> Tensor:
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
-    dtype = draw(st.sampled_from([torch.int64, torch.int32]))
-    x = torch.randint(classes, tuple(shape), generator=generator, device="cpu", dtype=dtype)
-    return x.to(device)
 
 
 @st.composite

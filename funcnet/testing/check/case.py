@@ -50,14 +50,19 @@ class Case:
         return len(optree.tree_leaves(self.params))
 
     @property
-    def frozen(self) -> list[bool]:
-        """Whether each leaf's gradient is 0 by intention, though y depends on it."""
+    def frozen(self) -> list[Tensor]:
+        """Which entries of each leaf have gradient 0 by intention, though y depends on them."""
+        leaves = self.leaves
+        masks = [torch.zeros(leaf.shape, dtype=torch.bool, device=leaf.device) for leaf in leaves]
         try:
             frozen = self.layer._frozen_params(self.params)
         except Exception:  # a layer of one's own may keep its params in any way
-            frozen = []
-        addresses = set(map(id, frozen))
-        return [id(leaf) in addresses for leaf in self.leaves]
+            return masks
+        for entry, index in frozen:
+            for leaf, mask in zip(leaves, masks, strict=True):
+                if leaf is entry:
+                    mask[index] = True
+        return masks
 
     @property
     def inputs(self) -> dict[str, Any]:

@@ -373,7 +373,8 @@ def _check_vmap(case: Case) -> None:
         raise GradientMismatch(f"apply does not work under torch.func.vmap: {error}") from error
     one = case.apply()
     _expect_like("apply under torch.func.vmap", "y", y, (2, *one.shape), one)
-    _expect_close(case, "torch.func.vmap changes y", [y[1]], [one], of_value=True)
+    if not is_extreme(case):
+        _expect_close(case, "torch.func.vmap changes y", [y[1]], [one], of_value=True)
 
 
 def _refuses_some(case: Case) -> bool:

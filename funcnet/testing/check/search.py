@@ -120,11 +120,11 @@ class _Search:
         self.budget = budget
         self.gradients = case.gradients()
         self.evaluations = 0
-        frozen = case.frozen
+        self.frozen = case.frozen
         self.examined = [
             i
             for i, leaf in enumerate(case.leaves)
-            if _movable(leaf) and not frozen[i] and leaf.numel()
+            if _movable(leaf) and leaf.numel() and not self.frozen[i].all()
         ]
         self.autograd = autograd_gradients(case)
         y = case.apply()
@@ -184,10 +184,11 @@ class _Search:
                 continue
             self.errors.autograd = max(self.errors.autograd, largest_error(ours, theirs, theirs))
             allowed = self.atol + self.rtol * theirs.abs()
-            if (excess(ours, theirs, allowed) <= 1).all():
+            if ((excess(ours, theirs, allowed) <= 1) | self.frozen[i]).all():
                 continue  # the floors, which take more evaluations, are not needed
             differing.add(i)
-            off = excess(ours, theirs, allowed + self.floors[i]).flatten()
+            off = excess(ours, theirs, allowed + self.floors[i])
+            off = off.masked_fill(self.frozen[i], 0.0).flatten()
             top = off.topk(min(_SUSPECTS, off.numel())).indices.tolist()
             suspects += [(float(off[p]), i, p) for p in top if off[p] > 1]
         suspects = sorted(suspects, reverse=True)[: 2 * _SUSPECTS]
@@ -216,7 +217,7 @@ class _Search:
             directions: list[Tensor | None] = [None] * len(self.case.leaves)
             for i in self.examined:
                 v = self._direction(self.case.leaves[i], 977 * trial + i, relative=not trial)
-                directions[i] = v
+                directions[i] = v.masked_fill(self.frozen[i], 0.0)
             if (
                 self.examined
                 and self._refuted(directions, record=True, by_taylor=False) is not None
@@ -229,6 +230,7 @@ class _Search:
             if trial and self.budget.is_spent(0, 1):
                 break
             v = self._direction(self.case.leaves[i], 31 * i + trial, relative=trial != 1)
+            v = v.masked_fill(self.frozen[i], 0.0)
             taylor = self._refuted(self._only(i, v), record=True)
             if taylor is not None and (found := self._halve(i, v, taylor)):
                 return found
@@ -243,6 +245,7 @@ class _Search:
                 continue
             v = self._direction(values, 57 + i, relative=True)[which] if len(values) > 1 else None
             v = torch.full_like(leaf, max(scale_of(leaf), _SHORTEST)) if v is None else v
+            v = v.masked_fill(self.frozen[i], 0.0)
             directions = self._only(i, v)
             taylor = self._refuted(directions, at_ties=True)
             if taylor is not None:
@@ -345,7 +348,8 @@ class _Search:
             generator = torch.Generator().manual_seed(i)
             count = leaf.numel() if i in self.examined else 0
             shuffled = torch.randperm(count, generator=generator, device="cpu")
-            orders.append(shuffled[: self.most].tolist())
+            thawed = ~self.frozen[i].flatten().cpu()[shuffled] if count else shuffled.bool()
+            orders.append(shuffled[thawed][: self.most].tolist())
         for turn in itertools.zip_longest(*orders):
             yield from ((i, position) for i, position in enumerate(turn) if position is not None)
 

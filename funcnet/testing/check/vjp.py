@@ -123,11 +123,12 @@ def _examine(case: Case, rtol: float, atol: float, errors: Errors, budget: Budge
 def _expect_something(case: Case, y: Tensor) -> None:
     """Raise ValueError where any gradient would pass."""
     movable = [leaf for leaf in case.leaves if leaf.is_floating_point()]
+    entries = y.numel() and sum(leaf.numel() for leaf in movable)
     for nothing, why in (
         (not movable, "neither x nor params have a floating-point tensor"),
-        (y.numel() and not y.isfinite().any(), "no entry of y is finite"),
-        (y.numel() and not case.grad.any(), "grad is 0"),
-        (y.numel() and not any(x.isfinite().any() for x in movable), "no entry is finite"),
+        (entries and not y.isfinite().any(), "no entry of y is finite"),
+        (entries and not case.grad.any(), "grad is 0"),
+        (entries and not any(x.isfinite().any() for x in movable), "no entry of x is finite"),
     ):
         if nothing:
             raise ValueError(f"check_vjp: expected a gradient that can be checked, but {why}")

@@ -34,10 +34,11 @@ class LossRow:
 
 
 def _classes(loss: Any, x: Tensor, generator: torch.Generator) -> Tensor:
-    """int64 classes, of x's shape without axis 1; every fourth place is to be ignored."""
+    """int64 classes, of x's shape without axis 1; every fourth but the first is to be ignored."""
     shape = (*x.shape[:1], *x.shape[2:])
     classes = torch.randint(x.shape[1], shape, generator=generator, device="cpu")
     ignored = torch.randint(4, shape, generator=generator, device="cpu") == 0
+    ignored.reshape(-1)[:1] = False  # the mean over no class is NaN
     return torch.where(ignored, loss.ignore_index, classes)
 
 

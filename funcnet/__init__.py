@@ -1,6 +1,33 @@
 """Neural-network layers on PyTorch as pure functions with explicit parameter trees.
 
-Every gradient is written by hand and held to autograd by property tests; see README.md.
+A network is a value; its parameters are a tree of tensors that you own. Every gradient is written
+by hand and held to autograd by property tests. By family:
+
+    dense        Linear Embedding PositionalEmbedding
+    convolution  Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d
+                 UpsampleConv2d Upsample2d PixelShuffle PixelUnshuffle
+    pooling      MaxPool1d MaxPool2d MaxPool3d AvgPool1d AvgPool2d AvgPool3d AdaptiveAvgPool1d
+                 AdaptiveAvgPool2d AdaptiveAvgPool3d AdaptiveMaxPool1d AdaptiveMaxPool2d
+                 AdaptiveMaxPool3d
+    norms        LayerNorm RMSNorm GroupNorm InstanceNorm BatchNorm ChannelAffine
+                 moments, merge_moments, for_inference: BatchNorm without state
+    activations  ReLU ReLU6 LeakyReLU PReLU ELU SELU GELU SiLU Mish Softplus Softsign Sigmoid
+                 LogSigmoid Tanh Hardtanh Hardsigmoid Hardswish Softmax LogSoftmax
+    sequences    RNN LSTM GRU MultiheadAttention
+    shape        Flatten Reshape Permute Select Identity
+    randomness   Dropout Dropout2d; key Key split fold_in uniform normal bernoulli permutation
+    combinators  Sequential Residual Sum Product Concat Loop Repeat Recompute Reversible Cast Frozen
+    losses       MSE L1 Huber BCEWithLogits CrossEntropy; Loss for your own
+    gradients    value_and_grad
+    optimizers   SGD Adam AdamW RMSprop Partition; SGDState AdamState RMSpropState PartitionState
+                 schedules, global_norm, clip_by_global_norm, average; Optimizer for your own
+    trees        save load save_model load_model inspect Checkpoints CheckpointError register_node
+                 summary
+    own layers   Layer Param initializers; funcnet.testing.check_vjp verifies them
+
+    net = fn.Sequential(fn.Linear(64), fn.ReLU(), fn.Linear(10))
+    params = net.init(fn.key(0), (784,))
+    loss, grads = fn.value_and_grad(net, fn.CrossEntropy())(params, x, target)
 """
 
 import torch  # noqa: F401  (the code that a repr is may say torch.bfloat16)
@@ -237,3 +264,7 @@ __all__ = [
     "uniform",
     "value_and_grad",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__all__", "__doc__", "__version__"]

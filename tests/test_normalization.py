@@ -387,3 +387,16 @@ def test_compiled(cls):
 
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
     close(compiled(params, x), step(params, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [fn.InstanceNorm(), fn.GroupNorm(1), fn.LayerNorm()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_vmap_over_expanded_inputs(layer, dtype):
+    """vmap hides an axis of stride 0 from contiguous(), and the dtype of y from the kernel."""
+    for shape in ((1, 1, 2), (3, 2, 4)):
+        x = fn.normal(KEY, (2, *shape), dtype=dtype)
+        params = layer.init(KEY, shape, dtype=dtype)
+        y = layer.apply(params, x)
+        found = torch.func.vmap(layer.apply, in_dims=(None, 0))(params, x.expand(3, *x.shape))
+        assert found.dtype == dtype
+        torch.testing.assert_close(found[1], y)

@@ -118,6 +118,24 @@ def test_the_empty_network_is_the_identity():
     assert net.vjp((), x, x, input_grad=False) == ((), None)
 
 
+@pytest.mark.parametrize(
+    "error", [RuntimeError, ValueError, TypeError, ZeroDivisionError, KeyError]
+)
+def test_errors_of_any_kind_name_the_position(error):
+    @dataclass(frozen=True)
+    class Failing(Noise):
+        def fwd(self, params, x, *, key=None):
+            raise error("out of luck")
+
+    net = fn.Sequential(fn.ReLU(), fn.Sequential(head=Failing()))
+    with pytest.raises(error, match="out of luck") as caught:
+        net.apply(((), {"head": ()}), torch.zeros(1, 3))
+    if issubclass(error, (RuntimeError, ValueError, TypeError)):
+        assert str(caught.value) == "layer 1: head: out of luck"
+    elif hasattr(caught.value, "__notes__"):  # from Python 3.11 on
+        assert caught.value.__notes__ == ["raised in head", "raised in layer 1"]
+
+
 def test_it_is_a_sequence():
     assert len(NET) == 5
     assert NET[1] == fn.ReLU()

@@ -18,6 +18,10 @@ class Position:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         # torch.compile cannot follow what is done to an error.
-        if isinstance(error, (ValueError, TypeError)) and not torch.compiler.is_compiling():
-            where = self.names[self.i] if self.names else f"layer {self.i}"
+        if not isinstance(error, Exception) or torch.compiler.is_compiling():
+            return
+        where = self.names[self.i] if self.names else f"layer {self.i}"
+        if isinstance(error, (ValueError, TypeError, RuntimeError)):
             error.args = (f"{where}: {error}",)
+        elif hasattr(error, "add_note"):  # from Python 3.11 on
+            error.add_note(f"raised in {where}")

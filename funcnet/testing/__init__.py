@@ -1,8 +1,9 @@
 """Verification of gradients, of funcnet's layers and of your own.
 
-    from funcnet.testing import GradientMismatch, check_vjp, strategies
+    from funcnet.testing import GradientMismatch, check_function, check_vjp, strategies
 
-`check_vjp(layer, params, x)` checks the gradient and the contract of a layer, network or loss.
+`check_vjp(layer, params, x)` checks the gradient and the contract of a layer, network or loss;
+`check_function(function, *inputs)` that of an autograd.Function, an nn.Module, any function.
 `strategies` draws layers, inputs that fit them, networks and trees for Hypothesis. It is imported
 on first use, since Hypothesis comes with `pip install funcnet[test]` only.
 `python -m funcnet.testing` checks every layer in many random cases and prints a table.
@@ -13,13 +14,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from funcnet.testing.check import check_vjp
+from funcnet.testing.check import check_function, check_vjp
 from funcnet.testing.errors import GradientMismatch
 
 if TYPE_CHECKING:
     from funcnet.testing import strategies
 
-__all__ = ["GradientMismatch", "check_vjp", "strategies"]
+__all__ = ["GradientMismatch", "check_function", "check_vjp", "strategies"]
 
 
 def __getattr__(name: str) -> Any:

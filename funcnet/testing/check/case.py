@@ -107,6 +107,10 @@ class Case:
         y: Tensor = self.layer.apply(self.params, self.x, key=self.key)
         return y
 
+    def reference(self) -> Tensor:
+        """y by what autograd is asked to follow."""
+        return self.apply()
+
     def bwd(self, residuals: Any, **need: bool) -> Any:
         """`need` holds `input_grad` and `param_grad`; only the first is passed if not given."""
         need = {"input_grad": True, **need}

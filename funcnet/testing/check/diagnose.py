@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -31,6 +32,7 @@ def guess(finding: Finding) -> str | None:
     return (
         _factor(finding.case, wrong, right)
         or _of_wrong_entries(finding)
+        or _missing_term(finding, wrong - right)
         or _factors_along_an_axis(wrong, right)
     )
 
@@ -58,7 +60,11 @@ def wrong_entries(finding: Finding) -> Tensor | None:
 
 def _transforms(finding: Finding, right: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield "the sign is wrong", -right
-    yield from _over_part_of_the_batch(finding)
+    yield "its sign is lost: it is the size of the right one", right.abs()
+    if right.shape == finding.case.grad.shape:
+        yield "it is grad itself: the slope is missing", finding.case.grad
+    yield from _of_other_leaves(finding)
+    yield from _over_part_of(finding)
     axes = range(right.ndim)
     for i, j in itertools.combinations(axes, 2):
         if right.shape[i] == right.shape[j] > 1:
@@ -78,17 +84,26 @@ def _transforms(finding: Finding, right: Tensor) -> Iterator[tuple[str, Tensor]]
                 yield f"it is shifted by {shift} along axis {axis}", cut
 
 
-def _over_part_of_the_batch(finding: Finding) -> Iterator[tuple[str, Tensor]]:
+def _of_other_leaves(finding: Finding) -> Iterator[tuple[str, Tensor]]:
+    found = autograd_gradients(finding.case) or []
+    for name, other in zip(finding.case.names, found, strict=False):
+        if name != finding.case.names[finding.leaf]:
+            yield f"it is the gradient for {name}", other
+
+
+def _over_part_of(finding: Finding) -> Iterator[tuple[str, Tensor]]:
+    """The gradient by the first or the last example, or by the first or the last time step."""
     case = finding.case
-    if case.is_loss or case.grad.ndim < 1 or len(case.grad) < 2:
-        return
-    for which, name in ((0, "first"), (len(case.grad) - 1, "last")):
-        grad = torch.zeros_like(case.grad)
-        grad[which] = case.grad[which]
-        part = autograd_gradients(case.at(case.leaves, grad))
-        if part is not None:
-            explanation = f"only the {name} example counts: the sum over the batch is missing"
-            yield explanation, part[finding.leaf]
+    for axis, what in ((0, "example counts: the sum over the batch is missing"), (1, "of axis 1")):
+        if case.is_loss or case.grad.ndim < axis + 1 or case.grad.shape[axis] < 2:
+            continue
+        for which, name in ((0, "first"), (case.grad.shape[axis] - 1, "last")):
+            grad = torch.zeros_like(case.grad)
+            grad.select(axis, which).copy_(case.grad.select(axis, which))
+            part = autograd_gradients(case.at(case.leaves, grad))
+            if part is not None:
+                place = what if axis == 0 else f"entry {what} of y counts, as of one time step"
+                yield f"only the {name} {place}", part[finding.leaf]
 
 
 def _ignores_grad(case: Case, leaf: int, wrong: Tensor) -> bool:
@@ -111,12 +126,49 @@ def _factor(case: Case, wrong: Tensor, right: Tensor) -> str | None:
             (positions, "a mean over positions instead of a sum"),
             (batch * positions, "a mean over batch and positions instead of a sum"),
             (case.grad.numel(), "divided by the number of entries"),
+            *_products_of_sizes(shape),
         ):
             if divisor > 1 and abs(factor * divisor - 1) < ALIKE:
-                return f"it is too small by a factor of {divisor}: {what}"
+                return f"it is too small by a factor of {divisor:.6g}: {what}"
             if divisor > 1 and abs(factor / divisor - 1) < ALIKE:
-                return f"it is too large by a factor of {divisor}: a sum instead of a mean?"
+                if "instead" in what:
+                    what = "a sum instead of a mean?"
+                return f"it is too large by a factor of {divisor:.6g}: {what}"
         return f"a factor of {factor:.6g} is wrong"
+    return None
+
+
+def _products_of_sizes(shape: tuple[int, ...]) -> Iterator[tuple[float, str]]:
+    """Products of y's sizes, and the roots of single sizes, as of attention's scale."""
+    for count in (1, 2, 3):
+        for axes in itertools.combinations(range(len(shape)), count):
+            sizes = [shape[axis] for axis in axes]
+            yield math.prod(sizes), f"{'·'.join(map(str, sizes))}, sizes of y"
+    for size in shape:
+        yield size**0.5, f"√{size}, the root of a size of y"
+
+
+def _missing_term(finding: Finding, off: Tensor) -> str | None:
+    """Name a term that the gradient is off by: one number a row, or a multiple of x in each row."""
+    for axis in range(off.ndim):
+        constant = off.mean(axis, keepdim=True).expand_as(off)
+        if off.shape[axis] > 1 and _alike(off, constant):
+            return f"it is off by a constant along axis {axis}: a term of the mean is missing?"
+    x = finding.case.leaves[finding.leaf]
+    for axis in range(1, x.ndim):
+        axes = tuple(range(axis, x.ndim))
+        count = math.prod(x.shape[axis:])
+        centred = x - x.mean(axes, keepdim=True)
+        for basis, what in (((x,), "x"), ((torch.ones_like(x), centred), "1 and of x")):
+            fitted = sum(
+                b * (off * b).sum(axes, keepdim=True) / b.square().sum(axes, keepdim=True)
+                for b in basis
+            )
+            if count > len(basis) and isinstance(fitted, Tensor) and _alike(off, fitted):
+                return (
+                    f"in each row of {_axes(axes)}, it is off by a multiple of {what}: the "
+                    "part along the normalised x is missing?"
+                )
     return None
 
 
@@ -139,6 +191,9 @@ def _of_wrong_entries(finding: Finding) -> str | None:
         return None
     if not wrong[bad].any():
         return "the wrong entries are all zero: a part is left out"
+    limit = wrong[bad].abs().max()
+    if (right[bad].abs() > limit).all() and _alike(wrong[bad].abs(), limit.expand(int(bad.sum()))):
+        return f"it is clipped to ±{float(limit):.6g}"
     off = (wrong - right)[bad]
     if _alike(wrong[bad], -right[bad]):
         return "the sign of the wrong entries is wrong"

@@ -28,12 +28,13 @@ from funcnet.testing.check.rounding import (
     is_extreme,
     value_noise,
 )
-from funcnet.testing.check.tolerances import IN_TAILS, NEGLIGIBLE, SCORED, WRONG_POWER
+from funcnet.testing.check.tolerances import IN_TAILS, NEGLIGIBLE, SCORED, SMALLEST, WRONG_POWER
 
 _EPSILON = torch.finfo(torch.float64).eps
 _SUSPECTS = 12
 _CALM, _SUSPICIOUS = 100, 20000  # evaluations of apply that single entries may cost
 _WORK = 2**24  # entries that all those evaluations may compute
+_LONGER = 2.0**20  # times an entry's own step
 _SHORTEST = 2.0**-960  # parts of a shorter step would drown in the smallest numbers
 
 
@@ -93,7 +94,8 @@ def moved(case: Case) -> Case:
             return leaf
         noise = signed(leaf.shape, seed).to(leaf).clamp(-3, 3)
         away = zeros * scale_of(leaf) * noise
-        return torch.where(leaf == 0, away, leaf * (1 + step * noise))
+        near = leaf * (1 + step * noise)
+        return torch.where(leaf == 0, away, torch.where(near.isfinite(), near, leaf))
 
     for step, zeros in ((0.02, 0.02), (0.02, 0.0), (0.001, 0.0)):
         there = case.at([beside(leaf, 7 + i, step, zeros) for i, leaf in enumerate(case.leaves)])
@@ -290,6 +292,7 @@ class _Search:
             self.errors.differences = max(self.errors.differences, error)
         length = math.hypot(*(float(v.norm()) for _, v in moving))
         slack = (1 if at_ties else NEGLIGIBLE) * self.rtol * norm + self.atol * length
+        slack += SMALLEST * torch.finfo(torch.float64).tiny * length
         if numeric.refutes(derivative, slack) and not at_ties:
             slack += math.hypot(*(float((self.floors[i] * v).norm()) for i, v in moving))
         if not numeric.refutes(derivative, slack):
@@ -356,13 +359,16 @@ class _Search:
     def _entry_slope(self, i: int, position: int) -> Slope:
         """The derivative by one entry, from steps of the entry's own size.
 
-        Steps of the leaf's size resolve more if the entry is smaller. They serve where f is affine.
+        Steps of the leaf's size resolve more if the entry is smaller. They serve where f is affine,
+        unless they are so large that what is not affine about f may drown in rounding.
         """
         leaf = self.case.leaves[i].flatten()
         own, others = abs(float(leaf[position])), scale_of(leaf)
         size = max(own or others, _SHORTEST)
         found = self._slope_by(i, position, size)
-        if size < others and not found.error <= NEGLIGIBLE * self.rtol * abs(found.value):
+        if size < others < _LONGER * size and not found.error <= NEGLIGIBLE * self.rtol * abs(
+            found.value
+        ):
             larger = self._slope_by(i, position, others)
             return larger if larger.affine else found
         return found

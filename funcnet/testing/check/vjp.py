@@ -105,7 +105,7 @@ def _examine(case: Case, rtol: float, atol: float, errors: Errors, budget: Budge
     y = double.apply()
     if y.dtype != torch.float64:
         raise GradientMismatch(f"apply: expected y to be torch.float64 as x is, got {y.dtype}")
-    _expect_something(double, y)
+    expect_something(double, y)
     if case.dtype != torch.float64:
         check_calls(double)  # rounding in the dtype of x may hide differences
     check_frozen(double)
@@ -120,7 +120,7 @@ def _examine(case: Case, rtol: float, atol: float, errors: Errors, budget: Budge
         check_precision(case, double, errors)
 
 
-def _expect_something(case: Case, y: Tensor) -> None:
+def expect_something(case: Case, y: Tensor) -> None:
     """Raise ValueError where any gradient would pass."""
     movable = [leaf for leaf in case.leaves if leaf.is_floating_point()]
     entries = y.numel() and sum(leaf.numel() for leaf in movable)

@@ -1,0 +1,363 @@
+"""`check_function`: the gradient of anybody's function, with nothing of funcnet in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor, nn
+
+from funcnet.testing.check.case import Case, Leaves, signed
+from funcnet.testing.check.comparison import Errors, excess, worst
+from funcnet.testing.check.contract import expect_close
+from funcnet.testing.check.laws import check_linear_in_grad
+from funcnet.testing.check.precision import check_own_dtype, check_precision, expect_exact
+from funcnet.testing.check.purity import pure
+from funcnet.testing.check.report import wrong_gradient
+from funcnet.testing.check.rounding import TRIALS, gradient_noise, value_noise
+from funcnet.testing.check.search import Budget, find_wrong, moved
+from funcnet.testing.check.vjp import expect_something
+from funcnet.testing.errors import GradientMismatch
+from funcnet.testing.layouts import other_layouts, row_major, same
+
+
+def check_function(
+    function: Any,
+    *inputs: Any,
+    reference: Callable[..., Any] | None = None,
+    grad: Any = None,
+    rtol: float = 1e-6,
+    atol: float = 0.0,
+    budget: float | None = None,
+) -> None:
+    """Check the gradient that autograd gets from a function: an autograd.Function, a kernel.
+
+    `function` is a `torch.autograd.Function` class, of the old style or with `setup_context`, an
+    `nn.Module`, whose parameters are checked with its inputs, or any callable of tensors. Every
+    floating-point tensor among `inputs`, which may be trees, is one to differentiate by; all else
+    is handed on as it is. It returns a tensor or a tree of them; outputs of integers, and those
+    that are marked as non-differentiable, have no gradient. `grad` is the gradient of the outputs,
+    drawn if not given.
+
+    - No call writes to its inputs or to the gradient; the same call twice gives the same bits.
+    - A single input that requires a gradient gets the same one as among others
+      (`needs_input_grad`), and a single output that is used gives its part (`materialize_grads`).
+    - Inputs and gradients in any memory layout give the same numbers.
+    - In float64, central differences; autograd of `reference`, a plain function of the same
+      inputs, if there is one; linearity in grad. The dtype of the inputs is held to float64.
+    - A function that refuses float64, or computes it in another dtype, is held to `reference` in
+      float64, or to differences of itself in its own dtype, which are coarse.
+
+    `rtol`, `atol` and `budget` are as in `check_vjp`. Raises GradientMismatch; TypeError without a
+    floating-point tensor among the inputs and parameters; ValueError if no gradient could be wrong;
+    and every exception of the function, unchanged.
+
+    >>> class Square(torch.autograd.Function):
+    ...     @staticmethod
+    ...     def forward(ctx, x):
+    ...         ctx.save_for_backward(x)
+    ...         return x * x
+    ...
+    ...     @staticmethod
+    ...     def backward(ctx, grad):
+    ...         (x,) = ctx.saved_tensors
+    ...         return 2 * x * grad
+    >>> check_function(Square, torch.tensor([1.0, -3.0]))
+    >>> check_function(torch.nn.Linear(3, 2), torch.ones(4, 3))
+    """
+    name = _name(function)
+    case = _make_case(function, inputs, reference, grad)
+    try:
+        _examine(case, rtol, atol, Budget(budget))
+    except GradientMismatch as mismatch:
+        sizes = ", ".join(f"{leaf} {tuple(x.shape)}" for leaf, x in case.inputs.items())
+        mismatch.args = (f"{name}: {mismatch.args[0]}\n  of              {sizes}; {case.dtype}",)
+        mismatch.layer, mismatch.params, mismatch.x = function, case.params, inputs
+        mismatch.grad = case.grad
+        raise
+
+
+@dataclass(frozen=True)
+class FunctionCase(Case):
+    """A function of tensors as a layer: y holds the entries of all differentiable outputs.
+
+    `layer(params, x)` returns the outputs. params holds a module's parameters by name, or nothing;
+    x the tensors among the inputs.
+    """
+
+    plain: Callable[[Any, Any], Any] | None = None
+    chosen: tuple[int, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        trees = {"parameters": self.params, "inputs": self.x}
+        return [a.codify(name) for name, tree in trees.items() for a in optree.tree_accessors(tree)]
+
+    @property
+    def batch(self) -> None:
+        return None
+
+    def outputs(self, leaves: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """The differentiable outputs."""
+        there = self if leaves is None else self.at(leaves)
+        found = optree.tree_leaves(self.layer(there.params, there.x))
+        return [found[i] for i in self.chosen]
+
+    def apply(self) -> Tensor:
+        with torch.no_grad():
+            return _joined(self.outputs())
+
+    def reference(self) -> Tensor:
+        if self.plain is None:
+            return self.apply()  # which autograd cannot follow
+        found = optree.tree_leaves(self.plain(self.params, self.x))
+        return _joined([found[i] for i in self.chosen])
+
+    def fwd(self) -> tuple[Tensor, tuple[()]]:
+        return self.apply(), ()
+
+    def bwd(self, residuals: Any, **need: bool) -> Any:
+        return self.vjp()
+
+    def vjp(self, **need: bool) -> Any:
+        gradients = self.gradients_by(range(len(self.leaves)), self.parts_of(self.grad))
+        first = self.first_of_x
+        of_params, of_x = optree.tree_structure(self.params), optree.tree_structure(self.x)
+        return of_params.unflatten(gradients[:first]), of_x.unflatten(gradients[first:])
+
+    def gradients_by(self, which: Sequence[int], grads: Sequence[Tensor | None]) -> Leaves:
+        """The gradients of some leaves, which alone require one; zeros for the others.
+
+        An output without grad is not used.
+        """
+        leaves = [leaf.detach() for leaf in self.leaves]
+        asked = [i for i in which if leaves[i].is_floating_point()]
+        for i in asked:
+            leaves[i] = leaves[i].clone(memory_format=torch.preserve_format).requires_grad_()
+        found: list[Tensor | None] = [None] * len(leaves)
+        with torch.enable_grad():
+            pairs = zip(self.outputs(leaves), grads, strict=True)
+            used = [(y, g) for y, g in pairs if g is not None and y.requires_grad]
+        if used and asked:
+            outputs, parts = zip(*used, strict=True)
+            by = torch.autograd.grad(outputs, [leaves[i] for i in asked], parts, allow_unused=True)
+            for i, gradient in zip(asked, by, strict=True):
+                found[i] = gradient
+        return [
+            torch.zeros_like(leaf, dtype=self.dtype) if gradient is None else gradient.detach()
+            for leaf, gradient in zip(leaves, found, strict=True)
+        ]
+
+    def parts_of(self, grad: Tensor) -> list[Tensor]:
+        """The gradient of each output."""
+        with torch.no_grad():
+            outputs = self.outputs()
+        parts = torch.split(grad, [y.numel() for y in outputs])
+        return [part.reshape(y.shape).to(y) for part, y in zip(parts, outputs, strict=True)]
+
+
+def _make_case(
+    function: Any, inputs: Sequence[Any], reference: Callable[..., Any] | None, grad: Any
+) -> FunctionCase:
+    given: Any = tuple(inputs)
+    leaves, structure = optree.tree_flatten(given)
+    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    params: Any = {}
+    if isinstance(function, nn.Module):
+        params = {name: p.detach() for name, p in function.named_parameters()}
+    for leaf in [*params.values(), *(leaves[i] for i in tensors)]:
+        if leaf.is_complex():
+            raise TypeError(f"check_function: expected inputs of real numbers, got {leaf.dtype}")
+
+    def arguments(x: Any) -> Any:
+        """All inputs, with other tensors."""
+        new = list(leaves)
+        for i, tensor in zip(tensors, x, strict=True):
+            new[i] = tensor
+        return structure.unflatten(new)
+
+    def call(params: Any, x: Any) -> Any:
+        if isinstance(function, nn.Module):
+            like = next(leaf for leaf in (*x, *params.values()) if leaf.is_floating_point())
+            own = {name: _like(buffer, like) for name, buffer in function.named_buffers()}
+            return torch.func.functional_call(function, {**own, **params}, arguments(x))
+        return _callable(function)(*arguments(x))
+
+    def plain(params: Any, x: Any) -> Any:
+        assert reference is not None
+        return reference(*arguments(x), **params)
+
+    x = tuple(leaves[i].detach() for i in tensors)
+    floats = [leaf for leaf in (*x, *params.values()) if leaf.is_floating_point()]
+    if not floats:
+        raise TypeError("check_function: expected a floating-point tensor among the inputs")
+    tracked = [leaf.clone().requires_grad_() if leaf.is_floating_point() else leaf for leaf in x]
+    with torch.enable_grad():
+        followed = optree.tree_map(lambda p: p.clone().requires_grad_(), params)
+        outputs = optree.tree_leaves(call(followed, tuple(tracked)))
+    chosen = [i for i, y in enumerate(outputs) if isinstance(y, Tensor) and y.requires_grad]
+    if not chosen:
+        raise GradientMismatch(f"{_name(function)}: expected an output that has a gradient")
+    shapes = [outputs[i].shape for i in chosen]
+    if grad is None:
+        parts = [signed(shape, 1 + i) for i, shape in enumerate(shapes)]
+    else:
+        parts = optree.tree_leaves(grad)
+        if [part.shape for part in parts] != shapes:
+            got = [tuple(part.shape) for part in parts]
+            raise ValueError(
+                f"check_function: expected grad of the outputs' shapes, "
+                f"{[tuple(shape) for shape in shapes]}, got {got}"
+            )
+    joined = _joined([part.detach() for part in parts]).to(floats[0])
+    follows = None if reference is None else plain
+    return FunctionCase(call, params, x, joined, plain=follows, chosen=tuple(chosen))
+
+
+def _examine(case: FunctionCase, rtol: float, atol: float, budget: Budget) -> None:
+    gradients = _check_calls(case)
+    _check_parts(case, gradients)
+    _check_layouts(case, gradients)
+    double = case.double()
+    try:
+        in_double = case.dtype == torch.float64 or _computes_in_double(double)
+    except Exception:  # a kernel may refuse a dtype by any exception
+        in_double = False
+    if not in_double:
+        _check_in_own_dtype(case)
+        return
+    y = double.apply()
+    expect_something(double, y)
+    if case.plain is not None:
+        with torch.no_grad():
+            _expect_value(y, double.reference(), value_noise(double, torch.finfo(y.dtype).eps))
+    found = find_wrong(double, rtol, atol, Errors(), budget)
+    if found is not None:
+        raise wrong_gradient(found)
+    check_linear_in_grad(moved(double))
+    if case.dtype != torch.float64:
+        check_precision(case, double, Errors())
+
+
+def _computes_in_double(double: Case) -> bool:
+    assert isinstance(double, FunctionCase)
+    with torch.no_grad():
+        return all(y.dtype == torch.float64 for y in double.outputs())
+
+
+def _check_calls(case: FunctionCase) -> Leaves:
+    y = pure(case, "the function", case.apply)
+    if not same(pure(case, "the function", case.apply), y):
+        raise GradientMismatch("called twice, the function gives two different answers")
+    parts = case.parts_of(case.grad)
+    by_all = partial(case.gradients_by, range(len(case.leaves)), parts)
+    named = {
+        f"the gradient of output {i}": part for i, part in zip(case.chosen, parts, strict=True)
+    }
+    gradients = pure(case, "the backward pass", by_all, named)
+    if not all(map(same, by_all(), gradients)):
+        raise GradientMismatch("called twice, the backward pass gives two different answers")
+    for name, leaf, gradient in zip(case.names, case.leaves, gradients, strict=True):
+        if gradient.shape != leaf.shape:
+            raise GradientMismatch(
+                f"expected the gradient for {name} of shape {tuple(leaf.shape)}, "
+                f"got {tuple(gradient.shape)}"
+            )
+    return gradients
+
+
+def _check_parts(case: FunctionCase, gradients: Leaves) -> None:
+    """Ask for one input's gradient alone, and use one output alone."""
+    parts = case.parts_of(case.grad)
+    for i, leaf in enumerate(case.leaves):
+        if leaf.is_floating_point() and len(case.leaves) > 1:
+            alone = case.gradients_by([i], parts)
+            who = f"where {case.names[i]} alone requires a gradient, it gets another one"
+            want = [g if j == i else torch.zeros_like(g) for j, g in enumerate(gradients)]
+            expect_close(case, who, alone, want)
+    for i in range(len(parts) if len(parts) > 1 else 0):
+        only = [part if j == i else None for j, part in enumerate(parts)]
+        zeros = [part if j == i else torch.zeros_like(part) for j, part in enumerate(parts)]
+        everything = range(len(case.leaves))
+        there = replace(case, grad=_joined(zeros))
+        expect_close(
+            there,
+            f"where output {case.chosen[i]} alone is used, the gradient is another one",
+            case.gradients_by(everything, only),
+            case.gradients_by(everything, zeros),
+        )
+
+
+def _check_layouts(case: FunctionCase, gradients: Leaves) -> None:
+    everything = range(len(case.leaves))
+    parts = case.parts_of(case.grad)
+    for i, part in enumerate(parts):
+        for name, grad in other_layouts(part):
+            laid = [grad if j == i else other for j, other in enumerate(parts)]
+            straight = [row_major(grad) if j == i else other for j, other in enumerate(parts)]
+            expect_close(
+                replace(case, grad=_joined(straight)),
+                f"a gradient in the memory layout {name!r} changes the gradient",
+                case.gradients_by(everything, laid),
+                case.gradients_by(everything, straight),
+            )
+    leaves = case.leaves
+    for i in range(case.first_of_x, len(leaves)):
+        for name, x in other_layouts(leaves[i]):
+            if not same(x, leaves[i]):
+                continue  # an expanded tensor has other numbers
+            there = case.at([*leaves[:i], x, *leaves[i + 1 :]])
+            complaint = f"{case.names[i]} in the memory layout {name!r} changes"
+            expect_close(case, f"{complaint} the result", [there.apply()], [case.apply()], True)
+            expect_close(case, f"{complaint} the gradient", there.gradients(), gradients)
+
+
+def _check_in_own_dtype(case: FunctionCase) -> None:
+    """Check a kernel that has no float64."""
+    expect_something(case, case.apply())
+    if case.plain is None:
+        check_own_dtype(case)
+        return
+    plain = case.plain
+    exact = replace(case, layer=plain).double()
+    epsilon = torch.finfo(case.dtype).eps
+    with torch.no_grad():
+        want = exact.reference()
+    expect_exact("the result", case.apply(), want, value_noise(exact, epsilon, TRIALS))
+    compared = zip(case.names, case.gradients(), exact.gradients(), strict=True)
+    for (name, got, right), move in zip(
+        compared, gradient_noise(exact, epsilon, TRIALS), strict=True
+    ):
+        expect_exact(f"the gradient for {name}", got, right, move)
+
+
+def _expect_value(y: Tensor, reference: Tensor, noise: Tensor) -> None:
+    index = worst(excess(y, reference, 1000 * noise))
+    if index is not None:
+        raise GradientMismatch(
+            f"the result is not that of the reference: entry {index[0]} of all outputs is "
+            f"{float(y[index]):.9g}, and {float(reference[index]):.9g} there"
+        )
+
+
+def _like(buffer: Tensor, like: Tensor) -> Tensor:
+    """A copy of a buffer, which the module may write to, in the dtype that is checked."""
+    return buffer.clone().to(like.dtype if buffer.is_floating_point() else buffer.dtype)
+
+
+def _joined(outputs: Sequence[Tensor]) -> Tensor:
+    return torch.cat([y.reshape(-1) for y in outputs])
+
+
+def _callable(function: Any) -> Callable[..., Any]:
+    is_class = isinstance(function, type) and issubclass(function, torch.autograd.Function)
+    return function.apply if is_class else function  # type: ignore[no-any-return]
+
+
+def _name(function: Any) -> str:
+    name = getattr(function, "__name__", None)
+    return name if isinstance(name, str) else type(function).__name__

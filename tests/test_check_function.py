@@ -1,0 +1,197 @@
+"""check_function passes right autograd.Functions, modules and functions, and names wrong ones."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import funcnet as fn
+from funcnet.testing import GradientMismatch, check_function
+
+
+def draw(*shape, dtype=torch.float64, key=0):
+    return fn.normal(fn.key(key), shape, dtype=dtype)
+
+
+class Affine(torch.autograd.Function):
+    """y = x·Wᵀ + b, in the old style, with the faults that such functions have."""
+
+    fault = ""
+
+    @classmethod
+    def forward(cls, ctx, x, weight, bias=None):
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        y = x @ weight.T + (0 if bias is None else bias)
+        return x.mul_(1.0) @ weight.T if cls.fault == "writes to x" else y
+
+    @classmethod
+    def backward(cls, ctx, grad):
+        x, weight = ctx.saved_tensors
+        dx = grad @ weight if ctx.needs_input_grad[0] else None
+        dweight = grad.T @ x if ctx.needs_input_grad[1] else None
+        dbias = grad.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+        if cls.fault == "half" and dweight is not None:
+            dweight = dweight / 2
+        if cls.fault == "no bias":
+            dbias = None
+        if cls.fault == "needs both" and not all(ctx.needs_input_grad[:2]) and dx is not None:
+            dx = 2 * dx
+        if cls.fault == "layout" and not grad.is_contiguous() and dx is not None:
+            dx = dx + 1
+        return dx, dweight, dbias
+
+
+def affine(fault):
+    return type("Affine", (Affine,), {"fault": fault})
+
+
+FAULTS = {
+    "half": r"inputs\[1\].* is wrong",
+    "no bias": r"inputs\[2\].* is wrong",
+    "writes to x": r"writes to inputs\[0\]",
+    "needs both": r"where inputs\[0\] alone requires a gradient",
+    "layout": "a gradient in the memory layout",
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_right_functions_pass(dtype):
+    x, weight, bias = draw(3, 4, dtype=dtype), draw(2, 4, dtype=dtype), draw(2, dtype=dtype)
+    check_function(Affine, x, weight, bias, reference=F.linear)
+    check_function(Affine, x, weight)
+    check_function(F.linear, x, weight, bias, grad=draw(3, 2))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_named(fault):
+    with pytest.raises(GradientMismatch, match=FAULTS[fault]) as caught:
+        check_function(affine(fault), draw(3, 4), draw(2, 4, key=1), draw(2, key=2))
+    assert str(caught.value).startswith("Affine: ")
+
+
+class Polar(torch.autograd.Function):
+    """(r, φ, the quadrant) of x and y, in the style of setup_context."""
+
+    fault = ""
+
+    @staticmethod
+    def forward(x, y):
+        return torch.hypot(x, y), torch.atan2(y, x), (x > 0).long() + 2 * (y > 0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.mark_non_differentiable(output[2])
+        ctx.set_materialize_grads(False)
+
+    @classmethod
+    def backward(cls, ctx, dr, dphi, _):
+        x, y = ctx.saved_tensors
+        square = x * x + y * y
+        dx, dy = torch.zeros_like(x), torch.zeros_like(y)
+        if dr is not None:
+            dx, dy = dx + dr * x / square.sqrt(), dy + dr * y / square.sqrt()
+        if dphi is not None:
+            dx, dy = dx - dphi * y / square, dy + dphi * x / square
+        if cls.fault == "one output" and dphi is None:
+            dy = -dy
+        if cls.fault == "angle":
+            dx = dx if dphi is None else dx + 2 * dphi * y / square
+        return dx, dy
+
+
+def test_several_outputs():
+    x, y = draw(5), draw(5, key=1)
+    check_function(Polar, x, y, reference=lambda x, y: (torch.hypot(x, y), torch.atan2(y, x), 0))
+    wrong = type("Polar", (Polar,), {"fault": "one output"})
+    with pytest.raises(GradientMismatch, match="where output 0 alone is used"):
+        check_function(wrong, x, y)
+    wrong = type("Polar", (Polar,), {"fault": "angle"})
+    with pytest.raises(GradientMismatch, match=r"inputs\[0\].* is wrong"):
+        check_function(wrong, x, y)
+
+
+def test_modules_with_their_parameters():
+    torch.manual_seed(0)
+    check_function(nn.Sequential(nn.Linear(4, 3), nn.GELU(), nn.Linear(3, 2)), draw(5, 4).float())
+    check_function(nn.LSTM(3, 2, batch_first=True), draw(2, 4, 3).float())
+    norm = nn.BatchNorm1d(3)
+    before = norm.running_mean.clone()
+    check_function(norm, draw(4, 3).float())
+    assert torch.equal(norm.running_mean, before)
+
+    class Wrong(nn.Linear):
+        def forward(self, x):
+            return affine("half").apply(x, self.weight, self.bias)
+
+    with pytest.raises(GradientMismatch, match=r"parameters\['weight'\].* is wrong"):
+        check_function(Wrong(4, 2), draw(3, 4).float())
+
+
+def test_inputs_of_any_kind():
+    """A tree of tensors, integers that pick, a number and a name."""
+
+    def function(tree, index, power, *, name="sum"):
+        return (tree["a"][index] ** power + tree["b"][0]).sum(), index
+
+    tree = {"a": draw(4).abs() + 1, "b": (draw(1), "a name")}
+    check_function(function, tree, torch.tensor([0, 2, 2]), 3)
+    with pytest.raises(TypeError, match="expected a floating-point tensor among the inputs"):
+        check_function(torch.neg, torch.arange(3))
+    with pytest.raises(TypeError, match=r"real numbers, got torch\.complex128"):
+        check_function(torch.abs, draw(3).to(torch.complex128))
+    with pytest.raises(GradientMismatch, match="expected an output that has a gradient"):
+        check_function(lambda x: x.detach(), draw(3))
+    with pytest.raises(ValueError, match=r"of the outputs' shapes, \[\(3,\)\], got \[\(2,\)\]"):
+        check_function(torch.sin, draw(3), grad=draw(2))
+
+
+def test_random_functions_are_refused():
+    with pytest.raises(GradientMismatch, match="draws from the global random state of torch"):
+        check_function(lambda x: F.dropout(x, 0.5), torch.ones(100))
+
+    generator = torch.Generator()
+    with pytest.raises(GradientMismatch, match="called twice, the function gives two different"):
+        check_function(lambda x: x * torch.rand(5, generator=generator), torch.ones(5))
+
+
+class Kernel(torch.autograd.Function):
+    """exp in float32 alone."""
+
+    factor = 1.0
+
+    @staticmethod
+    def forward(ctx, x):
+        if x.dtype != torch.float32:
+            raise TypeError("expected float32")
+        y = torch.exp(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @classmethod
+    def backward(cls, ctx, grad):
+        (y,) = ctx.saved_tensors
+        return cls.factor * grad * y
+
+
+def test_kernels_that_have_no_float64():
+    x = draw(3, 4, dtype=torch.float32)
+    check_function(Kernel, x)
+    check_function(Kernel, x, reference=torch.exp)
+    with pytest.raises(GradientMismatch, match="further from float64 than rounding"):
+        check_function(Kernel, x, reference=torch.expm1)
+    with pytest.raises(GradientMismatch, match="further from float64 than rounding"):
+        check_function(type("Kernel", (Kernel,), {"factor": 1.001}), x, reference=torch.exp)
+    with pytest.raises(GradientMismatch, match="along a random direction"):
+        check_function(type("Kernel", (Kernel,), {"factor": 1.5}), x)
+
+
+def test_a_reference_of_another_value_or_gradient():
+    with pytest.raises(GradientMismatch, match="the result is not that of the reference"):
+        check_function(torch.sin, draw(3), reference=torch.cos)
+
+
+def test_nothing_to_check():
+    with pytest.raises(ValueError, match="grad is 0"):
+        check_function(torch.sin, draw(3), grad=torch.zeros(3))

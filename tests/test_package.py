@@ -1,0 +1,23 @@
+"""What a user meets first: the names of the package, and its overview."""
+
+import inspect
+import pydoc
+import re
+
+import funcnet as fn
+
+
+def test_only_public_names_complete():
+    assert {name for name in dir(fn) if not name.startswith("_")} == set(fn.__all__)
+    assert all(hasattr(fn, name) for name in fn.__all__)
+
+
+def test_help_opens_with_every_name_by_family():
+    assert set(fn.__all__) <= set(re.findall(r"\w+", fn.__doc__ or ""))
+    assert "combinators  Sequential" in pydoc.render_doc(fn)[:4000]
+
+
+def test_what_value_and_grad_returns_explains_itself():
+    step = fn.value_and_grad(fn.ReLU(), fn.MSE())
+    assert list(inspect.signature(step).parameters) == ["params", "x", "target", "key"]
+    assert "(params, x, target, key=None)" in (inspect.getdoc(step) or "")

@@ -301,7 +301,7 @@ def test_the_resolution_of_each_dtype(dtype, factor):
             dparams, dx = super().bwd(params, residuals, grad)
             return dparams, (dx * (factor if dx.dtype == dtype else 1)) if input_grad else None
 
-    params = Off().init(fn.key(0), (6,), dtype=dtype)
+    params = optree.tree_map(lambda leaf: leaf / 4, Off().init(fn.key(0), (6,), dtype=dtype))
     check_vjp(Dense(), params, draw((3, 6), dtype))
     with pytest.raises(GradientMismatch, match="in torch"):
         check_vjp(Off(), params, draw((3, 6), dtype))

@@ -92,7 +92,7 @@ def _wrong_factor(a: Tensor, b: Tensor, move: Tensor) -> float | None:
     unit, info = b / b.abs().max(), torch.finfo(a.dtype)
     shifts = (move + info.tiny) / b.abs().max() * unit.abs()
     # What cancels entirely is all rounding.
-    cancelled = SAFETY[a.dtype] * shifts[move > b.abs() / 8].sum()
+    cancelled = SAFETY[a.dtype] * shifts[move > b.abs()].sum()
     rounding = FACTOR * info.eps + float(shifts.norm() + cancelled) / float(unit.square().sum())
     return factor if abs(factor - 1) > rounding else None
 

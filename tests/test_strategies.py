@@ -7,7 +7,7 @@ import tempfile
 import optree
 import pytest
 import torch
-from hypothesis import find, given, settings
+from hypothesis import HealthCheck, find, given, settings
 from hypothesis import strategies as st
 from registry import LAYERS, cases_of, key_for
 from users_layers import Dense
@@ -31,6 +31,20 @@ def test_cases_fit(cls, data):
     assert y.shape[1:] == layer.out_shape(x.shape[1:])
 
 
+@pytest.mark.parametrize("layers", [strategies.layers(), strategies.networks()])
+def test_few_cases_check_nothing(layers):
+    drawn = []
+
+    @settings(max_examples=300, database=None, suppress_health_check=list(HealthCheck))
+    @given(strategies.cases(layers))
+    def collect(case):
+        drawn.append(bool(len(case.x)) and case.layer != fn.Sequential())
+
+    collect()
+    assert len(drawn) >= 200
+    assert drawn.count(False) < 0.05 * len(drawn)
+
+
 @given(strategies.cases(integers=True))
 def test_integers_are_small_integers(case):
     for leaf in (*optree.tree_leaves(case.params), case.x):
@@ -47,6 +61,29 @@ def test_layouts_keep_numbers(shape, layout, data):
     assert laid.shape == x.shape
     expected = x[..., :1].expand(x.shape) if layout == "expanded" and x.ndim else x
     assert torch.equal(laid, expected)
+
+
+@given(st.sampled_from(sorted(strategies.VALUES)), st.data())
+def test_kinds_of_numbers(kind, data):
+    x = data.draw(
+        strategies.tensors((4, 30), torch.float64, values=(kind,), layouts=["contiguous"])
+    )
+    facts = {
+        "normal": x.isfinite().all(),
+        "integers": torch.equal(x, x.round()),
+        "tied": len(x.unique()) < 30,
+        "constant": (x == x[0, 0]).all(),
+        "saturated": (x.sigmoid() == 1).any() or x.abs().max() > 20,
+        "infinite": x.isinf().any() and not x.isnan().any(),
+    }
+    assert facts[kind]
+
+
+@given(strategies.keys(), strategies.integers((3, 4), 5))
+def test_keys_and_bounded_integers(key, x):
+    assert isinstance(key, fn.Key)
+    assert x.dtype in (torch.int32, torch.int64)
+    assert 0 <= int(x.min()) <= int(x.max()) < 5
 
 
 @given(strategies.trees())

@@ -1,0 +1,1 @@
+"""The parts of examples/denoise.py that are not the network or the training loop."""

@@ -1,0 +1,242 @@
+"""A run of training: how it begins, or goes on, and what it leaves in its folder."""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import funcnet as fn
+from denoising import command_line, report
+from denoising.data import Data
+from denoising.errors import InputError, one_line, warn
+from denoising.evaluation import measure
+from denoising.progress import Progress, copy, start
+from denoising.tiles import Denoiser, stride_of
+
+Schedule = Callable[[int], float]
+TrainEpoch = Callable[[fn.Layer, Any, Data, int, Progress], Iterator[Progress]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A network and how it is trained."""
+
+    net: fn.Layer
+    optimizer: Callable[[Any, float], Any]
+    """Of the learning rate and the momentum."""
+    schedule: Callable[[float, int], Schedule]
+    """Of the learning rate's peak and the number of steps."""
+    lr: float
+    epochs: int
+
+
+@dataclass
+class Run:
+    """What stays the same from the first step to the last."""
+
+    options: argparse.Namespace
+    recipe: Recipe
+    data: Data
+    checkpoints: fn.Checkpoints
+    began: float
+
+    @property
+    def net(self) -> fn.Layer:
+        return self.recipe.net
+
+    @property
+    def lr(self) -> float:
+        """The peak of the learning rate."""
+        return float(self.options.lr or self.recipe.lr)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.data.noisy) // self.options.batch_size)
+
+    @classmethod
+    def begin(
+        cls, options: argparse.Namespace, recipe: Recipe, train_epoch: TrainEpoch
+    ) -> tuple[Run, Progress]:
+        """The run that the options name, and its progress: new, or from the newest checkpoint.
+
+        Nothing is written, or removed of an earlier run, unless all input can be used.
+        """
+        began = time.perf_counter()
+        device = command_line.choose_device(options.device)
+        data_key, train_key = fn.split(fn.key(options.seed))
+        data = command_line.read_data(options, stride_of(recipe.net), data_key)
+        checkpoints = fn.Checkpoints(options.out / "checkpoints", options.keep)
+        run = cls(options, recipe, data, checkpoints, began)
+        settings = run.settings(device)
+        p = load(checkpoints, device, settings) if options.resume else None
+        if p is None:
+            if options.resume:
+                warn(f"{checkpoints.folder}: no checkpoint to resume from; beginning anew")
+            init = run.optimizer([1]).init
+            p = start(run.net, init, data.noisy.shape[1:], train_key, device, settings)
+        p = run.with_goal(p, train_epoch)
+        if p.steps == 0:
+            clear(checkpoints)
+        checkpoints.save(p.steps, p)  # with the goal, which --minutes would not find again
+        return run, p
+
+    def settings(self, device: torch.device) -> dict[str, Any]:
+        """All that the trained parameters depend on, but the goals."""
+        names = ("network", "noise", "level", "patches", "batch_size", "momentum", "seed")
+        return {
+            **{name: getattr(self.options, name) for name in names},
+            "lr": self.lr,
+            "goal in": "minutes" if self.options.minutes else "epochs",
+            "device": device.type,
+            "checksum of the data": self.data.checksum(),
+        }
+
+    def with_goal(self, p: Progress, train_epoch: TrainEpoch) -> Progress:
+        """The progress with the goal that the options name, unless it has it already.
+
+        Raises InputError for a goal below one that was set before.
+        """
+        options = self.options
+        goal = float(options.minutes or options.epochs or self.recipe.epochs)
+        before = p.goals[-1] if p.goals else 0.0
+        if goal < before:
+            option = "--minutes" if options.minutes else "--epochs"
+            raise InputError(
+                f"{option}: expected at least the {before:g} of the run to resume, got {goal:g}"
+            )
+        if goal == before:
+            return p
+        if options.minutes:
+            steps = max(1, int(60 * (goal - before) / self.seconds_per_step(p, train_epoch)))
+        else:
+            steps = int(goal - before) * self.steps_per_epoch
+        end = p.ends[-1] if p.ends else 0
+        return p._replace(goals=[*p.goals, goal], ends=[*p.ends, end + steps])
+
+    def seconds_per_step(self, p: Progress, train_epoch: TrainEpoch) -> float:
+        """Seconds of a step, with its share of an epoch's evaluation, by trying on a copy."""
+        trial = p._replace(params=copy(p.params), state=copy(p.state), step=0, ends=[10**12])
+        optimizer = self.optimizer([10**12])
+
+        def steps() -> Iterator[Progress]:
+            while True:
+                yield from train_epoch(
+                    self.net, optimizer, self.data, self.options.batch_size, trial
+                )
+
+        endless = steps()
+        seconds = []
+        for _ in range(25):
+            began = time.perf_counter()
+            next(endless)
+            seconds.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        measure(Denoiser.of(self.net, trial.params), self.data)
+        evaluation = time.perf_counter() - began
+        return sum(seconds[5:]) / 20 + evaluation / self.steps_per_epoch
+
+    def optimizer(self, ends: Sequence[int]) -> Any:
+        """The optimiser, whose schedule begins anew after each of the goals, which are steps."""
+        starts = [0, *ends[:-1]]
+        parts = [
+            self.recipe.schedule(self.lr, end - begin)
+            for begin, end in zip(starts, ends, strict=True)
+        ]
+
+        def lr(step: int) -> float:
+            i = min(bisect_right(ends, step), len(ends) - 1)
+            return parts[i](step - starts[i])
+
+        return self.recipe.optimizer(lr, self.options.momentum)
+
+    def with_bar(self, steps: Iterator[Progress], p: Progress) -> Iterator[Progress]:
+        """The same progress, with a bar, and with the seconds that it took in `end_epoch`'s row."""
+        self.epoch_began = time.perf_counter()
+        with tqdm(
+            desc=f"epoch {p.epoch + 1}",
+            total=min(p.step + p.steps_left, self.steps_per_epoch),
+            initial=p.step,
+            unit="step",
+            leave=False,
+        ) as bar:
+            for p in steps:
+                bar.set_postfix(loss=f"{p.loss / p.step:.5f}", refresh=False)
+                bar.update()
+                yield p
+
+    def end_epoch(self, p: Progress) -> Progress:
+        """Measure, print and keep the best model."""
+        row = {
+            "epoch": p.epoch + 1,
+            "steps": p.steps,
+            "loss": p.loss / p.step,
+            **measure(Denoiser.of(self.net, p.params), self.data),
+            "seconds": round(time.perf_counter() - self.epoch_began, 2),
+        }
+        p = p.after_epoch(row)
+        report.save_best(self.options.out, self.net, p, self.data)
+        print(report.epoch_line(row), flush=True)
+        return p
+
+    def finish(self, p: Progress) -> None:
+        self.checkpoints.save(p.steps, p)
+        report.write_report(self.options.out, self.net, p, self.data)
+        seconds = time.perf_counter() - self.began
+        print(f"{self.options.out}: written in {seconds:.0f} s")
+
+
+# --- Checkpoints
+
+
+def load(
+    checkpoints: fn.Checkpoints, device: torch.device, settings: dict[str, Any]
+) -> Progress | None:
+    """The progress in the newest whole checkpoint; None if there is none at all.
+
+    Raises InputError if all are damaged, or for the checkpoint of another program or run.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RuntimeWarning)
+        newest = checkpoints.latest(device)
+    for warning in caught:
+        warn(one_line(Exception(warning.message)))
+    folder = Path(checkpoints.folder)
+    if newest is None:
+        if files_of(folder):
+            raise InputError(f"{folder}: expected a checkpoint that is whole, got none")
+        return None
+    step, progress = newest
+    if not isinstance(progress, Progress):
+        raise InputError(f"{folder}: expected checkpoints of this program, got another at {step}")
+    check(folder, progress.settings, settings)
+    return progress
+
+
+def check(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to go on from the checkpoint of another run."""
+    wrong = [
+        f"{name}: {then.get(name)} then, {now.get(name)} now"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+    ]
+    if wrong:
+        raise InputError(f"{folder}: cannot resume a run that differs ({'; '.join(wrong)})")
+
+
+def clear(checkpoints: fn.Checkpoints) -> None:
+    """Remove the checkpoints of an earlier run."""
+    for path in files_of(Path(checkpoints.folder)):
+        path.unlink()
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*.safetensors"))

@@ -77,12 +77,10 @@ class Run:
         checkpoints = fn.Checkpoints(options.out / "checkpoints", options.keep)
         run = cls(options, recipe, data, checkpoints, began)
         settings = run.settings(device)
-        p = load(checkpoints, device, settings) if options.resume else None
-        if p is None:
-            if options.resume:
-                warn(f"{checkpoints.folder}: no checkpoint to resume from; beginning anew")
-            init = run.optimizer([1]).init
-            p = start(run.net, init, data.noisy.shape[1:], train_key, device, settings)
+        init = run.optimizer([1]).init
+        p = start(run.net, init, data.noisy.shape[1:], train_key, device, settings)
+        if options.resume:
+            p = load(checkpoints, p)
         p = run.with_goal(p, train_epoch)
         if p.steps == 0:
             clear(checkpoints)
@@ -116,7 +114,7 @@ class Run:
         if goal == before:
             return p
         if options.minutes:
-            steps = max(1, int(60 * (goal - before) / self.seconds_per_step(p, train_epoch)))
+            steps = max(1, round(60 * (goal - before) / self.seconds_per_step(p, train_epoch)))
         else:
             steps = int(goal - before) * self.steps_per_epoch
         end = p.ends[-1] if p.ends else 0
@@ -197,28 +195,28 @@ class Run:
 # --- Checkpoints
 
 
-def load(
-    checkpoints: fn.Checkpoints, device: torch.device, settings: dict[str, Any]
-) -> Progress | None:
-    """The progress in the newest whole checkpoint; None if there is none at all.
+def load(checkpoints: fn.Checkpoints, new: Progress) -> Progress:
+    """The progress in the newest whole checkpoint, or else `new`, with a warning.
 
     Raises InputError if all are damaged, or for the checkpoint of another program or run.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
-        newest = checkpoints.latest(device)
+        newest = checkpoints.latest()
     for warning in caught:
         warn(one_line(Exception(warning.message)))
     folder = Path(checkpoints.folder)
     if newest is None:
         if files_of(folder):
             raise InputError(f"{folder}: expected a checkpoint that is whole, got none")
-        return None
-    step, progress = newest
-    if not isinstance(progress, Progress):
-        raise InputError(f"{folder}: expected checkpoints of this program, got another at {step}")
-    check(folder, progress.settings, settings)
-    return progress
+        warn(f"{folder}: no checkpoint to resume from; beginning anew")
+        return new
+    step, p = newest
+    if not isinstance(p, Progress):
+        path = folder / f"step-{step:08}.safetensors"
+        raise InputError(f"{path}: expected a checkpoint of this program, got another tree")
+    check(folder, p.settings, new.settings)
+    return p.laid_out_as(new)
 
 
 def check(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,14 +38,11 @@ def denoise():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXAMPLES))
         import denoise as script
-        from denoising import data, errors, evaluation, noise, pairs, progress, report, run
+        from denoising import data, evaluation, figures, noise, pairs, progress, report, run, tiles
 
-        yield SimpleNamespace(
-            main=script.main,
-            script=script,
-            **{m.__name__.split(".")[1]: m for m in (data, errors, evaluation, noise, pairs)},
-            **{m.__name__.split(".")[1]: m for m in (progress, report, run)},
-        )
+        modules = (data, evaluation, figures, noise, pairs, progress, report, run, tiles)
+        parts = {module.__name__.split(".")[1]: module for module in modules}
+        yield SimpleNamespace(main=script.main, script=script, **parts)
     torch.set_num_threads(threads)
 
 
@@ -235,14 +233,22 @@ def test_a_loss_that_is_not_a_number_ends_it(tmp_path, denoise, folder):
         denoise.main(tiny(folder, tmp_path, network="unet", lr=1000))
 
 
-def test_batches_are_turned_alike(denoise):
+def test_batches_are_varied(denoise):
+    """In all ways, and one in eight is gray; both copies of a pair alike."""
     x = fn.uniform(fn.key(0), (2, 3, 4, 6))
-    turns = [denoise.script.turned(x, turn) for turn in range(8)]
-    assert all(t.is_contiguous() for t in turns)
-    assert len({tuple(t.flatten().tolist()) for t in turns}) == 8
-    expected = [torch.rot90(y, k, (2, 3)) for y in (x, x.flip(3)) for k in range(4)]
-    for t in turns:
-        assert any(t.shape == e.shape and torch.equal(t, e) for e in expected)
+    variants = [denoise.script.varied(x, fn.fold_in(fn.key(1), i)) for i in range(400)]
+    assert all(y.is_contiguous() for y in variants)
+    assert torch.equal(variants[0], denoise.script.varied(x, fn.fold_in(fn.key(1), 0)))
+    is_gray = [torch.equal(y[:, 0], y[:, 1]) and torch.equal(y[:, 0], y[:, 2]) for y in variants]
+    assert 25 < sum(is_gray) < 80
+    turned = [torch.rot90(z, k, (2, 3)) for z in (x, x.flip(3)) for k in range(4)]
+    expected = [z[:, order] for z in turned for order in permutations(range(3))]
+    found = {
+        next(i for i, z in enumerate(expected) if z.shape == y.shape and torch.equal(y, z))
+        for y, gray in zip(variants, is_gray, strict=True)
+        if not gray
+    }
+    assert found == set(range(48))
 
 
 # --- Resuming
@@ -669,6 +675,23 @@ def test_psnr(denoise):
         denoise.evaluation.psnr(pictures, clean), torch.tensor([20.0, 6.0206])
     )
     assert torch.isfinite(denoise.evaluation.psnr(clean, clean)).all()
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "is_clean"), [(1100, 8, True), (8, 1100, False), (4, 4, True)]
+)
+def test_figures_of_any_shape(tmp_path, denoise, height, width, is_clean):
+    pictures = fn.uniform(fn.key(0), (1, 3, height, width))
+    data = denoise.data.Data(*[pictures] * 4, (pictures[0], pictures[0]), "one", is_clean)
+    params = denoise.script.REPORTS_NETWORK.init(fn.key(0), (3, 32, 32))
+    denoiser = denoise.tiles.Denoiser.of(denoise.script.REPORTS_NETWORK, params)
+    results = denoise.evaluation.compare(denoiser, data)
+    title = "the centre of a" if max(height, width) > 1024 else "a whole"
+    assert f"{title} held-out photograph:" in results[1].table()
+    denoise.figures.write_pictures(tmp_path / "pictures.png", results)
+    with Image.open(tmp_path / "pictures.png") as image:
+        assert image.width == 1300
+        assert image.height < 5000
 
 
 def test_the_strength_of_noise_is_estimated(denoise):

@@ -103,7 +103,7 @@ def add_training(add: Add, networks: Sequence[str]) -> None:
         default=networks[0],
         help="a U-Net by Adam, or the small network of the source report by SGD (%(default)s)",
     )
-    add("--epochs", type=count, help="(unet 7, report 6)")
+    add("--epochs", type=count, help="(6)")
     add(
         "--minutes",
         type=number(float, 0.01, 10_000),
@@ -113,7 +113,7 @@ def add_training(add: Add, networks: Sequence[str]) -> None:
     add(
         "--lr",
         type=number(float, 1e-9, 1e3),
-        help="the learning rate's peak (unet 0.002, report 1)",
+        help="the learning rate's peak (unet 0.004, report 1)",
     )
     add(
         "--momentum",

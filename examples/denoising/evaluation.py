@@ -13,6 +13,8 @@ from torch import Tensor
 from denoising.data import Data, scaled
 from denoising.tiles import Denoiser
 
+MOST = 1024
+
 
 @dataclass(frozen=True)
 class Result:
@@ -58,13 +60,20 @@ def compare(denoiser: Denoiser, data: Data) -> list[Result]:
     denoised = denoise_all(denoiser, noisy)
     results = [Result(data.title, noisy, non_local_means(noisy), denoised, target, data.is_clean)]
     if data.photograph is not None:
-        noisy, target = (picture[None] for picture in data.photograph)
+        noisy, target = (centre(picture)[None] for picture in data.photograph)
         denoised = denoiser.picture(noisy[0])[None]
-        title = "a whole held-out photograph"
+        is_whole = noisy[0].shape == data.photograph[0].shape
+        title = f"{'a whole' if is_whole else 'the centre of a'} held-out photograph"
         results.append(
             Result(title, noisy, non_local_means(noisy), denoised, target, data.is_clean)
         )
     return results
+
+
+def centre(picture: Tensor) -> Tensor:
+    """At most `MOST` by `MOST` pixels: non-local means take minutes for a large photograph."""
+    top, left = (max(0, (size - MOST) // 2) for size in picture.shape[1:])
+    return picture[:, top : top + MOST, left : left + MOST]
 
 
 def denoise_all(denoiser: Denoiser, noisy: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ def write_pictures(path: Path, results: Sequence[Result]) -> None:
         rows += [photograph, detail_of(photograph)]
     shown = np.linspace(0, len(patches.noisy) - 1, 2 if photographs else 4).astype(int)
     rows += [one_of(patches, i) for i in dict.fromkeys(shown.tolist())]
-    heights = [0.3 + WIDTH / 4 * row.noisy.shape[2] / row.noisy.shape[3] for row in rows]
+    shapes = [row.noisy.shape[2:] for row in rows]
+    heights = [0.3 + WIDTH / 4 * min(height / width, 3.0) for height, width in shapes]
     figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained", dpi=100)
     grid = figure.subplots(len(rows), 4, height_ratios=heights, squeeze=False)
     for axes, row in zip(grid, rows, strict=True):

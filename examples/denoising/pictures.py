@@ -176,7 +176,7 @@ def encode(file: Any, path: Path, picture: Picture) -> None:
 
 def write_deep_png(file: BinaryIO, pixels: np.ndarray, profile: bytes | None) -> None:
     """imagecodecs writes no colour profile: its chunk goes between the header and the data."""
-    content = memoryview(imagecodecs.png_encode(pixels, level=6))
+    content = memoryview(imagecodecs.png_encode(np.ascontiguousarray(pixels), level=6))
     header = 8 + 25
     file.write(content[:header])
     if profile is not None:

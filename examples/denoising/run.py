@@ -48,6 +48,8 @@ class Run:
     data: Data
     checkpoints: fn.Checkpoints
     began: float
+    """Seconds, of time.perf_counter."""
+    epoch_began: float = 0.0
 
     @property
     def net(self) -> fn.Layer:
@@ -157,7 +159,7 @@ class Run:
         return self.recipe.optimizer(lr, self.options.momentum)
 
     def with_bar(self, steps: Iterator[Progress], p: Progress) -> Iterator[Progress]:
-        """The same progress, with a bar, and with the seconds that it took in `end_epoch`'s row."""
+        """The same progress, with a bar, from `p` on."""
         self.epoch_began = time.perf_counter()
         with tqdm(
             desc=f"epoch {p.epoch + 1}",

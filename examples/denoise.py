@@ -69,10 +69,10 @@ def train(options: argparse.Namespace) -> None:
 
 
 def varied(x: Tensor, key: fn.Key) -> Tensor:
-    """Flipped or turned in one of eight ways, with the channels in any order; one in eight gray."""
+    """Flipped and turned in one of eight ways; gray, one channel for all three, in one of eight."""
     turn, other = fn.permutation(key, 8)[:2].tolist()
-    channels = fn.permutation(key, 3)
-    x = x[:, channels[:1].expand(3) if other == 0 else channels]
+    if other == 0:
+        x = x[:, fn.permutation(key, 3)[:1].expand(3)]
     x = x.transpose(2, 3) if turn & 4 else x
     return x.flip([axis for axis in (2, 3) if turn & (axis - 1)]).contiguous()
 

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -241,14 +240,13 @@ def test_batches_are_varied(denoise):
     assert torch.equal(variants[0], denoise.script.varied(x, fn.fold_in(fn.key(1), 0)))
     is_gray = [torch.equal(y[:, 0], y[:, 1]) and torch.equal(y[:, 0], y[:, 2]) for y in variants]
     assert 25 < sum(is_gray) < 80
-    turned = [torch.rot90(z, k, (2, 3)) for z in (x, x.flip(3)) for k in range(4)]
-    expected = [z[:, order] for z in turned for order in permutations(range(3))]
+    expected = [torch.rot90(z, k, (2, 3)) for z in (x, x.flip(3)) for k in range(4)]
     found = {
         next(i for i, z in enumerate(expected) if z.shape == y.shape and torch.equal(y, z))
         for y, gray in zip(variants, is_gray, strict=True)
         if not gray
     }
-    assert found == set(range(48))
+    assert found == set(range(8))
 
 
 # --- Resuming
@@ -364,8 +362,9 @@ def test_training_goes_on_for_more_epochs(tmp_path, bare, folder, finished):
     assert [row["epoch"] for row in last.history] == [1, 2, 3]
     assert last.history[:2] == fn.load(newest(finished)).history
     again = snapshot(out)
-    bare.main([*tiny(folder, out, epochs=3), "--resume"])
-    assert snapshot(out) == again
+    for epochs in (3, None):  # there is nothing left to do
+        bare.main([*tiny(folder, out, epochs=epochs), "--resume"])
+        assert snapshot(out) == again
 
 
 def test_the_schedule_begins_anew_after_each_goal(denoise):
@@ -433,7 +432,7 @@ def test_a_model_is_not_taken_for_a_checkpoint(tmp_path, bare, folder, finished)
         ({"epochs": 1}, "--epochs: expected at least the 2 of the run to resume, got 1"),
         ({"noise": "poisson"}, "noise: None then, poisson now"),
         ({"network": "unet"}, "network: report then, unet now"),
-        ({"epochs": None, "minutes": 3}, "goal in: epochs then, minutes now"),
+        ({"epochs": None, "minutes": 2}, "--minutes: expected --epochs, as in the run to resume"),
     ],
 )
 def test_another_run_cannot_be_resumed(bare, folder, finished, capsys, change, words):

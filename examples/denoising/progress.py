@@ -21,8 +21,10 @@ class Progress(NamedTuple):
 
     settings: dict[str, Any]
     """What the trained parameters depend on. A resumed run must share them."""
+    unit: str
+    """Of the goals: epochs or minutes."""
     goals: list[float]
-    """The epochs or minutes that were asked for, each time more."""
+    """How many of them were asked for, each time more."""
     ends: list[int]
     """The number of steps at which each of these goals is reached."""
     key: fn.Key
@@ -99,6 +101,7 @@ def start(
     params = net.init(init_key, shape, device=device)
     return Progress(
         settings=settings,
+        unit="epochs",
         goals=[],
         ends=[],
         key=shuffle_key,

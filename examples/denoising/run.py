@@ -95,7 +95,6 @@ class Run:
         return {
             **{name: getattr(self.options, name) for name in names},
             "lr": self.lr,
-            "goal in": "minutes" if self.options.minutes else "epochs",
             "device": device.type,
             "checksum of the data": self.data.checksum(),
         }
@@ -106,21 +105,23 @@ class Run:
         Raises InputError for a goal below one that was set before.
         """
         options = self.options
-        goal = float(options.minutes or options.epochs or self.recipe.epochs)
+        unit = "minutes" if options.minutes else "epochs"
         before = p.goals[-1] if p.goals else 0.0
-        if goal < before:
-            option = "--minutes" if options.minutes else "--epochs"
-            raise InputError(
-                f"{option}: expected at least the {before:g} of the run to resume, got {goal:g}"
-            )
+        goal = float(options.minutes or options.epochs or before or self.recipe.epochs)
+        if p.goals and (options.minutes or options.epochs) and unit != p.unit:
+            raise InputError(f"--{unit}: expected --{p.unit}, as in the run to resume")
         if goal == before:
             return p
+        if goal < before:
+            raise InputError(
+                f"--{unit}: expected at least the {before:g} of the run to resume, got {goal:g}"
+            )
         if options.minutes:
             steps = max(1, round(60 * (goal - before) / self.seconds_per_step(p, train_epoch)))
         else:
             steps = int(goal - before) * self.steps_per_epoch
         end = p.ends[-1] if p.ends else 0
-        return p._replace(goals=[*p.goals, goal], ends=[*p.ends, end + steps])
+        return p._replace(unit=unit, goals=[*p.goals, goal], ends=[*p.ends, end + steps])
 
     def seconds_per_step(self, p: Progress, train_epoch: TrainEpoch) -> float:
         """Seconds of a step, with its share of an epoch's evaluation, by trying on a copy."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -406,8 +407,28 @@ def test_an_output_that_cannot_be_written(tmp_path, denoising, monkeypatch, unch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.png", unchanged.name]
 
 
-def test_a_large_file_is_the_same_as_in_memory(denoising):
-    """imagecodecs writes 16-bit PNGs that Pillow, another reader, finds whole."""
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_files_that_write_a_part_at_a_time(tmp_path, denoising, monkeypatch, suffix):
+    """As a raw file may do, without an error."""
+    write = io.FileIO.write
+
+    class Slow(io.FileIO):
+        def write(self, content):
+            return write(self, memoryview(content)[:100])
+
+    @contextmanager
+    def replacing(path):
+        with Slow(path, "w+") as file:
+            yield file
+
+    monkeypatch.setattr(denoising.pictures, "replacing", replacing)
+    pixels, path = random_pixels((30, 20, 3), np.uint16), tmp_path / f"out{suffix}"
+    denoising.pictures.write(path, denoising.pictures.Picture(pixels))
+    assert np.array_equal(denoising.pictures.read(path).pixels, pixels)
+
+
+def test_others_can_read_a_deep_png(denoising):
+    """Pillow, another reader than ours, finds it whole, with its profile."""
     pixels = random_pixels((5, 4, 3), np.uint16)
     file = io.BytesIO()
     denoising.pictures.encode(file, Path("a.png"), denoising.pictures.Picture(pixels, PROFILE))

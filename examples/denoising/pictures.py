@@ -189,8 +189,12 @@ def write_deep_png(file: BinaryIO, pixels: np.ndarray, profile: bytes | None) ->
 def writing(path: Path) -> Iterator[BinaryIO]:
     """A new file, which takes the place of the one at `path` once it is whole."""
     try:
-        with replacing(path) as file:
+        with replacing(path) as unbuffered:
+            # A file without a buffer may write a part of what it is given, without an error.
+            file = io.BufferedWriter(unbuffered)
             yield file
+            file.flush()
+            file.detach()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
 

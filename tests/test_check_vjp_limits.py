@@ -556,3 +556,19 @@ def test_a_budget_in_seconds():
     check_vjp(net, params, draw((2, 4, 3)), budget=0.5)
     with pytest.raises(ValueError, match="expected a budget of more than 0 seconds, got 0"):
         check_vjp(net, params, draw((2, 4, 3)), budget=0)
+
+
+def test_a_kink_in_one_entry_does_not_excuse_the_others():
+    """Residuals at a bound of the clamp move across it by any nudge."""
+
+    @dataclass(frozen=True)
+    class Off(Plain):
+        def fwd(self, params, x, *, key=None):
+            y = x.clamp(-1, 1)
+            return y, y
+
+        def bwd(self, params, y, grad, *, input_grad=True):
+            return (), 1.001 * grad * (y.abs() < 1) if input_grad else None
+
+    with pytest.raises(GradientMismatch, match=r"a factor of 1\.001 is wrong"):
+        check_vjp(Off(), (), draw((4, 6)))

@@ -23,6 +23,8 @@ ALIKE_IN_DTYPE = 64.0
 # Share of the leaf's largest move that is added to each entry's own: an entry that stood still in
 # every trial is not exact, and algorithms share sums between entries.
 LEAF_SHARE = 1 / 64
+# Median moves of a leaf above which a move is a kink's, and no rounding that others share.
+KINKED = 1024.0
 # Smallest normal numbers of the dtype: products underflow there.
 SMALLEST = 64.0
 # ε of an entry, between two computations in one dtype: they add in different orders.

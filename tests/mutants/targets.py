@@ -1,32 +1,60 @@
 """The files that mutants are generated for, and the tests that each mutant meets first.
 
 A target is a glob below the root and tests, the quickest to fail first. A file belongs to the first
-target that it matches. The derivations have rows in `written/` instead.
+target that it matches. The tests of a layer's file follow from its name and from the registry, so
+that a new file is found without a word here. The derivations have rows in `written/` instead.
 """
 
-_PURITY = (
-    "test_properties.py::test_the_same_answer_twice_in_memory_of_its_own "
-    "test_properties.py::test_what_is_not_asked_for_is_none "
-)
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from funcnet.testing.registry import REGISTRY
+from funcnet.testing.registry.row import Row
+
+from .runner import ROOT
 
 
-def _family(name: str) -> tuple[str, str]:
-    return f"funcnet/layers/{name}.py", f"test_{name}.py {_PURITY} test_errors.py"
+def _family(file: Path) -> tuple[str, str]:
+    """The target of a file of layers: the tests of its name, then what holds for each class."""
+    module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    tests = [f"test_{file.stem}.py"] if (ROOT / f"tests/test_{file.stem}.py").exists() else []
+    if file.parent.name == "combinators":
+        tests.append("test_combinators.py")
+    for cls, row in REGISTRY.items():
+        if cls.__module__ == module:
+            tests += [f"test_properties.py::{test}[{cls.__name__}]" for test in _properties(row)]
+    return file.relative_to(ROOT).as_posix(), " ".join([*tests, "test_errors.py"])
+
+
+def _properties(row: Row) -> Iterator[str]:
+    """The tests of a layer, the quickest first."""
+    yield from ("test_what_is_not_asked_for_is_none", "test_out_shape_is_true")
+    if row.twin:
+        yield "test_value_and_gradients_are_torchs"
+    if row.classes is None:
+        yield "test_gradient"
+    yield "test_the_same_answer_twice_in_memory_of_its_own"
+
+
+def _families() -> Iterator[tuple[str, str]]:
+    for folder in ("layers", "combinators"):
+        for file in sorted((ROOT / "funcnet" / folder).glob("*.py")):
+            if file.stem != "__init__":
+                yield _family(file)
 
 
 TARGETS: tuple[tuple[str, str], ...] = (
-    *map(_family, ("activations", "attention", "dropout", "embedding", "linear", "normalization")),
-    *map(_family, ("conv", "conv_transpose", "pixel_shuffle", "pooling", "recurrent", "shape")),
-    _family("upsample"),
+    *_families(),
     ("funcnet/losses/*.py", "test_losses.py test_errors.py"),
-    (
-        "funcnet/combinators/*.py",
-        f"test_sequential.py test_combinators.py test_errors.py {_PURITY}",
-    ),
-    ("funcnet/layer.py", "test_layer.py test_errors.py test_sequential.py"),
-    ("funcnet/fields.py", "test_layer.py test_errors.py"),
-    ("funcnet/gradients.py", "test_gradients.py"),
+    ("funcnet/layer.py", "test_layer.py test_errors.py test_sequential.py test_combinators.py"),
+    ("funcnet/fields.py", "test_layer.py test_errors.py test_sequential.py"),
+    ("funcnet/checks.py", "test_errors.py test_layer.py test_optimizers.py test_shape.py"),
     ("funcnet/initializers.py", "test_initializers.py"),
+    ("funcnet/gradients.py", "test_gradients.py"),
+    ("funcnet/summary.py", "test_combinators.py test_layer.py test_errors.py"),
+    ("funcnet/tree.py", "test_tree.py test_checkpoint_roundtrip.py"),
     ("funcnet/batch_statistics.py", "test_batch_statistics.py"),
     ("funcnet/optimizers/*.py", "test_optimizers.py test_partition.py test_norms.py"),
     ("funcnet/schedules.py", "test_schedules.py"),

@@ -11,12 +11,14 @@ from __future__ import annotations
 from ..mutant import Written
 from .checkpoint import CHECKPOINT
 from .convolution import CONVOLUTION
+from .frame import FRAME
 from .karatsuba import KARATSUBA
 from .keys import KEYS
 from .low_resolution import LOW_RESOLUTION
 from .optimizers import OPTIMIZERS
 
 WRITTEN: tuple[Written, ...] = (
+    *FRAME,
     *CONVOLUTION,
     *LOW_RESOLUTION,
     *KARATSUBA,

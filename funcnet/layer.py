@@ -338,8 +338,9 @@ class Layer(Hyperparameters):
             if seen == known:
                 return y
         y = self._check(params, _spec(self, x, shape))
-        # One assignment, so that threads may do this at once.
-        self.__dict__["_accepted"] = ((seen, y), *accepted[: _MOST_REMEMBERED - 1])
+        if seen is not None:  # else a layer that checks for itself may take what is no tensor
+            # One assignment, so that threads may do this at once.
+            self.__dict__["_accepted"] = ((seen, y), *accepted[: _MOST_REMEMBERED - 1])
         return y
 
     def _as_shape(self, shape: Sequence[int]) -> Shape:
@@ -520,9 +521,7 @@ def like_params(params: Tree, dparams: Tree) -> Tree:
     if torch.compiler.is_compiling() and not optree.tree_leaves(params):
         return params  # torch.compile cannot follow the structure of a dict without tensors
     structure = optree.tree_structure(params)
-    if structure == optree.tree_structure(dparams):
-        return dparams
-    try:
+    try:  # equal structures are no reason to stop here: the order of a dict is no part of them
         return structure.unflatten(structure.flatten_up_to(dparams))
     except (ValueError, TypeError):
         return dparams  # a wrong tree, which is for `check_vjp` to find

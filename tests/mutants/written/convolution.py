@@ -55,6 +55,11 @@ GEOMETRY = in_file(
         "rest = stride == self.kernel_size, dilation[0] == 1,",
         "dilation on either axis rules the patch products out",
     ),
+)
+
+SIGNALS = in_file(
+    "ops/window.py",
+    "test_conv_ranks.py",
     Row(
         "signals-with-the-dilation-of-height",
         "((0, 0), *sides), (1, *dilation), self.groups",
@@ -261,6 +266,7 @@ TRANSPOSED = in_file(
 
 CONVOLUTION = (
     *GEOMETRY,
+    *SIGNALS,
     *UNFOLD,
     *NATIVE,
     *PATCHES,

@@ -64,12 +64,6 @@ LAYER = in_file(
         "a parameter declared behind others does not change their numbers",
     ),
     Row(
-        "layout-forgotten",
-        "return value if param.layout is None else param.layout(value)",
-        "return value",
-        "a new parameter is laid out as its kernels want it",
-    ),
-    Row(
         "gradients-in-other-containers",
         "return structure.unflatten(structure.flatten_up_to(dparams))",
         "return dparams",
@@ -104,9 +98,9 @@ SEQUENTIAL = in_file(
         "a layer writes over what the layer before has made, not over what it will make",
     ),
     Row(
-        "over-grad-of-a-layer-too-late",
+        "over-grad-by-the-layer-before",
         "[*fresh[1:], False]",
-        "fresh",
+        "[False, *fresh]",
         "a layer writes over the grad that the layer behind has made",
     ),
     Row(

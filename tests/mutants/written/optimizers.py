@@ -6,7 +6,7 @@ from ..mutant import Row, in_file
 
 FORMULAS = in_file(
     "optimizers/sgd.py",
-    "test_optimizers.py test_gate_properties.py test_transforms.py",
+    "test_gate_properties.py test_optimizers.py",
     Row("maximize-ignored", "g = each.neg(g)", "g = list(g)", "maximize climbs"),
     Row(
         "weight-decay-sign",
@@ -96,7 +96,7 @@ LEAVES = in_file(
 
 EACH = in_file(
     "ops/each.py",
-    "test_gate_properties.py test_optimizers.py test_transforms.py",
+    "test_gate_properties.py test_optimizers.py",
     Row(
         "lists-under-vmap",
         "self.plain = is_plain()",

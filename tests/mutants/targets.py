@@ -19,9 +19,11 @@ from .runner import ROOT
 def _family(file: Path) -> tuple[str, str]:
     """The target of a file of layers: the tests of its name, then what holds for each class."""
     module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
-    tests = [f"test_{file.stem}.py"] if (ROOT / f"tests/test_{file.stem}.py").exists() else []
+    others = [other.stem for other in file.parent.glob(f"{file.stem}_*.py")]
+    found = sorted(path.name for path in (ROOT / "tests").glob(f"test_{file.stem}*.py"))
+    tests = [name for name in found if not name.startswith(tuple(f"test_{o}" for o in others))]
     if file.parent.name == "combinators":
-        tests.append("test_combinators.py")
+        tests += ["test_combinators.py", *([] if tests else ["test_sequential.py"])]
     for cls, row in REGISTRY.items():
         if cls.__module__ == module:
             tests += [f"test_properties.py::{test}[{cls.__name__}]" for test in _properties(row)]
@@ -48,7 +50,11 @@ def _families() -> Iterator[tuple[str, str]]:
 TARGETS: tuple[tuple[str, str], ...] = (
     *_families(),
     ("funcnet/losses/*.py", "test_losses.py test_errors.py"),
-    ("funcnet/layer.py", "test_layer.py test_errors.py test_sequential.py test_combinators.py"),
+    (
+        "funcnet/layer.py",
+        "test_layer.py test_errors.py test_sequential.py test_combinators.py "
+        "test_gate_properties.py::test_tensors_on_another_device_are_refused",
+    ),
     ("funcnet/fields.py", "test_layer.py test_errors.py test_sequential.py"),
     ("funcnet/checks.py", "test_errors.py test_layer.py test_optimizers.py test_shape.py"),
     ("funcnet/initializers.py", "test_initializers.py"),

@@ -53,7 +53,8 @@ TARGETS: tuple[tuple[str, str], ...] = (
     (
         "funcnet/layer.py",
         "test_layer.py test_errors.py test_sequential.py test_combinators.py "
-        "test_gate_properties.py::test_tensors_on_another_device_are_refused",
+        "test_gate_properties.py::test_tensors_on_another_device_are_refused "
+        "test_linear.py::test_refusals",
     ),
     ("funcnet/fields.py", "test_layer.py test_errors.py test_sequential.py"),
     ("funcnet/checks.py", "test_errors.py test_layer.py test_optimizers.py test_shape.py"),

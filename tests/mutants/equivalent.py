@@ -5,12 +5,20 @@ The gate plants them too, and says so if one is killed after all. It runs only t
 
 _REPR = "the repr of a layer leaves out what its constructor does not take"
 _TUPLE = "torch.Size is a tuple"
+_IN_PLACE = "working out of place costs memory and changes no number"
+_NOT_NEEDED = "the frame drops a dx that nobody needs"
 _REMEMBERED = "how many shapes are remembered costs time and changes no answer"
 
 EQUIVALENT: dict[str, str] = {
     "layer.Layer._admit:off-by-one:3": _REMEMBERED,
     "layer.Layer._admit:off-by-one:4": _REMEMBERED,
     "layer._shapes:drop-call:1": _TUPLE,
+    "layers.activations.PReLU:flip-flag:1": _IN_PLACE,
+    "layers.activations.PReLU._bwd:drop-need:5": _NOT_NEEDED,
+    "layers.upsample.Upsample2d:flip-flag:1": _IN_PLACE,
+    "layers.upsample.Upsample2d._bwd:sibling:1": "x is empty where grad is",
+    "layers.upsample.UpsampleConv2d:drop-argument:5": _REPR,
+    "layers.upsample.UpsampleConv2d._bwd:condition:1": "both methods give the same numbers",
     "combinators.sequential.Sequential:drop-argument:2": _REPR,
     "combinators.sequential.Sequential._as_promised:drop-call:2": _TUPLE,
     "combinators.sequential.Sequential._bwd:condition:2": "a copy costs memory alone",

@@ -88,6 +88,17 @@ NESTED = in_file(
     ),
 )
 
+LAYOUT = in_file(
+    "layer.py",
+    "test_upsample_conv.py::test_the_weight_is_laid_out_tap_by_tap",
+    Row(
+        "layout-forgotten",
+        "return value if param.layout is None else param.layout(value)",
+        "return value",
+        "a new parameter is laid out as its layer says",
+    ),
+)
+
 SEQUENTIAL = in_file(
     "combinators/sequential.py",
     "test_sequential.py test_gate_properties.py",
@@ -199,4 +210,4 @@ CHECKS = in_file(
     ),
 )
 
-FRAME = (*LAYER, *NESTED, *SEQUENTIAL, *SEVERAL, *CHECKS)
+FRAME = (*LAYER, *NESTED, *LAYOUT, *SEQUENTIAL, *SEVERAL, *CHECKS)

@@ -15,6 +15,7 @@ EQUIVALENT: dict[str, str] = {
     "layer._shapes:drop-call:1": _TUPLE,
     "layers.activations.PReLU:flip-flag:1": _IN_PLACE,
     "layers.activations.PReLU._bwd:drop-need:5": _NOT_NEEDED,
+    "layers.normalization.InstanceNorm:flip-flag:2": _IN_PLACE,
     "layers.upsample.Upsample2d:flip-flag:1": _IN_PLACE,
     "layers.upsample.Upsample2d._bwd:sibling:1": "x is empty where grad is",
     "layers.upsample.UpsampleConv2d:drop-argument:5": _REPR,

@@ -7,6 +7,7 @@ _REPR = "the repr of a layer leaves out what its constructor does not take"
 _TUPLE = "torch.Size is a tuple"
 _IN_PLACE = "working out of place costs memory and changes no number"
 _NOT_NEEDED = "the frame drops a dx that nobody needs"
+_DERIVED = "what is derived from equal fields is equal"
 _REMEMBERED = "how many shapes are remembered costs time and changes no answer"
 
 EQUIVALENT: dict[str, str] = {
@@ -16,6 +17,9 @@ EQUIVALENT: dict[str, str] = {
     "layers.activations.PReLU:flip-flag:1": _IN_PLACE,
     "layers.activations.PReLU._bwd:drop-need:5": _NOT_NEEDED,
     "layers.normalization.InstanceNorm:flip-flag:2": _IN_PLACE,
+    "layers.pooling.MaxPool:flip-flag:4": _DERIVED,
+    "layers.pooling.MaxPool._out_shape:drop-call:2": "a list of sizes is read like a tuple",
+    "layers.pooling.AvgPool:drop-argument:2": _REPR,
     "layers.upsample.Upsample2d:flip-flag:1": _IN_PLACE,
     "layers.upsample.Upsample2d._bwd:sibling:1": "x is empty where grad is",
     "layers.upsample.UpsampleConv2d:drop-argument:5": _REPR,

@@ -172,6 +172,7 @@ BUGS = {
     "drop-argument": {
         "f(x, key=key, **rest)": ["f(x, **rest)"],
         "f(dim=1, key=key)": ["f(key=key)", "f(dim=1)"],
+        "zip(a, b, strict=False)": [],
     },
     "swap-arguments": {
         "y = torch.where(a, b, c)": ["y = torch.where(b, a, c)", "y = torch.where(a, c, b)"],

@@ -238,11 +238,11 @@ def drop_call(node: ast.AST, source: Source) -> Iterator[str]:
 
 
 def drop_argument(node: ast.AST, source: Source) -> Iterator[str]:
-    """f(x, key=key) → f(x): the function takes its default."""
+    """f(x, key=key) → f(x): the function takes its default, which of `strict` is False."""
     match node:
         case ast.Call(args=args, keywords=keywords):
             for dropped in keywords:
-                if dropped.arg is not None:
+                if dropped.arg is not None and source.text(dropped) != "strict=False":
                     yield source.call(node, args, [k for k in keywords if k is not dropped])
 
 

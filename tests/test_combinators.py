@@ -639,6 +639,7 @@ REFUSED = {
         init(fn.Concat(CONV, WRONG, dim=2)),
         "Concat of 2 layers: expected results that differ along dim=2 alone, got (2, 4, 4), (3,",
     ),
+    "no layer": (lambda: fn.Frozen(None), "Frozen: expected layer to be a Layer, got None"),
     "no such axis": (
         init(fn.Concat(CONV, dim=4)),
         "Concat of 1 layers: expected results with ",

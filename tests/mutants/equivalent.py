@@ -8,6 +8,7 @@ _TUPLE = "torch.Size is a tuple"
 _IN_PLACE = "working out of place costs memory and changes no number"
 _NOT_NEEDED = "the frame drops a dx that nobody needs"
 _DERIVED = "what is derived from equal fields is equal"
+_STRICT = "the lengths have been checked"
 _REMEMBERED = "how many shapes are remembered costs time and changes no answer"
 
 EQUIVALENT: dict[str, str] = {
@@ -24,6 +25,8 @@ EQUIVALENT: dict[str, str] = {
     "layers.upsample.Upsample2d._bwd:sibling:1": "x is empty where grad is",
     "layers.upsample.UpsampleConv2d:drop-argument:5": _REPR,
     "layers.upsample.UpsampleConv2d._bwd:condition:1": "both methods give the same numbers",
+    "combinators.reversible.Reversible._check:drop-argument:2": _STRICT,
+    "combinators.reversible.Reversible._first_to_learn:flip-flag:1": _STRICT,
     "combinators.sequential.Sequential:drop-argument:2": _REPR,
     "combinators.sequential.Sequential._as_promised:drop-call:2": _TUPLE,
     "combinators.sequential.Sequential._bwd:condition:2": "a copy costs memory alone",

@@ -56,7 +56,11 @@ TARGETS: tuple[tuple[str, str], ...] = (
         "test_gate_properties.py::test_tensors_on_another_device_are_refused "
         "test_linear.py::test_refusals",
     ),
-    ("funcnet/fields.py", "test_layer.py test_errors.py test_sequential.py"),
+    (
+        "funcnet/fields.py",
+        "test_layer.py test_errors.py test_sequential.py test_combinators.py "
+        "test_activations.py::test_refused_settings",
+    ),
     ("funcnet/checks.py", "test_errors.py test_layer.py test_optimizers.py test_shape.py"),
     ("funcnet/initializers.py", "test_initializers.py"),
     ("funcnet/gradients.py", "test_gradients.py"),

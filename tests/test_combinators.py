@@ -639,6 +639,7 @@ REFUSED = {
         init(fn.Concat(CONV, WRONG, dim=2)),
         "Concat of 2 layers: expected results that differ along dim=2 alone, got (2, 4, 4), (3,",
     ),
+    "no axis": (lambda: fn.Concat(CONV, dim=1.5), "Concat: expected dim to be an int, got 1.5"),
     "no layer": (lambda: fn.Frozen(None), "Frozen: expected layer to be a Layer, got None"),
     "no such axis": (
         init(fn.Concat(CONV, dim=4)),
@@ -736,3 +737,29 @@ def test_branches_of_integers():
             assert optree.tree_structure(dparams) == optree.tree_structure(params)
             frozen = isinstance(outer, fn.Frozen)
             assert bool(dparams["a"]["weight"].any()) != frozen
+
+
+def test_what_shares_memory_with_gradients_of_parameters_is_not_written_to():
+    """A layer that does not promise fresh results may give out dx and a view of it."""
+
+    @dataclass(frozen=True)
+    class Shift(fn.Layer):
+        def _params(self, shape):
+            return {"shift": fn.Param(shape, fn.initializers.Ones())}
+
+        def _fwd(self, params, x, key):
+            return x + params["shift"], None
+
+        def _bwd(self, params, residuals, dy, need):
+            dx = dy.clone()
+            return {"shift": dx[0]}, dx  # of a batch of one
+
+    x, grad = torch.zeros(1, 4), torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    for net in (fn.Reversible(Shift(), Shift()), fn.Residual(Shift()), fn.Sum(Shift(), Shift())):
+        params = net.init(fn.key(0), (4,))
+        leaves, structure = optree.tree_flatten(params)
+        leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+        y = net.apply(structure.unflatten(leaves), x)
+        expected = torch.autograd.grad(y, leaves, grad)
+        dparams, _ = net.vjp(params, x, grad)
+        assert same(optree.tree_leaves(dparams), list(expected)), net

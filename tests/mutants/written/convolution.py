@@ -113,6 +113,12 @@ NATIVE = in_file(
         "a dilated kernel has holes",
     ),
     Row(
+        "dilated-in-bfloat16",
+        "y = conv(upcast(x), _canonical(upcast(weight)), None,",
+        "y = conv(x, _canonical(weight), None,",
+        "PyTorch's dilated convolutions in bfloat16 can end the process",
+    ),
+    Row(
         "one-channel-in-channels-last",
         "if x.shape[1] > 1 and x.stride() == _strides(x, _CHANNELS_LAST[x.ndim]):",
         "if x.stride() == _strides(x, _CHANNELS_LAST[x.ndim]):",

@@ -33,6 +33,12 @@ FORMULAS = in_file(
         "v is multiplied before g is added",
     ),
     Row(
+        "velocities-not-written",
+        "each.add_(each.mul_(v, self.momentum), g, self._share_of_gradient(n))",
+        "each.add_([x * self.momentum for x in v], g, self._share_of_gradient(n))",
+        "step_ writes into the velocities of the state",
+    ),
+    Row(
         "nesterov-ignored",
         "g = each.add(g, v, self.momentum) if self.nesterov else v",
         "g = v",
@@ -99,8 +105,8 @@ EACH = in_file(
     "test_gate_properties.py test_optimizers.py",
     Row(
         "lists-under-vmap",
-        "self.plain = is_plain()",
-        "self.plain = True",
+        "self.eager = is_eager()",
+        "self.eager = True",
         "vmap has no rule for lists of tensors",
     ),
     Row(
@@ -118,7 +124,7 @@ EACH = in_file(
     Row(
         "any-list-is-new",
         "type(xs) is _New and",
-        "self.plain and",
+        "self.eager and",
         "step is pure",
     ),
 )

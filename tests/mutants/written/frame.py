@@ -17,13 +17,13 @@ LAYER = in_file(
         "accepted-forgets-shape",
         "(len(shape), *shape[1:], x.dtype,",
         "(len(shape), x.dtype,",
-        "pictures of another size or number of channels are others",
+        "images of another size or number of channels are others",
     ),
     Row(
         "accepted-forgets-structure",
         "                structure,\n",
         "                None,\n",
-        "a list of parameters is no tuple of them",
+        "a list of parameters is not a tuple of them",
     ),
     Row(
         "accepted-forgets-shapes-of-params",
@@ -38,6 +38,13 @@ LAYER = in_file(
         "each parameter has x's dtype",
     ),
     Row(
+        "memory-in-equality",
+        "    _fresh: ClassVar[bool] = False\n",
+        "    _fresh: ClassVar[bool] = False\n"
+        '    _accepted: Any = __import__("dataclasses").field(default=(), init=False)\n',
+        "a network that has run equals one that has not",
+    ),
+    Row(
         "refused-is-remembered",
         "        y = self._check(params, _spec(self, x, shape))\n",
         "        y = _spec(self, x, shape)\n"
@@ -47,9 +54,9 @@ LAYER = in_file(
     ),
     Row(
         "remembered-under-transforms",
-        "        if not is_plain():\n            return self._check(",
+        "        if not is_eager():\n            return self._check(",
         "        if False:\n            return self._check(",
-        "a shape under torch.func is not that of the tensor outside",
+        "a shape under torch.func is not the tensor's shape outside",
     ),
     Row(
         "one-key-for-all-params",
@@ -70,6 +77,43 @@ LAYER = in_file(
         "a gradient is a tree like params",
     ),
     Row(
+        "order-of-params-lost",
+        "return structure.unflatten(structure.flatten_up_to(dparams))",
+        "return dparams if structure == optree.tree_structure(dparams) else "
+        "structure.unflatten(structure.flatten_up_to(dparams))",
+        "a gradient has the order of params, which equal structures may lack",
+    ),
+    Row(
+        "mixins-bypassed",
+        "    return cls.fwd is Layer.fwd and cls.bwd is Layer.bwd\n",
+        '    return vars(cls).keys().isdisjoint({"fwd", "bwd"})\n',
+        "a Sequential calls the fwd that a mixin has overridden",
+    ),
+    Row(
+        "residuals-are-a-view-of-x",
+        "x.new_empty((0, *x.shape))",
+        "x[None][:0]",
+        "residuals share no memory with x unless bwd needs it",
+    ),
+    Row(
+        "vjp-ignores-param-grad",
+        "need = Need(param_grad, input_grad, consume=True)",
+        "need = Need(True, input_grad, consume=True)",
+        "vjp computes what is asked for",
+    ),
+    Row(
+        "vjp-ignores-input-grad",
+        "need = Need(param_grad, input_grad, consume=True)",
+        "need = Need(param_grad, True, consume=True)",
+        "vjp computes what is asked for",
+    ),
+    Row(
+        "vjp-of-a-users-layer-ignores-what-is-asked-for",
+        "public_bwd(self, params, residuals, grad, Need(param_grad, input_grad))",
+        "public_bwd(self, params, residuals, grad, Need(True, True))",
+        "vjp computes what is asked for",
+    ),
+    Row(
         "public-bwd-consumes",
         "self._checked_bwd(params, residuals, grad, Need(param_grad, input_grad))",
         "self._checked_bwd(params, residuals, grad, Need(param_grad, input_grad, True))",
@@ -85,6 +129,34 @@ NESTED = in_file(
         "split(key, max(1, len(_flat(declared))))",
         "split(key, max(1, len(declared)))",
         "every parameter in a dict of a dict has a key",
+    ),
+)
+
+DEVICES = in_file(
+    "layer.py",
+    "test_gate_properties.py::test_tensors_on_another_device_are_refused test_layer.py",
+    Row(
+        "accepted-forgets-device",
+        "*shape[1:], x.dtype, x.device),",
+        "*shape[1:], x.dtype),",
+        "what has been accepted on one device is not accepted on another",
+    ),
+    Row(
+        "accepted-forgets-devices-of-params",
+        "[(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]",
+        "[(leaf.shape, leaf.dtype) for leaf in leaves]",
+        "each parameter is on x's device",
+    ),
+)
+
+PICKLES = in_file(
+    "fields.py",
+    "test_layer.py",
+    Row(
+        "memory-in-pickles",
+        "return {field.name: getattr(self, field.name) for field in fields(self) if field.init}",
+        "return dict(vars(self))",
+        "what has been accepted stays out of pickles",
     ),
 )
 
@@ -193,6 +265,120 @@ SEVERAL = in_file(
     ),
 )
 
+BRANCHES = in_file(
+    "combinators/branches.py",
+    "test_combinators.py",
+    Row(
+        "residuals-of-branches-from-the-front",
+        "owns[at.i], rest.pop()",
+        "owns[at.i], rest.pop(0)",
+        "the last branch's residuals are the last",
+    ),
+    Row(
+        "branches-consume-whatever-is-asked",
+        "        rest = rest if need.consume else list(rest)\n",
+        "",
+        "bwd may be called twice on the same residuals",
+    ),
+    Row(
+        "gradients-of-branches-over-what-others-hold",
+        "dx, is_own = more, is_fresh(layer)",
+        "dx, is_own = more, True",
+        "dx of a layer that promises nothing may be its residual",
+    ),
+)
+
+TURNS = in_file(
+    "combinators/turns.py",
+    "test_combinators.py",
+    Row(
+        "residuals-of-turns-from-the-front",
+        "owns[i], rest.pop(), dx",
+        "owns[i], rest.pop(0), dx",
+        "the last turn's residuals are the last",
+    ),
+    Row(
+        "turns-consume-whatever-is-asked",
+        "rest = residuals if need.consume else list(residuals)",
+        "rest = residuals",
+        "bwd may be called twice on the same residuals",
+    ),
+    Row(
+        "one-key-for-all-turns-of-fwd",
+        "x, kept = run_fwd(self.layer, own, x, key_of(key, i))",
+        "x, kept = run_fwd(self.layer, own, x, key)",
+        "turns draw independently, in fwd as in apply",
+    ),
+    Row(
+        "one-key-for-all-turns-of-apply",
+        "x = run_apply(self.layer, own, x, key_of(key, i))",
+        "x = run_apply(self.layer, own, x, key)",
+        "turns draw independently",
+    ),
+)
+
+LOOP = in_file(
+    "combinators/loop.py",
+    "test_combinators.py",
+    Row(
+        "loop-starts-from-another-key",
+        "super()._init(fold_in(key, 0), shape",
+        "super()._init(key, shape",
+        "a loop starts from the parameters of turn 0",
+    ),
+)
+
+REPEAT = in_file(
+    "combinators/repeat.py",
+    "test_combinators.py",
+    Row(
+        "copies-start-alike",
+        "self.layer.init(fold_in(key, i), shape",
+        "self.layer.init(fold_in(key, 0), shape",
+        "copies are drawn independently",
+    ),
+)
+
+RECOMPUTE = in_file(
+    "combinators/recompute.py",
+    "test_combinators.py",
+    Row(
+        "recomputed-without-the-key",
+        "again = run_fwd(self.layer, params, x, key)[1]",
+        "again = run_fwd(self.layer, params, x, None)[1]",
+        "masks are the same the second time",
+    ),
+    Row(
+        "recomputed-with-another-key",
+        "again = run_fwd(self.layer, params, x, key)[1]",
+        'own = key and __import__("funcnet").fold_in(key, 1)\n'
+        "        again = run_fwd(self.layer, params, x, own)[1]",
+        "masks are the same the second time",
+    ),
+)
+
+REVERSIBLE = in_file(
+    "combinators/reversible.py",
+    "test_combinators.py",
+    Row(
+        "reversed-with-another-key",
+        "made, kept = run_fwd(layer, own, a, key_of(key, at.i))",
+        "made, kept = run_fwd(layer, own, a, key)",
+        "masks are the same the second time",
+    ),
+)
+
+MICRO_BATCHES = in_file(
+    "gradients.py",
+    "test_gradients.py",
+    Row(
+        "one-key-for-all-micro-batches",
+        "own = None if key is None else fold_in(key, j)",
+        "own = key",
+        "micro-batches draw independently",
+    ),
+)
+
 CHECKS = in_file(
     "checks.py",
     "test_errors.py test_optimizers.py",
@@ -210,4 +396,20 @@ CHECKS = in_file(
     ),
 )
 
-FRAME = (*LAYER, *NESTED, *LAYOUT, *SEQUENTIAL, *SEVERAL, *CHECKS)
+FRAME = (
+    *LAYER,
+    *NESTED,
+    *DEVICES,
+    *PICKLES,
+    *LAYOUT,
+    *SEQUENTIAL,
+    *SEVERAL,
+    *BRANCHES,
+    *TURNS,
+    *LOOP,
+    *REPEAT,
+    *RECOMPUTE,
+    *REVERSIBLE,
+    *MICRO_BATCHES,
+    *CHECKS,
+)

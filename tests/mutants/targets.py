@@ -2,7 +2,8 @@
 
 A target is a glob below the root and tests, the quickest to fail first. A file belongs to the first
 target that it matches. The tests of a layer's file follow from its name and from the registry, so
-that a new file is found without a word here. The derivations have rows in `written/` instead.
+that a new file is found without a word here. What `ops/` holds for convolutions has rows in
+`written/` instead: most of what an operator changes there costs time and changes no number.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .runner import ROOT
 
 
 def _family(file: Path) -> tuple[str, str]:
-    """The target of a file of layers: the tests of its name, then what holds for each class."""
+    """Return a file of layers with the tests of its name, then the properties of each class."""
     module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
     others = [other.stem for other in file.parent.glob(f"{file.stem}_*.py")]
     found = sorted(path.name for path in (ROOT / "tests").glob(f"test_{file.stem}*.py"))
@@ -31,7 +32,7 @@ def _family(file: Path) -> tuple[str, str]:
 
 
 def _properties(row: Row) -> Iterator[str]:
-    """The tests of a layer, the quickest first."""
+    """Yield the properties of a layer, the quickest first."""
     yield from ("test_what_is_not_asked_for_is_none", "test_out_shape_is_true")
     if row.twin:
         yield "test_value_and_gradients_are_torchs"
@@ -47,8 +48,22 @@ def _families() -> Iterator[tuple[str, str]]:
                 yield _family(file)
 
 
+_OPS = {
+    "attention": "test_attention.py",
+    "conv_transpose": "test_conv_transpose.py",
+    "counter": "test_dropout.py test_attention.py",
+    "each": "test_gate_properties.py test_optimizers.py",
+    "fused": "test_optimizers.py",
+    "nll": "test_losses.py",
+    "normalization": "test_normalization.py",
+    "pooling": "test_pooling.py",
+    "recurrent": "test_recurrent.py",
+    "stacking": "test_combinators.py",
+}
+
 TARGETS: tuple[tuple[str, str], ...] = (
     *_families(),
+    *((f"funcnet/ops/{name}.py", tests) for name, tests in _OPS.items()),
     ("funcnet/losses/*.py", "test_losses.py test_errors.py"),
     (
         "funcnet/layer.py",

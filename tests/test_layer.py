@@ -204,7 +204,7 @@ def test_what_was_accepted_lets_nothing_else_in(sizes):
                 net.bwd(params, residuals, grad)
 
 
-def test_what_is_no_tensor_is_checked_each_time():
+def test_parameters_that_are_not_tensors_are_checked_each_time():
     """A layer that checks for itself may take numbers for parameters; others are still checked."""
     net = fn.Sequential(Public(), fn.Conv2d(2, 1))
     params = ({"w": 2.0}, fn.Conv2d(2, 1).init(fn.key(0), (3, 4, 4)))

@@ -227,6 +227,13 @@ def test_what_is_remembered_holds_no_tensor_and_does_not_grow():
     assert not any(isinstance(leaf, torch.Tensor) for leaf in leaves)
 
 
+@pytest.mark.parametrize("layer", [fn.Upsample2d(2), fn.Dropout(), fn.Identity()], ids=repr)
+def test_residuals_tell_the_shape_of_x_without_its_memory(layer):
+    x = torch.ones(2, 3, 4, 4)
+    _, residuals = layer.fwd((), x)
+    assert all(leaf.untyped_storage().nbytes() == 0 for leaf in optree.tree_leaves(residuals))
+
+
 def test_what_is_remembered_is_no_part_of_the_value():
     fresh, used = fn.Sequential(*NET), fn.Sequential(*NET)
     params = used.init(fn.key(0), (3, 4, 4))

@@ -445,6 +445,13 @@ def test_recompute_keeps_x_alone():
     assert kept_bytes(segments, x) == 4 * x.nbytes
 
 
+def test_what_is_computed_again_draws_the_same_masks():
+    drops = fn.Sequential(fn.Dropout(), fn.Sigmoid(), fn.Dropout())
+    x, grad = fn.normal(fn.key(0), (2, 3, 8)), fn.normal(fn.key(1), (2, 3, 8))
+    found = fn.Recompute(drops).vjp(((),) * 3, x, grad, key=fn.key(2))
+    assert same(found, drops.vjp(((),) * 3, x, grad, key=fn.key(2)))
+
+
 def test_reversible_keeps_one_y():
     x = fn.normal(fn.key(0), (2, 4, 8, 8))
     for pairs in (1, 4):

@@ -350,9 +350,9 @@ RECOMPUTE = in_file(
     ),
     Row(
         "recomputed-with-another-key",
-        "again = run_fwd(self.layer, params, x, key)[1]",
+        "return run_apply(self.layer, params, x, key), (x, key)",
         'own = key and __import__("funcnet").fold_in(key, 1)\n'
-        "        again = run_fwd(self.layer, params, x, own)[1]",
+        "        return run_apply(self.layer, params, x, key), (x, own)",
         "masks are the same the second time",
     ),
 )

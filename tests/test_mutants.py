@@ -186,6 +186,7 @@ BUGS = {
         "a, b = c": ["(b, a) = c"],
         "y = x[:, 0]": ["y = x[0, :]"],
         "y = isinstance(x, (a, b))": [],
+        "y = frozenset((a, b))": [],
         "y = x.sum((0, 1))": [],
         "y = (a, a)": [],
     },

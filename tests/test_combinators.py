@@ -394,10 +394,11 @@ def test_params_and_their_keys():
 
 
 def test_copies_keep_the_memory_format_of_their_weights():
-    layer = fn.Conv2d(4, 3, padding=1)
+    layer = fn.UpsampleConv2d(4, 3, scale=1)
     weight = layer.init(fn.key(0), (4, 5, 5))["weight"]
     net = fn.Repeat(layer, 2)
     params = net.init(fn.key(0), (4, 5, 5))
+    assert not weight.is_contiguous()
     assert params["weight"][1].stride() == weight.stride()
 
 

@@ -33,6 +33,7 @@ EQUIVALENT: dict[str, str] = {
     "ops.recurrent._is_for_kernel:drop-term:5": "a build without oneDNN reports it as disabled",
     "ops.stacking.stack:drop-call:1": "torch.stack takes a list like a tuple",
     "combinators.branches.Branches._fresh:off-by-one:1": _IN_PLACE,
+    "combinators.branches.Branches._bwd:drop-need:2": "a copy costs memory alone",
     "combinators.branches.Branches._bwd:drop-need:4": "run_bwd asks the same",
     "combinators.branches.Branches._pairs:flip-flag:1": _STRICT,
     "combinators.reversible.Reversible._check:drop-argument:2": _STRICT,

@@ -62,26 +62,30 @@ RECURRENT = in_file(
     ),
 )
 
-NORMALIZATION = in_file(
-    "ops/normalization.py",
-    "test_normalization.py",
-    Row(
-        "unbiased-variance",
-        "normalised: Normalised = _batch_norm(x, weight, bias, None, None, True, 0.0, eps)\n"
-        "    return normalised",
-        "y, mean, rstd = _batch_norm(x, weight, bias, None, None, True, 0.0, eps)\n"
-        "    share = (1 - x.shape[1] / max(x.numel(), 1)) ** 0.5\n"
-        "    shift = 0.0 if bias is None else _spatial((1 - share) * bias, x)\n"
-        "    return (y * share + shift).to(y.dtype), mean, rstd",
-        "a batch is normalised by the population's variance",
+NORMALIZATION = (
+    *in_file(
+        "layers/normalization.py",
+        "test_normalization.py",
+        Row(
+            "unbiased-variance",
+            "y, mean, rstd = normalization.batch_norm(x, weight, bias, self.eps)",
+            "y, mean, rstd = normalization.batch_norm(x, None, None, self.eps)\n"
+            "        y = y * (1 - x.shape[1] / max(x.numel(), 1)) ** 0.5\n"
+            "        y = y if bias is None else normalization.channel_affine(y, weight, bias)",
+            "a batch is normalised by the population's variance",
+        ),
     ),
-    Row(
-        "gradient-through-the-mean-lost",
-        "x if entries == 1 else dx, *others",
-        "x if entries == 1 or dx is None else "
-        "dx + (dy.reshape(len(x), groups, -1).mean(-1) * rstd).repeat_interleave("
-        "dx[0].numel() // groups).view(dx.shape), *others",
-        "the mean of a group depends on x",
+    *in_file(
+        "ops/normalization.py",
+        "test_normalization.py",
+        Row(
+            "gradient-through-the-mean-lost",
+            "x if entries == 1 else dx, *others",
+            "x if entries == 1 or dx is None else "
+            "dx + (dy.reshape(len(x), groups, -1).mean(-1) * rstd).repeat_interleave("
+            "dx[0].numel() // groups).view(dx.shape), *others",
+            "the mean of a group depends on x",
+        ),
     ),
 )
 

@@ -643,6 +643,10 @@ REFUSED = {
         "Sum of 2 layers: expected results of one shape, got (2, 4, 4), (3, 4, 4)",
     ),
     "factors": (init(fn.Product(CONV, WRONG)), "Product of 2 layers: expected results of one sha"),
+    "factors of another rank": (
+        init(fn.Product(CONV, fn.Sequential(CONV, fn.Select(dim=2, index=0)))),
+        "Product of 2 layers: expected results of one shape, up to sizes of 1, got (2, 4, 4), (2, 4",
+    ),
     "ranks": (
         init(fn.Concat(CONV, WRONG, dim=2)),
         "Concat of 2 layers: expected results that differ along dim=2 alone, got (2, 4, 4), (3,",

@@ -246,12 +246,11 @@ def test_networks():
             call(((), ()), torch.ones(1), key=5)
 
 
-def test_positions_are_those_of_bad_input_only():
-    """A TypeError says which layer raised it; what is no refusal passes through as it is."""
+def test_errors_of_bwd_and_of_other_kinds_name_the_position():
     net = fn.Sequential(fn.ReLU(), fn.Sigmoid())
     with pytest.raises(TypeError, match=r"^layer 1: Sigmoid\(\): expected grad to be a tensor"):
         net.bwd(((), ()), net.fwd(((), ()), torch.ones(1))[1], None)
-    with pytest.raises(RuntimeError, match=r"^out of order$"):
+    with pytest.raises(RuntimeError, match=r"^layer 1: out of order$"):
         fn.Sequential(fn.ReLU(), OutOfOrder()).apply(((), ()), torch.ones(1))
 
 

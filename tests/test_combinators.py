@@ -645,7 +645,7 @@ REFUSED = {
     "factors": (init(fn.Product(CONV, WRONG)), "Product of 2 layers: expected results of one sha"),
     "factors of another rank": (
         init(fn.Product(CONV, fn.Sequential(CONV, fn.Select(dim=2, index=0)))),
-        "Product of 2 layers: expected results of one shape, up to sizes of 1, got (2, 4, 4), (2, 4",
+        "Product of 2 layers: expected results of one shape, up to sizes of 1, got (2, 4, 4), (2",
     ),
     "ranks": (
         init(fn.Concat(CONV, WRONG, dim=2)),

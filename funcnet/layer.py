@@ -332,14 +332,15 @@ class Layer(Hyperparameters):
                 structure,
                 [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves],
             )
-        except AttributeError:  # not tensors: the check will say so
+        except AttributeError:  # not tensors: the check will refuse them, or the layer
             seen = None
         for known, y in accepted:
             if seen == known:
                 return y
         y = self._check(params, _spec(self, x, shape))
-        # One assignment, so that threads may do this at once.
-        self.__dict__["_accepted"] = ((seen, y), *accepted[: _MOST_REMEMBERED - 1])
+        if seen is not None:  # a layer that checks for itself may take numbers for parameters
+            # One assignment, so that threads may do this at once.
+            self.__dict__["_accepted"] = ((seen, y), *accepted[: _MOST_REMEMBERED - 1])
         return y
 
     def _as_shape(self, shape: Sequence[int]) -> Shape:
@@ -520,9 +521,7 @@ def like_params(params: Tree, dparams: Tree) -> Tree:
     if torch.compiler.is_compiling() and not optree.tree_leaves(params):
         return params  # torch.compile cannot follow the structure of a dict without tensors
     structure = optree.tree_structure(params)
-    if structure == optree.tree_structure(dparams):
-        return dparams
-    try:
+    try:  # equal structures too: dicts of another order have the same
         return structure.unflatten(structure.flatten_up_to(dparams))
     except (ValueError, TypeError):
         return dparams  # a wrong tree, which is for `check_vjp` to find

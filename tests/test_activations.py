@@ -89,6 +89,18 @@ def test_kinks_and_far_out(layer, function, dtype):
 
 
 @functions
+def test_slopes_that_transforms_can_follow_are_the_kernels(layer, function):
+    """Under autograd and torch.func.vmap, which do not take every kernel."""
+    x = torch.tensor(SPECIAL, dtype=torch.float64)
+    grad = torch.linspace(-1.0, 2.0, len(x), dtype=torch.float64)
+    dx = gradient(layer, x, grad)
+    followed = gradient(layer, x.clone().requires_grad_(), grad)
+    torch.testing.assert_close(followed.detach(), dx)
+    mapped = torch.func.vmap(lambda x, grad: gradient(layer, x, grad))(x, grad)
+    torch.testing.assert_close(mapped, dx)
+
+
+@functions
 def test_infinities_and_nan(layer, function):
     """Finite wherever PyTorch is."""
     x = torch.tensor([INF, -INF, NAN])

@@ -394,10 +394,11 @@ def test_params_and_their_keys():
 
 
 def test_copies_keep_the_memory_format_of_their_weights():
-    layer = fn.Conv2d(4, 3, padding=1)
+    layer = fn.UpsampleConv2d(4, 3, scale=1)
     weight = layer.init(fn.key(0), (4, 5, 5))["weight"]
     net = fn.Repeat(layer, 2)
     params = net.init(fn.key(0), (4, 5, 5))
+    assert not weight.is_contiguous()
     assert params["weight"][1].stride() == weight.stride()
 
 
@@ -443,6 +444,13 @@ def test_recompute_keeps_x_alone():
     assert kept_bytes(fn.Recompute(deep), x, besides=[x]) == 0
     segments = fn.Sequential(*[fn.Recompute(fn.Sequential(*deep[:4]))] * 4)
     assert kept_bytes(segments, x) == 4 * x.nbytes
+
+
+def test_what_is_computed_again_draws_the_same_masks():
+    drops = fn.Sequential(fn.Dropout(), fn.Sigmoid(), fn.Dropout())
+    x, grad = fn.normal(fn.key(0), (2, 3, 8)), fn.normal(fn.key(1), (2, 3, 8))
+    found = fn.Recompute(drops).vjp(((),) * 3, x, grad, key=fn.key(2))
+    assert same(found, drops.vjp(((),) * 3, x, grad, key=fn.key(2)))
 
 
 def test_reversible_keeps_one_y():
@@ -635,10 +643,16 @@ REFUSED = {
         "Sum of 2 layers: expected results of one shape, got (2, 4, 4), (3, 4, 4)",
     ),
     "factors": (init(fn.Product(CONV, WRONG)), "Product of 2 layers: expected results of one sha"),
+    "factors of another rank": (
+        init(fn.Product(CONV, fn.Sequential(CONV, fn.Select(dim=2, index=0)))),
+        "Product of 2 layers: expected results of one shape, up to sizes of 1, got (2, 4, 4), (2",
+    ),
     "ranks": (
         init(fn.Concat(CONV, WRONG, dim=2)),
         "Concat of 2 layers: expected results that differ along dim=2 alone, got (2, 4, 4), (3,",
     ),
+    "no axis": (lambda: fn.Concat(CONV, dim=1.5), "Concat: expected dim to be an int, got 1.5"),
+    "no layer": (lambda: fn.Frozen(None), "Frozen: expected layer to be a Layer, got None"),
     "no such axis": (
         init(fn.Concat(CONV, dim=4)),
         "Concat of 1 layers: expected results with ",
@@ -735,3 +749,29 @@ def test_branches_of_integers():
             assert optree.tree_structure(dparams) == optree.tree_structure(params)
             frozen = isinstance(outer, fn.Frozen)
             assert bool(dparams["a"]["weight"].any()) != frozen
+
+
+def test_what_shares_memory_with_gradients_of_parameters_is_not_written_to():
+    """A layer that does not promise fresh results may give out dx and a view of it."""
+
+    @dataclass(frozen=True)
+    class Shift(fn.Layer):
+        def _params(self, shape):
+            return {"shift": fn.Param(shape, fn.initializers.Ones())}
+
+        def _fwd(self, params, x, key):
+            return x + params["shift"], None
+
+        def _bwd(self, params, residuals, dy, need):
+            dx = dy.clone()
+            return {"shift": dx[0]}, dx  # of a batch of one
+
+    x, grad = torch.zeros(1, 4), torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    for net in (fn.Reversible(Shift(), Shift()), fn.Residual(Shift()), fn.Sum(Shift(), Shift())):
+        params = net.init(fn.key(0), (4,))
+        leaves, structure = optree.tree_flatten(params)
+        leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+        y = net.apply(structure.unflatten(leaves), x)
+        expected = torch.autograd.grad(y, leaves, grad)
+        dparams, _ = net.vjp(params, x, grad)
+        assert same(optree.tree_leaves(dparams), list(expected)), net

@@ -94,8 +94,9 @@ def test_gradients(layer, dtype):
     check_vjp(layer, (), x, key=fn.key(1))
 
 
-def test_in_place_is_the_same():
-    layer, key = fn.Dropout(0.4), fn.key(0)
+@pytest.mark.parametrize("layer", [fn.Dropout(0.4), fn.Dropout2d(0.4), fn.Dropout2d(1)], ids=repr)
+def test_in_place_is_the_same(layer):
+    key = fn.key(0)
     x, grad = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
     net = fn.Sequential(fn.Upsample2d(1), layer, fn.Upsample2d(1))  # which own what they return
     own = fn.fold_in(key, 1)

@@ -138,10 +138,13 @@ def test_parameters_that_do_not_fit(layer):
 
 @pytest.mark.parametrize("layer", [fn.ReLU(), fn.Sigmoid(), fn.Upsample2d(2)], ids=repr)
 def test_parameters_where_there_are_none(layer):
-    with refused(ValueError, f"{layer}: expected no parameters, (), got dict"):
-        layer.apply({"weight": torch.ones(1)}, torch.ones(1, 1, 1, 1))
-    with refused(ValueError, f"{layer}: expected no parameters, (), got a tuple of 1"):
-        layer.apply(((),), torch.ones(1, 1, 1, 1))
+    x = torch.ones(1, 1, 1, 1)
+    y, residuals = layer.fwd((), x)
+    for wrong, got in (({"weight": torch.ones(1)}, "dict"), (((),), "a tuple of 1")):
+        with refused(ValueError, f"{layer}: expected no parameters, (), got {got}"):
+            layer.apply(wrong, x)
+        with refused(ValueError, f"{layer}: expected no parameters, (), got {got}"):
+            layer.bwd(wrong, residuals, y)
 
 
 def test_pictures_too_small():
@@ -207,6 +210,9 @@ def test_shapes_of_examples():
         ValueError, f"{CONV}: expected the shape of one example, (C, H, W), got (1, 3, 8, 8)"
     ):
         CONV.init(fn.key(0), (1, 3, 8, 8))
+    message = f"{fn.Upsample2d(2)}: expected the shape of one example, (C, H, W), got (3, 8)"
+    with refused(ValueError, message):
+        fn.Upsample2d(2).out_shape((3, 8))
     with refused(TypeError, "expected shape to be a tuple of ints, got 3"):
         fn.ReLU().out_shape(3)
     with refused(TypeError, "expected every size in shape to be an int, got 1.5"):
@@ -221,6 +227,8 @@ def test_shapes_of_examples():
 def test_networks():
     with refused(TypeError, "Sequential: expected layer 1 to be a Layer, got 'relu'"):
         fn.Sequential(fn.ReLU(), "relu")
+    with refused(TypeError, "Sequential of 0 layers: expected x to be floating-point, got torch.i"):
+        fn.Sequential().apply((), torch.ones(1, dtype=torch.int64))
     net = fn.Sequential(fn.ReLU(), fn.Sigmoid())
     with refused(TypeError, "Sequential of 2 layers: expected params to be a tuple of 2, got list"):
         net.apply([(), ()], torch.ones(1))
@@ -238,12 +246,11 @@ def test_networks():
             call(((), ()), torch.ones(1), key=5)
 
 
-def test_positions_are_those_of_bad_input_only():
-    """A TypeError says which layer raised it; what is no refusal passes through as it is."""
+def test_errors_of_bwd_and_of_other_kinds_name_the_position():
     net = fn.Sequential(fn.ReLU(), fn.Sigmoid())
     with pytest.raises(TypeError, match=r"^layer 1: Sigmoid\(\): expected grad to be a tensor"):
         net.bwd(((), ()), net.fwd(((), ()), torch.ones(1))[1], None)
-    with pytest.raises(RuntimeError, match=r"^out of order$"):
+    with pytest.raises(RuntimeError, match=r"^layer 1: out of order$"):
         fn.Sequential(fn.ReLU(), OutOfOrder()).apply(((), ()), torch.ones(1))
 
 

@@ -212,5 +212,7 @@ def test_tensors_on_another_device_are_refused(layer):
     with pytest.raises(TypeError, match="expected target to have the dtype and device of x"):
         fn.MSE().apply(x, x.to("meta"))
     if params:
-        with pytest.raises(TypeError, match="expected weight to have the dtype and device of x"):
-            layer.apply(params, x.to("meta"))
+        elsewhere = {name: leaf.to("meta") for name, leaf in params.items()}
+        for own, at in ((params, x.to("meta")), (elsewhere, x)):
+            with pytest.raises(TypeError, match="expected weight to have the dtype and device of"):
+                layer.apply(own, at)

@@ -325,3 +325,15 @@ def test_what_micro_batches_refuse():
     ):
         with pytest.raises(error, match=re.escape(message)):
             step((), torch.zeros(3, 2), target)
+
+
+@pytest.mark.parametrize("loss", [fn.MSE(), fn.MSE("sum"), fn.CrossEntropy()], ids=repr)
+def test_micro_batches_of_nothing(loss):
+    """One part, which is all of it."""
+    net = fn.Linear(3)
+    params = net.init(fn.key(0), (4,))
+    x, target = torch.zeros(0, 4), torch.zeros(0, 3)
+    target = target if isinstance(loss, fn.MSE) else torch.zeros(0, dtype=torch.int64)
+    expected = fn.value_and_grad(net, loss)(params, x, target)
+    found = fn.value_and_grad(net, loss, micro_batch=2)(params, x, target)
+    torch.testing.assert_close(found, expected, equal_nan=True)

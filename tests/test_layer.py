@@ -98,6 +98,22 @@ def test_parameters_are_drawn_in_the_order_they_are_declared():
     assert torch.equal(params["bias"], fn.uniform(bias_key, (2,), -bound, bound))
 
 
+def test_gradients_are_in_the_order_of_params():
+    """Whatever order the author writes."""
+
+    @dataclass(frozen=True)
+    class Backwards(Affine):
+        def _bwd(self, params, x, dy, need):
+            dparams, dx = super()._bwd(params, x, dy, need)
+            return dict(reversed(dparams.items())), dx
+
+    for net in (Backwards(), fn.Sequential(Backwards(), fn.ReLU())):
+        params, x, grad = make(net, (3, 4, 5))
+        dparams, _ = net.vjp(params, x, grad)
+        own, of_own = (params, dparams) if net == Backwards() else (params[0], dparams[0])
+        assert list(of_own) == list(own) == ["scale", "bias"]
+
+
 def test_nested_parameters_are_named_in_messages():
     layer = Affine()
     params, x, _ = make(layer, (3, 4, 5))
@@ -188,6 +204,19 @@ def test_what_was_accepted_lets_nothing_else_in(sizes):
                 net.bwd(params, residuals, grad)
 
 
+def test_parameters_that_are_not_tensors_are_checked_each_time():
+    """A layer that checks for itself may take numbers for parameters; others are still checked."""
+    net = fn.Sequential(Public(), fn.Conv2d(2, 1))
+    params = ({"w": 2.0}, fn.Conv2d(2, 1).init(fn.key(0), (3, 4, 4)))
+    for size in (4, 5, 3):
+        x = torch.ones(1, 3, size, size)
+        y, residuals = net.fwd(params, x)
+        assert y.shape == (1, 2, size, size)
+        assert net.bwd(params, residuals, y, param_grad=False)[1].shape == x.shape
+        with pytest.raises(ValueError, match=r"layer 1: Conv2d.*expected x of shape"):
+            net.apply(params, x[:, :2])
+
+
 def test_what_is_remembered_holds_no_tensor_and_does_not_grow():
     net = fn.Sequential(*NET)
     params = net.init(fn.key(0), (3, 4, 4))
@@ -196,6 +225,13 @@ def test_what_is_remembered_holds_no_tensor_and_does_not_grow():
     leaves = optree.tree_leaves(net.__dict__["_accepted"])
     assert len(net.__dict__["_accepted"]) < 20
     assert not any(isinstance(leaf, torch.Tensor) for leaf in leaves)
+
+
+@pytest.mark.parametrize("layer", [fn.Upsample2d(2), fn.Dropout(), fn.Identity()], ids=repr)
+def test_residuals_tell_the_shape_of_x_without_its_memory(layer):
+    x = torch.ones(2, 3, 4, 4)
+    _, residuals = layer.fwd((), x)
+    assert all(leaf.untyped_storage().nbytes() == 0 for leaf in optree.tree_leaves(residuals))
 
 
 def test_what_is_remembered_is_no_part_of_the_value():

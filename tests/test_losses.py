@@ -449,3 +449,12 @@ def test_carelessness_with_the_target_is_found():
         check_vjp(Careless(writes=True), x, target)
     with pytest.raises(GradientMismatch, match="a target that is not contiguous changes y"):
         check_vjp(Careless(writes=False), x, target)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_probabilities_of_no_classes(reduction):
+    x = torch.zeros(2, 0)
+    loss = fn.CrossEntropy(reduction=reduction)
+    expected = F.cross_entropy(x, x, reduction=reduction)
+    torch.testing.assert_close(loss.apply(x, x), expected, equal_nan=True)
+    assert loss.vjp(x, x).shape == (2, 0)

@@ -400,3 +400,17 @@ def test_vmap_over_expanded_inputs(layer, dtype):
         found = torch.func.vmap(layer.apply, in_dims=(None, 0))(params, x.expand(3, *x.shape))
         assert found.dtype == dtype
         torch.testing.assert_close(found[1], y)
+
+
+@pytest.mark.parametrize("stride", [1, 77])
+def test_channels_last_with_any_stride_along_an_axis_of_size_1(stride):
+    """Groups of at least 4 channels are normalised in channels_last."""
+    layer, shape = fn.GroupNorm(2), (2, 8, 1, 4)
+    params = random_params(layer, shape[1:], torch.float64)
+    x, grad = (fn.normal(key, shape, dtype=torch.float64) for key in fn.split(KEY))
+    odd_x, odd_grad = (
+        t.contiguous(memory_format=torch.channels_last).as_strided(shape, (32, 1, stride, 8))
+        for t in (x, grad)
+    )
+    close(layer.apply(params, odd_x), layer.apply(params, x))
+    close(layer.vjp(params, odd_x, odd_grad), layer.vjp(params, x, grad))

@@ -216,6 +216,18 @@ def test_memory_layouts_do_not_matter(optimizer, layout, other):
     assert torch.equal(grads["w"], g)
 
 
+@pytest.mark.parametrize("cls", [fn.Adam, fn.AdamW])
+def test_adams_numbers_are_torchs_in_channels_last_too(cls):
+    """Bit for bit, by the kernel, as for contiguous leaves."""
+    w, g = (LAYOUTS["channels_last"](fn.normal(fn.key(i), (8, 7, 3, 3))) for i in (0, 1))
+    params, optimizer = {"w": w}, cls(0.1)
+    row = next(row for row in ROWS if row.ours is cls)
+    twin, state = Twin(row, params, 0.1, {}, fused=True), optimizer.init(params)
+    for step in range(3):
+        params, state = optimizer.step(params, {"w": g * (step + 1)}, state)
+        assert same([params["w"]], twin.step({"w": g * (step + 1)}, step))
+
+
 @optimizers
 def test_step_writes_to_nothing_and_step_underscore_into_params_and_state(optimizer):
     params = parameters()

@@ -224,6 +224,9 @@ def test_what_does_not_fit_is_refused_with_sizes(cls):
     layer = cls(3)
     with refused(f"{layer}: expected "):
         layer.out_shape((2, *[2] * rank))
+    with pytest.raises(ValueError, match=re.escape(f"got size {(2,) * rank}")):
+        layer.out_shape((2, *[2] * rank))
+    assert layer.out_shape((2, *[3] * rank)) == (2, *[1] * rank)
     with refused(f"{layer}: expected at least 1 channel, got 0"):
         layer.out_shape((0, *[5] * rank))
     with refused(f"{layer}: expected x of shape (N, {', '.join(cls._axes)}), got (1, 2)"):

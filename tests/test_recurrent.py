@@ -98,6 +98,14 @@ def test_the_kernel_is_used():
     assert isinstance(residuals[0][2][0], recurrent.Workspace)
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # which flags() sets, too
+def test_the_kernel_is_not_used_where_onednn_is_switched_off():
+    layer, params, x, _ = lstm_case()
+    with torch.backends.mkldnn.flags(enabled=False):
+        _, (_, residuals) = layer.fwd(params, x)
+    assert not isinstance(residuals[0][2][0], recurrent.Workspace)
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_grad_mode_does_not_matter(context):
     """The kernel asks it whether to make a workspace."""

@@ -238,6 +238,12 @@ def test_no_dx_is_asked_of_layers_below_the_first_with_parameters():
     assert Spy.asked == [True]
     assert dx is None
     assert same(dparams, expected)
+    last = fn.Sequential(Spy(), Spy(), fn.Conv2d(1, 1))
+    params, x, grad = make(last, (1, 2, 2))
+    Spy.asked.clear()
+    dparams, _ = last.vjp(params, x, grad, input_grad=False)
+    assert Spy.asked == []
+    assert same(dparams, last.vjp(params, x, grad)[0])
 
 
 @pytest.mark.parametrize(

@@ -155,3 +155,19 @@ def test_in_parts_and_by_large_products(monkeypatch, out_channels, module, limit
     whole = layer.apply(params, x), layer.vjp(params, x, grad)
     monkeypatch.setattr(module, limit, value)
     torch.testing.assert_close((layer.apply(params, x), layer.vjp(params, x, grad)), whole)
+
+
+def test_the_weight_is_laid_out_tap_by_tap():
+    """As the products at the low resolution read it; row by row for those of the two steps."""
+    auto, unfold = (fn.UpsampleConv2d(4, 3, method=m) for m in ("auto", "unfold"))
+    weights = [layer.init(fn.key(0), (5, 4, 4))["weight"] for layer in (auto, unfold)]
+    assert weights[0].permute(2, 3, 0, 1).is_contiguous()
+    assert weights[1].is_contiguous()
+    assert torch.equal(*weights)
+
+
+def test_pictures_without_channels_are_refused():
+    with pytest.raises(
+        ValueError, match=r"UpsampleConv2d\(4\): expected at least 1 channel, got 0"
+    ):
+        fn.UpsampleConv2d(4).out_shape((0, 4, 4))

@@ -3,4 +3,50 @@
 The gate plants them too, and says so if one is killed after all. It runs only their first tests.
 """
 
-EQUIVALENT: dict[str, str] = {}
+_REPR = "the repr of a layer leaves out what its constructor does not take"
+_TUPLE = "torch.Size is a tuple"
+_IN_PLACE = "working out of place costs memory and changes no number"
+_NOT_NEEDED = "the frame drops a gradient that nobody needs"
+_COPY = "a copy costs memory alone"
+_DERIVED = "what is derived from equal fields is equal"
+_STRICT = "the lengths have been checked"
+_REMEMBERED = "how many shapes are remembered costs time and changes no answer"
+
+EQUIVALENT: dict[str, str] = {
+    "layer.Layer._admit:off-by-one:3": _REMEMBERED,
+    "layer.Layer._admit:off-by-one:4": _REMEMBERED,
+    "layer._shapes:drop-call:1": _TUPLE,
+    "layers.activations.PReLU:flip-flag:1": _IN_PLACE,
+    "layers.activations.PReLU._bwd:drop-need:5": _NOT_NEEDED,
+    "layers.conv_transpose.ConvTranspose:flip-flag:5": _IN_PLACE,
+    "layers.conv_transpose.ConvTranspose.__post_init__:flip-flag:1": _STRICT,
+    "layers.linear.Linear._bwd:drop-need:2": _NOT_NEEDED,
+    "layers.normalization.InstanceNorm:flip-flag:2": _IN_PLACE,
+    "layers.pooling.MaxPool:flip-flag:4": _DERIVED,
+    "layers.pooling.MaxPool._out_shape:drop-call:2": "a list of sizes is read like a tuple",
+    "layers.pooling.Adaptive:flip-flag:1": _IN_PLACE,
+    "layers.pooling.AvgPool:drop-argument:2": _REPR,
+    "layers.upsample.Upsample2d:flip-flag:1": _IN_PLACE,
+    "layers.upsample.Upsample2d._bwd:sibling:1": "x is empty where grad is",
+    "layers.upsample.UpsampleConv2d:drop-argument:5": _REPR,
+    "layers.upsample.UpsampleConv2d._bwd:condition:1": "both methods give the same numbers",
+    "ops.conv_transpose.gradients:flip-flag:2": "what is not needed is thrown away",
+    "ops.counter._random:drop-term:8": "what is drawn beyond the size is cut off",
+    "ops.counter.bernoulli:drop-term:1": "for p = 0 no int32 is below the bound",
+    "ops.normalization._dense:drop-call:1": "kernels mind such strides in channels_last alone",
+    "ops.normalization.batch_norm:off-by-one:2": "the kernel reads the first C of the ones",
+    "ops.recurrent._is_for_kernel:drop-term:5": "a build without oneDNN reports it as disabled",
+    "ops.stacking.stack:drop-call:1": "torch.stack takes a list like a tuple",
+    "combinators.branches.Branches._fresh:off-by-one:1": _IN_PLACE,
+    "combinators.branches.Branches._bwd:drop-need:2": _COPY,
+    "combinators.branches.Branches._bwd:drop-need:4": "run_bwd asks the same",
+    "combinators.branches.Branches._pairs:flip-flag:1": _STRICT,
+    "combinators.reversible.Reversible._check:drop-argument:2": _STRICT,
+    "combinators.reversible.Reversible._first_to_learn:flip-flag:1": _STRICT,
+    "combinators.sequential.Sequential:drop-argument:2": _REPR,
+    "combinators.sequential.Sequential._as_promised:drop-call:2": _TUPLE,
+    "combinators.sequential.Sequential._as_promised:condition:1": "a check that repeats itself",
+    "combinators.turns.Turns._bwd:drop-need:2": _COPY,
+    "combinators.sequential.Sequential._bwd:condition:2": _COPY,
+    "combinators.sequential.Sequential._first_to_learn:drop-term:2": "never without layers",
+}

@@ -63,10 +63,12 @@ def sample(mutants: Sequence[Generated], count: int) -> list[Generated]:
     The next is always one of the function and operator that are chosen least so far; the name's
     checksum decides between equals, so the choice is the same each time.
     """
+    if count >= len(mutants):
+        return list(mutants)
     rest = sorted(mutants, key=lambda mutant: zlib.crc32(mutant.name.encode()))
     used: Counter[str] = Counter()
     chosen = set()
-    for _ in range(min(count, len(rest))):
+    for _ in range(count):
         best = min(rest, key=lambda m: used[f"in {m.scope}"] + used[f"by {m.operator}"])
         rest.remove(best)
         used.update((f"in {best.scope}", f"by {best.operator}"))

@@ -55,6 +55,8 @@ _FIRST_AXIS = {"select", "narrow", "unflatten", "unfold", "index_select", "gathe
 
 _LIBRARIES = {"torch", "F", "math", "np"}
 _COMMUTATIVE = _words("add mul maximum minimum max min logaddexp eq ne equal gcd lcm dot")
+# What takes a tuple whose order does not count.
+_UNORDERED = _words("isinstance issubclass set frozenset")
 # The methods whose integers would not fit if one of them changed, and those where order counts.
 _SHAPING_METHODS = {"permute", "reshape", "view", "expand"}
 _ORDERED_METHODS = _SHAPING_METHODS | {"narrow", "unflatten", "unfold", "flatten"}
@@ -238,11 +240,11 @@ def drop_call(node: ast.AST, source: Source) -> Iterator[str]:
 
 
 def drop_argument(node: ast.AST, source: Source) -> Iterator[str]:
-    """f(x, key=key) → f(x): the function takes its default."""
+    """f(x, key=key) → f(x): the function takes its default, which of `strict` is False."""
     match node:
         case ast.Call(args=args, keywords=keywords):
             for dropped in keywords:
-                if dropped.arg is not None:
+                if dropped.arg is not None and source.text(dropped) != "strict=False":
                     yield source.call(node, args, [k for k in keywords if k is not dropped])
 
 
@@ -262,7 +264,7 @@ def swap_elements(node: ast.AST, source: Source) -> Iterator[str]:
     match source.parent(node):
         case ast.Compare() | ast.For() | ast.comprehension() | ast.ExceptHandler():
             return
-        case ast.Call(func) if _name(func) in ("isinstance", "issubclass"):
+        case ast.Call(func) if _name(func) in _UNORDERED:
             return
         case ast.Subscript():
             for swapped in _swaps(node.elts, source):

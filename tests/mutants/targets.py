@@ -1,32 +1,86 @@
 """The files that mutants are generated for, and the tests that each mutant meets first.
 
 A target is a glob below the root and tests, the quickest to fail first. A file belongs to the first
-target that it matches. The derivations have rows in `written/` instead.
+target that it matches. The tests of a layer's file follow from its name and from the registry, so
+that a new file is found without a word here. What `ops/` holds for convolutions has rows in
+`written/` instead: most of what an operator changes there costs time and changes no number.
 """
 
-_PURITY = (
-    "test_properties.py::test_the_same_answer_twice_in_memory_of_its_own "
-    "test_properties.py::test_what_is_not_asked_for_is_none "
-)
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from funcnet.testing.registry import REGISTRY
+from funcnet.testing.registry.row import Row
+
+from .runner import ROOT
 
 
-def _family(name: str) -> tuple[str, str]:
-    return f"funcnet/layers/{name}.py", f"test_{name}.py {_PURITY} test_errors.py"
+def _family(file: Path) -> tuple[str, str]:
+    """Return a file of layers with the tests of its name, then the properties of each class."""
+    module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    others = [other.stem for other in file.parent.glob(f"{file.stem}_*.py")]
+    found = sorted(path.name for path in (ROOT / "tests").glob(f"test_{file.stem}*.py"))
+    tests = [name for name in found if not name.startswith(tuple(f"test_{o}" for o in others))]
+    if file.parent.name == "combinators":
+        tests += ["test_combinators.py", *([] if tests else ["test_sequential.py"])]
+    for cls, row in REGISTRY.items():
+        if cls.__module__ == module:
+            tests += [f"test_properties.py::{test}[{cls.__name__}]" for test in _properties(row)]
+    return file.relative_to(ROOT).as_posix(), " ".join([*tests, "test_errors.py"])
 
+
+def _properties(row: Row) -> Iterator[str]:
+    """Yield the properties of a layer, the quickest first."""
+    yield from ("test_what_is_not_asked_for_is_none", "test_out_shape_is_true")
+    if row.twin:
+        yield "test_value_and_gradients_are_torchs"
+    if row.classes is None:
+        yield "test_gradient"
+    yield "test_the_same_answer_twice_in_memory_of_its_own"
+
+
+def _families() -> Iterator[tuple[str, str]]:
+    for folder in ("layers", "combinators"):
+        for file in sorted((ROOT / "funcnet" / folder).glob("*.py")):
+            if file.stem != "__init__":
+                yield _family(file)
+
+
+_OPS = {
+    "attention": "test_attention.py",
+    "conv_transpose": "test_conv_transpose.py",
+    "counter": "test_dropout.py test_attention.py",
+    "each": "test_gate_properties.py test_optimizers.py",
+    "fused": "test_optimizers.py",
+    "nll": "test_losses.py",
+    "normalization": "test_normalization.py",
+    "pooling": "test_pooling.py",
+    "recurrent": "test_recurrent.py",
+    "stacking": "test_combinators.py",
+}
 
 TARGETS: tuple[tuple[str, str], ...] = (
-    *map(_family, ("activations", "attention", "dropout", "embedding", "linear", "normalization")),
-    *map(_family, ("conv", "conv_transpose", "pixel_shuffle", "pooling", "recurrent", "shape")),
-    _family("upsample"),
+    *_families(),
+    *((f"funcnet/ops/{name}.py", tests) for name, tests in _OPS.items()),
     ("funcnet/losses/*.py", "test_losses.py test_errors.py"),
     (
-        "funcnet/combinators/*.py",
-        f"test_sequential.py test_combinators.py test_errors.py {_PURITY}",
+        "funcnet/layer.py",
+        "test_layer.py test_errors.py test_sequential.py test_combinators.py "
+        "test_gate_properties.py::test_tensors_on_another_device_are_refused "
+        "test_linear.py::test_refusals",
     ),
-    ("funcnet/layer.py", "test_layer.py test_errors.py test_sequential.py"),
-    ("funcnet/fields.py", "test_layer.py test_errors.py"),
-    ("funcnet/gradients.py", "test_gradients.py"),
+    (
+        "funcnet/fields.py",
+        "test_layer.py test_errors.py test_sequential.py test_combinators.py "
+        "test_activations.py::test_refused_settings",
+    ),
+    ("funcnet/checks.py", "test_errors.py test_layer.py test_optimizers.py test_shape.py"),
     ("funcnet/initializers.py", "test_initializers.py"),
+    ("funcnet/gradients.py", "test_gradients.py"),
+    ("funcnet/summary.py", "test_combinators.py test_layer.py test_errors.py"),
+    ("funcnet/tree.py", "test_tree.py test_checkpoint_roundtrip.py"),
     ("funcnet/batch_statistics.py", "test_batch_statistics.py"),
     ("funcnet/optimizers/*.py", "test_optimizers.py test_partition.py test_norms.py"),
     ("funcnet/schedules.py", "test_schedules.py"),

@@ -1,9 +1,9 @@
-"""The bugs written by hand: what someone might write, or forget, in a derivation.
+"""The bugs written by hand: what someone might write, or forget, in a derivation or in the frame.
 
 Each is one replacement in one file, where the old text stands exactly once. A new bug is one new
 row. What it breaks must be something that a user would call wrong, so nothing that only costs
-time. A row quotes code, and neither a message nor a docstring. Ordinary layers need no rows:
-`operators.py` makes their bugs.
+time. A row quotes code, and neither a message nor a docstring. Ordinary layers need no rows, since
+`operators.py` makes their bugs; `vocabulary.py` has the few that no operator makes.
 """
 
 from __future__ import annotations
@@ -11,16 +11,20 @@ from __future__ import annotations
 from ..mutant import Written
 from .checkpoint import CHECKPOINT
 from .convolution import CONVOLUTION
+from .frame import FRAME
 from .karatsuba import KARATSUBA
 from .keys import KEYS
 from .low_resolution import LOW_RESOLUTION
 from .optimizers import OPTIMIZERS
+from .vocabulary import VOCABULARY
 
 WRITTEN: tuple[Written, ...] = (
+    *FRAME,
     *CONVOLUTION,
     *LOW_RESOLUTION,
     *KARATSUBA,
     *OPTIMIZERS,
     *KEYS,
     *CHECKPOINT,
+    *VOCABULARY,
 )

@@ -104,6 +104,18 @@ CHECKPOINT = (
             "str and int keys are kept apart",
         ),
         Row(
+            "lacking-fields-unknown",
+            ", *_lacking(content, fields)]",
+            "]",
+            "a file may lack a field that is younger than it",
+        ),
+        Row(
+            "defaults-not-taken",
+            "fields = trees.defaults(cls) | fields",
+            "fields = dict(fields)",
+            "a default that JSON cannot hold is taken, too",
+        ),
+        Row(
             "ordered-dict-becomes-dict",
             '"OrderedDict": OrderedDict}',
             '"OrderedDict": dict}',
@@ -124,6 +136,16 @@ CHECKPOINT = (
             '{"funcnet.architecture": architecture}',
             "{}",
             "the network travels with its parameters",
+        ),
+    ),
+    *in_file(
+        "tree.py",
+        "test_tree.py test_checkpoint_roundtrip.py",
+        Row(
+            "int-keys-named-like-texts",
+            'return f"{key}%" if str(key) in str_keys else str(key)',
+            "return str(key)",
+            "the keys 7 and '7' of one dict have different names",
         ),
     ),
     *in_file(

@@ -19,6 +19,53 @@ GEOMETRY = in_file(
         "tuple(k for k, d in",
         "dilation spreads the kernel over d(k−1) + 1 entries",
     ),
+    Row(
+        "same-odd-side",
+        "tuple((n // 2, n - n // 2) for n in whole)",
+        "tuple((n - n // 2, n // 2) for n in whole)",
+        'the odd entry of "same" goes after the image, as in PyTorch',
+    ),
+    Row(
+        "same-without-dilation",
+        "whole = [d * (k - 1) for",
+        "whole = [k - 1 for",
+        '"same" keeps the size with any dilation',
+    ),
+    Row(
+        "padding-axes-swapped",
+        'if padding == "valid" else padding)',
+        'if padding == "valid" else padding[::-1])',
+        "a pair of paddings is (height, width)",
+    ),
+    Row(
+        "flat-sides-order",
+        "for sides in reversed(self.sides) for side in sides",
+        "for sides in self.sides for side in sides",
+        "torch.nn.functional.pad begins with the last axis",
+    ),
+    Row(
+        "patches-whatever-the-padding",
+        "all(rest) and sides == none",
+        "all(rest) and sides[0] == (0, 0)",
+        "padding on either axis rules the patch products out",
+    ),
+    Row(
+        "patches-whatever-the-dilation",
+        "rest = stride == self.kernel_size, dilation == ones,",
+        "rest = stride == self.kernel_size, dilation[0] == 1,",
+        "dilation on either axis rules the patch products out",
+    ),
+)
+
+SIGNALS = in_file(
+    "ops/window.py",
+    "test_conv_ranks.py",
+    Row(
+        "signals-with-the-dilation-of-height",
+        "((0, 0), *sides), (1, *dilation), self.groups",
+        "((0, 0), *sides), (1, 1), self.groups",
+        "a signal's kernel may be dilated",
+    ),
 )
 
 UNFOLD = in_file(
@@ -64,6 +111,42 @@ NATIVE = in_file(
         "_canonical(upcast(weight)), None, stride, padding, dilation, groups)",
         "_canonical(upcast(weight)), None, stride, padding, (1, 1), groups)",
         "a dilated kernel has holes",
+    ),
+    Row(
+        "dilated-in-bfloat16",
+        "y = conv(upcast(x), _canonical(upcast(weight)), None,",
+        "y = conv(x, _canonical(weight), None,",
+        "PyTorch's dilated convolutions in bfloat16 can end the process",
+    ),
+    Row(
+        "one-channel-in-channels-last",
+        "if x.shape[1] > 1 and x.stride() == _strides(x, _CHANNELS_LAST[x.ndim]):",
+        "if x.stride() == _strides(x, _CHANNELS_LAST[x.ndim]):",
+        "images of one channel are not read past their end",
+    ),
+    Row(
+        "strides-of-single-entries-trusted",
+        "x.stride() == _strides(x, torch.contiguous_format):",
+        "x.is_contiguous():",
+        "axes of size 1 may have any stride, and PyTorch's kernels believe it",
+    ),
+    Row(
+        "bias-of-dilated-convolutions-lost",
+        "    if bias is not None:\n        y = inplace.add(",
+        "    if False:\n        y = inplace.add(",
+        "the bias is added after a dilated convolution",
+    ),
+    Row(
+        "odd-padding-before",
+        "for side in (0, entries)]",
+        "for side in (entries, 0)]",
+        'the odd entry of "same" goes after the image, as in PyTorch',
+    ),
+    Row(
+        "odd-padding-cropped-before",
+        "x.narrow(axis, 0, length)",
+        "x.narrow(axis, x.shape[axis] - length, length)",
+        "what was padded after is what is cropped from dx",
     ),
     Row(
         "gradients-in-half-precision",
@@ -139,6 +222,29 @@ INPLACE = in_file(
 UPSAMPLE_CONV = in_file(
     "layers/upsample.py",
     "test_upsample_conv.py",
+    Row(
+        "two-steps-always-same",
+        "kernel_size, padding=padding, bias",
+        'kernel_size, padding="same", bias',
+        "both methods give the same numbers",
+    ),
+    Row(
+        "out-size-axes-swapped",
+        "upsampled = (rows * height, columns * width)",
+        "upsampled = (columns * height, rows * width)",
+        "a pair of scales is (height, width)",
+    ),
+)
+
+IN_PLACE = in_file(
+    "layers/activations.py",
+    "test_gate_properties.py test_activations.py",
+    Row(
+        "derivative-over-the-residual",
+        "dx: Tensor = backward.grad_input(dy, *others, grad_input=dy)",
+        "dx: Tensor = backward.grad_input(dy, *others, grad_input=others[0])",
+        "bwd may be called twice on the same residuals",
+    ),
 )
 
 TRANSPOSED = in_file(
@@ -166,11 +272,13 @@ TRANSPOSED = in_file(
 
 CONVOLUTION = (
     *GEOMETRY,
+    *SIGNALS,
     *UNFOLD,
     *NATIVE,
     *PATCHES,
     *PIXELWISE,
     *INPLACE,
     *UPSAMPLE_CONV,
+    *IN_PLACE,
     *TRANSPOSED,
 )

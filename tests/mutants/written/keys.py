@@ -8,6 +8,12 @@ KEYS = in_file(
     "keys.py",
     "test_keys.py test_errors.py",
     Row(
+        "split-ignores-the-key",
+        '_derive("split", key, i)',
+        '_derive("split", _ROOT, i)',
+        "different keys have different children",
+    ),
+    Row(
         "split-repeats",
         '_derive("split", key, i)',
         '_derive("split", key, i // 2)',

@@ -38,6 +38,12 @@ LOW_RESOLUTION = in_file(
         "each example is in one chunk",
     ),
     Row(
+        "kernel-gradient-of-the-last-chunk",
+        "dkernel = dk if dkernel is None or dk is None else dkernel.add_(dk)",
+        "dkernel = dk",
+        "dweight sums over all chunks",
+    ),
+    Row(
         "chunk-written-to-the-start",
         "dx[part] = d",
         "dx[: len(d)] = d",

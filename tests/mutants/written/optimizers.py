@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ..mutant import Row, in_file
 
-OPTIMIZERS = in_file(
+FORMULAS = in_file(
     "optimizers/sgd.py",
-    "test_optimizers.py test_gate_properties.py test_transforms.py",
+    "test_gate_properties.py test_optimizers.py",
     Row("maximize-ignored", "g = each.neg(g)", "g = list(g)", "maximize climbs"),
     Row(
         "weight-decay-sign",
@@ -21,6 +21,24 @@ OPTIMIZERS = in_file(
         "the first velocity is the gradient",
     ),
     Row(
+        "dampening-at-the-first-step-of-many",
+        "(n > 1).double()",
+        "(n >= 1).double()",
+        "the first velocity is the gradient under vmap, too",
+    ),
+    Row(
+        "momentum-after-the-gradient",
+        "each.add_(each.mul_(v, self.momentum), g, self._share_of_gradient(n))",
+        "each.mul_(each.add_(v, g, self._share_of_gradient(n)), self.momentum)",
+        "v is multiplied before g is added",
+    ),
+    Row(
+        "velocities-not-written",
+        "each.add_(each.mul_(v, self.momentum), g, self._share_of_gradient(n))",
+        "each.add_([x * self.momentum for x in v], g, self._share_of_gradient(n))",
+        "step_ writes into the velocities of the state",
+    ),
+    Row(
         "nesterov-ignored",
         "g = each.add(g, v, self.momentum) if self.nesterov else v",
         "g = v",
@@ -33,3 +51,82 @@ OPTIMIZERS = in_file(
         "Nesterov's step adds the velocity to the gradient",
     ),
 )
+
+STEPS = in_file(
+    "optimizers/optimizer.py",
+    "test_gate_properties.py test_optimizers.py",
+    Row("schedule-off-by-one", "self._lr(count)", "self._lr(count + 1)", "the first step is 0"),
+    Row(
+        "step-not-counted",
+        "self._State(state.step + 1, *trees)",
+        "self._State(state.step + 0, *trees)",
+        "schedules, dampening and Adam's corrections depend on the count",
+    ),
+    Row(
+        "first-of-many-is-number-0",
+        "else (count + 1).double()",
+        "else count.double()",
+        "steps are numbered from 1 under vmap, too",
+    ),
+    Row(
+        "step-in-place-does-not-write",
+        "update(Each(write), lr,",
+        "update(Each(False), lr,",
+        "step_ writes into params",
+    ),
+    Row("pure-step-writes", "update(Each(write), lr,", "update(Each(True), lr,", "step is pure"),
+    Row(
+        "imaginary-parts-lost",
+        "update = self._update_pairs if self._treats_complex_as_pairs else self._update",
+        "update = self._update",
+        "Adam treats real and imaginary parts apart",
+    ),
+)
+
+LEAVES = in_file(
+    "optimizers/leaves.py",
+    "test_gate_properties.py test_optimizers.py",
+    Row(
+        "structure-unchecked",
+        "return structure.flatten_up_to(tree)",
+        "return optree.tree_leaves(tree)",
+        "grads of another structure are refused, not matched by position",
+    ),
+    Row(
+        "gradient-of-another-dtype",
+        "if leaf.dtype is not p.dtype or leaf.shape != p.shape or",
+        "if leaf.shape != p.shape or",
+        "params would silently change their dtype",
+    ),
+)
+
+EACH = in_file(
+    "ops/each.py",
+    "test_gate_properties.py test_optimizers.py",
+    Row(
+        "lists-under-vmap",
+        "self.eager = is_eager()",
+        "self.eager = True",
+        "vmap has no rule for lists of tensors",
+    ),
+    Row(
+        "written-over-what-autograd-needs",
+        "(type(xs) is _New and not _need_autograd(xs, *others))",
+        "(type(xs) is _New)",
+        "steps are differentiable",
+    ),
+    Row(
+        "mapped-step-in-place-does-not-write",
+        "return [x.copy_(result) for x, result in zip(xs, results, strict=True)]",
+        "return results",
+        "step_ writes into params under vmap, too",
+    ),
+    Row(
+        "any-list-is-new",
+        "type(xs) is _New and",
+        "self.eager and",
+        "step is pure",
+    ),
+)
+
+OPTIMIZERS = (*FORMULAS, *STEPS, *LEAVES, *EACH)

@@ -35,8 +35,8 @@ def gradients_by_layer(net: Layer, loss: Loss) -> GradientsByLayer:
     pass stops after each layer until the next is asked for, and is given up with the iterator.
 
     A `Loop` or `Repeat`, whose gradients are sums or stacks over its turns, is done as a whole, and
-    its layers follow one another; a combinator of one's own is one layer. Layers to which no
-    gradient goes, frozen ones below all others, come last, with zeros.
+    its layers follow one another; a combinator of one's own is one layer. `Frozen` layers give
+    zeros.
 
     Raises TypeError unless net is a Layer and loss a loss; otherwise what `value_and_grad` raises.
     Lv et al., "Full parameter fine-tuning for large language models with limited resources", 2024.
@@ -85,8 +85,9 @@ class GradientsByLayer:
             work.put = put
             need = Need(params=True, input=False, consume=True)
             net._checked_bwd(params, residuals, dy, need)
-            for path, (_, own) in reversed(work.left.copy().items()):
-                work.hand_over(path, zeros_like(own))
+            if work.left:
+                first = next(iter(work.left))
+                work.hand_over(first, zeros_like(work.left[first][1]))
 
         return _as_iterator(backward, dy)
 
@@ -103,7 +104,13 @@ class _Work:
     left: dict[str, tuple[Layer, Tree]] = field(default_factory=dict)
 
     def hand_over(self, path: str, dparams: Tree) -> None:
-        """Put the gradient of a layer, or of each layer in it, in the dtype of its parameters."""
+        """Put the gradient of a layer, or of each layer in it, in the dtype of its parameters.
+
+        Backward passes go from the last layer to the first: zeros are for those left out on the
+        way.
+        """
+        while (last := next(reversed(self.left))) != path:
+            self.hand_over(last, zeros_like(self.left[last][1]))
         layer, params = self.left.pop(path)
         dparams = optree.tree_map(lambda leaf, d: d.to(leaf.dtype), params, dparams)
         found = places(layer, dparams, lambda inner: joins(inner) is not None, path)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import optree
 import torch
@@ -189,7 +189,7 @@ class ClippedValueAndGrad(_OfExamples):
 class _Found:
     """What the layers are to find in a backward pass, and the squared norms that they found."""
 
-    wanted: str = ""  # "gradients", "squares" or nothing beyond `_bwd`
+    wanted: Literal["gradients", "squares"] | None = None  # beyond what `_bwd` finds
     squares: list[Tensor] = field(default_factory=list)
 
 
@@ -232,9 +232,11 @@ class _Passes:
     def sum(self, weights: Tensor) -> Tree:
         """Σₙ weights[n]·gₙ."""
         dy = self.dy * weights.to(self.dy.dtype).reshape(-1, *(1,) * (self.dy.ndim - 1))
-        return self._backward("", dy, consume=True)
+        return self._backward(None, dy, consume=True)
 
-    def _backward(self, wanted: str, dy: Tensor, consume: bool) -> Tree:
+    def _backward(
+        self, wanted: Literal["gradients", "squares"] | None, dy: Tensor, consume: bool
+    ) -> Tree:
         self.found.wanted = wanted
         need = Need(params=True, input=False, consume=consume)
         return self.net._checked_bwd(self.params, self.residuals, dy, need)[0]
@@ -252,7 +254,8 @@ def _values_and_dy(loss: Any, y: Tensor, target: Any) -> tuple[Tensor, Tensor]:
         value, residuals = loss.fwd(y[None], target)
         return value, loss.bwd(residuals)[0]
 
-    return products.over_examples(of_one, y, *leaves)
+    values, dy = products.over_examples(of_one, y, *leaves)
+    return values, dy
 
 
 # --- A layer
@@ -278,25 +281,25 @@ class _Apart(Watched):
         if not (wanted and need.params and self.layer._learns(params)):
             return run_bwd(self.layer, params, kept, dy, need)
         if knows:
-            each, dx = self.layer._bwd_each(params, kept, dy, need)
+            dparams, dx = self.layer._bwd_each(params, kept, dy, need)
         else:
-            # Afterwards: residuals may be used up.
-            each = _one_by_one(self.layer, params, *residuals, dy)
-            dx = dx_alone(self.layer, params, kept, dy, need)
+            _, x, key = residuals
+            dparams = _one_by_one(self.layer, params, kept, x, key, dy)
+            dx = dx_alone(self.layer, params, kept, dy, need)  # at last: it may use residuals up
+        leaves, structure = optree.tree_flatten(params)
+        each: list[Any] = structure.flatten_up_to(dparams)
         if wanted == "squares" and not self.is_tied:
-            optree.tree_map_(
-                lambda _, e: self.found.squares.append(products.squares(e)), params, each
-            )
+            self.found.squares += map(products.squares, each)
             return nothing_like(params), dx
-
-        def last(param: Tensor, each: products.Each) -> Tensor:
-            return products.formed(each).to(param.dtype).movedim(0, -1)
-
-        return optree.tree_map(last, params, each), dx
+        formed = [
+            products.formed(one).to(leaf.dtype).movedim(0, -1)
+            for one, leaf in zip(each, leaves, strict=True)
+        ]
+        return structure.unflatten(formed), dx
 
     @property
     def _knows_how(self) -> bool:
-        return writes(self.layer, "_bwd_each") and type(self.layer)._bwd_each is not Layer._bwd_each
+        return writes(self.layer, "_bwd_each")
 
 
 def _one_by_one(
@@ -309,7 +312,8 @@ def _one_by_one(
 
     def of_one(x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
         dparams = layer.vjp(params, x[None], dy[None], input_grad=False)[0]
-        return tuple(structure.flatten_up_to(dparams))
+        leaves: list[Any] = structure.flatten_up_to(dparams)
+        return tuple(leaves)
 
     if key is None:
         return structure.unflatten(products.over_examples(of_one, x, dy))

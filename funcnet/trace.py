@@ -76,10 +76,11 @@ class _Notes:
     grads: dict[int, Tensor] = field(default_factory=dict)  # by the record
     are_open: bool = True  # a backward pass may run layers again, which are no new records
 
-    def add(self, *run: Any) -> int | None:
-        if self.are_open:
-            self.records.append(Record(*run, None))
-        return len(self.records) - 1 if self.are_open else None
+    def add(self, record: Record) -> int | None:
+        if not self.are_open:
+            return None
+        self.records.append(record)
+        return len(self.records) - 1
 
     def last(self, path: str) -> int:
         """The last run of the layer at a path that has no gradient yet."""
@@ -102,7 +103,8 @@ class _Traced(Watched):
 
     def _fwd(self, params: Tree, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
         y, kept = run_fwd(self.layer, params, x, key)
-        return y, (kept, self.notes.add(self.path, self.layer, params, x, y))
+        record = Record(self.path, self.layer, params, x, y, None)
+        return y, (kept, self.notes.add(record))
 
     def _bwd(self, params: Tree, residuals: Any, dy: Tensor, need: Need) -> tuple[Tree, Any]:
         kept, run = residuals

@@ -98,7 +98,8 @@ class LayerNorm(Layer):
         return _gradients(params, dweight, dbias), dx
 
     def _bwd_each(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
-        normalised = normalization.layer_normalised(*residuals, self.num_dims)
+        x, mean, rstd = residuals
+        normalised = normalization.layer_normalised(x, mean, rstd, self.num_dims)
         dweight = rows(dy * normalised, self.num_dims).sum(1)
         dbias = rows(dy, self.num_dims).sum(1) if self.bias else None
         return _gradients(params, dweight, dbias), dx_alone(self, params, residuals, dy, need)
@@ -153,7 +154,8 @@ class RMSNorm(Layer):
         return _gradients(params, dweight), dx
 
     def _bwd_each(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
-        normalised = normalization.rms_normalised(*residuals, self.num_dims)
+        x, rstd = residuals
+        normalised = normalization.rms_normalised(x, rstd, self.num_dims)
         dweight = rows(dy * normalised, self.num_dims).sum(1)
         return _gradients(params, dweight), dx_alone(self, params, residuals, dy, need)
 
@@ -210,7 +212,8 @@ class GroupNorm(Layer):
         return _gradients(params, dweight, dbias), dx
 
     def _bwd_each(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
-        normalised = normalization.group_normalised(*residuals, self.num_groups)
+        x, mean, rstd = residuals
+        normalised = normalization.group_normalised(x, mean, rstd, self.num_groups)
         dweight, dbias = over_positions(dy * normalised), over_positions(dy)
         return _gradients(params, dweight, dbias), dx_alone(self, params, residuals, dy, need)
 
@@ -264,7 +267,8 @@ class InstanceNorm(Layer):
         return _gradients(params, dweight, dbias), dx
 
     def _bwd_each(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
-        normalised = normalization.group_normalised(*residuals, dy.shape[1])
+        x, mean, rstd = residuals
+        normalised = normalization.group_normalised(x, mean, rstd, x.shape[1])
         dweight, dbias = over_positions(dy * normalised), over_positions(dy)
         return _gradients(params, dweight, dbias), dx_alone(self, params, residuals, dy, need)
 

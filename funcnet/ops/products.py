@@ -46,7 +46,7 @@ class Products:
         # What is formed at a time takes no more memory than its factors.
         weights = max(1, left.numel() // max(1, rows * a)) * a * b
         at_once = max(1, len(left) * (left.numel() + right.numel()) // max(1, weights))
-        parts = zip(left.split(at_once), right.split(at_once), strict=True)
+        parts = zip(torch.split(left, at_once), torch.split(right, at_once), strict=True)
         return torch.cat([_squares(one.mT @ other) for one, other in parts])
 
 

@@ -116,7 +116,8 @@ class _OfExamples:
 
         def watched(path: str, layer: Layer, way: Way) -> Layer:
             is_tied = any(joins(around) == "added" for around in way)
-            return layer if declares_none(layer) else _Apart(layer, path, is_tied, found)
+            knows_how = writes(layer, "_bwd_each")
+            return layer if declares_none(layer) else _Apart(layer, path, knows_how, is_tied, found)
 
         net = mapped(self.net, watched, lambda layer: joins(layer) is not None)
         y, residuals = net.fwd(params, x, key=key)
@@ -268,15 +269,16 @@ class _Apart(Watched):
     Gradients have the axis N last, where adding and stacking (`Loop`, `Repeat`) let it be.
     """
 
+    knows_how: bool
     is_tied: bool
     found: _Found = field(compare=False)
 
     def _fwd(self, params: Tree, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
         y, kept = run_fwd(self.layer, params, x, key)
-        return y, kept if self._knows_how else (kept, x, key)
+        return y, kept if self.knows_how else (kept, x, key)
 
     def _bwd(self, params: Tree, residuals: Any, dy: Tensor, need: Need) -> tuple[Tree, Any]:
-        knows, wanted = self._knows_how, self.found.wanted
+        knows, wanted = self.knows_how, self.found.wanted
         kept = residuals if knows else residuals[0]
         if not (wanted and need.params and self.layer._learns(params)):
             return run_bwd(self.layer, params, kept, dy, need)
@@ -296,10 +298,6 @@ class _Apart(Watched):
             for one, leaf in zip(each, leaves, strict=True)
         ]
         return structure.unflatten(formed), dx
-
-    @property
-    def _knows_how(self) -> bool:
-        return writes(self.layer, "_bwd_each")
 
 
 def _one_by_one(

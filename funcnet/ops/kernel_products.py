@@ -1,9 +1,9 @@
 """The gradients of convolutions' weights for each example, as products over windows.
 
-With a row for each of the L windows of an image, and the C/groups · K entries that the K taps of a
-kernel see of it, a convolution is a product, and so is the gradient of its weight:
+With a row for each of the L windows on an image, and the K · C/groups entries that the K taps of a
+kernel see there, a convolution is a product, and so is the gradient of its weight:
 
-    dweightₙ = grad·windows(x)               (O, C/groups · K) = (O, L)·(L, C/groups · K)
+    dweightₙ = grad·windows(x)               (O, K · C/groups) = (O, L)·(L, K · C/groups)
 
 of every group apart. In a transposed convolution x and grad change their roles. Behind nearest
 upsampling by s, all that sees one small pixel is added up first, so that L counts small pixels:
@@ -47,9 +47,9 @@ def upsampled(x: Tensor, weight: Tensor, grad: Tensor, scale: Pair, window: Wind
     boxes = F.avg_pool2d(dy, scale, stride=1, divisor_override=1).to(grad.dtype)
     seen = _windows(boxes, Window(taps, scale), x.shape[2:])
 
-    def finish(product: Tensor) -> Tensor:  # (N, 1, O·kh·kw, C)
-        by_tap = product.reshape(len(product), len(weight), *taps, -1)
-        return by_tap.flip(2, 3).movedim(-1, 2)
+    def finish(product: Tensor) -> Tensor:  # (N, 1, kh·kw·O, C)
+        by_tap = product.reshape(len(product), *taps, *weight.shape[:2])
+        return by_tap.flip(1, 2).permute(0, 3, 4, 1, 2)
 
     return Products(seen, _pixels(x, 1), finish)
 
@@ -60,14 +60,19 @@ def _pixels(x: Tensor, groups: int) -> Tensor:
 
 
 def _windows(x: Tensor, window: Window, size: Ints) -> Tensor:
-    """(N, groups, L, C/groups · K): what the first L = Π size windows on x (N, C, …) see."""
+    """(N, groups, L, K · C/groups): what the first L = Π size windows on x (N, C, …) see.
+
+    Channels come last, as they lie in memory in channels_last.
+    """
     x, axes = F.pad(x, window.flat_sides), len(size)
     for axis in range(axes):
         x = x.unfold(2 + axis, window.reach[axis], window.stride[axis])
         x = x.narrow(2 + axis, 0, size[axis])[..., :: window.dilation[axis]]
-    x = torch.unflatten(x, 1, (window.groups, -1)).movedim(2, 2 + axes)  # (N, groups, …, C, …)
+    x = torch.unflatten(x, 1, (window.groups, -1)).movedim(2, -1)
     return x.flatten(2 + axes).flatten(2, 1 + axes)
 
 
 def _as(shape: torch.Size) -> Callable[[Tensor], Tensor]:
-    return lambda product: product.reshape(len(product), *shape)
+    """Weights of a shape (A, B/groups, …) of products (N, groups, A/groups, K · B/groups)."""
+    first, second, *taps = shape
+    return lambda product: product.reshape(len(product), first, *taps, second).movedim(-1, 2)

@@ -94,10 +94,6 @@ class _Traced(Watched):
 
     _fresh = False  # y is noted, and nobody may write over it
 
-    def _learns(self, params: Tree) -> bool:
-        """Whether to run in a backward pass: always, since grad is wanted."""
-        return True
-
     def _apply(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
         return self._fwd(params, x, key)[0].clone()  # `Recompute` lets others write over it
 

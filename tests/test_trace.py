@@ -91,6 +91,8 @@ class Probe(fn.Layer):
     def _params(self, shape):
         return {"probe": fn.Param(shape, fn.initializers.Zeros())}
 
+    _fresh = True  # so that what is around it may write over y
+
     def _fwd(self, params, x, key):
         return x + params["probe"], None
 

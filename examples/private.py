@@ -176,7 +176,7 @@ def main(steps=STEPS, clips=CLIPS, noises=NOISES, rounds=7):
 
     epsilons = [epsilon(noise, BATCH / len(rest), steps) for noise in noises]
     print(f"\nheld-out accuracy\n{'σ':>24}" + "".join(f"{noise:>9g}" for noise in noises))
-    print(f"{'ε':>24}" + "".join(f"{value:>9.2g}" for value in epsilons))
+    print(f"{'ε':>24}" + "".join(f"{value:>9.3g}" for value in epsilons))
     net, accuracy = network(), {}
     for clip in clips:
         for noise in noises:
@@ -195,7 +195,7 @@ def draw(accuracy, clips, noises, epsilons):
     for clip in clips:
         ax.plot(noises, [accuracy[clip, noise] for noise in noises], "o-", label=f"C = {clip:g}")
     labels = [
-        f"{noise:g}\n{'∞' if value == math.inf else f'{value:.2g}'}"
+        f"{noise:g}\n{'∞' if value == math.inf else f'{value:.3g}'}"
         for noise, value in zip(noises, epsilons, strict=True)
     ]
     ax.set_xticks(noises, labels)

@@ -18,7 +18,7 @@ from funcnet.keys import Key
 from funcnet.layer import Layer, Tree, run_bwd, zeros_like
 from funcnet.leaves import Watched, declares_none, joins, mapped, nothing_like, places
 from funcnet.losses.loss import Loss
-from funcnet.ops.inplace import is_plain
+from funcnet.ops.inplace import is_eager
 from funcnet.ops.need import Need
 
 Put: TypeAlias = Callable[[Any], None]
@@ -139,7 +139,7 @@ def _as_iterator(run: Callable[[Put], None], like: Tensor) -> Iterator[Any]:
     A backward pass is a recursion through all combinators, the user's too. So that it may wait in
     the middle, it runs in a thread of its own, in turn with the caller's: never both at a time.
     """
-    if not is_plain():  # another thread knows nothing of torch.func's transformations
+    if not is_eager():  # another thread knows nothing of torch.func's transformations
         found: list[Any] = []
         run(found.append)
         yield from found

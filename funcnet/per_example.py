@@ -28,7 +28,7 @@ from funcnet.gradients import check_batch, check_net_and_loss, check_uncoupled
 from funcnet.keys import Key
 from funcnet.layer import Layer, Tree, dx_alone, run_bwd, run_fwd, writes
 from funcnet.leaves import Watched, Way, declares_none, joins, mapped, nothing_like
-from funcnet.losses.loss import Loss, wide
+from funcnet.losses.loss import Loss, accumulator_dtype
 from funcnet.ops import products
 from funcnet.ops.need import Need
 
@@ -221,7 +221,7 @@ class _Passes:
     def norms(self, consume: bool) -> Tensor:
         """√(Σ g²) of each example, (N,)."""
         dparams = self._backward("squares", self.dy, consume)
-        total = self.dy.new_zeros(len(self.dy), dtype=wide(self.dy.dtype))
+        total = self.dy.new_zeros(len(self.dy), dtype=accumulator_dtype(self.dy.dtype))
         for squares in self.found.squares:
             total = total + squares.to(total)
         each: list[Tensor] = optree.tree_leaves(dparams)

@@ -43,7 +43,7 @@ def upsampled(x: Tensor, weight: Tensor, grad: Tensor, scale: Pair, window: Wind
     """dweight (O, C, kh, kw) of y = weight ∗ upsampled x, for each example."""
     taps = window.kernel_size
     sides = [tap - 1 - side for tap, pair in zip(taps, window.sides, strict=True) for side in pair]
-    dy = F.pad(native.wide(grad), (*sides[2:], *sides[:2]))
+    dy = F.pad(native.upcast(grad), (*sides[2:], *sides[:2]))
     boxes = F.avg_pool2d(dy, scale, stride=1, divisor_override=1).to(grad.dtype)
     seen = _windows(boxes, Window(taps, scale), x.shape[2:])
 

@@ -98,7 +98,7 @@ def rms_norm_gradients(
 
 def rms_normalised(x: Tensor, rstd: Tensor, num_dims: int) -> Tensor:
     """x̂, in float32 for half precision."""
-    return (_wide(x).flatten(-num_dims) * rstd).reshape(x.shape)
+    return (_upcast(x).flatten(-num_dims) * rstd).reshape(x.shape)
 
 
 def group_norm(
@@ -147,12 +147,12 @@ def group_norm_gradients(
 
 def layer_normalised(x: Tensor, mean: Tensor, rstd: Tensor, num_dims: int) -> Tensor:
     """x̂, in float32 for half precision."""
-    return (_wide(_exact(x, math.prod(x.shape[-num_dims:]))) - mean) * rstd
+    return (_upcast(_exact(x, math.prod(x.shape[-num_dims:]))) - mean) * rstd
 
 
 def group_normalised(x: Tensor, mean: Tensor, rstd: Tensor, groups: int) -> Tensor:
     """x̂, in float32 for half precision."""
-    grouped = torch.unflatten(_wide(x).unsqueeze(2).flatten(2), 1, (groups, -1)).flatten(2)
+    grouped = torch.unflatten(_upcast(x).unsqueeze(2).flatten(2), 1, (groups, -1)).flatten(2)
     grouped = (_exact(grouped, grouped.shape[2]) - mean.unsqueeze(2)) * rstd.unsqueeze(2)
     return grouped.reshape(x.shape)
 

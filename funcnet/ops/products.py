@@ -38,7 +38,7 @@ class Products:
         return self.finish(self.left.mT @ self.right)
 
     def squares(self) -> Tensor:
-        left, right = _wide(self.left), _wide(self.right)
+        left, right = _upcast(self.left), _upcast(self.right)
         rows, a, b = left.shape[-2], left.shape[-1], right.shape[-1]
         if rows * (a + b) < a * b:
             products = (left @ left.mT) * (right @ right.mT)
@@ -71,7 +71,7 @@ class Rows:
 
     def _added(self, index: Tensor, count: int) -> Tensor:
         """The sums of the rows with one index, (N, count, E)."""
-        rows = _wide(self.rows)
+        rows = _upcast(self.rows)
         sums = rows.new_zeros((len(rows), count, rows.shape[2]))
         return sums.scatter_add(1, index.unsqueeze(2).expand_as(rows), rows)
 
@@ -109,8 +109,8 @@ def over_examples(function: Callable[..., tuple[Tensor, ...]], *batches: Tensor)
 
 
 def _squares(x: Tensor) -> Tensor:
-    return _wide(x).unsqueeze(1).flatten(1).square().sum(1)
+    return _upcast(x).unsqueeze(1).flatten(1).square().sum(1)
 
 
-def _wide(x: Tensor) -> Tensor:
+def _upcast(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -34,6 +34,7 @@ import torch  # noqa: F401  (the code that a repr is may say torch.bfloat16)
 
 from funcnet import initializers, schedules
 from funcnet.batch_statistics import for_inference, merge_moments, moments
+from funcnet.by_layer import gradients_by_layer
 from funcnet.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -139,7 +140,9 @@ from funcnet.optimizers import (
     clip_by_global_norm,
     global_norm,
 )
+from funcnet.per_example import clipped_value_and_grad, gradient_norms, per_example
 from funcnet.summary import summary
+from funcnet.trace import trace
 from funcnet.tree import register_node
 
 __version__ = "0.1.0"
@@ -243,9 +246,12 @@ __all__ = [
     "average",
     "bernoulli",
     "clip_by_global_norm",
+    "clipped_value_and_grad",
     "fold_in",
     "for_inference",
     "global_norm",
+    "gradient_norms",
+    "gradients_by_layer",
     "initializers",
     "inspect",
     "key",
@@ -254,6 +260,7 @@ __all__ = [
     "merge_moments",
     "moments",
     "normal",
+    "per_example",
     "permutation",
     "register_node",
     "save",
@@ -261,6 +268,7 @@ __all__ = [
     "schedules",
     "split",
     "summary",
+    "trace",
     "uniform",
     "value_and_grad",
 ]

@@ -42,6 +42,7 @@ from funcnet.layers import (
     Linear,
     UpsampleConv2d,
 )
+from funcnet.leaves import Way, mapped, same
 from funcnet.ops.inplace import is_eager
 
 Moments: TypeAlias = tuple[Tensor, Tensor, Tensor]
@@ -72,7 +73,7 @@ def moments(net: Layer, params: Tree, x: Tensor, *, key: Key) -> Tree:
     ((), [2.0, 2.0, 2.0])
     """
     _check_net("moments", net)
-    observed = _observed(net)
+    observed = mapped(net, _observed)
     observed.apply(params, x, key=key)
     return _collected(observed, params, (), "")
 
@@ -141,13 +142,9 @@ class _Observed(Layer):
         return y, residuals
 
 
-def _observed(layer: Layer) -> Layer:
-    """The layer with each `BatchNorm` in it observed."""
-    if isinstance(layer, BatchNorm):
-        return _Observed(layer)
-    before = [child for _, child in layer._children()]
-    children = [_observed(child) for child in before]
-    return layer if _same(children, before) else layer._with_children(children)
+def _observed(path: str, layer: Layer, way: Way) -> Layer:
+    """A layer, observed if it is a `BatchNorm`."""
+    return _Observed(layer) if isinstance(layer, BatchNorm) else layer
 
 
 def _measured(x: Tensor) -> Moments:
@@ -268,7 +265,7 @@ class _Inference:
             else:
                 made.append((name, *self.of(child, own, found, way)))
         layers, kept = [child for _, child, _ in made], [name for name, _, _ in made]
-        if _same(layers, [child for _, child in children]):
+        if same(layers, [child for _, child in children]):
             return layer, params
         params = _whole(params, kept, [part for _, _, part in made])
         if isinstance(layer, Sequential):  # which may have become shorter
@@ -362,12 +359,6 @@ def _folded(
 def _check_net(who: str, net: Any) -> None:
     if not isinstance(net, Layer):
         raise TypeError(f"{who}: expected net to be a Layer, got {type(net).__name__}")
-
-
-def _same(layers: Sequence[Layer], before: Sequence[Layer]) -> bool:
-    """Whether these are the very same layers."""
-    pairs = zip(layers, before, strict=False)
-    return len(layers) == len(before) and all(new is old for new, old in pairs)
 
 
 def _is_moments(m: Tree) -> bool:

@@ -84,7 +84,7 @@ class MicroBatched(ValueAndGrad):
     ) -> tuple[Tensor, Tree]:
         """(the loss, its gradient with respect to params). Micro-batch j draws from
         `fold_in(key, j)`."""
-        self._check(x, target)
+        check_batch("value_and_grad", x, target)
         parts = self._parts(params, x, target, key)
         first: Any = next(parts)
         dtypes: Any = optree.tree_map(lambda leaf: leaf.dtype, first)
@@ -108,17 +108,6 @@ class MicroBatched(ValueAndGrad):
             own = None if key is None else fold_in(key, j)
             of_part = optree.tree_map(lambda t, i=start: t[i : i + self.micro_batch], target)
             yield self._of(params, x[start : start + self.micro_batch], of_part, own, whole)
-
-    def _check(self, x: Any, target: Any) -> None:
-        """Raise unless x and target are of the same examples."""
-        for name, leaf in (("x", x), *(("target", leaf) for leaf in optree.tree_leaves(target))):
-            if not isinstance(leaf, Tensor) or not leaf.ndim:
-                got = type(leaf).__name__ if not isinstance(leaf, Tensor) else "shape ()"
-                raise TypeError(f"value_and_grad: expected {name} to be a batch, got {got}")
-            if len(leaf) != len(x):
-                raise ValueError(
-                    f"value_and_grad: expected target of {len(x)} examples, as x, got {len(leaf)}"
-                )
 
 
 def value_and_grad(net: Layer, loss: Loss, micro_batch: int | None = None) -> ValueAndGrad:
@@ -150,20 +139,39 @@ def value_and_grad(net: Layer, loss: Loss, micro_batch: int | None = None) -> Va
     >>> fn.value_and_grad(fn.Sigmoid(), fn.MSE(), micro_batch=2)
     value_and_grad(Sigmoid(), MSE(), micro_batch=2)
     """
-    if not isinstance(net, Layer):
-        raise TypeError(f"value_and_grad: expected net to be a Layer, got {type(net).__name__}")
-    if isinstance(loss, type | Layer) or not (hasattr(loss, "fwd") and hasattr(loss, "bwd")):
-        raise TypeError(f"value_and_grad: expected a loss, such as MSE(), got {loss!r}")
+    check_net_and_loss("value_and_grad", net, loss)
     if micro_batch is None:
         return ValueAndGrad(net, loss)
-    if net.couples_examples:
-        raise ValueError(
-            "value_and_grad: expected layers that treat every example alone, for micro_batch, "
-            f"got {coupling(net)}"
-        )
+    check_uncoupled("value_and_grad", net, ", for micro_batch")
     if not isinstance(loss, Loss) or getattr(loss, "reduction", None) not in ("mean", "sum"):
         raise ValueError(
             'value_and_grad: expected a loss with reduction "mean" or "sum", for micro_batch, '
             f"got {loss!r}"
         )
     return MicroBatched(net, loss, as_int("value_and_grad", "micro_batch", micro_batch, 1))
+
+
+def check_net_and_loss(who: str, net: Any, loss: Any) -> None:
+    """Raise TypeError unless these are a layer and a loss."""
+    if not isinstance(net, Layer):
+        raise TypeError(f"{who}: expected net to be a Layer, got {type(net).__name__}")
+    if isinstance(loss, type | Layer) or not (hasattr(loss, "fwd") and hasattr(loss, "bwd")):
+        raise TypeError(f"{who}: expected a loss, such as MSE(), got {loss!r}")
+
+
+def check_uncoupled(who: str, net: Layer, purpose: str = "") -> None:
+    """Raise ValueError if a layer couples examples, naming it and the way there."""
+    if net.couples_examples:
+        raise ValueError(
+            f"{who}: expected layers that treat every example alone{purpose}, got {coupling(net)}"
+        )
+
+
+def check_batch(who: str, x: Any, target: Any) -> None:
+    """Raise unless x and target are of the same examples."""
+    for name, leaf in (("x", x), *(("target", leaf) for leaf in optree.tree_leaves(target))):
+        if not isinstance(leaf, Tensor) or not leaf.ndim:
+            got = type(leaf).__name__ if not isinstance(leaf, Tensor) else "shape ()"
+            raise TypeError(f"{who}: expected {name} to be a batch, got {got}")
+        if len(leaf) != len(x):
+            raise ValueError(f"{who}: expected target of {len(x)} examples, as x, got {len(leaf)}")

@@ -42,7 +42,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import optree
 import torch
@@ -60,6 +60,8 @@ Tree: TypeAlias = Any
 """Nested containers of tensors, as `optree` understands them."""
 
 Shape: TypeAlias = tuple[int, ...]
+
+Joins: TypeAlias = Literal["apart", "stacked", "added", "zeros"]
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,12 @@ class Layer(Hyperparameters):
     `_fwd_` and `_bwd_`, which do in place what `_fwd` and `_bwd` do. `check_vjp` verifies it.
     """
 
+    _joins: ClassVar[Joins | None] = None
+    """How a combinator makes dparams of its children's: a part for each child ("apart"), those of
+    its copies stacked along a new first axis ("stacked"), those of several runs added up ("added"),
+    or zeros ("zeros"). None says nothing: such a layer counts as a whole, as one without children.
+    """
+
     couples_examples: ClassVar[bool] = _TrueOfChildren()  # type: ignore[assignment]
     """Whether y of an example depends on the others in its batch. Such a layer says True."""
 
@@ -138,6 +146,14 @@ class Layer(Hyperparameters):
 
     def _bwd(self, params: Any, residuals: Any, grad: Tensor, need: Need) -> tuple[Any, Any]:
         """(dparams, dx); what is not needed may be None."""
+        raise NotImplementedError
+
+    def _bwd_each(self, params: Any, residuals: Any, grad: Tensor, need: Need) -> tuple[Any, Any]:
+        """(each, dx): what `_bwd` returns, but with gradients of the parameters for each example.
+
+        A leaf of `each` is a tensor (N, …), or a form of `ops/products.py` that stands for one. A
+        layer need not write it: then examples go through `_bwd` one by one.
+        """
         raise NotImplementedError
 
     # --- What callers call
@@ -475,6 +491,26 @@ def run_bwd(
     if cls.fwd is Layer.fwd and cls.bwd is Layer.bwd:
         return layer._bwd(params, residuals, grad, need)
     return public_bwd(layer, params, residuals, grad, need)
+
+
+def dx_alone(layer: Layer, params: Tree, residuals: Any, grad: Tensor, need: Need) -> Tensor | None:
+    """dx from the residuals of `run_fwd`, if it is needed."""
+    need = need._replace(params=False, each=False)
+    return run_bwd(layer, params, residuals, grad, need)[1] if need.input else None
+
+
+def writes(layer: Layer, name: str) -> bool:
+    """Whether the class that writes an attribute knows the `_fwd` and `_bwd` that go with it.
+
+    A subclass that writes one of these anew has to write the attribute, too.
+    """
+    cls = type(layer)
+    owners = [_owner(cls, attribute) for attribute in (name, "_fwd", "_bwd")]
+    return is_private(layer) and all(issubclass(owners[0], owner) for owner in owners[1:])
+
+
+def _owner(cls: type, name: str) -> type:
+    return next(base for base in cls.__mro__ if name in vars(base))
 
 
 def asks(layer: Layer, params: Tree, need: Need) -> bool:

@@ -42,3 +42,15 @@ def test_ensemble(example):
 def test_maml(example):
     assert math.isfinite(after := example.main(steps=50))
     assert after < 4.5
+
+
+@pytest.mark.parametrize("example", ["private"], indirect=True)
+def test_private(example):
+    accuracy = example.main(steps=40, clips=(1.0,), noises=(0.0, 20.0), rounds=1)
+    assert accuracy[1.0, 20.0] < 0.6 < 0.8 < accuracy[1.0, 0.0]
+    # The numbers that Abadi et al. give with their moments accountant.
+    assert example.epsilon(4.0, 0.01, 10_000) == pytest.approx(1.26, abs=0.01)
+    # With every example in each step it is the Gaussian mechanism: ρ(α) = α/2σ².
+    orders = range(2, 257)
+    expected = min(order / 2 - math.log(example.DELTA) / (order - 1) for order in orders)
+    assert example.epsilon(1.0, 1 - 1e-12, 1) == pytest.approx(expected)

@@ -31,6 +31,8 @@ from funcnet.ops.need import Need
 class Branches(Several):
     """y is made of y₀ = f₀(x), y₁ = f₁(x), …; dx = Σ Jᵢᵀ dyᵢ, with Jᵢ the Jacobian of fᵢ at x."""
 
+    _joins = "apart"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.layers:

@@ -51,6 +51,8 @@ class Cast(Wrapper):
 
     dtype: Annotated[torch.dtype, FloatingPoint()]
 
+    _joins = "apart"
+
     def _apply(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
         y = run_apply(self.layer, self._cast(params), self._cast(x), key)
         return y.to(_dtype_of(params, x))

@@ -33,6 +33,8 @@ class Frozen(Wrapper):
     (False, True)
     """
 
+    _joins = "zeros"
+
     def _learns(self, params: Tree) -> bool:
         return False
 

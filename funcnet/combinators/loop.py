@@ -30,6 +30,8 @@ class Loop(Turns):
     torch.Size([8, 8, 3, 3])
     """
 
+    _joins = "added"
+
     def _init(
         self, key: Key, shape: Shape, dtype: torch.dtype | None, device: torch.device | str | None
     ) -> Tree:

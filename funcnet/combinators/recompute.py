@@ -30,6 +30,8 @@ class Recompute(Wrapper):
     (8, 16, 16)
     """
 
+    _joins = "apart"
+
     @property
     def _fresh(self) -> Any:  # type: ignore[override]
         """x is all that is kept, and neither y nor dx shares memory with it."""

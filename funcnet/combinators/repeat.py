@@ -33,6 +33,8 @@ class Repeat(Turns):
     torch.Size([4, 8, 8, 3, 3])
     """
 
+    _joins = "stacked"
+
     def _init(
         self, key: Key, shape: Shape, dtype: torch.dtype | None, device: torch.device | str | None
     ) -> Tree:

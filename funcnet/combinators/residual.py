@@ -31,6 +31,7 @@ class Residual(SameShape):
     """
 
     _fresh = True
+    _joins = "apart"
 
     def _apply(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
         return self._sum(run_apply(self.layer, params, x, key), x)

@@ -53,6 +53,8 @@ class Reversible(Several):
     (8, 16, 16)
     """
 
+    _joins = "apart"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.names:

@@ -54,6 +54,8 @@ class Sequential(Several):
     (torch.Size([8]), Sigmoid())
     """
 
+    _joins = "apart"
+
     _over_x: tuple[bool, ...] = field(init=False, repr=False, compare=False)
     """Whether each layer may write over its x, which the layer before has made for it alone."""
     _over_grad: tuple[bool, ...] = field(init=False, repr=False, compare=False)

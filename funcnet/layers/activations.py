@@ -22,6 +22,7 @@ from funcnet.keys import Key
 from funcnet.layer import Layer, Param, Shape
 from funcnet.ops.inplace import is_eager, is_untracked
 from funcnet.ops.need import Need
+from funcnet.ops.products import over_positions
 
 _elu_backward: Callable[..., Tensor] = torch.ops.aten.elu_backward
 _gelu_backward: Callable[..., Tensor] = torch.ops.aten.gelu_backward
@@ -589,6 +590,11 @@ class PReLU(Layer):
         dx, terms = _prelu_backward(dy, x, weight)  # both in one pass
         dweight = terms.sum_to_size(weight.shape).flatten() if need.params else None
         return {"weight": dweight}, dx if need.input else None
+
+    def _bwd_each(self, params: Any, x: Tensor, dy: Tensor, need: Need) -> Any:
+        dx, terms = _prelu_backward(dy, x, _along_channels(params["weight"], x))
+        channels = terms if self.num_parameters > 1 else terms.unsqueeze(1)
+        return {"weight": over_positions(channels)}, dx if need.input else None
 
 
 def _along_channels(weight: Tensor, x: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from funcnet.keys import Key
 from funcnet.layer import Layer, Param, Shape
 from funcnet.ops import attention, counter
 from funcnet.ops.need import Need
+from funcnet.ops.products import Products
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,8 @@ class MultiheadAttention(Layer):
         return F.linear(o, out["weight"], out.get("bias")), (x, qkv, o, kept)
 
     def _bwd(self, params: Any, residuals: Any, grad: Tensor, need: Need) -> Any:
-        x, qkv, o, kept = residuals
-        do = grad @ params["out_proj"]["weight"]
-        dqkv = attention.gradients(qkv, o, kept, do, self.num_heads, self.causal, self._scale)
+        x, _, o, _ = residuals
+        dqkv = self._dqkv(params, residuals, grad)
         dparams: Any = None
         if need.params:
             dparams = {
@@ -104,6 +104,23 @@ class MultiheadAttention(Layer):
                 dparams["in_proj_bias"] = dqkv.sum((0, 1))
                 dparams["out_proj"]["bias"] = grad.sum((0, 1))
         return dparams, dqkv @ params["in_proj_weight"] if need.input else None
+
+    def _bwd_each(self, params: Any, residuals: Any, grad: Tensor, need: Need) -> Any:
+        x, _, o, _ = residuals
+        dqkv = self._dqkv(params, residuals, grad)
+        each: Any = {
+            "in_proj_weight": Products(dqkv, x),
+            "out_proj": {"weight": Products(grad, o)},
+        }
+        if self.bias:
+            each["in_proj_bias"] = dqkv.sum(1)
+            each["out_proj"]["bias"] = grad.sum(1)
+        return each, dqkv @ params["in_proj_weight"] if need.input else None
+
+    def _dqkv(self, params: Any, residuals: Any, grad: Tensor) -> Tensor:
+        _, qkv, o, kept = residuals
+        do = grad @ params["out_proj"]["weight"]
+        return attention.gradients(qkv, o, kept, do, self.num_heads, self.causal, self._scale)
 
     @property
     def _scale(self) -> float:

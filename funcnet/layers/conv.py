@@ -28,9 +28,10 @@ from funcnet.checks import name_of
 from funcnet.fields import Flag, OneOf, Padding, Size, Sizes
 from funcnet.initializers import Initializer, InitializerOrNone, Uniform
 from funcnet.keys import Key
-from funcnet.layer import Layer, Param, Shape
-from funcnet.ops import convolution
+from funcnet.layer import Layer, Param, Shape, dx_alone
+from funcnet.ops import convolution, kernel_products
 from funcnet.ops.need import Need
+from funcnet.ops.products import Each, Products, over_positions
 from funcnet.ops.window import Ints, Window, padding_sides
 
 Method: TypeAlias = Annotated[Literal["auto", "unfold"], OneOf(("auto", "unfold"))]
@@ -102,6 +103,10 @@ class Convolution(Kernels):
         weight = params["weight"]
         dweight, dx = convolution.gradients(x, weight, grad, self._window, self.method, need)
         return kernel_gradients(dweight, grad, self.bias), dx
+
+    def _bwd_each(self, params: Any, x: Tensor, grad: Tensor, need: Need) -> Any:
+        dweight = kernel_products.convolution(x, params["weight"], grad, self._window)
+        return kernel_gradients_each(self, dweight, params, x, grad, need)
 
 
 @dataclass(frozen=True)
@@ -210,6 +215,16 @@ def kernel_gradients(dweight: Tensor | None, grad: Tensor, bias: bool) -> dict[s
     if not bias:
         return {"weight": dweight}
     return {"weight": dweight, "bias": grad.sum((0, *range(2, grad.ndim)))}
+
+
+def kernel_gradients_each(
+    layer: Any, dweight: Products, params: Any, x: Tensor, grad: Tensor, need: Need
+) -> tuple[dict[str, Each], Tensor | None]:
+    """The gradients of weight and bias for each example, given the first; and dx."""
+    each: dict[str, Each] = {"weight": dweight}
+    if layer.bias:
+        each["bias"] = over_positions(grad)
+    return each, dx_alone(layer, params, x, grad, need)
 
 
 def check_groups(layer: Any) -> None:

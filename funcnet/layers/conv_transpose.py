@@ -31,9 +31,10 @@ from funcnet.layers.conv import (
     check_groups,
     check_size,
     kernel_gradients,
+    kernel_gradients_each,
     kernel_params,
 )
-from funcnet.ops import conv_transpose, convolution
+from funcnet.ops import conv_transpose, convolution, kernel_products
 from funcnet.ops.need import Need
 from funcnet.ops.window import Window, padding_sides
 
@@ -96,6 +97,10 @@ class ConvTranspose(Kernels):
     def _bwd(self, params: Any, x: Tensor, grad: Tensor, need: Need) -> Any:
         dweight, dx = conv_transpose.gradients(x, params["weight"], grad, self._window, need)
         return kernel_gradients(dweight, grad, self.bias), dx
+
+    def _bwd_each(self, params: Any, x: Tensor, grad: Tensor, need: Need) -> Any:
+        dweight = kernel_products.transposed(x, params["weight"], grad, self._window)
+        return kernel_gradients_each(self, dweight, params, x, grad, need)
 
     @property
     def _extra(self) -> Any:

@@ -17,6 +17,7 @@ from funcnet.layer import Layer, Param, Shape, Spec
 from funcnet.ops import native
 from funcnet.ops.inplace import is_eager
 from funcnet.ops.need import Need
+from funcnet.ops.products import Rows, rows
 
 _embedding_backward = torch.ops.aten.embedding_dense_backward
 
@@ -99,6 +100,12 @@ class Embedding(Layer):
         dweight = _embedding_backward(native.upcast(dy), x, self.num_embeddings, padding, False)
         return {"weight": dweight.to(dy.dtype)}, None
 
+    def _bwd_each(self, params: Any, x: Tensor, dy: Tensor, need: Need) -> Any:
+        index, found = rows(x, 0).long(), rows(dy)
+        if self.padding_idx is not None:
+            found = found.masked_fill((index == self.padding_idx).unsqueeze(2), 0.0)
+        return {"weight": Rows(index, found, self.num_embeddings)}, None
+
 
 @dataclass(frozen=True)
 class _WithZeroRow(Initializer):
@@ -162,6 +169,10 @@ class PositionalEmbedding(Layer):
 
     def _bwd_(self, params: Any, _: None, dy: Tensor, need: Need) -> Any:
         return self._dparams(dy, need), dy if need.input else None
+
+    def _bwd_each(self, params: Any, _: None, dy: Tensor, need: Need) -> Any:
+        each = F.pad(dy, (0, 0, 0, self.max_length - dy.shape[1]))
+        return {"weight": each}, dy.clone() if need.input else None
 
     def _dparams(self, dy: Tensor, need: Need) -> dict[str, Tensor] | None:
         if not need.params:

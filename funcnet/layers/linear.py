@@ -13,6 +13,7 @@ from funcnet.initializers import InitializerOrNone, Uniform
 from funcnet.keys import Key
 from funcnet.layer import Layer, Param, Shape
 from funcnet.ops.need import Need
+from funcnet.ops.products import Each, Products, rows
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,14 @@ class Linear(Layer):
     def _bwd(self, params: Any, x: Tensor, dy: Tensor, need: Need) -> Any:
         dparams = {}
         if need.params:
-            rows = dy.flatten(0, -2)
-            dparams["weight"] = rows.mT @ x.flatten(0, -2)
+            flat = dy.flatten(0, -2)
+            dparams["weight"] = flat.mT @ x.flatten(0, -2)
             if self.bias:
-                dparams["bias"] = rows.sum(0)
+                dparams["bias"] = flat.sum(0)
         return dparams, dy @ params["weight"] if need.input else None
+
+    def _bwd_each(self, params: Any, x: Tensor, dy: Tensor, need: Need) -> Any:
+        each: dict[str, Each] = {"weight": Products(rows(dy), rows(x))}
+        if self.bias:
+            each["bias"] = rows(dy).sum(1)
+        return each, dy @ params["weight"] if need.input else None

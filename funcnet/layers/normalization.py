@@ -34,9 +34,10 @@ from funcnet.checks import name_of
 from funcnet.fields import Flag, NonNegative, Number, Size
 from funcnet.initializers import Ones, Zeros
 from funcnet.keys import Key
-from funcnet.layer import Layer, Param, Shape, Spec
+from funcnet.layer import Layer, Param, Shape, Spec, dx_alone
 from funcnet.ops import normalization
 from funcnet.ops.need import Need
+from funcnet.ops.products import over_positions, rows
 
 Epsilon: TypeAlias = Annotated["float | None", Number(0.0, may_be_none=True)]
 """A finite number ≥ 0, or None."""
@@ -96,6 +97,13 @@ class LayerNorm(Layer):
         )
         return _gradients(params, dweight, dbias), dx
 
+    def _bwd_each(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
+        x, mean, rstd = residuals
+        normalised = normalization.layer_normalised(x, mean, rstd, self.num_dims)
+        dweight = rows(dy * normalised, self.num_dims).sum(1)
+        dbias = rows(dy, self.num_dims).sum(1) if self.bias else None
+        return _gradients(params, dweight, dbias), dx_alone(self, params, residuals, dy, need)
+
 
 @dataclass(frozen=True)
 class RMSNorm(Layer):
@@ -144,6 +152,12 @@ class RMSNorm(Layer):
         (x, rstd), (weight, _) = residuals, _opened(params)
         dx, dweight = normalization.rms_norm_gradients(dy, x, rstd, weight, self.num_dims, need)
         return _gradients(params, dweight), dx
+
+    def _bwd_each(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
+        x, rstd = residuals
+        normalised = normalization.rms_normalised(x, rstd, self.num_dims)
+        dweight = rows(dy * normalised, self.num_dims).sum(1)
+        return _gradients(params, dweight), dx_alone(self, params, residuals, dy, need)
 
 
 @dataclass(frozen=True)
@@ -197,6 +211,12 @@ class GroupNorm(Layer):
         )
         return _gradients(params, dweight, dbias), dx
 
+    def _bwd_each(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
+        x, mean, rstd = residuals
+        normalised = normalization.group_normalised(x, mean, rstd, self.num_groups)
+        dweight, dbias = over_positions(dy * normalised), over_positions(dy)
+        return _gradients(params, dweight, dbias), dx_alone(self, params, residuals, dy, need)
+
 
 @dataclass(frozen=True)
 class InstanceNorm(Layer):
@@ -245,6 +265,12 @@ class InstanceNorm(Layer):
             dy, x, mean, rstd, weight, x.shape[1], need
         )
         return _gradients(params, dweight, dbias), dx
+
+    def _bwd_each(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
+        x, mean, rstd = residuals
+        normalised = normalization.group_normalised(x, mean, rstd, x.shape[1])
+        dweight, dbias = over_positions(dy * normalised), over_positions(dy)
+        return _gradients(params, dweight, dbias), dx_alone(self, params, residuals, dy, need)
 
 
 @dataclass(frozen=True)
@@ -338,6 +364,10 @@ class ChannelAffine(Layer):
     def _bwd(self, params: Any, x: Tensor, dy: Tensor, need: Need) -> Any:
         dx, dweight, dbias = normalization.channel_affine_gradients(dy, x, params["weight"], need)
         return _gradients(params, dweight, dbias), dx
+
+    def _bwd_each(self, params: Any, x: Tensor, dy: Tensor, need: Need) -> Any:
+        dweight, dbias = over_positions(dy * x), over_positions(dy)
+        return _gradients(params, dweight, dbias), dx_alone(self, params, x, dy, need)
 
 
 def _weight_and_bias(sizes: Shape, affine: bool = True, bias: bool = True) -> dict[str, Param]:

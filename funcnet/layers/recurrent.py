@@ -28,6 +28,7 @@ from funcnet.keys import Key
 from funcnet.layer import Layer, Param, Shape
 from funcnet.ops import recurrent
 from funcnet.ops.need import Need
+from funcnet.ops.products import Each
 
 Nonlinearity: TypeAlias = Annotated[Literal["tanh", "relu"], OneOf(("tanh", "relu"))]
 
@@ -75,11 +76,14 @@ class Recurrent(Layer):
         dweights, dx = recurrent.gradients(self._cell, residuals, weights, grad, need)
         if not need.params:
             return None, dx
-        dparams: dict[str, Tensor] = {}
+        dparams: dict[str, Each] = {}
         for named, computed in zip(self._names, dweights, strict=True):
             for names, own in zip(named, computed, strict=True):
                 dparams |= dict(zip(names, own, strict=False))
         return dparams, dx
+
+    def _bwd_each(self, params: Any, residuals: Any, grad: Tensor, need: Need) -> Any:
+        return self._bwd(params, residuals, grad, need._replace(each=True))
 
     @property
     def _names(self) -> list[list[list[str]]]:

@@ -20,9 +20,10 @@ from funcnet.layers.conv import (
     Method,
     count_windows,
     kernel_gradients,
+    kernel_gradients_each,
     kernel_params,
 )
-from funcnet.ops import low_resolution, upsampling
+from funcnet.ops import kernel_products, low_resolution, upsampling
 from funcnet.ops.need import Need
 from funcnet.ops.window import Pair, Window, padding_sides
 
@@ -156,6 +157,11 @@ class UpsampleConv2d(Kernels):
         weight, scale = params["weight"], _pair(self.scale)
         dweight, dx = upsampling.gradients(x, weight, grad, scale, self._window, need)
         return kernel_gradients(dweight, grad, self.bias), dx
+
+    def _bwd_each(self, params: Any, x: Tensor, grad: Tensor, need: Need) -> Any:
+        scale = _pair(self.scale)
+        dweight = kernel_products.upsampled(x, params["weight"], grad, scale, self._window)
+        return kernel_gradients_each(self, dweight, params, x, grad, need)
 
 
 def _pair(sizes: Any) -> Pair:

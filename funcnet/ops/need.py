@@ -12,3 +12,5 @@ class Need(NamedTuple):
     input: bool = True
     consume: bool = False
     """Whether residuals may be freed as they are used, since nobody uses them again."""
+    each: bool = False
+    """Whether a layer's gradients of parameters are wanted for each example, by `_bwd_each`."""

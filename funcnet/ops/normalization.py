@@ -96,6 +96,11 @@ def rms_norm_gradients(
     return dx, dweight
 
 
+def rms_normalised(x: Tensor, rstd: Tensor, num_dims: int) -> Tensor:
+    """x̂, in float32 for half precision."""
+    return (_upcast(x).flatten(-num_dims) * rstd).reshape(x.shape)
+
+
 def group_norm(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Normalised:
@@ -138,6 +143,18 @@ def group_norm_gradients(
     x = _exact(x, entries)
     dx, *others = _group_norm_backward(dy, x, mean, rstd, weight, *sizes, groups, asked)
     return _asked((x if entries == 1 else dx, *others), mask, x.dtype)
+
+
+def layer_normalised(x: Tensor, mean: Tensor, rstd: Tensor, num_dims: int) -> Tensor:
+    """x̂, in float32 for half precision."""
+    return (_upcast(_exact(x, math.prod(x.shape[-num_dims:]))) - mean) * rstd
+
+
+def group_normalised(x: Tensor, mean: Tensor, rstd: Tensor, groups: int) -> Tensor:
+    """x̂, in float32 for half precision."""
+    grouped = torch.unflatten(_upcast(x).unsqueeze(2).flatten(2), 1, (groups, -1)).flatten(2)
+    grouped = (_exact(grouped, grouped.shape[2]) - mean.unsqueeze(2)) * rstd.unsqueeze(2)
+    return grouped.reshape(x.shape)
 
 
 def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Normalised:

@@ -28,16 +28,20 @@ from torch import Tensor
 
 from funcnet.ops.inplace import is_untracked
 from funcnet.ops.need import Need
+from funcnet.ops.products import Products
 
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.default
 _tanh_backward = torch.ops.aten.tanh_backward.default
 
 
 class Weights(NamedTuple):
-    """The parameters of one layer in one direction, or their gradients, for G gates."""
+    """The parameters of one layer in one direction, or their gradients, for G gates.
 
-    ih: Tensor  # (G·H, C)
-    hh: Tensor  # (G·H, H)
+    The gradients are those of each example, as `Products`, where `need.each` asks for them.
+    """
+
+    ih: Any  # (G·H, C)
+    hh: Any  # (G·H, H)
     bias_ih: Tensor | None = None  # (G·H,)
     bias_hh: Tensor | None = None
 
@@ -96,7 +100,9 @@ def gradients(
         for i, weights in enumerate(directions):
             run, wide = Run(x, hs[i], kept[i]), _cast(weights, x.dtype)
             dweights, dx = cell.backward(run, dhs[i], wide, bool(i), wanted)
-            dlayers[number].append(dweights and _cast(dweights, grad.dtype))
+            dlayers[number].append(
+                dweights if need.each else dweights and _cast(dweights, grad.dtype)
+            )
             dh = dx if dh is None or dx is None else dh + dx
     return dlayers, dh.transpose(0, 1).to(grad.dtype) if need.input else None
 
@@ -166,7 +172,7 @@ class LSTM:
     def backward(self, run: Run, dh: Tensor, weights: Weights, reverse: bool, need: Need) -> Any:
         x, h, kept = run
         if isinstance(kept, Workspace):
-            if _is_for_kernel(x, *weights, dh):
+            if _is_for_kernel(x, *weights, dh) and not need.each:
                 return _kernel_backward(run, dh, weights, reverse, need)
             # Nothing but the kernel can read its workspace.
             _, kept = self._steps(x, weights, reverse, keep=True)
@@ -248,6 +254,8 @@ class GRU:
             later = t
         da_du = torch.stack(both)
         da, du = da_du.narrow(-1, size, 3 * size), da_du.narrow(-1, 0, 3 * size)
+        if need.each:
+            return _products(x, h, da, du.roll(-size, -1), weights, reverse, need)
         dweights, dx = _products(x, h, da, du, weights, reverse, need)
         if dweights is not None:
             bias_hh = None if dweights.bias_hh is None else dweights.bias_hh.roll(-size, 0)
@@ -346,14 +354,21 @@ def _products(
     if need.params:
         first, count = int(reverse), len(h) - 1  # before the first step taken, h is 0
         after, before = du.narrow(0, 1 - first, count), h.narrow(0, first, count)
-        biases: Any = () if weights.bias_ih is None else (da.sum((0, 1)), du.sum((0, 1)))
-        dweights = Weights(_product(da, x), _product(after, before), *biases)
+        summed = 0 if need.each else (0, 1)
+        biases: Any = () if weights.bias_ih is None else (da.sum(summed), du.sum(summed))
+        product = _product_each if need.each else _product
+        dweights = Weights(product(da, x), product(after, before), *biases)
     return dweights, da @ weights.ih if need.input else None
 
 
 def _product(dy: Tensor, x: Tensor) -> Tensor:
     """Σ dyᵀ·x over steps and examples."""
     return dy.flatten(0, 1).mT @ x.flatten(0, 1)
+
+
+def _product_each(dy: Tensor, x: Tensor) -> Products:
+    """Σ dyᵀ·x over steps, for each example."""
+    return Products(dy.transpose(0, 1), x.transpose(0, 1))
 
 
 def _in_float32(t: Tensor) -> Tensor:

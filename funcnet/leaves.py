@@ -1,0 +1,100 @@
+"""The layers at the leaves of a network, by their paths; and networks with others in their places.
+
+The path of a layer joins the names that lead to it by dots: `2`, `stem.0`. The only layer of a
+combinator has its path; that of a network is "".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import optree
+from torch import Tensor
+
+from funcnet.combinators.wrapper import Wrapper
+from funcnet.keys import Key
+from funcnet.layer import Joins, Layer, Tree, is_private, run_apply, run_fwd, writes
+
+Way: TypeAlias = tuple[Layer, ...]
+"""The combinators around a layer, the outermost first."""
+
+
+def joins(layer: Layer) -> Joins | None:
+    """How a combinator makes dparams of its children's; None for anything else."""
+    return layer._joins if writes(layer, "_joins") else None
+
+
+def has_children(layer: Layer) -> bool:
+    """Whether a layer is a combinator, of no layers perhaps."""
+    return bool(layer._children()) or joins(layer) is not None
+
+
+def mapped(
+    net: Layer,
+    make: Callable[[str, Layer, Way], Layer],
+    enters: Callable[[Layer], bool] = has_children,
+    path: str = "",
+    way: Way = (),
+) -> Layer:
+    """The network with `make(path, layer, way)` for each layer that is not entered."""
+    if not enters(net):
+        return make(path, net, way)
+    children = net._children()
+    made = [
+        mapped(child, make, enters, joined(path, name), (*way, net)) for name, child in children
+    ]
+    return net if same(made, [child for _, child in children]) else net._with_children(made)
+
+
+def places(
+    net: Layer, params: Tree, enters: Callable[[Layer], bool] = has_children, path: str = ""
+) -> Iterator[tuple[str, Layer, Tree]]:
+    """(path, layer, params) of each layer that is not entered, in order, if it has parameters.
+
+    Any tree like params may stand for them, such as their gradient.
+    """
+    if not enters(net):
+        if optree.tree_leaves(params):
+            yield path, net, params
+        return
+    for (name, child), own in zip(net._children(), net._child_params(params), strict=True):
+        yield from places(child, own, enters, joined(path, name))
+
+
+def same(layers: Sequence[Layer], before: Sequence[Layer]) -> bool:
+    """Whether these are the very same layers."""
+    pairs = zip(layers, before, strict=False)
+    return len(layers) == len(before) and all(new is old for new, old in pairs)
+
+
+def joined(path: str, name: str) -> str:
+    """The path of a child."""
+    return ".".join(filter(None, (path, name)))
+
+
+def declares_none(layer: Layer) -> bool:
+    """Whether a layer is known to have no parameters, whatever x is."""
+    return not has_children(layer) and is_private(layer) and type(layer)._params is Layer._params
+
+
+@dataclass(frozen=True)
+class Watched(Wrapper):
+    """A layer in its place that looks on at its passes."""
+
+    path: str
+
+    def _apply(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
+        return run_apply(self.layer, params, x, key)
+
+    def _fwd(self, params: Tree, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
+        return run_fwd(self.layer, params, x, key)
+
+    def _describe(self) -> str:
+        return self.layer._describe()
+
+
+def nothing_like(params: Tree) -> Tree:
+    """A tree like params whose tensors have no entries; combinators join it as a gradient."""
+    return optree.tree_map(lambda leaf: leaf.new_empty(0), params)

@@ -1,0 +1,378 @@
+"""trace: what passes through each layer; gradients_by_layer: the same backward pass, in parts."""
+
+import gc
+import threading
+import weakref
+from dataclasses import dataclass
+from itertools import pairwise
+
+import optree
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from registry import EVERY_LAYER, EXAMPLE_IDS, EXAMPLES, key_for, make
+from test_gradients import draw_loss
+from test_per_example import NETWORKS, Siamese
+from test_properties import close, same
+from users_layers import Dense
+
+import funcnet as fn
+from funcnet.testing import strategies
+from funcnet.testing.registry import REGISTRY
+
+FLOAT64 = st.just(torch.float64)
+every_example = pytest.mark.parametrize(("net", "shape"), EXAMPLES, ids=EXAMPLE_IDS)
+_CONV = fn.Conv2d(2, 3, padding=1)
+
+
+LEAVES = [
+    cls
+    for cls, row in REGISTRY.items()
+    if row.classes is None and not row.needs_key and cls.__module__.startswith("funcnet.layers")
+]
+CHAINS = strategies.networks(parts=strategies.layers(*LEAVES))
+
+
+# --- trace
+
+
+def check_trace(net, params, x, key=None):
+    """Hold a trace to `apply` and to autograd of the layers behind each."""
+    records = fn.trace(net, params, x, key=key)
+    assert all(record.grad is None for record in records)
+    y = net.apply(params, x, key=key)
+    grad = fn.normal(fn.key(8), y.shape, dtype=y.dtype)
+    again = fn.trace(net, params, x, grad=grad, key=key)
+    assert [record[:2] for record in again] == [record[:2] for record in records]
+    for one, other in zip(records, again, strict=True):
+        assert not one.layer._children()
+        assert same((one.params, one.x, one.y), (other.params, other.x, other.y))
+        assert other.grad.shape == other.y.shape
+    return again, y, grad
+
+
+@given(strategies.cases(CHAINS, dtypes=FLOAT64))
+def test_the_records_of_a_chain(case):
+    net, params, x = case
+    records, y, grad = check_trace(net, params, x)
+    for record in records:
+        close(record.layer.apply(record.params, record.x), record.y, equal_nan=True)
+        at_path = params
+        for step in record.path.split("."):
+            at_path = at_path[int(step)]
+        assert at_path is record.params
+    if records:
+        assert same((records[0].x, records[-1].y, records[-1].grad), (x, y, grad))
+    for before, after in pairwise(records):
+        assert same(before.y, after.x)
+        expected = after.layer.vjp(after.params, after.x, after.grad)[1]
+        close(before.grad, expected, equal_nan=True)
+
+
+@every_example
+def test_every_layer_is_traced(net, shape):
+    params, x, _ = make(net, shape, batch=2)
+    records, _, _ = check_trace(net, params, x, key_for(net))
+    assert len({record.path for record in records}) >= len(leaves_of(net)) - 1
+
+
+def leaves_of(net):
+    children = net._children()
+    if children or isinstance(net, fn.Sequential):
+        return [leaf for _, child in children for leaf in leaves_of(child)]
+    return [net]
+
+
+@dataclass(frozen=True)
+class Probe(fn.Layer):
+    """y = x + probe, whose gradient is the gradient by y."""
+
+    def _params(self, shape):
+        return {"probe": fn.Param(shape, fn.initializers.Zeros())}
+
+    _fresh = True  # so that what is around it may write over y
+
+    def _fwd(self, params, x, key):
+        return x + params["probe"], None
+
+    def _bwd(self, params, residuals, dy, need):
+        return {"probe": dy.sum(0)}, dy.clone()
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        fn.Residual,
+        fn.Recompute,
+        fn.Frozen,
+        lambda layer: fn.Sum(layer, fn.Frozen(layer), fn.ReLU()),
+        lambda layer: fn.Product(layer, fn.Recompute(layer)),
+        lambda layer: fn.Concat(a=fn.Residual(layer), b=layer),
+        lambda layer: fn.Residual(fn.Recompute(layer)),
+        lambda layer: fn.Cast(fn.Residual(layer), torch.float64),
+        lambda layer: fn.Loop(fn.Recompute(layer), 3),
+        lambda layer: fn.Recompute(fn.Repeat(layer, 3)),
+        lambda layer: fn.Reversible(layer, layer, fn.Recompute(layer), fn.ReLU()),
+        Siamese,
+    ],
+    ids=str,
+)
+def test_grads_are_autograds(around):
+    """A layer's y plus a probe of zeros: autograd's gradient of the probe is the layer's grad."""
+    half = fn.Sequential(fn.Conv2d(2, 3, padding=1), Probe())
+    net = around(half)
+    shape = (4, 3, 3) if isinstance(net, fn.Reversible) else (2, 3, 3)
+    params, x, grad = make(net, shape, batch=1, dtype=torch.float64)
+    records = fn.trace(net, params, x, grad)
+    probes = [i for i, record in enumerate(records) if isinstance(record.layer, Probe)]
+    assert probes
+    by_path = {}
+    for i in probes:
+        assert same(records[i - 1].y, records[i].x)
+        assert same(records[i - 1].grad, records[i].grad)
+        close(records[i].layer.apply(records[i].params, records[i].x), records[i].y)
+        by_path[records[i].path] = by_path.get(records[i].path, 0) + records[i].grad.sum(0)
+    thawed = eval(repr(net).replace("Frozen", ""), {**vars(fn), "Probe": Probe, "Siamese": Siamese})
+    leaves, structure = optree.tree_flatten(params)
+    tracked = [leaf.clone().requires_grad_() for leaf in leaves]
+    y = thawed.apply(structure.unflatten(tracked), x)
+    grads = structure.unflatten(torch.autograd.grad(y, tracked, grad))
+    for path, found in by_path.items():
+        at_path = grads
+        for step in path.split("."):
+            at_path = at_path[int(step) if isinstance(at_path, tuple) else step]
+        probe = at_path["probe"]
+        close(found, probe.sum(0) if probe.ndim > found.ndim else probe)
+
+
+def test_integers_frozen_below():
+    net = fn.Sequential(fn.Frozen(fn.Embedding(5, 3)), fn.Frozen(fn.Linear(3)), fn.Tanh())
+    params = net.init(fn.key(0), (2,))
+    x = torch.tensor([[1, 2]])
+    records = fn.trace(net, params, x, torch.ones(1, 2, 3))
+    assert [record.path for record in records] == ["0", "1", "2"]
+    assert [record.grad.shape for record in records] == [(1, 2, 3)] * 3
+
+
+def test_masks_are_those_of_the_key():
+    net = fn.Recompute(fn.Sequential(fn.Linear(4), fn.Dropout(0.5)))
+    params, x, grad = make(net, (3,))
+    records = fn.trace(net, params, x, grad, key=fn.key(3))
+    assert same(records[-1].y, net.apply(params, x, key=fn.key(3)))
+
+
+def test_no_network_is_refused():
+    with pytest.raises(TypeError, match="trace: expected net to be a Layer, got MSE"):
+        fn.trace(fn.MSE(), (), torch.ones(1))
+    with pytest.raises(ValueError, match="layer 0: Linear"):
+        fn.trace(fn.Sequential(fn.Linear(2)), ({"weight": 1},), torch.ones(1, 3))
+    params, x, grad = make(fn.Linear(2), (3,))
+    with pytest.raises(ValueError, match="expected grad of shape"):
+        fn.trace(fn.Linear(2), params, x, grad[:1])
+
+
+# --- gradients_by_layer
+
+
+def put_together(net, params, found, path=""):
+    """The tree of params, with the gradient that was found for each layer."""
+    if path in found:
+        return found.pop(path)
+    children = net._children()
+    owns = [
+        put_together(child, own, found, ".".join(filter(None, (path, name))))
+        for (name, child), own in zip(children, net._child_params(params), strict=True)
+    ]
+    if not children:
+        return params
+    if [name for name, _ in children] == [""]:
+        return owns[0]
+    if isinstance(params, dict):
+        return dict(zip([name for name, _ in children], owns, strict=True))
+    return tuple(owns)
+
+
+def check_by_layer(net, loss, params, x, target, key=None):
+    found = list(fn.gradients_by_layer(net, loss)(params, x, target, key))
+    paths = [path for path, _ in found]
+    assert len(set(paths)) == len(paths)
+    grads = put_together(net, params, dict(found))
+    assert same(grads, fn.value_and_grad(net, loss)(params, x, target, key)[1])
+    return paths
+
+
+@given(strategies.cases(EVERY_LAYER), st.data())
+def test_together_they_are_the_gradient(case, data):
+    net, params, x = case
+    loss, target = draw_loss(data, net.apply(params, x))
+    paths = check_by_layer(net, loss, params, x, target)
+    records = fn.trace(net, params, x)
+    backwards = [r.path for r in reversed(records) if optree.tree_leaves(r.params)]
+    assert paths == list(dict.fromkeys(backwards))
+
+
+@every_example
+def test_every_layer_gives_its_gradient(net, shape):
+    params, x, target = make(net, shape)
+    check_by_layer(net, fn.MSE(), params, x, target, key_for(net))
+
+
+@pytest.mark.parametrize(
+    "net",
+    [*NETWORKS, fn.Sequential(_CONV, Siamese(_CONV), fn.Frozen(_CONV), fn.Residual(_CONV))],
+    ids=str,
+)
+def test_combinators(net):
+    params, x, target = make(net, (2, 4, 3))
+    check_by_layer(net, fn.MSE(), params, x, target)
+
+
+def test_the_order_and_the_paths():
+    net = fn.Sequential(
+        stem=fn.Frozen(fn.Linear(3)),
+        body=fn.Sum(fn.Linear(3), fn.Sequential(fn.Tanh(), fn.Residual(fn.Linear(3)))),
+        turns=fn.Loop(fn.Sequential(fn.Linear(3), fn.Frozen(fn.Linear(3))), 2),
+        head=fn.Cast(fn.Recompute(fn.Linear(2)), torch.float64),
+    )
+    params, x, target = make(net, (3,))
+    paths = check_by_layer(net, fn.MSE(), params, x, target)
+    assert paths == ["head", "turns.1", "turns.0", "body.1.1", "body.0", "stem"]
+
+
+@dataclass(frozen=True)
+class Told(Dense):
+    """A layer that tells when its backward pass runs, and keeps a residual of its own."""
+
+    name: str = ""
+    log: list = None
+
+    def __hash__(self):
+        return hash(self.name)
+
+    def bwd(self, params, residuals, grad, *, input_grad=True):
+        self.log.append(self.name)
+        return super().bwd(params, residuals, grad, input_grad=input_grad)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda *layers: fn.Sequential(*layers),
+        lambda *layers: fn.Residual(fn.Sequential(*layers)),
+        lambda *layers: fn.Cast(fn.Recompute(fn.Sequential(*layers)), torch.float64),
+        lambda *layers: fn.Sum(*layers),
+    ],
+)
+def test_each_comes_as_soon_as_it_is_there(around):
+    log = []
+    net = around(*(Told(4, name, log) for name in "abc"))
+    params, x, target = make(net, (4,))
+    found = fn.gradients_by_layer(net, fn.MSE())(params, x, target)
+    assert log == []
+    for count, name in enumerate("cba", 1):
+        next(found)
+        assert log == list("cba"[:count]), name
+    assert next(found, None) is None
+
+
+def test_parameters_may_be_written_in_place():
+    net = fn.Sequential(
+        fn.Recompute(fn.Sequential(fn.Linear(4), fn.GELU(), fn.Linear(4))),
+        fn.Reversible(fn.Linear(2), fn.Linear(2)),
+        fn.Repeat(fn.Residual(fn.Linear(4)), 2),
+        fn.Linear(2),
+    )
+    params, x, target = make(net, (4,), dtype=torch.float64)
+    _, grads = fn.value_and_grad(net, fn.MSE())(params, x, target)
+    expected, _ = fn.SGD(0.1).step(params, grads, fn.SGD(0.1).init(params))
+    for path, dparams in fn.gradients_by_layer(net, fn.MSE())(params, x, target):
+        own = params
+        for step in path.split("."):
+            own = own[int(step)]
+        for name, gradient in dparams.items():
+            own[name].sub_(gradient, alpha=0.1)
+    assert same(params, expected)
+
+
+def test_one_gradient_is_held_at_a_time():
+    net = fn.Sequential(*[fn.Linear(4)] * 4)
+    params, x, target = make(net, (4,))
+    alive = []
+    for _, dparams in fn.gradients_by_layer(net, fn.MSE())(params, x, target):
+        alive.append(weakref.ref(dparams["weight"]))
+        del dparams
+        gc.collect()
+        assert sum(ref() is not None for ref in alive) <= 1
+    assert not any(ref() for ref in alive)
+
+
+def test_given_up_in_the_middle():
+    threads = threading.active_count()
+    log = []
+    net = fn.Sequential(*(Told(4, name, log) for name in "abc"))
+    params, x, target = make(net, (4,))
+    for path, _ in fn.gradients_by_layer(net, fn.MSE())(params, x, target):
+        assert path == "2"
+        break
+    gc.collect()
+    assert log == ["c"]
+    assert threading.active_count() == threads
+
+
+def test_errors_come_out_where_the_gradient_was_asked_for():
+    @dataclass(frozen=True)
+    class Broken(Dense):
+        def bwd(self, params, residuals, grad, *, input_grad=True):
+            raise ValueError("no gradient")
+
+    threads = threading.active_count()
+    net = fn.Sequential(fn.Linear(4), Broken(4), fn.Linear(2))
+    params, x, target = make(net, (4,))
+    found = fn.gradients_by_layer(net, fn.MSE())(params, x, target)
+    assert next(found)[0] == "2"
+    with pytest.raises(ValueError, match="layer 1: no gradient"):
+        next(found)
+    assert threading.active_count() == threads
+
+
+def test_modes_are_those_of_the_caller():
+    net = fn.Sequential(fn.Linear(2), fn.Linear(2))
+    params, x, target = make(net, (3,))
+    leaves = [leaf.requires_grad_() for leaf in optree.tree_leaves(params)]
+    found = list(fn.gradients_by_layer(net, fn.MSE())(params, x, target))
+    slopes = torch.autograd.grad(found[1][1]["weight"].sum(), leaves[-1])  # a second derivative
+    assert slopes[0].any()
+    with torch.no_grad():
+        found = list(fn.gradients_by_layer(net, fn.MSE())(params, x, target))
+    assert not found[1][1]["weight"].requires_grad
+    with torch.inference_mode():
+        found = list(fn.gradients_by_layer(net, fn.MSE())(params, x, target))
+    assert found[1][1]["weight"].is_inference()
+
+
+def test_vmap_over_networks():
+    net = fn.Sequential(fn.Linear(3), fn.Tanh(), fn.Linear(2))
+    members = [net.init(key, (3,)) for key in fn.split(fn.key(0))]
+    stacked = optree.tree_map(lambda *leaves: torch.stack(leaves), *members)
+    _, x, target = make(net, (3,))
+
+    def gradients(params):
+        return dict(fn.gradients_by_layer(net, fn.MSE())(params, x, target))
+
+    mapped = torch.func.vmap(gradients)(stacked)
+    for i, params in enumerate(members):
+        close(optree.tree_map(lambda leaf, i=i: leaf[i], mapped), gradients(params))
+
+
+def test_refusals_and_values():
+    with pytest.raises(TypeError, match="gradients_by_layer: expected net to be a Layer"):
+        fn.gradients_by_layer(fn.MSE(), fn.MSE())
+    with pytest.raises(TypeError, match="gradients_by_layer: expected a loss"):
+        fn.gradients_by_layer(fn.ReLU(), fn.ReLU())
+    net = fn.Sequential(fn.Linear(2))
+    made = fn.gradients_by_layer(net, fn.MSE())
+    assert repr(made) == "gradients_by_layer(Sequential(Linear(2)), MSE())"
+    params, x, target = make(net, (3,))
+    with pytest.raises(ValueError, match="expected target of shape"):  # before anything is asked
+        made(params, x, target[:1])

@@ -18,7 +18,8 @@ by hand and held to autograd by property tests. By family:
     randomness   Dropout Dropout2d; key Key split fold_in uniform normal bernoulli permutation
     combinators  Sequential Residual Sum Product Concat Loop Repeat Recompute Reversible Cast Frozen
     losses       MSE L1 Huber BCEWithLogits CrossEntropy; Loss for your own
-    gradients    value_and_grad
+    gradients    value_and_grad per_example gradient_norms clipped_value_and_grad
+                 gradients_by_layer trace
     optimizers   SGD Adam AdamW RMSprop Partition; SGDState AdamState RMSpropState PartitionState
                  schedules, global_norm, clip_by_global_norm, average; Optimizer for your own
     trees        save load save_model load_model inspect Checkpoints CheckpointError register_node

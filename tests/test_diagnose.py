@@ -79,3 +79,19 @@ def test_the_guess_names_the_mistake(layer, shape, spoil, guess):
         check_vjp(layer, params, fn.normal(fn.key(1), shape, dtype=torch.float64))
     assert caught.value.guess is not None
     assert re.search(guess, caught.value.guess)
+
+
+def test_the_guilty_layer_of_a_network_is_named():
+    class Wrong(fn.Linear):
+        def _bwd(self, params, x, dy, need):
+            dparams, dx = super()._bwd(params, x, dy, need)
+            return {**dparams, "bias": -dparams["bias"]} if need.params else None, dx
+
+    inner = fn.Residual(fn.Sequential(fn.Tanh(), Wrong(4)))
+    net = fn.Sequential(fn.Linear(4), inner, fn.Linear(2))
+    params = net.init(fn.key(0), (4,), dtype=torch.float64)
+    with pytest.raises(GradientMismatch) as caught:
+        check_vjp(net, params, fn.normal(fn.key(1), (3, 4), dtype=torch.float64))
+    assert "alone           layer 1.1 is wrong: Wrong(4): the gradient for params['bias']" in str(
+        caught.value
+    )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from funcnet.layer import Layer
 from funcnet.testing.check import diagnose
-from funcnet.testing.check.case import Case, LossCase
+from funcnet.testing.check.case import Case, LossCase, make_case
 from funcnet.testing.check.replay import snippet
 from funcnet.testing.check.search import Finding
 from funcnet.testing.errors import GradientMismatch
+from funcnet.trace import Record, trace
 
 
 def wrong_gradient(found: Finding) -> GradientMismatch:
@@ -40,6 +42,38 @@ def wrong_gradient(found: Finding) -> GradientMismatch:
         lines.append(f"  a guess         {mismatch.guess}")
     mismatch.args = ("\n".join(lines),)
     return mismatch
+
+
+def name_the_guilty(
+    mismatch: GradientMismatch, case: Case, examine: Callable[[Case], None]
+) -> None:
+    """Add the layer of a network that is wrong when it is examined alone, if there is one.
+
+    `examine` raises the GradientMismatch of another case.
+    """
+    if not (isinstance(case.layer, Layer) and case.layer._children()):
+        return
+    try:
+        records = trace(case.layer, case.params, case.x, key=case.key)
+    except Exception:  # the network may raise in other ways, too
+        return
+    for record in records:
+        found = _wrong_alone(record, examine)
+        if found is not None:
+            place = f"layer {record.path}" if record.path else "the layer"
+            line = f"  alone           {place} is wrong: {record.layer}: {found}"
+            mismatch.args = (f"{mismatch.args[0]}\n{line}",)
+            return
+
+
+def _wrong_alone(record: Record, examine: Callable[[Case], None]) -> str | None:
+    try:
+        examine(make_case(record.layer, record.params, record.x, None, None))
+    except GradientMismatch as alone:
+        return str(alone.args[0]).splitlines()[0]
+    except Exception:  # a layer may need a key, or refuse
+        return None
+    return None
 
 
 def complete(mismatch: GradientMismatch, case: Case, examine: Callable[[Case], None]) -> None:

@@ -17,7 +17,7 @@ from funcnet.testing.check.contract import check_calls, check_surroundings
 from funcnet.testing.check.keyed import beside_key
 from funcnet.testing.check.laws import check_frozen, check_linear_in_grad, check_sum_of_examples
 from funcnet.testing.check.precision import check_precision
-from funcnet.testing.check.report import complete, wrong_gradient
+from funcnet.testing.check.report import complete, name_the_guilty, wrong_gradient
 from funcnet.testing.check.search import Budget, find_wrong, moved
 from funcnet.testing.errors import GradientMismatch
 
@@ -91,11 +91,16 @@ def inspect_vjp(
 
 def _attempt(case: Case, rtol: float, atol: float, errors: Errors, budget: Budget) -> None:
     """Examine a case, and complete the exception that says what is wrong."""
+
+    def examine(other: Case) -> None:
+        _examine(other, rtol, atol, Errors(), budget)
+
     try:
         _examine(case, rtol, atol, errors, budget)
     except GradientMismatch as mismatch:
         if mismatch.snippet is None:  # it has one if the layer calls check_vjp itself
-            complete(mismatch, case, lambda drawn: _examine(drawn, rtol, atol, Errors(), budget))
+            name_the_guilty(mismatch, case, examine)
+            complete(mismatch, case, examine)
         raise
 
 

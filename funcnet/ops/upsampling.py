@@ -1,7 +1,8 @@
 """Nearest upsampling followed by a convolution: the choice between its implementations.
 
     low_resolution    products with the small image, whose shifted copies are added
-    transposed        a single transposed convolution, on devices where the number of calls counts
+    transposed        a single transposed convolution, on devices where the number of calls counts,
+                      and in graphs for any size, in which nothing may be decided by a size
     karatsuba         fewer products for many pixels, at scale 2 with 3×3 taps; method "karatsuba"
     two_steps         one step after the other, for gradients that overflow at low resolution
 
@@ -52,7 +53,7 @@ def gradients(
 
 def implementation(x: Tensor, weight: Tensor, scale: Pair, window: Window, method: str) -> Any:
     """The module that is fastest for images like x."""
-    if not x.is_cpu:
+    if not x.is_cpu or inplace.has_open_sizes(x):
         return transposed
     if method == "karatsuba" and karatsuba.is_faster(x, weight, scale, window):
         return karatsuba

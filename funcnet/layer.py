@@ -40,6 +40,7 @@ of x, as `flatten` does, it has to be cloned.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
@@ -53,7 +54,7 @@ from funcnet.fields import Hyperparameters
 from funcnet.initializers import Initializer
 from funcnet.keys import Key, check_draw, check_key, split
 from funcnet.ops.autocast import without_autocast
-from funcnet.ops.inplace import is_eager
+from funcnet.ops.inplace import is_eager, is_tracing
 from funcnet.ops.need import Need
 
 Tree: TypeAlias = Any
@@ -339,7 +340,8 @@ class Layer(Hyperparameters):
         if key is not None:
             check_key(self, key)
         if not is_eager():
-            return self._check(params, _spec(self, x, shape))
+            check = self._check_traced if is_tracing() else self._check
+            return check(params, _spec(self, x, shape))
         accepted: tuple[tuple[Any, Spec], ...] = self.__dict__.get("_accepted", ())
         leaves, structure = optree.tree_flatten(params)
         try:
@@ -358,6 +360,14 @@ class Layer(Hyperparameters):
             # One assignment, so that threads may do this at once.
             self.__dict__["_accepted"] = ((seen, y), *accepted[: _MOST_REMEMBERED - 1])
         return y
+
+    def _check_traced(self, params: Tree, x: Spec) -> Spec:
+        """`_check` inside torch.jit.trace, where sizes are tensors."""
+        with warnings.catch_warnings():
+            # The graph holds nothing of what is checked here.
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+            batch, shape = (tuple(map(int, part)) for part in (x.batch, x.shape))
+            return self._check(params, x._replace(batch=batch, shape=shape))
 
     def _as_shape(self, shape: Sequence[int]) -> Shape:
         sizes_of_one = as_shape(self, shape)

@@ -1,5 +1,7 @@
-"""Karatsuba's way of upsampling by 2 with 3×3 taps, against the two steps that it stands for."""
+"""Upsampling by 2 before 3×3 taps by Karatsuba's method, against the two steps it stands for."""
 
+import dataclasses
+import re
 from unittest import mock
 
 import pytest
@@ -14,7 +16,12 @@ import funcnet as fn
 from funcnet.ops import karatsuba, low_resolution, pixelwise, transposed, upsampling
 from funcnet.testing import check_vjp, strategies
 
-LAYERS = st.builds(fn.UpsampleConv2d, st.sampled_from([1, 2, 16, 17]), bias=st.booleans())
+LAYERS = st.builds(
+    fn.UpsampleConv2d,
+    st.sampled_from([1, 2, 16, 17]),
+    bias=st.booleans(),
+    method=st.just("karatsuba"),
+)
 EVEN = st.sampled_from([2, 4, 6, 8])
 SHAPES = st.tuples(st.integers(1, 3), EVEN, EVEN)
 FLOAT64 = st.just(torch.float64)
@@ -23,7 +30,7 @@ MANY = {name: getattr(karatsuba, name) for name in ("_MANY_PIXELS", "_MANY_PRODU
 
 def chosen(layer, x, weight):
     """The implementation that the layer takes."""
-    return upsampling.implementation(x, weight, layer.scale, layer._window)
+    return upsampling.implementation(x, weight, layer.scale, layer._window, layer.method)
 
 
 def cases(**kwargs):
@@ -65,7 +72,7 @@ def test_the_contract_holds(case):
 
 
 def test_errors_are_those_of_rounding():
-    layer = fn.UpsampleConv2d(128, bias=False)
+    layer = fn.UpsampleConv2d(128, bias=False, method="karatsuba")
     params, x = layer.init(fn.key(0), (128, 16, 16)), fn.normal(fn.key(1), (8, 128, 16, 16))
     grad = fn.normal(fn.key(2), (8, 128, 32, 32))
     y, (dparams, dx) = layer.apply(params, x), layer.vjp(params, x, grad)
@@ -79,7 +86,7 @@ def test_errors_are_those_of_rounding():
 
 @pytest.mark.parametrize("out_channels", [2, 17])
 def test_transforms(out_channels):
-    layer = fn.UpsampleConv2d(out_channels)
+    layer = fn.UpsampleConv2d(out_channels, method="karatsuba")
     key = fn.key(0)
     each = [layer.init(fn.fold_in(key, i), (3, 4, 2), dtype=torch.float64) for i in range(2)]
     stacked = {name: torch.stack([params[name] for params in each]) for name in each[0]}
@@ -99,7 +106,7 @@ def test_transforms(out_channels):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("out_channels", [2, 17])
 def test_autograd_goes_through(out_channels):
-    layer = fn.UpsampleConv2d(out_channels, bias=False)
+    layer = fn.UpsampleConv2d(out_channels, bias=False, method="karatsuba")
     weight = layer.init(fn.key(0), (2, 4, 2), dtype=torch.float64)["weight"].requires_grad_()
     x = fn.normal(fn.key(1), (2, 2, 4, 2), dtype=torch.float64).requires_grad_()
     grad = fn.normal(fn.key(2), (2, out_channels, 8, 4), dtype=torch.float64).requires_grad_()
@@ -118,7 +125,7 @@ def test_autograd_goes_through(out_channels):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_compiled():
-    layer = fn.UpsampleConv2d(17)
+    layer = fn.UpsampleConv2d(17, method="karatsuba")
     params, x = layer.init(fn.key(0), (3, 4, 4)), fn.normal(fn.key(1), (2, 3, 4, 4))
     grad = fn.normal(fn.key(2), (2, 17, 8, 8))
     close(compile_whole(layer.apply)(params, x), layer.apply(params, x))
@@ -126,26 +133,40 @@ def test_compiled():
 
 
 @pytest.mark.parametrize(
-    ("layer", "shape", "way"),
+    ("out_channels", "shape", "implementation"),
     [
-        (fn.UpsampleConv2d(64), (8, 64, 32, 32), karatsuba),
-        (fn.UpsampleConv2d(64, padding=1), (8, 64, 32, 32), karatsuba),
-        (fn.UpsampleConv2d(64), (4, 128, 32, 32), karatsuba),
-        (fn.UpsampleConv2d(64), (4, 127, 32, 32), low_resolution),
-        (fn.UpsampleConv2d(1024), (3, 1024, 32, 32), low_resolution),
-        (fn.UpsampleConv2d(64), (8, 64, 33, 32), low_resolution),
-        (fn.UpsampleConv2d(64), (8, 64, 32, 33), low_resolution),
-        (fn.UpsampleConv2d(64, scale=3), (8, 64, 32, 32), low_resolution),
-        (fn.UpsampleConv2d(64, scale=(2, 1)), (8, 64, 32, 32), low_resolution),
-        (fn.UpsampleConv2d(64, 5), (8, 64, 32, 32), low_resolution),
-        (fn.UpsampleConv2d(64, padding=0), (8, 64, 32, 32), low_resolution),
-        (fn.UpsampleConv2d(64, padding=(1, 0)), (8, 64, 32, 32), low_resolution),
+        (64, (8, 64, 32, 32), karatsuba),
+        (64, (4, 128, 32, 32), karatsuba),
+        (64, (4, 127, 32, 32), low_resolution),
+        (1024, (3, 1024, 32, 32), low_resolution),
+        (64, (8, 64, 33, 32), low_resolution),
+        (64, (8, 64, 32, 33), low_resolution),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_for_many_pixels_and_channels_alone(layer, shape, way):
+def test_for_many_pixels_and_channels_alone(out_channels, shape, implementation):
+    layer = fn.UpsampleConv2d(out_channels, padding=1, method="karatsuba")
     x = torch.zeros(1).expand(shape)
-    weight = torch.zeros(1).expand(layer.out_channels, shape[1], *layer.kernel_size)
+    weight = torch.zeros(1).expand(out_channels, shape[1], 3, 3)
     with mock.patch.multiple(karatsuba, **MANY):
-        assert chosen(layer, x, weight) is way
+        assert chosen(layer, x, weight) is implementation
+        assert chosen(dataclasses.replace(layer, method="auto"), x, weight) is not karatsuba
     assert chosen(layer, x.to("meta"), weight) is transposed
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"scale": 3},
+        {"scale": (2, 1)},
+        {"kernel_size": 5},
+        {"padding": 0},
+        {"padding": (1, 0)},
+        {"padding": "valid"},
+    ],
+    ids=str,
+)
+def test_refused_where_it_does_not_apply(settings):
+    message = 'UpsampleConv2d: expected scale 2, kernel_size 3 and padding 1 or "same"'
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fn.UpsampleConv2d(4, **settings, method="karatsuba")

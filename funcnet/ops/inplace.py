@@ -1,7 +1,7 @@
 """Work in place, on memory that funcnet has just made itself.
 
 It saves a pass over memory and changes no number. Autograd refuses some writes, and torch.func may
-refuse them halfway; there the same numbers are written to new memory.
+refuse them halfway; torch.jit.trace loses them. There the same numbers are written to new memory.
 """
 
 from __future__ import annotations
@@ -11,8 +11,30 @@ from torch import Tensor
 
 
 def is_eager() -> bool:
-    """Whether torch runs eagerly: neither inside torch.func nor traced by torch.compile."""
-    return not (torch.compiler.is_compiling() or _is_transforming())
+    """Whether torch runs eagerly: not inside torch.func, torch.compile, torch.export or a trace."""
+    return not (torch.compiler.is_compiling() or is_tracing() or _is_transforming())
+
+
+def is_tracing() -> bool:
+    """Whether torch.jit.trace records, where sizes are tensors."""
+    return bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call]
+
+
+def has_open_sizes(x: Tensor) -> bool:
+    """Whether a graph is being made that is to hold for other sizes of x.
+
+    What Python decides by a size there, or counts in a loop, holds for one size alone.
+    """
+    if torch.compiler.is_compiling():
+        # Imported by whoever compiles: it takes half a second.
+        from torch.fx.experimental.symbolic_shapes import has_static_value
+
+        is_exporting = torch.compiler.is_exporting()
+        return is_exporting or not all(has_static_value(size) for size in x.shape)
+    return not _INT.issuperset(map(type, x.shape))  # tensors in a trace, or SymInt
+
+
+_INT = frozenset((int,))
 
 
 def _is_transforming() -> bool:

@@ -23,10 +23,15 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def layout(x: Tensor) -> Tensor:
-    """x in the memory format that is fastest on its device; row-major if it has one channel."""
+    """x in the memory format that is fastest on its device; row-major if it has one channel.
+
+    An exporter has formats of its own.
+    """
     if not x.is_cpu:
         return x
     channels = x.shape[1]
+    if inplace.has_open_sizes(x):
+        return x.clone(memory_format=torch.contiguous_format) if channels == 1 else x
     if channels > 1 and x.ndim == 4:  # what `_strides` says, without a call
         _, _, height, width = x.shape
         if x.stride() == (channels * height * width, 1, width * channels, channels):

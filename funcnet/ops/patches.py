@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcnet.ops import native, pixelwise
+from funcnet.ops import inplace, native, pixelwise
 from funcnet.ops.need import Need
 from funcnet.ops.window import Ints, Window
 
@@ -28,7 +28,7 @@ def are_faster(x: Tensor, weight: Tensor, window: Window, backward: bool) -> boo
     if not (
         window.cuts_patches
         and x.is_cpu
-        and type(x.shape[0]) is int  # torch.export may leave the batch open
+        and not inplace.has_open_sizes(x)
         and x.element_size() >= 4
         and (x.shape[0] > 1 or x.numel() > _TINY)
     ):

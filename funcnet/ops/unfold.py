@@ -30,7 +30,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> 
     """y (N, O, H′, W′) of x (N, C, H, W) and weight (O, C/groups, kh, kw)."""
     size = window.count(x.shape[2:])
     y = _matrix(weight, window) @ _patches(x, window)
-    y = y.reshape(len(x), len(weight), *size)
+    y = y.reshape(x.shape[0], weight.shape[0], *size)
     return y if bias is None else y + bias[:, None, None]
 
 

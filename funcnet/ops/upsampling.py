@@ -1,41 +1,69 @@
 """Nearest upsampling followed by a convolution: the choice between its implementations.
 
     low_resolution    products with the small image, whose shifted copies are added
-    karatsuba         fewer products for many pixels, at scale 2 with 3×3 taps
-    transposed        a single transposed convolution, on devices where the number of calls counts
+    transposed        a single transposed convolution, on devices where the number of calls counts,
+                      and in graphs for any size, in which nothing may be decided by a size
+    karatsuba         fewer products for many pixels, at scale 2 with 3×3 taps; method "karatsuba"
+    two_steps         one step after the other, for gradients that overflow at low resolution
 
-The upsampled image is never made.
+Sums of products in any order are off by at most a multiple of ε times the sum of their magnitudes.
+`karatsuba` subtracts what it has added before, so that its errors are relative to neighbouring
+products: it has to be asked for. Where it is not, overflow is no matter of the implementation,
+either: `low_resolution` adds entries of grad before it multiplies, which may give ∞ or NaN where no
+product is large, and then the gradients are computed in two steps.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
 
-from funcnet.ops import karatsuba, low_resolution, transposed
+from funcnet.ops import inplace, karatsuba, low_resolution, transposed, two_steps
 from funcnet.ops.need import Need
 from funcnet.ops.window import Pair, Window
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Pair, window: Window) -> Tensor:
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Pair, window: Window, method: str
+) -> Tensor:
     """y (N, O, H′, W′) of x (N, C, H, W) upsampled by `scale`, and weight (O, C, kh, kw)."""
-    y: Tensor = implementation(x, weight, scale, window).convolve(x, weight, bias, scale, window)
+    chosen = implementation(x, weight, scale, window, method)
+    y: Tensor = chosen.convolve(x, weight, bias, scale, window)
     return y
 
 
 def gradients(
-    x: Tensor, weight: Tensor, grad: Tensor, scale: Pair, window: Window, need: Need
+    x: Tensor,
+    weight: Tensor,
+    grad: Tensor,
+    scale: Pair,
+    window: Window,
+    method: str,
+    need: Need,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dx), None where it is not needed."""
-    chosen = implementation(x, weight, scale, window)
+    chosen = implementation(x, weight, scale, window, method)
     dweight, dx = chosen.gradients(x, weight, grad, scale, window, need)
+    if chosen is low_resolution and inplace.has_values(x) and not _is_finite(dweight, dx):
+        return two_steps.gradients(x, weight, grad, scale, window, need)
     return dweight, dx
 
 
-def implementation(x: Tensor, weight: Tensor, scale: Pair, window: Window) -> Any:
+def implementation(x: Tensor, weight: Tensor, scale: Pair, window: Window, method: str) -> Any:
     """The module that is fastest for images like x."""
-    if not x.is_cpu:
+    if not x.is_cpu or inplace.has_open_sizes(x):
         return transposed
-    many = karatsuba.is_faster(x, weight, scale, window)
-    return karatsuba if many else low_resolution
+    if method == "karatsuba" and karatsuba.is_faster(x, weight, scale, window):
+        return karatsuba
+    return low_resolution
+
+
+def _is_finite(dweight: Tensor | None, dx: Tensor | None) -> bool:
+    """Whether the gradients are finite, by the smaller one: ∞ and NaN in a sum of grad reach both.
+
+    A sum that overflows makes the answer False where it might be True.
+    """
+    found = dx if dweight is None else dweight
+    return found is None or math.isfinite(found.detach().sum().item())

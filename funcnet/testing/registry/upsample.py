@@ -29,10 +29,12 @@ ROWS = (
             (UpsampleConv2d(2, (4, 1), scale=(3, 2), padding=(0, 2)), (3, 2, 4)),
             (UpsampleConv2d(2, 2, scale=1, padding="valid"), (3, 3, 3)),
             (UpsampleConv2d(2, (2, 5), scale=3, method="unfold"), (2, 2, 3)),
+            (UpsampleConv2d(2, method="karatsuba"), (2, 2, 4)),
         ),
         settings={
             "kernel_size": per_axis(1, 4, 2),
             "padding": [*per_axis(0, 3, 2), *["valid", "same"] * 4],
+            "method": ["auto", "unfold"],
         },
         twin=lambda layer, shape: _Twin(layer, shape),
     ),

@@ -1,0 +1,107 @@
+"""Graphs for batches of any size: torch.export, torch.jit.trace, torch.compile and ONNX."""
+
+import io
+
+import pytest
+import torch
+from hypothesis import settings
+from registry import EXAMPLES, draw_x, key_for, make
+from test_properties import close
+
+import funcnet as fn
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+IS_QUICK = settings().max_examples < 100
+FEW = (fn.Conv2d, fn.UpsampleConv2d, fn.GroupNorm)
+EXPORTED = [e for e in EXAMPLES if not IS_QUICK or type(e[0]) in FEW]
+DENOISER = fn.Sequential(
+    fn.Conv2d(8, 2, stride=2),
+    fn.ReLU(),
+    fn.Conv2d(16, 2, stride=2),
+    fn.ReLU(),
+    fn.UpsampleConv2d(8),
+    fn.ReLU(),
+    fn.UpsampleConv2d(3, method="karatsuba"),
+    fn.Sigmoid(),
+)
+TRACED = [
+    (fn.UpsampleConv2d(20), (4, 4, 6)),
+    (fn.UpsampleConv2d(2, (4, 1), scale=(3, 2), padding=(0, 2)), (1, 2, 4)),
+    (fn.Conv2d(4, 2, stride=2), (2, 4, 6)),
+    (fn.Conv2d(2, 2, padding="same", method="unfold"), (1, 4, 6)),
+    (DENOISER, (3, 8, 8)),
+]
+
+
+class Module(torch.nn.Module):
+    """x ↦ layer.apply(params, x)."""
+
+    def __init__(self, layer, params):
+        super().__init__()
+        self.layer, self.params = layer, params
+
+    def forward(self, x):
+        return self.layer.apply(self.params, x, key=key_for(self.layer))
+
+
+def check(graph, layer, params, shape, batches=(7, 2)):
+    for batch in batches:
+        x = draw_x(layer, (batch, *shape))
+        close(graph(x), layer.apply(params, x, key=key_for(layer)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("layer", "shape"), EXPORTED, ids=lambda value: str(value)[:40])
+def test_exported_for_any_batch(layer, shape):
+    params, x, _ = make(layer, shape, batch=3)
+    batch = {0: torch.export.Dim("batch", min=2, max=64)}
+    program = torch.export.export(Module(layer, params), (x,), dynamic_shapes=(batch,))
+    check(program.module(), layer, params, shape)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(("layer", "shape"), TRACED, ids=lambda value: str(value)[:40])
+def test_traced_for_any_batch(layer, shape):
+    params, x, _ = make(layer, shape, batch=3)
+    check(torch.jit.trace(Module(layer, params), (x,)), layer, params, shape)
+
+
+@pytest.mark.parametrize("function", ["apply", "vjp"])
+def test_compiled_at_most_twice(function):
+    """Once for a batch of 1, and once for all larger ones."""
+    layer, count = fn.UpsampleConv2d(4), 0
+    params = layer.init(fn.key(0), (2, 4, 4))
+
+    def backend(graph, inputs):
+        nonlocal count
+        count += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(getattr(layer, function), fullgraph=True, backend=backend)
+    for batch in range(1, 9):
+        arguments = [fn.normal(fn.key(batch), (batch, 2, 4, 4))]
+        if function == "vjp":
+            arguments.append(fn.normal(fn.key(0), (batch, 4, 8, 8)))
+        expected = getattr(layer, function)(params, *arguments)
+        close(compiled(params, *arguments), expected, rtol=1e-5, atol=1e-5)
+    assert count <= 2
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_onnx_for_any_batch(dynamo):
+    """The same numbers in onnxruntime."""
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    shape = (3, 8, 8)
+    params, x, _ = make(DENOISER, shape, batch=3)
+    module, file = Module(DENOISER, params), io.BytesIO()
+    batch = {"dynamic_axes": {"x": {0: "n"}}}
+    if dynamo:
+        batch = {"dynamic_shapes": ({0: torch.export.Dim("n", min=2, max=64)},)}
+    torch.onnx.export(module, (x,), file, input_names=["x"], dynamo=dynamo, **batch)
+    session = runtime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    check(
+        lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), DENOISER, params, shape
+    )

@@ -7,7 +7,6 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from funcnet.checks import name_of
 from funcnet.interop.state_dict import names_of, state_dict
@@ -26,7 +25,7 @@ def as_module(net: Layer, params: Tree) -> nn.Module:
     the tree of parameters after training. Only the gradients that autograd needs are computed.
     Changing in place what the backward pass needs is an error there, as it is for torch.nn's.
 
-    Gradients have no second derivative: autograd raises a RuntimeError. Under torch.func,
+    There is no second derivative: asking autograd for one raises a RuntimeError. Under torch.func,
     torch.compile and torch.export, autograd goes through `net.apply` instead.
 
     Raises TypeError unless net is a Layer and params a tree of floating-point tensors, ValueError
@@ -66,7 +65,9 @@ class NetworkModule(nn.Module):
                 f"as_module: expected params of {name_of(net)} to be different tensors, got one "
                 "in two places"
             )
-        self._net, self._structure = net, structure
+        self._net = net
+        # The tree of params with the positions of the leaves, which torch.compile can follow.
+        self._positions: Tree = structure.unflatten(range(len(leaves)))
         # For each leaf, in the order of optree, the module that holds it and its name there.
         self._places: list[tuple[nn.Module, str]] = [(self, "")] * len(leaves)
         order = {name: i for i, name in enumerate(names_of(structure))}
@@ -93,9 +94,11 @@ class NetworkModule(nn.Module):
         leaves = [getattr(holder, name) for holder, name in self._places]
         tensors = [x, *leaves] if isinstance(x, Tensor) else []
         learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        params = optree.tree_map(leaves.__getitem__, self._positions)
         if not learns or not is_plain():
-            return self._net.apply(self._structure.unflatten(leaves), x, key=key)
-        y: Tensor = _Network.apply(self._net, self._structure, key, x, *leaves)
+            return self._net.apply(params, x, key=key)
+        run: Any = _Network.apply
+        y: Tensor = run(self._net, optree.tree_structure(params), key, x, *leaves)
         return y
 
     def extra_repr(self) -> str:
@@ -118,7 +121,6 @@ class _Network(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         count = ctx.structure.num_leaves
         leaves, tensors = ctx.saved_tensors[:count], iter(ctx.saved_tensors[count:])
@@ -126,7 +128,28 @@ class _Network(torch.autograd.Function):
         params, residuals = ctx.structure.unflatten(leaves), ctx.of_residuals.unflatten(kept)
         _, _, _, of_x, *of_leaves = ctx.needs_input_grad
         need = Need(params=any(of_leaves), input=of_x)
-        dparams, dx = public_bwd(ctx.net, params, residuals, grad, need)
-        gradients = ctx.structure.flatten_up_to(dparams) if need.params else [None] * count
-        wanted = (d if of else None for d, of in zip(gradients, of_leaves, strict=True))
-        return None, None, None, dx, *wanted
+        with torch.no_grad():
+            dparams, dx = public_bwd(ctx.net, params, residuals, grad, need)
+        dleaves = ctx.structure.flatten_up_to(dparams) if need.params else [None] * count
+        wanted = (d if of else None for d, of in zip(dleaves, of_leaves, strict=True))
+        gradients: tuple[Any, ...] = (dx, *wanted)
+        if torch.is_grad_enabled():  # with create_graph=True
+            once: Any = _Once.apply
+            gradients = once(name_of(ctx.net), grad.new_empty(0).requires_grad_(), *gradients)
+        return None, None, None, *gradients
+
+
+class _Once(torch.autograd.Function):
+    """Gradients that cannot be differentiated: without it they would pass for constants."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, learns: Tensor, *gradients: Tensor | None) -> Any:
+        ctx.name = name
+        return tuple(None if d is None else d.view_as(d) for d in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            f"as_module: expected a first derivative of {ctx.name}, got a second: gradients are "
+            "written by hand. Let autograd differentiate net.apply for it"
+        )

@@ -59,7 +59,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Return y (N, T, E), of x's shape."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).transpose(1, 3)
+        qkv = torch.unflatten(qkv, -1, (3, self.num_heads, self.head_dim)).transpose(1, 3)
         dropout = self.dropout if self.training else 0.0
         q, k, v = qkv.select(2, 0), qkv.select(2, 1), qkv.select(2, 2)
         o = F.scaled_dot_product_attention(q, k, v, None, dropout, self.causal)

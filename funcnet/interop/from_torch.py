@@ -13,6 +13,7 @@ from funcnet.checks import as_axis, as_shape, sizes
 from funcnet.combinators import Concat, Loop, Product, Residual, Reversible, Sequential, Sum
 from funcnet.interop import blocks
 from funcnet.interop.inputs import spec_of
+from funcnet.interop.report import refusal
 from funcnet.interop.twins import LAYERS
 from funcnet.layer import Layer, Shape, Tree, check
 from funcnet.layers import (
@@ -76,11 +77,7 @@ def from_torch(module: nn.Module, shape: Sequence[int]) -> tuple[Layer, Tree]:
     net, params, _ = translator.of(module, as_shape("from_torch", shape), "")
     problems = [*translator.problems, *_ties(module)]
     if problems:
-        raise ValueError(
-            "\n  ".join(
-                ["from_torch: expected modules that have a twin in funcnet, got", *problems]
-            )
-        )
+        raise refusal("from_torch: expected modules that have a twin in funcnet", problems)
     return net, params
 
 
@@ -178,9 +175,9 @@ def _check_settings(module: nn.Module) -> None:
         for name, value in _EXPECTED.items()
         if (got := getattr(module, name, value)) is not value and got != value
     ]
-    if isinstance(module, nn.RNNBase) and module.training and module.num_layers > 1:
-        if module.dropout > 0:
-            wrong.append(f"expected dropout=0.0 in train mode, got {module.dropout}")
+    between = module.dropout if isinstance(module, nn.RNNBase) and module.num_layers > 1 else 0.0
+    if module.training and between > 0:
+        wrong.append(f"expected dropout=0.0 in train mode, got {between}")
     if wrong:
         raise ValueError(f"{type(module).__name__}: {'; '.join(wrong)}")
 
@@ -295,9 +292,9 @@ def _unflatten(module: Any, shape: Shape | None) -> Translation:
     if shape is None:
         return Identity(), ()
     axis = as_axis(name, "dim", module.dim, shape)
-    rest = torch.empty(shape, device="meta")
+    example = torch.empty(shape, device="meta")
     try:
-        return Reshape(*rest.unflatten(axis - 1, tuple(module.unflattened_size)).shape), ()
+        return Reshape(*torch.unflatten(example, axis - 1, module.unflattened_size).shape), ()
     except RuntimeError as error:
         raise ValueError(f"{name}: {error}") from error
 

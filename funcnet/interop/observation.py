@@ -29,8 +29,8 @@ def observe(module: nn.Module, shape: Shape) -> Traits:
     cuda = [like.device] if like.is_cuda else []
     with torch.no_grad(), torch.random.fork_rng(cuda), _purity(module):
         x, y = _first_run(module, shape, like)
-        out_shape = shape_of_one(f"wrap: {type(module).__name__}", y)
         writes_x = x._version > 0
+        out_shape = shape_of_one(f"wrap: {type(module).__name__}", y)
         couples = x.is_floating_point() and _couples(module, shape, like)
     return Traits(shape, out_shape, not x.is_floating_point(), writes_x, couples)
 
@@ -56,7 +56,7 @@ def shape_of_one(who: str, y: Any) -> Shape:
 
 def _first_run(module: nn.Module, shape: Shape, like: Tensor) -> tuple[Tensor, Any]:
     """Return (x, y), with x of numbers if the module takes them, else of integers."""
-    x = normal(key(0), (2, *shape)).to(like)
+    x = _numbers(0, shape, like)
     try:
         return x, module(x)
     except Exception as error:  # a module may raise anything
@@ -72,29 +72,36 @@ def _first_run(module: nn.Module, shape: Shape, like: Tensor) -> tuple[Tensor, A
 
 def _couples(module: nn.Module, shape: Shape, like: Tensor) -> bool:
     """Whether the first example's y depends on the second example."""
-    x, other = (normal(key(seed), (2, *shape)).to(like) for seed in (0, 1))
-    other[:1] = x[:1]
+    x = _numbers(0, shape, like)
+    other = torch.cat([x[:1], _numbers(1, shape, like)[1:]])
     y, beside_other = module(x)[:1], module(other)[:1]
     return not torch.allclose(y, beside_other, rtol=1e-2, atol=1e-4, equal_nan=True)
+
+
+def _numbers(seed: int, shape: Shape, like: Tensor) -> Tensor:
+    """Return random numbers for 2 examples, in a tensor that nothing has been written to."""
+    return normal(key(seed), (2, *shape)).to(like, copy=True)
 
 
 @contextmanager
 def _purity(module: nn.Module) -> Iterator[None]:
     """Raise ValueError for a module that has drawn numbers or changed its buffers in between."""
     drawing: list[str] = []
-    before = _buffer_states(module)
-    handles = [handle for entry in module.named_modules() for handle in _watch(*entry, drawing)]
+    before = {name: (b, b.clone(), b._version) for name, b in module.named_buffers()}
+    watched = module.named_modules()
+    handles = [handle for name, child in watched for handle in _watch(name, child, drawing)]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
     if drawing:
+        names = ", ".join(dict.fromkeys(drawing))
         raise ValueError(
-            f"wrap: expected a module that draws no numbers, got {', '.join(drawing)}: "
+            f"wrap: expected a module that draws no numbers, got {names}: "
             "keys decide nothing there. Call eval() on it, or put fn.Dropout in its place"
         )
-    changed = [name for name, state in _buffer_states(module).items() if before.get(name) != state]
+    changed = [name for name, b in module.named_buffers() if _is_changed(b, *before[name])]
     if changed:
         owners = {name.rpartition(".")[0]: None for name in changed}
         described = [_described(name, module.get_submodule(name)) for name in owners]
@@ -104,9 +111,11 @@ def _purity(module: nn.Module) -> Iterator[None]:
         )
 
 
-def _buffer_states(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return what changes with a buffer: the tensor, or its count of writes."""
-    return {name: (id(buffer), buffer._version) for name, buffer in module.named_buffers()}
+def _is_changed(buffer: Tensor, same: Tensor, values: Tensor, version: int) -> bool:
+    """Whether a buffer is another tensor, or was written to; not every kernel counts its writes."""
+    if buffer is not same or buffer._version != version:
+        return True
+    return not bool(((buffer == values) | buffer.isnan()).all())
 
 
 def _watch(name: str, module: nn.Module, drawing: list[str]) -> list[Any]:
@@ -126,8 +135,8 @@ def _watch(name: str, module: nn.Module, drawing: list[str]) -> list[Any]:
 
 
 def _generators() -> list[Tensor]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return [torch.get_rng_state(), *cuda]
+    is_used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if is_used else [])]
 
 
 def _described(name: str, module: nn.Module) -> str:

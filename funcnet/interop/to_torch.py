@@ -29,6 +29,7 @@ from funcnet.combinators import (
 from funcnet.combinators.several import Several
 from funcnet.interop import blocks
 from funcnet.interop.inputs import spec_of, takes_integers
+from funcnet.interop.report import refusal
 from funcnet.interop.state_dict import state_dict
 from funcnet.interop.twins import MODULES
 from funcnet.interop.wrap import Wrapped
@@ -57,10 +58,10 @@ from funcnet.layers.recurrent import Recurrent
 def to_torch(net: Layer, params: Tree, shape: Sequence[int] | None = None) -> nn.Module:
     """Return a torch.nn.Module that computes what `net` does, for torch.export, ONNX and torch.fx.
 
-    Layers become modules of torch.nn, a Sequential becomes a torch.nn.Sequential, `UpsampleConv2d`
-    torch.nn.Upsample and torch.nn.Conv2d, `Repeat` a torch.nn.Sequential of copies, `Recompute` what
-    is in it. What torch.nn lacks, such as `Residual` and `Concat`, becomes a small module of this
-    package. The gradients are autograd's. Parameters are copies; those in `Frozen` require no
+    Layers become modules of torch.nn: a Sequential becomes torch.nn.Sequential, `UpsampleConv2d`
+    torch.nn.Upsample and torch.nn.Conv2d, `Repeat` a torch.nn.Sequential of copies. `Recompute` is
+    left out. What torch.nn lacks, such as `Residual` and `Concat`, becomes a small module of this
+    package. The gradients are autograd's. Parameters are copies. Those in `Frozen` require no
     gradient, and those in `Cast` have the dtype in which it computes. The module is in eval mode,
     which is what no key means here.
 
@@ -71,7 +72,7 @@ def to_torch(net: Layer, params: Tree, shape: Sequence[int] | None = None) -> nn
     by its path; ValueError or TypeError for params that do not fit.
 
     >>> import funcnet as fn
-    >>> net = fn.Sequential(fn.UpsampleConv2d(8), fn.Residual(fn.Sequential(fn.ReLU(), fn.Identity())))
+    >>> net = fn.Sequential(fn.UpsampleConv2d(8), fn.Residual(fn.Sequential(fn.Conv2d(8, 1))))
     >>> params = net.init(fn.key(0), (3, 4, 4))
     >>> module = fn.interop.to_torch(net, params)
     >>> module
@@ -82,8 +83,7 @@ def to_torch(net: Layer, params: Tree, shape: Sequence[int] | None = None) -> nn
       )
       (1): Residual(
         (layer): Sequential(
-          (0): ReLU()
-          (1): Identity()
+          (0): Conv2d(8, 8, kernel_size=(1, 1), stride=(1, 1))
         )
       )
     )
@@ -102,14 +102,8 @@ def to_torch(net: Layer, params: Tree, shape: Sequence[int] | None = None) -> nn
     translator = _Translator()
     module = translator.of(net, params, known, "")
     if translator.problems:
-        raise ValueError(
-            "\n  ".join(
-                [
-                    "to_torch: expected layers that have a form in torch.nn, got",
-                    *translator.problems,
-                ]
-            )
-        )
+        expected = "to_torch: expected layers that have a form in torch.nn"
+        raise refusal(expected, translator.problems)
     return module.eval()
 
 
@@ -129,8 +123,11 @@ class _Translator:
             translate = _SPECIAL.get(type(layer), _twin)
             return translate(layer, params, shape)
         except (ValueError, TypeError) as error:
-            self.problems.append(f"{path}: {error}" if path else str(error))
-            return nn.Identity()
+            reason = str(error)
+        except KeyError as error:  # of add_module
+            reason = f"{name_of(layer)} has a name that modules cannot have: {error.args[0]}"
+        self.problems.append(f"{path}: {reason}" if path else reason)
+        return nn.Identity()
 
     def children(
         self, layer: Layer, params: Tree, shape: Shape | None, path: str
@@ -162,9 +159,10 @@ def _twin(layer: Layer, params: Tree, shape: Shape | None) -> nn.Module:
         raise ValueError(f"{name_of(layer)} has no form in torch.nn")
     settings = {f.name: getattr(layer, f.name) for f in fields(layer) if f.init}
     options = {name: value for name, value in settings.items() if name not in _OURS}
-    sizes = next((of for cls, of in _SIZES.items() if isinstance(layer, cls)), lambda *_: {})
-    module = MODULES[type(layer)]
-    return _loaded(layer, params, module, **sizes(layer, params, shape), **options)
+    for cls, sizes in _SIZES.items():
+        if isinstance(layer, cls):
+            options |= sizes(layer, params, shape)
+    return _loaded(layer, params, MODULES[type(layer)], **options)
 
 
 def _loaded(layer: Layer, params: Tree, cls: Any, *arguments: Any, **options: Any) -> nn.Module:

@@ -51,9 +51,9 @@ def wrap(module: nn.Module, shape: Sequence[int]) -> tuple[Layer, Tree]:
     >>> params = net.init(fn.key(0), (5, 8))
     >>> net.apply(params, fn.normal(fn.key(1), (2, 5, 8))).shape
     torch.Size([2, 3])
-    >>> fn.interop.wrap(nn.Sequential(nn.Linear(3, 4), nn.Dropout()), (3,))
+    >>> fn.interop.wrap(nn.Sequential(nn.Linear(3, 4), nn.Dropout()), (3,))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    ValueError: wrap: expected a module that draws no numbers, got 1 (Dropout, train mode), ...
+    ValueError: wrap: expected a module that draws no numbers, got 1 (Dropout, train mode): ...
     """
     if not isinstance(module, nn.Module):
         raise TypeError(
@@ -150,7 +150,7 @@ class Wrapped(Layer):
 
     def _called(self, params: Any, x: Tensor) -> Tensor:
         """The module's y, which may share memory with params and x."""
-        tensors = {name: reduce(getitem, way, params) for name, way in self._paths.items()}
+        tensors = {n: _row_major(reduce(getitem, way, params)) for n, way in self._paths.items()}
         like, home = next(iter(tensors.values()), x), tensor_like(self.module)
         moves = (like.dtype, like.device) != (home.dtype, home.device)
         for name, buffer in self.module.named_buffers() if moves else ():
@@ -201,6 +201,11 @@ def _start(tensor: Tensor) -> Tensor:
     """A tensor of the same values from which autograd starts."""
     start = tensor.clone() if tensor.is_inference() else tensor.detach()
     return start.requires_grad_(start.is_floating_point())
+
+
+def _row_major(parameter: Tensor) -> Tensor:
+    """A vector without gaps: PyTorch's batch_norm differentiates wrongly by one with gaps."""
+    return parameter.contiguous() if parameter.ndim == 1 else parameter
 
 
 def _unshared(result: Tensor, others: Iterable[Tensor]) -> Tensor:

@@ -152,7 +152,7 @@ def test_to_torch_refuses_what_does_not_fit():
         to_torch(net, ({**params[0], "more": params[0]["bias"]}, params[1]))
     with pytest.raises(ValueError, match="expected params with a leading axis of 3"):
         to_torch(fn.Repeat(fn.Linear(4), 3), fn.Repeat(fn.Linear(4), 2).init(fn.key(0), (4,)))
-    with pytest.raises(ValueError, match="Sequential of 1 layers has a name .* 'train'"):
+    with pytest.raises(ValueError, match=r"Sequential of 1 layers has a name .* 'train'"):
         to_torch(fn.Sequential(train=fn.ReLU()), {"train": ()})
 
 
@@ -279,6 +279,21 @@ def test_settings_are_kept():
     )  # fmt: skip
     x = fn.normal(KEY, (2, 4, 8, 8))
     torch.testing.assert_close(net.apply(params, x), module.eval()(x))
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("activation", ["relu", F.gelu, nn.Tanh()], ids=["relu", "gelu", "Tanh"])
+def test_transformer_encoders(norm_first, activation):
+    options = {"batch_first": True, "norm_first": norm_first, "activation": activation}
+    layer = nn.TransformerEncoderLayer(8, 2, 12, **options)
+    encoder = nn.TransformerEncoder(layer, 2, nn.LayerNorm(8), enable_nested_tensor=False)
+    net, params = from_torch(encoder.double().eval(), (5, 8))
+    x = fn.normal(KEY, (3, 5, 8), dtype=torch.float64)
+    assert agree(net.apply(params, x), encoder(x))
+    assert len(net) == 3
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, activation=torch.sin)
+    with pytest.raises(ValueError, match="expected activation to be relu, gelu or a module, got"):
+        from_torch(layer, (5, 8))
 
 
 def test_names_of_a_sequential_are_kept():

@@ -15,6 +15,7 @@ from funcnet.interop import blocks
 from funcnet.interop.inputs import spec_of
 from funcnet.interop.report import refusal
 from funcnet.interop.twins import LAYERS
+from funcnet.interop.unrolled import UNROLLED
 from funcnet.layer import Layer, Shape, Tree, check
 from funcnet.layers import (
     BatchNorm,
@@ -44,6 +45,7 @@ def from_torch(module: nn.Module, shape: Sequence[int]) -> tuple[Layer, Tree]:
       Kinds of dropout that have no twin are left out in eval mode, and refused in train mode.
     - Of recurrent layers and attention y is the first output, with batch_first=True; attention is
       that of x to itself.
+    - TransformerEncoder and its layers become the Sequential of `Residual`s that they compute.
 
     Parameters are copies, with dtype and device, and have the same names: what torch.nn calls
     `2.weight` is `params[2]["weight"]`. Whether they require gradients is not carried over; see
@@ -93,8 +95,8 @@ class _Translator:
         """Return (layer, params, the shape behind it). Behind a problem no shape is known."""
         try:
             kind = _kind_of(module)
-            if kind is blocks.First:
-                return self.of(module.module, shape, _joined(path, "module"))  # type: ignore[arg-type]
+            if kind in UNROLLED:
+                return self.of(UNROLLED[kind](module), shape, path)
             if kind in _COMBINATORS:
                 return self._combinator(module, _COMBINATORS[kind], shape, path)
             _check_settings(module)
@@ -110,26 +112,27 @@ class _Translator:
     def _combinator(
         self, module: nn.Module, cls: Any, shape: Shape | None, path: str
     ) -> tuple[Layer, Tree, Shape | None]:
-        names, made, owns = [*module._modules], [], []
-        before = shape
-        if cls is Reversible and shape is not None:
-            before = (shape[0] // 2, *shape[1:])
-        behind = before
+        names, made, owns, outs = [*module._modules], [], [], []
+        before = (shape[0] // 2, *shape[1:]) if cls is Reversible and shape else shape
         for name, child in module._modules.items():
-            layer, params, behind = self.of(child, before, _joined(path, name))  # type: ignore[arg-type]
+            layer, params, out = self.of(child, before, _joined(path, name))  # type: ignore[arg-type]
             made.append(layer)
             owns.append(params)
-            before = behind if cls is Sequential else before
+            outs.append(out)
+            before = out if cls is Sequential else before
         if cls in (Residual, Loop):
-            layer = cls(*made, *([module.n] if cls is Loop else []))
-            return layer, owns[0], behind and layer.out_shape(behind)
-        options = {"dim": module.dim} if cls is Concat else {}
-        if names == [*map(str, range(len(names)))]:
-            layer, params = cls(*made, **options), tuple(owns)
+            net, params = cls(*made, *([module.n] if cls is Loop else [])), owns[0]
+        elif names == [*map(str, range(len(names)))]:
+            net, params = cls(*made, **_dim(module)), tuple(owns)
         else:
-            layer = cls(**dict(zip(names, made, strict=True)), **options)
+            net = cls(**dict(zip(names, made, strict=True)), **_dim(module))
             params = dict(zip(names, owns, strict=True))
-        return layer, params, None if shape is None or behind is None else layer.out_shape(shape)
+        is_known = shape is not None and None not in outs
+        return net, params, net.out_shape(shape) if is_known else None
+
+
+def _dim(module: nn.Module) -> dict[str, Any]:
+    return {"dim": module.dim} if isinstance(module, blocks.Concat) else {}
 
 
 def _joined(path: str, name: str) -> str:
@@ -137,15 +140,15 @@ def _joined(path: str, name: str) -> str:
 
 
 def _kind_of(module: nn.Module) -> type[nn.Module]:
-    """Return the class in the tables that a module computes what. Raises ValueError without one."""
+    """Return the class in the tables whose forward pass a module runs; ValueError without one."""
     name = type(module).__name__
     known = (base for base in type(module).__mro__ if base in _KNOWN)
     kind: Any = next(known, None)
     if kind is None or type(module).forward is not kind.forward or "forward" in vars(module):
         raise ValueError(f"{name} has no twin")
-    hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         raise ValueError(f"{name}: expected parameters, got none yet: call the module once before")
+    hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
     if hooks:
         raise ValueError(f"{name}: expected no forward hooks, got {hooks}")
     return kind  # type: ignore[no-any-return]
@@ -326,7 +329,7 @@ _SPECIAL: dict[type[nn.Module], Callable[[Any, Shape | None], Translation]] = {
     nn.Upsample: _upsample,
 }
 
-_KNOWN = {**LAYERS, **_COMBINATORS, **_SPECIAL, blocks.First: None}
+_KNOWN = {**LAYERS, **_COMBINATORS, **_SPECIAL, **UNROLLED}
 
 
 # --- Parameters that are tied

@@ -12,7 +12,7 @@ from funcnet.checks import name_of
 from funcnet.interop.state_dict import names_of, state_dict
 from funcnet.keys import Key
 from funcnet.layer import Layer, Tree, public_bwd
-from funcnet.ops.inplace import is_plain
+from funcnet.ops.inplace import is_eager
 from funcnet.ops.need import Need
 
 
@@ -95,7 +95,7 @@ class NetworkModule(nn.Module):
         tensors = [x, *leaves] if isinstance(x, Tensor) else []
         learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         params = optree.tree_map(leaves.__getitem__, self._positions)
-        if not learns or not is_plain():
+        if not learns or not is_eager():
             return self._net.apply(params, x, key=key)
         run: Any = _Network.apply
         y: Tensor = run(self._net, optree.tree_structure(params), key, x, *leaves)

@@ -38,6 +38,8 @@ from funcnet.layers import (
     GRU,
     LSTM,
     RNN,
+    AdaptiveAvgPool1d,
+    AdaptiveMaxPool1d,
     BatchNorm,
     ChannelAffine,
     GroupNorm,
@@ -93,9 +95,7 @@ def to_torch(net: Layer, params: Tree, shape: Sequence[int] | None = None) -> nn
     """
     if not isinstance(net, Layer):
         raise TypeError(f"to_torch: expected net to be a Layer, got {type(net).__name__}")
-    for name, leaf in state_dict(params).items():
-        if not isinstance(leaf, Tensor):
-            raise TypeError(f"to_torch: expected {name} to be a tensor, got {type(leaf).__name__}")
+    state_dict(params)  # which refuses what is not a tree of tensors
     known = None if shape is None else as_shape(net, shape)
     if known is not None:
         check(net, params, spec_of(net, params, known))
@@ -257,6 +257,11 @@ def _instance_norm(layer: Any, params: Tree, shape: Shape | None) -> nn.Module:
     return _loaded(layer, params, cls or nn.GroupNorm, *arguments, **options)
 
 
+def _adaptive_1d(layer: Any, params: Tree, shape: Shape | None) -> nn.Module:
+    """Return the pooling; where it keeps its only axis, which torch.nn cannot say, nothing."""
+    return nn.Identity() if layer.output_size == (None,) else _twin(layer, params, shape)
+
+
 def _upsample(layer: Any, params: Tree, shape: Shape | None) -> nn.Module:
     return nn.Upsample(scale_factor=tuple(map(float, layer.scale)), mode="nearest")
 
@@ -276,6 +281,7 @@ def _wrapped(layer: Any, params: Tree, shape: Shape | None) -> nn.Module:
 
 _SPECIAL: dict[type[Layer], Callable[[Any, Tree, Shape | None], nn.Module]] = {
     **dict.fromkeys([RNN, LSTM, GRU], _recurrent),
+    **dict.fromkeys([AdaptiveAvgPool1d, AdaptiveMaxPool1d], _adaptive_1d),
     BatchNorm: _batch_norm,
     InstanceNorm: _instance_norm,
     Upsample2d: _upsample,

@@ -19,7 +19,7 @@ from funcnet.initializers import Initializer
 from funcnet.interop.observation import Traits, observe, shape_of_one, tensor_like
 from funcnet.keys import Key, key
 from funcnet.layer import Layer, Param, Shape, Spec, Tree
-from funcnet.ops.inplace import is_plain
+from funcnet.ops.inplace import is_eager
 from funcnet.ops.need import Need
 
 
@@ -31,7 +31,8 @@ def wrap(module: nn.Module, shape: Sequence[int]) -> tuple[Layer, Tree]:
     not reach it. Parameters are copies, in dicts nested by PyTorch's names, whether or not they
     require gradients (see `Frozen`); buffers are constants of the layer, and follow its params'
     dtype and device. The layer's `init` returns the module's own values, whatever the key. Layers
-    are equal if they hold the same copy. A file cannot hold one.
+    are equal if they hold the same copy. A file cannot hold one. Under torch.func.vmap it works as
+    far as PyTorch's kernels do: those of torch.nn.LSTM do not. One thread at a time may use it.
 
     The module runs once on random numbers. What is not a function of params and x is refused, with
     the name of the module that is not: one that changes its buffers, as BatchNorm does in train
@@ -125,7 +126,7 @@ class Wrapped(Layer):
         return self._unshared(self._called(params, x), params, x)
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
-        if not is_plain():  # autograd of one's own does not work there
+        if not is_eager():  # autograd of one's own does not work there
             return self._apply(params, x, key), x
         leaves, structure = optree.tree_flatten(params)
         with torch.inference_mode(False), torch.enable_grad():
@@ -210,7 +211,7 @@ def _row_major(parameter: Tensor) -> Tensor:
 
 def _unshared(result: Tensor, others: Iterable[Tensor]) -> Tensor:
     """A result in memory of its own: a module may return a view of x, and autograd dy itself."""
-    if not is_plain():
+    if not is_eager():
         return result.clone()
     memory = result.untyped_storage()._cdata
     is_shared = any(other.untyped_storage()._cdata == memory for other in others)

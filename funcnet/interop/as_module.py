@@ -117,6 +117,7 @@ class _Network(torch.autograd.Function):
         kept, ctx.of_residuals = optree.tree_flatten(residuals)
         ctx.kept = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in kept]
         ctx.net, ctx.structure = net, structure
+        ctx.x = x if x.requires_grad else None
         ctx.save_for_backward(*leaves, *(leaf for leaf in kept if isinstance(leaf, Tensor)))
         return y
 
@@ -135,17 +136,21 @@ class _Network(torch.autograd.Function):
         gradients: tuple[Any, ...] = (dx, *wanted)
         if torch.is_grad_enabled():  # with create_graph=True
             once: Any = _Once.apply
-            gradients = once(name_of(ctx.net), grad.new_empty(0).requires_grad_(), *gradients)
+            starts = [start for start in (ctx.x, *leaves) if start is not None]
+            gradients = once(name_of(ctx.net), len(starts), *starts, *gradients)
         return None, None, None, *gradients
 
 
 class _Once(torch.autograd.Function):
-    """Gradients that cannot be differentiated: without it they would pass for constants."""
+    """Gradients that cannot be differentiated: without it they would pass for constants.
+
+    Behind the number of tensors that they are functions of come these, then the gradients.
+    """
 
     @staticmethod
-    def forward(ctx: Any, name: str, learns: Tensor, *gradients: Tensor | None) -> Any:
+    def forward(ctx: Any, name: str, count: int, *tensors: Tensor | None) -> Any:
         ctx.name = name
-        return tuple(None if d is None else d.view_as(d) for d in gradients)
+        return tuple(None if d is None else d.view_as(d) for d in tensors[count:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

@@ -33,7 +33,7 @@ by hand and held to autograd by property tests. By family:
 
 import torch  # noqa: F401  (the code that a repr is may say torch.bfloat16)
 
-from funcnet import initializers, schedules
+from funcnet import initializers, interop, schedules
 from funcnet.batch_statistics import for_inference, merge_moments, moments
 from funcnet.by_layer import gradients_by_layer
 from funcnet.checkpoint import (
@@ -255,6 +255,7 @@ __all__ = [
     "gradients_by_layer",
     "initializers",
     "inspect",
+    "interop",
     "key",
     "load",
     "load_model",

@@ -218,6 +218,8 @@ def _encode_scalar(value: Any, name: str) -> Json:
         return value if value in INT64 else {"int": hex(value)}
     if type(value) is float:
         return value if math.isfinite(value) else {"float": struct.pack(">d", value).hex()}
+    if reason := getattr(type(value), "_unstorable", None):
+        raise TypeError(f"{label(name)}: expected what a file can hold, got {value}: {reason}")
     raise TypeError(
         f"{label(name)}: expected a tensor, int, float, bool, str, None, tuple, list, dict, "
         f"OrderedDict or a class given to funcnet.register_node, "

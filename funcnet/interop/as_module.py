@@ -1,0 +1,160 @@
+"""A network as a torch.nn.Module whose backward pass is the network's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor, nn
+
+from funcnet.checks import name_of
+from funcnet.interop.state_dict import names_of, state_dict
+from funcnet.keys import Key
+from funcnet.layer import Layer, Tree, public_bwd
+from funcnet.ops.inplace import is_eager
+from funcnet.ops.need import Need
+
+
+def as_module(net: Layer, params: Tree) -> nn.Module:
+    """Return a torch.nn.Module that computes y = net(x), and whose gradients are `net`'s own.
+
+    For autograd, torch.optim and whatever else trains modules. `module(x)` evaluates, whatever the
+    module's mode; `module(x, key)` trains with layers that draw numbers. Parameters are copies,
+    registered under PyTorch's names, so `load_state_dict(net, shape, module.state_dict())` gives
+    the tree of parameters after training. Only the gradients that autograd needs are computed.
+    Changing in place what the backward pass needs is an error there, as it is for torch.nn's.
+
+    There is no second derivative: asking autograd for one raises a RuntimeError. Under torch.func,
+    torch.compile and torch.export, autograd goes through `net.apply` instead.
+
+    Raises TypeError unless net is a Layer and params a tree of floating-point tensors, ValueError
+    for a name that a module cannot have. Errors of the network pass through.
+
+    >>> import funcnet as fn
+    >>> import torch
+    >>> net = fn.Sequential(fn.Linear(8), fn.Dropout(0.5), fn.Linear(1))
+    >>> module = fn.interop.as_module(net, net.init(fn.key(0), (3,)))
+    >>> optimizer = torch.optim.Adam(module.parameters())
+    >>> x, target = fn.normal(fn.key(1), (16, 3)), fn.normal(fn.key(2), (16, 1))
+    >>> for step in range(3):
+    ...     optimizer.zero_grad()
+    ...     loss = torch.nn.functional.mse_loss(module(x, fn.key(step)), target)
+    ...     loss.backward()
+    ...     optimizer.step()
+    >>> list(module.state_dict())
+    ['0.weight', '0.bias', '2.weight', '2.bias']
+    >>> params = fn.interop.load_state_dict(net, (3,), module.state_dict())
+    """
+    if not isinstance(net, Layer):
+        raise TypeError(f"as_module: expected net to be a Layer, got {type(net).__name__}")
+    for name, leaf in state_dict(params).items():
+        if not leaf.is_floating_point():
+            raise TypeError(f"as_module: expected {name} to be floating-point, got {leaf.dtype}")
+    return NetworkModule(net, params)
+
+
+class NetworkModule(nn.Module):
+    """The module that `as_module` makes."""
+
+    def __init__(self, net: Layer, params: Tree) -> None:
+        super().__init__()
+        leaves, structure = optree.tree_flatten(params)
+        if len({id(leaf) for leaf in leaves}) < len(leaves):
+            raise ValueError(
+                f"as_module: expected params of {name_of(net)} to be different tensors, got one "
+                "in two places"
+            )
+        self._net = net
+        # The tree of params with the positions of the leaves, which torch.compile can follow.
+        self._positions: Tree = structure.unflatten(range(len(leaves)))
+        # For each leaf, in the order of optree, the module that holds it and its name there.
+        self._places: list[tuple[nn.Module, str]] = [(self, "")] * len(leaves)
+        order = {name: i for i, name in enumerate(names_of(structure))}
+        for name, leaf in state_dict(params).items():
+            self._places[order[name]] = self._register(name, nn.Parameter(leaf.detach().clone()))
+
+    def _register(self, name: str, parameter: nn.Parameter) -> tuple[nn.Module, str]:
+        *way, last = name.split(".")
+        holder: nn.Module = self
+        try:
+            for step in way:
+                if step not in holder._modules:
+                    holder.add_module(step, nn.Module())
+                holder = holder.get_submodule(step)
+            holder.register_parameter(last, parameter)
+        except KeyError as error:
+            raise ValueError(
+                f"as_module: expected names that a torch.nn.Module can have, got {name!r}: {error}"
+            ) from error
+        return holder, last
+
+    def forward(self, x: Tensor, key: Key | None = None) -> Tensor:
+        """Return y; `key` is for layers that draw numbers, and without one they evaluate."""
+        leaves = [getattr(holder, name) for holder, name in self._places]
+        tensors = [x, *leaves] if isinstance(x, Tensor) else []
+        learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        params = optree.tree_map(leaves.__getitem__, self._positions)
+        if not learns or not is_eager():
+            return self._net.apply(params, x, key=key)
+        run: Any = _Network.apply
+        y: Tensor = run(self._net, optree.tree_structure(params), key, x, *leaves)
+        return y
+
+    def extra_repr(self) -> str:
+        """Return the network's name."""
+        return name_of(self._net)
+
+
+class _Network(torch.autograd.Function):
+    """y = f(params, x), with f's own gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, net: Layer, structure: Any, key: Key | None, x: Tensor, *leaves: Tensor
+    ) -> Tensor:
+        y, residuals = net.fwd(structure.unflatten(leaves), x, key=key)
+        kept, ctx.of_residuals = optree.tree_flatten(residuals)
+        ctx.kept = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in kept]
+        ctx.net, ctx.structure = net, structure
+        ctx.x = x if x.requires_grad else None
+        ctx.save_for_backward(*leaves, *(leaf for leaf in kept if isinstance(leaf, Tensor)))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        count = ctx.structure.num_leaves
+        leaves, tensors = ctx.saved_tensors[:count], iter(ctx.saved_tensors[count:])
+        kept = [next(tensors).detach() if other is None else other[0] for other in ctx.kept]
+        params, residuals = ctx.structure.unflatten(leaves), ctx.of_residuals.unflatten(kept)
+        _, _, _, of_x, *of_leaves = ctx.needs_input_grad
+        need = Need(params=any(of_leaves), input=of_x)
+        with torch.no_grad():
+            dparams, dx = public_bwd(ctx.net, params, residuals, grad, need)
+        dleaves = ctx.structure.flatten_up_to(dparams) if need.params else [None] * count
+        wanted = (d if of else None for d, of in zip(dleaves, of_leaves, strict=True))
+        gradients: tuple[Any, ...] = (dx, *wanted)
+        if torch.is_grad_enabled():  # with create_graph=True
+            once: Any = _Once.apply
+            starts = [start for start in (ctx.x, *leaves) if start is not None]
+            gradients = once(name_of(ctx.net), len(starts), *starts, *gradients)
+        return None, None, None, *gradients
+
+
+class _Once(torch.autograd.Function):
+    """Gradients that cannot be differentiated: without it they would pass for constants.
+
+    Behind the number of tensors that they are functions of come these, then the gradients.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, name: str, count: int, *tensors: Tensor | None) -> Any:
+        ctx.name = name
+        return tuple(None if d is None else d.view_as(d) for d in tensors[count:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            f"as_module: expected a first derivative of {ctx.name}, got a second: gradients are "
+            "written by hand. Let autograd differentiate net.apply for it"
+        )

@@ -1,0 +1,344 @@
+"""Networks from torch.nn modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from funcnet.checks import as_axis, as_shape, sizes
+from funcnet.combinators import Concat, Loop, Product, Residual, Reversible, Sequential, Sum
+from funcnet.interop import blocks
+from funcnet.interop.inputs import spec_of
+from funcnet.interop.report import refusal
+from funcnet.interop.twins import LAYERS
+from funcnet.interop.unrolled import UNROLLED
+from funcnet.layer import Layer, Shape, Tree, check
+from funcnet.layers import (
+    BatchNorm,
+    ChannelAffine,
+    Identity,
+    InstanceNorm,
+    Reshape,
+    Softmax,
+    Upsample2d,
+)
+from funcnet.layers.pooling import AvgPool, MaxPool
+from funcnet.tree import build
+
+Translation: TypeAlias = tuple[Layer, Tree]
+
+
+def from_torch(module: nn.Module, shape: Sequence[int]) -> tuple[Layer, Tree]:
+    """Return (net, params) that compute what a torch.nn module does, for examples of `shape`.
+
+    The module may be a torch.nn.Sequential, nested or not, of modules that have a twin here, or
+    one such module. Those that `to_torch` makes may be among them. The outputs are the same in the
+    mode that each module is in:
+
+    - BatchNorm and InstanceNorm that evaluate by running statistics become `ChannelAffine`; by
+      those of the batch, they become `BatchNorm`, which wants a key, and `InstanceNorm`.
+    - Dropout and attention's dropout keep their p: a key, not the mode, decides whether they drop.
+      Kinds of dropout that have no twin are left out in eval mode, and refused in train mode.
+    - Of recurrent layers and attention y is the first output, with batch_first=True; attention is
+      that of x to itself.
+    - TransformerEncoder and its layers become the Sequential of `Residual`s that they compute.
+
+    Parameters are copies, with dtype and device, and have the same names: what torch.nn calls
+    `2.weight` is `params[2]["weight"]`. Whether they require gradients is not carried over; see
+    `Frozen`.
+
+    Raises one ValueError that names every module without a twin by its path, every setting that
+    cannot be translated, every module that does not fit its input, and parameters that are tied;
+    TypeError unless `module` is a torch.nn.Module.
+
+    >>> import funcnet as fn
+    >>> import torch
+    >>> from torch import nn
+    >>> module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    >>> net, params = fn.interop.from_torch(module, (3, 16, 16))
+    >>> net
+    Sequential(Conv2d(8, kernel_size=3), ChannelAffine(), ReLU())
+    >>> x = torch.ones(2, 3, 16, 16)
+    >>> torch.allclose(net.apply(params, x), module(x), atol=1e-6)
+    True
+    >>> module = nn.Sequential(nn.Conv2d(3, 8, 3, padding_mode="reflect"), nn.CELU())
+    >>> fn.interop.from_torch(module, (3, 16, 16))
+    Traceback (most recent call last):
+    ValueError: from_torch: expected modules that have a twin in funcnet, got
+      0: Conv2d: expected padding_mode='zeros', got 'reflect'
+      1: CELU has no twin
+    """
+    if not isinstance(module, nn.Module):
+        got = type(module).__name__
+        raise TypeError(f"from_torch: expected module to be a torch.nn.Module, got {got}")
+    translator = _Translator()
+    net, params, _ = translator.of(module, as_shape("from_torch", shape), "")
+    problems = [*translator.problems, *_ties(module)]
+    if problems:
+        raise refusal("from_torch: expected modules that have a twin in funcnet", problems)
+    return net, params
+
+
+class _Translator:
+    """Translates modules, and notes every problem that it meets."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def of(
+        self, module: nn.Module, shape: Shape | None, path: str
+    ) -> tuple[Layer, Tree, Shape | None]:
+        """Return (layer, params, the shape behind it). Behind a problem no shape is known."""
+        try:
+            kind = _kind_of(module)
+            if kind in UNROLLED:
+                return self.of(UNROLLED[kind](module), shape, path)
+            if kind in _COMBINATORS:
+                return self._combinator(module, _COMBINATORS[kind], shape, path)
+            _check_settings(module)
+            translate = _SPECIAL.get(kind, _twin)
+            layer, params = translate(module, shape)
+            if shape is None:
+                return layer, params, None
+            return layer, params, check(layer, params, spec_of(layer, params, shape)).shape
+        except (ValueError, TypeError) as error:
+            self.problems.append(f"{path}: {error}" if path else str(error))
+            return Identity(), (), None
+
+    def _combinator(
+        self, module: nn.Module, cls: Any, shape: Shape | None, path: str
+    ) -> tuple[Layer, Tree, Shape | None]:
+        names, made, owns, outs = [*module._modules], [], [], []
+        before = (shape[0] // 2, *shape[1:]) if cls is Reversible and shape else shape
+        for name, child in module._modules.items():
+            layer, params, out = self.of(child, before, _joined(path, name))  # type: ignore[arg-type]
+            made.append(layer)
+            owns.append(params)
+            outs.append(out)
+            before = out if cls is Sequential else before
+        if cls in (Residual, Loop):
+            net, params = cls(*made, *([module.n] if cls is Loop else [])), owns[0]
+        elif names == [*map(str, range(len(names)))]:
+            net, params = cls(*made, **_dim(module)), tuple(owns)
+        else:
+            net = cls(**dict(zip(names, made, strict=True)), **_dim(module))
+            params = dict(zip(names, owns, strict=True))
+        is_known = shape is not None and None not in outs
+        return net, params, net.out_shape(shape) if is_known else None
+
+
+def _dim(module: nn.Module) -> dict[str, Any]:
+    return {"dim": module.dim} if isinstance(module, blocks.Concat) else {}
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _kind_of(module: nn.Module) -> type[nn.Module]:
+    """Return the class in the tables whose forward pass a module runs; ValueError without one."""
+    name = type(module).__name__
+    known = (base for base in type(module).__mro__ if base in _KNOWN)
+    kind: Any = next(known, None)
+    if kind is None or type(module).forward is not kind.forward or "forward" in vars(module):
+        raise ValueError(f"{name} has no twin")
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        raise ValueError(f"{name}: expected parameters, got none yet: call the module once before")
+    hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
+    if hooks:
+        raise ValueError(f"{name}: expected no forward hooks, got {hooks}")
+    return kind  # type: ignore[no-any-return]
+
+
+_EXPECTED: dict[str, Any] = {
+    "padding_mode": "zeros",
+    "return_indices": False,
+    "divisor_override": None,
+    "max_norm": None,
+    "scale_grad_by_freq": False,
+    "batch_first": True,
+    "proj_size": 0,
+    "add_zero_attn": False,
+    "bias_k": None,
+    "_qkv_same_embed_dim": True,
+}
+"""The only value that a setting may have, whatever module has it."""
+
+_SHOWN = {"bias_k": "add_bias_kv=False", "_qkv_same_embed_dim": "kdim and vdim to be embed_dim"}
+
+
+def _check_settings(module: nn.Module) -> None:
+    """Raise ValueError that names every setting that cannot be translated."""
+    wrong = [
+        f"expected {_SHOWN[name]}" if name in _SHOWN else f"expected {name}={value!r}, got {got!r}"
+        for name, value in _EXPECTED.items()
+        if (got := getattr(module, name, value)) is not value and got != value
+    ]
+    between = module.dropout if isinstance(module, nn.RNNBase) and module.num_layers > 1 else 0.0
+    if module.training and between > 0:
+        wrong.append(f"expected dropout=0.0 in train mode, got {between}")
+    if wrong:
+        raise ValueError(f"{type(module).__name__}: {'; '.join(wrong)}")
+
+
+# --- Modules with the layer's own name and arguments
+
+
+def _twin(module: nn.Module, shape: Shape | None) -> Translation:
+    cls = LAYERS[_kind_of(module)]
+    settings = {f.name: _setting(module, f.name) for f in fields(cls) if f.init}
+    layer = build(cls, {name: value for name, value in settings.items() if value is not _UNSAID})
+    if isinstance(layer, (MaxPool, AvgPool)) and layer.stride == layer.kernel_size:
+        layer = replace(layer, stride=None)
+    return layer, () if shape is None else _learned(layer._params(shape), module) or ()
+
+
+_UNSAID = object()
+
+
+def _setting(module: nn.Module, name: str) -> Any:
+    """Return what a module says of a field of its layer, `_UNSAID` for nothing."""
+    if name == "num_dims":
+        return len(module.normalized_shape)  # type: ignore[arg-type]
+    if name == "bias":
+        if isinstance(module, nn.LayerNorm) and not module.elementwise_affine:
+            return _UNSAID
+        bias = getattr(module, "bias", getattr(module, "in_proj_bias", None))
+        return bias is not None and bias is not False
+    return getattr(module, name, _UNSAID)
+
+
+def _learned(declared: Mapping[str, Any], module: Any) -> dict[str, Any]:
+    """Return copies of the parameters that a layer declares, in the memory format it wants."""
+    params = {}
+    for name, param in declared.items():
+        value = getattr(module, name)
+        if isinstance(param, Mapping):
+            params[name] = _learned(param, value)
+        else:
+            copy = value.detach().clone()
+            params[name] = copy if param.layout is None else param.layout(copy)
+    return params
+
+
+# --- Other modules
+
+
+_RANKS: dict[type[nn.Module], tuple[int, ...]] = {
+    nn.BatchNorm1d: (1, 2),
+    nn.BatchNorm2d: (3,),
+    nn.BatchNorm3d: (4,),
+    nn.InstanceNorm1d: (2,),
+    nn.InstanceNorm2d: (3,),
+    nn.InstanceNorm3d: (4,),
+}
+"""How many axes one example has."""
+
+
+def _norm(module: Any, shape: Shape | None) -> Translation:
+    """Return the layer of BatchNorm and InstanceNorm of any rank."""
+    name, kind = type(module).__name__, _kind_of(module)
+    if shape is not None and kind in _RANKS and len(shape) not in _RANKS[kind]:
+        ranks = " or ".join(map(str, _RANKS[kind]))
+        raise ValueError(f"{name}: expected one example to have {ranks} axes, got shape {shape}")
+    if not module.training and module.running_mean is not None:
+        return ChannelAffine(), _affine(module)
+    if isinstance(module, nn.SyncBatchNorm):
+        raise ValueError(f"{name}: expected eval mode, got train mode")
+    is_instance = isinstance(module, nn.modules.instancenorm._InstanceNorm)
+    layer = (InstanceNorm if is_instance else BatchNorm)(module.eps, module.affine)
+    return layer, _learned(layer._params((module.num_features,)), module) or ()
+
+
+def _affine(module: Any) -> dict[str, Tensor]:
+    """weight ∘ (x − μ)/√(σ² + ε) + bias as a scale and a shift, with running μ and σ²."""
+    like = module.running_mean if module.weight is None else module.weight
+    mean, variance = module.running_mean.double(), module.running_var.double()
+    scale = (variance + module.eps).rsqrt()
+    if module.weight is not None:
+        scale = scale * module.weight.detach().double()
+    shift = -mean * scale
+    if module.bias is not None:
+        shift = shift + module.bias.detach().double()
+    return {"weight": scale.to(like.dtype), "bias": shift.to(like.dtype)}
+
+
+def _upsample(module: Any, shape: Shape | None) -> Translation:
+    name = type(module).__name__
+    if module.mode not in ("nearest", "nearest-exact"):  # the same by whole numbers
+        raise ValueError(f"{name}: expected mode='nearest', got {module.mode!r}")
+    if shape is None:
+        return Identity(), ()
+    if len(shape) != 3:
+        raise ValueError(f"{name}: expected one example to have 3 axes, got shape {shape}")
+    if module.size is None:
+        scale = _pair(module.scale_factor)
+    else:
+        scale = tuple(n / max(m, 1) for n, m in zip(_pair(module.size), shape[1:], strict=True))
+    if not all(float(n).is_integer() and n >= 1 for n in scale):
+        raise ValueError(f"{name}: expected a scale of whole numbers, got {sizes(scale)}")
+    return Upsample2d(tuple(map(int, scale))), ()
+
+
+def _pair(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, Sequence) else (value, value)
+
+
+def _unflatten(module: Any, shape: Shape | None) -> Translation:
+    name = type(module).__name__
+    if not isinstance(module.dim, int):
+        raise ValueError(f"{name}: expected dim to be an int, got {module.dim!r}")
+    if shape is None:
+        return Identity(), ()
+    axis = as_axis(name, "dim", module.dim, shape)
+    example = torch.empty(shape, device="meta")
+    try:
+        return Reshape(*torch.unflatten(example, axis - 1, module.unflattened_size).shape), ()
+    except RuntimeError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _dropout(module: nn.Module, shape: Shape | None) -> Translation:
+    """Return nothing for a kind of dropout that has no twin, which drops nothing in eval mode."""
+    if module.training:
+        raise ValueError(f"{type(module).__name__} has no twin in train mode")
+    return Identity(), ()
+
+
+_COMBINATORS: dict[type[nn.Module], type[Layer]] = {
+    nn.Sequential: Sequential,
+    blocks.Residual: Residual,
+    blocks.Loop: Loop,
+    blocks.Sum: Sum,
+    blocks.Product: Product,
+    blocks.Concat: Concat,
+    blocks.Reversible: Reversible,
+}
+
+_SPECIAL: dict[type[nn.Module], Callable[[Any, Shape | None], Translation]] = {
+    **dict.fromkeys([*_RANKS, blocks.BatchNorm, nn.SyncBatchNorm], _norm),
+    **dict.fromkeys(
+        [nn.Dropout1d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout], _dropout
+    ),
+    nn.Softmax2d: lambda module, shape: (Softmax(1), ()),
+    nn.Unflatten: _unflatten,
+    nn.Upsample: _upsample,
+}
+
+_KNOWN = {**LAYERS, **_COMBINATORS, **_SPECIAL, **UNROLLED}
+
+
+# --- Parameters that are tied
+
+
+def _ties(module: nn.Module) -> Iterator[str]:
+    """Yield a line for each parameter that another module has too."""
+    names: dict[int, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        first = names.setdefault(id(parameter), name)
+        if first != name:
+            yield f"{name}: expected a parameter of its own, got one tied to {first}"

@@ -1,0 +1,218 @@
+"""A torch.nn.Module as a layer, whose gradient is autograd's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import getitem
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from funcnet.checks import as_shape
+from funcnet.initializers import Initializer
+from funcnet.interop.observation import Traits, observe, shape_of_one, tensor_like
+from funcnet.keys import Key, key
+from funcnet.layer import Layer, Param, Shape, Spec, Tree
+from funcnet.ops.inplace import is_eager
+from funcnet.ops.need import Need
+
+
+def wrap(module: nn.Module, shape: Sequence[int]) -> tuple[Layer, Tree]:
+    """Return (layer, params): a torch.nn.Module as a layer for examples of `shape`.
+
+    y = module(x) with x (N, *shape), and the gradient is autograd's, by torch.func.functional_call.
+    The layer holds a deep copy of the module, in the mode it is in: later changes to the module do
+    not reach it. Parameters are copies, in dicts nested by PyTorch's names, whether or not they
+    require gradients (see `Frozen`); buffers are constants of the layer, and follow its params'
+    dtype and device. The layer's `init` returns the module's own values, whatever the key. Layers
+    are equal if they hold the same copy. A file cannot hold one. Under torch.func.vmap it works as
+    far as PyTorch's kernels do: those of torch.nn.LSTM do not. One thread at a time may use it.
+
+    The module runs once on random numbers. What is not a function of params and x is refused, with
+    the name of the module that is not: one that changes its buffers, as BatchNorm does in train
+    mode, and one that draws numbers, as Dropout does in train mode, since keys decide nothing
+    there. Call `module.eval()`, or use `BatchNorm` and `Dropout` of this package in its place.
+
+    Raises ValueError for such modules, for examples that the module does not take, and unless y is
+    one floating-point tensor (N, …); TypeError unless `module` is a torch.nn.Module.
+
+    >>> import funcnet as fn
+    >>> from torch import nn
+    >>> encoder = nn.TransformerEncoderLayer(8, nhead=2, batch_first=True).eval()
+    >>> layer, params = fn.interop.wrap(encoder, (5, 8))
+    >>> layer
+    Wrapped(TransformerEncoderLayer, vjp from autograd)
+    >>> net = fn.Sequential(layer, fn.Select(1, -1), fn.Linear(3))
+    >>> params = net.init(fn.key(0), (5, 8))
+    >>> net.apply(params, fn.normal(fn.key(1), (2, 5, 8))).shape
+    torch.Size([2, 3])
+    >>> fn.interop.wrap(nn.Sequential(nn.Linear(3, 4), nn.Dropout()), (3,))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: wrap: expected a module that draws no numbers, got 1 (Dropout, train mode): ...
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"wrap: expected module to be a torch.nn.Module, got {type(module).__name__}"
+        )
+    own, like = copy.deepcopy(module), tensor_like(module)
+    layer = Wrapped(own, observe(own, as_shape("wrap", shape)))
+    params = layer.init(key(0), shape, dtype=like.dtype, device=like.device)
+    return layer, params
+
+
+@dataclass(frozen=True)
+class Wrapped(Layer):
+    """The layer that `wrap` makes."""
+
+    module: nn.Module
+    traits: Traits
+    _paths: dict[str, list[str]] = field(init=False, repr=False, compare=False)
+    """The keys that lead to each parameter, by its name."""
+
+    _unstorable = "a torch.nn.Module is code, which a file does not hold; save params alone"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = (name for name, _ in self._own_parameters())
+        object.__setattr__(self, "_paths", {name: name.split(".") for name in names})
+
+    def __repr__(self) -> str:
+        return f"Wrapped({type(self.module).__name__}, vjp from autograd)"
+
+    @property
+    def couples_examples(self) -> Any:  # type: ignore[override]
+        """Whether y of an example was seen to depend on another."""
+        return self.traits.couples_examples
+
+    def _own_parameters(self) -> Iterable[tuple[str, Tensor]]:
+        return ((n, p) for n, p in self.module.named_parameters() if p.is_floating_point())
+
+    def _params(self, shape: Shape) -> dict[str, Any]:
+        declared: dict[str, Any] = {}
+        for name, parameter in self._own_parameters():
+            *way, last = name.split(".")
+            place = reduce(lambda place, step: place.setdefault(step, {}), way, declared)
+            place[last] = Param(tuple(parameter.shape), _AsItIs(parameter))
+        return declared
+
+    def _out_shape(self, shape: Shape) -> Shape:
+        if shape == self.traits.shape:
+            return self.traits.out_shape
+        dtype = torch.int64 if self.traits.takes_integers else tensor_like(self.module).dtype
+        x = torch.empty((2, *shape), dtype=dtype, device="meta")
+        tensors = (*self.module.named_parameters(), *self.module.named_buffers())
+        try:
+            with torch.no_grad():
+                y = functional_call(self.module, {n: t.to("meta") for n, t in tensors}, (x,))
+        except Exception as error:  # a module may raise anything
+            raise ValueError(
+                f"{self}: expected the shape of an example that it takes, got {shape}: {error}"
+            ) from error
+        return shape_of_one(str(self), y)
+
+    def _check_x(self, x: Spec) -> None:
+        if not self.traits.takes_integers:
+            super()._check_x(x)
+        elif x.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{self}: expected x to be int32 or int64, got {x.dtype}")
+
+    def _apply(self, params: Any, x: Tensor, key: Key | None) -> Tensor:
+        return self._unshared(self._called(params, x), params, x)
+
+    def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
+        if not is_eager():  # autograd of one's own does not work there
+            return self._apply(params, x, key), x
+        leaves, structure = optree.tree_flatten(params)
+        with torch.inference_mode(False), torch.enable_grad():
+            starts = [_start(tensor) for tensor in (*leaves, x)]
+            y = self._called(structure.unflatten(starts[:-1]), starts[-1])
+        return self._unshared(y.detach(), params, x), _Graph(starts, y)
+
+    def _bwd(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
+        if isinstance(residuals, Tensor):
+            return self._recomputed(params, residuals, dy, need)
+        *leaves, x = residuals.starts
+        wanted = [*(leaves if need.params else []), *([x] if need.input else [])]
+        found = [_unshared(d, [dy]) for d in residuals.gradients(wanted, dy, need)]
+        dx = found.pop() if need.input else None
+        return optree.tree_structure(params).unflatten(found) if need.params else None, dx
+
+    def _recomputed(self, params: Any, x: Tensor, dy: Tensor, need: Need) -> Any:
+        """(dparams, dx) by torch.func, which differentiates inside of its own transformations."""
+        if not need.input:
+            return torch.func.vjp(lambda p: self._apply(p, x, None), params)[1](dy)[0], None
+        return torch.func.vjp(lambda p, x: self._apply(p, x, None), params, x)[1](dy)
+
+    def _called(self, params: Any, x: Tensor) -> Tensor:
+        """The module's y, which may share memory with params and x."""
+        tensors = {n: _row_major(reduce(getitem, way, params)) for n, way in self._paths.items()}
+        like, home = next(iter(tensors.values()), x), tensor_like(self.module)
+        moves = (like.dtype, like.device) != (home.dtype, home.device)
+        for name, buffer in self.module.named_buffers() if moves else ():
+            dtype = like.dtype if buffer.is_floating_point() else buffer.dtype
+            tensors[name] = buffer.to(like.device, dtype)
+        given = x.clone() if self.traits.writes_x else x
+        y: Tensor = functional_call(self.module, tensors, (given,))
+        return y
+
+    def _unshared(self, y: Tensor, params: Any, x: Tensor) -> Tensor:
+        return _unshared(y, [x, *optree.tree_leaves(params), *self.module.buffers()])
+
+
+@dataclass(frozen=True, eq=False)
+class _Graph:
+    """Autograd's graph from its starts, copies of params and x, to y."""
+
+    starts: list[Tensor]
+    y: Tensor
+
+    def gradients(self, wanted: list[Tensor], dy: Tensor, need: Need) -> Sequence[Tensor]:
+        """Return the gradients of Σ dy ∘ y by some of the starts."""
+        if not self.y.requires_grad:
+            return [torch.zeros_like(start) for start in wanted]
+        return torch.autograd.grad(
+            self.y,
+            wanted,
+            dy,
+            retain_graph=not need.consume,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _AsItIs(Initializer):
+    """Returns a copy of a tensor, whatever the key."""
+
+    value: Tensor
+
+    def _draw(
+        self, key: Key, shape: Shape, dtype: torch.dtype, device: torch.device | str
+    ) -> Tensor:
+        return self.value.detach().to(device, dtype, copy=True)
+
+
+def _start(tensor: Tensor) -> Tensor:
+    """A tensor of the same values from which autograd starts."""
+    start = tensor.clone() if tensor.is_inference() else tensor.detach()
+    return start.requires_grad_(start.is_floating_point())
+
+
+def _row_major(parameter: Tensor) -> Tensor:
+    """A vector without gaps: PyTorch's batch_norm differentiates wrongly by one with gaps."""
+    return parameter.contiguous() if parameter.ndim == 1 else parameter
+
+
+def _unshared(result: Tensor, others: Iterable[Tensor]) -> Tensor:
+    """A result in memory of its own: a module may return a view of x, and autograd dy itself."""
+    if not is_eager():
+        return result.clone()
+    memory = result.untyped_storage()._cdata
+    is_shared = any(other.untyped_storage()._cdata == memory for other in others)
+    return result.clone() if is_shared else result

@@ -20,6 +20,7 @@ by hand and held to autograd by property tests. By family:
     losses       MSE L1 Huber BCEWithLogits CrossEntropy; Loss for your own
     gradients    value_and_grad per_example gradient_norms clipped_value_and_grad
                  gradients_by_layer trace
+    interop      from_torch, to_torch, as_module, wrap, state_dict, load_state_dict
     optimizers   SGD Adam AdamW RMSprop Partition; SGDState AdamState RMSpropState PartitionState
                  schedules, global_norm, clip_by_global_norm, average; Optimizer for your own
     trees        save load save_model load_model inspect Checkpoints CheckpointError register_node

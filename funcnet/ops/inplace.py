@@ -17,7 +17,7 @@ def is_eager() -> bool:
 
 def is_tracing() -> bool:
     """Whether torch.jit.trace records, where sizes are tensors."""
-    return bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call]
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
 
 
 def has_open_sizes(x: Tensor) -> bool:

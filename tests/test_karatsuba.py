@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from registry import budget
 from test_properties import close, same
 from test_transforms import compile_whole
 from test_upsample_conv import assert_exact_on_integers, two_steps
@@ -66,6 +67,7 @@ def test_exact_on_integers(case, seed):
     assert_exact_on_integers(karatsuba, case, seed)
 
 
+@budget(8)
 @given(cases(dtypes=strategies.dtypes() | st.sampled_from([torch.bfloat16, torch.float16])))
 def test_the_contract_holds(case):
     check_vjp(*case)

@@ -16,7 +16,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import funcnet as fn
-from funcnet.ops import karatsuba
+from funcnet.ops import karatsuba, upsampling
 from funcnet.ops.window import padding_sides
 from funcnet.testing import strategies
 
@@ -82,10 +82,14 @@ def check(layer, shape, magnitude, seed):
         assert ((ours - theirs).abs() <= bound)[is_representable].all()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def of_any_size():
-    """Let nothing depend on how large the images are."""
-    with mock.patch.multiple(karatsuba, _MANY_PIXELS=0, _MANY_PRODUCTS=0):
+@pytest.fixture(scope="module", autouse=True, params=[0, 10**9], ids=["low", "two_steps"])
+def of_any_size(request):
+    """Let nothing depend on how large the images are, and take each way of upsampling."""
+    saved = {"_SAVED": request.param, "_SAVED_BACKWARD": request.param}
+    with (
+        mock.patch.multiple(karatsuba, _MANY_PIXELS=0, _MANY_PRODUCTS=0),
+        mock.patch.multiple(upsampling, **saved),
+    ):
         yield
 
 

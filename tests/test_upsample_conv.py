@@ -9,14 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import funcnet as fn
-from funcnet.ops import low_resolution, pixelwise, transposed
+from funcnet.ops import low_resolution, pixelwise, transposed, upsampling
+from funcnet.ops import two_steps as two_steps_of
 from funcnet.ops.need import Need
 from funcnet.ops.window import Window, padding_sides
 from funcnet.testing import strategies
 
 LAYERS = strategies.layers(fn.UpsampleConv2d)
 CASES = strategies.cases(LAYERS)
-WAYS = pytest.mark.parametrize("way", [low_resolution, transposed], ids=["low", "transposed"])
+WAYS = pytest.mark.parametrize(
+    "way", [low_resolution, transposed, two_steps_of], ids=["low", "transposed", "two_steps"]
+)
 
 
 def two_steps(layer):
@@ -130,8 +133,10 @@ def test_both_methods_give_the_same_numbers(case):
     )
 
 
-def test_many_channels_and_pictures():
+def test_many_channels_and_pictures(monkeypatch):
     """Enough of both for the batch to be done in parts, in either memory order."""
+    monkeypatch.setattr(upsampling, "_SAVED", 0)
+    monkeypatch.setattr(upsampling, "_SAVED_BACKWARD", 0)
     for out_channels in (3, 20):
         layer = fn.UpsampleConv2d(out_channels)
         params = layer.init(fn.key(0), (5, 40, 40), dtype=torch.float64)
@@ -145,13 +150,20 @@ def test_many_channels_and_pictures():
 
 @pytest.mark.parametrize("out_channels", [3, 17])  # planes, and pixels
 @pytest.mark.parametrize(
-    ("module", "limit", "value"), [(low_resolution, "_CHUNK_ENTRIES", 900), (pixelwise, "_FEW", 0)]
+    ("module", "limit", "value"),
+    [
+        (low_resolution, "_CHUNK_ENTRIES", 900),
+        (low_resolution, "_CHUNK_ENTRIES", 100),
+        (pixelwise, "_FEW", 0),
+    ],
 )
 def test_in_parts_and_by_large_products(monkeypatch, out_channels, module, limit, value):
     layer = fn.UpsampleConv2d(out_channels)
     params = layer.init(fn.key(0), (2, 4, 4), dtype=torch.float64)
     x = fn.normal(fn.key(1), (7, 2, 4, 4), dtype=torch.float64)
     grad = fn.normal(fn.key(2), (7, out_channels, 8, 8), dtype=torch.float64)
+    monkeypatch.setattr(upsampling, "_SAVED", 0)
+    monkeypatch.setattr(upsampling, "_SAVED_BACKWARD", 0)
     whole = layer.apply(params, x), layer.vjp(params, x, grad)
     monkeypatch.setattr(module, limit, value)
     torch.testing.assert_close((layer.apply(params, x), layer.vjp(params, x, grad)), whole)
@@ -171,3 +183,27 @@ def test_pictures_without_channels_are_refused():
         ValueError, match=r"UpsampleConv2d\(4\): expected at least 1 channel, got 0"
     ):
         fn.UpsampleConv2d(4).out_shape((0, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("layer", "channels", "forward", "backward"),
+    [
+        (fn.UpsampleConv2d(128), 256, low_resolution, low_resolution),
+        (fn.UpsampleConv2d(3), 128, low_resolution, low_resolution),
+        (fn.UpsampleConv2d(3, 9), 16, low_resolution, low_resolution),
+        (fn.UpsampleConv2d(32, 9), 32, two_steps_of, low_resolution),
+        (fn.UpsampleConv2d(32, 9, scale=3), 32, low_resolution, low_resolution),
+        (fn.UpsampleConv2d(32), 1, two_steps_of, two_steps_of),
+        (fn.UpsampleConv2d(32, scale=(1, 2)), 4, two_steps_of, two_steps_of),
+        (fn.UpsampleConv2d(32, 1), 4, low_resolution, low_resolution),
+        (fn.UpsampleConv2d(128, scale=1), 128, two_steps_of, two_steps_of),
+        (fn.UpsampleConv2d(128, 1, scale=1), 128, two_steps_of, two_steps_of),
+    ],
+    ids=str,
+)
+def test_low_resolution_where_it_saves_many_products(layer, channels, forward, backward):
+    x = torch.empty(1, channels, 4, 4)
+    weight = torch.empty(layer.out_channels, channels, *layer.kernel_size)
+    arguments = x, weight, layer.scale, layer._window, "auto"
+    assert upsampling.implementation(*arguments) is forward
+    assert upsampling.implementation(*arguments, backward=True) is backward

@@ -34,12 +34,15 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from funcnet.ops import inplace, native, pixelwise
+from funcnet.ops import inplace, native, pixelwise, tiles
 from funcnet.ops.need import Need
 from funcnet.ops.window import Pair, Window
 
 _CHUNK_ENTRIES = 2**21
 """Entries of z made at a time: what is written should still be in the cache when it is read."""
+
+_FEW_ENTRIES = 2**18
+"""Entries that are made at once, however small the images: a megabyte."""
 
 _LANES = 16
 """With fewer channels than a vector register has lanes, planes are added faster than pixels."""
@@ -61,21 +64,24 @@ def layout(weight: Tensor) -> Tensor:
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Pair, window: Window) -> Tensor:
     """y (N, O, H′, W′) of x (N, C, H, W) upsampled by `scale`, and weight (O, C, kh, kw)."""
     dtype, x, weight = x.dtype, native.upcast(x), native.upcast(weight)
-    rows, columns = _shifts(0, scale, window), _shifts(1, scale, window)
-    height, width = window.count((scale[0] * x.shape[2], scale[1] * x.shape[3]))
+    size = window.count((scale[0] * x.shape[2], scale[1] * x.shape[3]))
     kernel = _kernel(weight)
     in_planes = len(weight) < _LANES
     products = pixelwise.convolve_to_planes if in_planes else pixelwise.convolve
     y: Tensor | None = None
-    for part, pixels in _chunks(native.layout(x), weight):
-        z = products(pixels, kernel)
+    x, is_eager = native.layout(x), inplace.is_eager()
+    for tile in _tiles(x, weight, scale, window):
+        z = products(native.layout(x[tile.source]), kernel)
         z = torch.unflatten(z, 1, (*window.kernel_size, -1))  # (n, kh, kw, O, H, W)
-        half = empty(z, (len(z), *z.shape[2:4], height, x.shape[3]))  # (n, kw, O, H′, W)
-        _spread(z, half, rows, dim=-2)
-        y = empty(z, (len(x), len(weight), height, width)) if y is None else y
-        _spread(half, y[part], columns, dim=-1)
+        y = empty(z, (len(x), len(weight), *size)) if y is None else y
+        out = y[tile.target]
+        half = empty(z, (len(z), *z.shape[2:4], out.shape[2], z.shape[-1]))  # (n, kw, O, H′, W)
+        _spread(z, half, _shifts(0, scale, tile.window), dim=-2)
+        _spread(half, out, _shifts(1, scale, tile.window), dim=-1)
+        if bias is not None and is_eager:  # while the tile is in the cache
+            out.add_(bias[:, None, None])
     assert y is not None
-    return (y if bias is None else inplace.add(y, bias[:, None, None])).to(dtype)
+    return (y if bias is None or is_eager else y + bias[:, None, None]).to(dtype)
 
 
 def gradients(
@@ -83,24 +89,21 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dx), None where it is not needed."""
     dtype, x, weight, grad = x.dtype, native.upcast(x), native.upcast(weight), native.upcast(grad)
-    rows, columns = _shifts(0, scale, window), _shifts(1, scale, window)
-    (kh, kw), (height, width) = window.kernel_size, x.shape[2:]
+    kh, kw = window.kernel_size
     kernel = _kernel(weight)
     dkernel: Tensor | None = None
     dx: Tensor | None = None
-    for part, pixels in _chunks(native.layout(x), weight):
-        dy = _layout(grad[part], len(weight))
+    x, grad = native.layout(x), _layout(grad, len(weight))
+    for tile in _tiles(x, weight, scale, window):
+        pixels, dy = native.layout(x[tile.source]), grad[tile.target]
+        height, width = pixels.shape[2:]
         half = empty(dy, (len(dy), kw, *dy.shape[1:3], width))  # (n, kw, O, H′, W)
-        _gather(dy, half, columns, dim=-1)
+        _gather(dy, half, _shifts(1, scale, tile.window), dim=-1)
         z = empty(dy, (len(dy), kh, *half.shape[1:3], height, width))  # (n, kh, kw, O, H, W)
-        _gather(half, z, rows, dim=-2)
+        _gather(half, z, _shifts(0, scale, tile.window), dim=-2)
         dk, d = pixelwise.gradients(pixels, kernel, z.flatten(1, 3), need)
         dkernel = dk if dkernel is None or dk is None else dkernel.add_(dk)
-        if d is None or len(d) == len(x):
-            dx = d
-        else:
-            dx = empty(d, x.shape) if dx is None else dx
-            dx[part] = d
+        dx = tiles.put(d, dx, tile, x)
     dx = native.cast(dx, dtype)
     if dkernel is None:
         return None, dx
@@ -201,13 +204,15 @@ def _write_sum(out: Tensor, sources: list[Tensor]) -> None:
         out.add_(source)
 
 
-def _chunks(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield parts of the batch and their slices: each z has about `_CHUNK_ENTRIES` entries."""
-    entries = x.numel() // x.shape[1] * weight.numel() // weight.shape[1]
-    batch = max(1, math.ceil(len(x) / max(1, math.ceil(entries / _CHUNK_ENTRIES))))
-    for start in range(0, max(len(x), 1), batch):
-        part = slice(start, start + batch)
-        yield part, x[part]
+def _tiles(x: Tensor, weight: Tensor, scale: Pair, window: Window) -> Iterator[tiles.Tile]:
+    """The tiles of x whose z has about `_CHUNK_ENTRIES` entries, or a quarter of what u and y have.
+
+    u is the upsampled image: no more memory is needed than for making it.
+    """
+    (batch, channels, height, width), out_channels = x.shape, len(weight)
+    u_and_y = scale[0] * scale[1] * (channels + out_channels) * batch * height * width
+    most = min(_CHUNK_ENTRIES, max(_FEW_ENTRIES, u_and_y // 4))
+    return tiles.cut(x, scale, window, weight.numel() // channels, most)
 
 
 def _layout(images: Tensor, out_channels: int) -> Tensor:

@@ -55,16 +55,16 @@ def _canonical(x: Tensor, memory_format: torch.memory_format = torch.contiguous_
     same: they read past the end of one-channel images and kernels in channels_last, and return
     wrong numbers.
     """
-    if 1 not in x.shape or x.stride() == _strides(x, torch.contiguous_format):
+    if 1 not in x.shape or x.stride() == _strides(x.shape, torch.contiguous_format):
         return x
-    if x.shape[1] > 1 and x.stride() == _strides(x, _CHANNELS_LAST[x.ndim]):
+    if x.shape[1] > 1 and x.stride() == _strides(x.shape, _CHANNELS_LAST[x.ndim]):
         return x
     return x.clone(memory_format=memory_format)
 
 
-def _strides(x: Tensor, memory_format: torch.memory_format) -> Ints:
-    """The strides of a new tensor of x's shape, (N, C, H, W) or (N, C, D, H, W)."""
-    _, *inner = x.shape
+def _strides(shape: Sequence[int], memory_format: torch.memory_format) -> Ints:
+    """The strides of a new tensor of a shape (N, C, H, W) or (N, C, D, H, W)."""
+    _, *inner = shape
     if memory_format != torch.contiguous_format:
         inner = [*inner[1:], inner[0]]
     strides = [1]
@@ -73,6 +73,12 @@ def _strides(x: Tensor, memory_format: torch.memory_format) -> Ints:
     if memory_format != torch.contiguous_format:
         strides.insert(1, strides.pop())
     return tuple(strides)
+
+
+def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """New memory for images, in the memory format of `layout`."""
+    memory_format = torch.channels_last if shape[1] > 1 else torch.contiguous_format
+    return like.new_empty_strided(tuple(shape), _strides(shape, memory_format))
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -133,15 +139,11 @@ def kernel_gradients(
     padding: Ints = (0, 0),
     dilation: Ints = (1, 1),
     groups: int = 1,
-    *,
-    transposed: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dweight, dx) of a convolution, or a transposed one, by PyTorch's backward kernels."""
+    """(dweight, dx) of a convolution, by PyTorch's backward kernels."""
     if _is_narrow(x):
         sizes = stride, padding, dilation, groups
-        dweight, dx = kernel_gradients(
-            x.float(), weight.float(), grad.float(), need, *sizes, transposed=transposed
-        )
+        dweight, dx = kernel_gradients(x.float(), weight.float(), grad.float(), need, *sizes)
         return cast(dweight, x.dtype), cast(dx, x.dtype)
     # Volumes of one channel are row-major, and PyTorch would lay grad out anew.
     is_flat = x.ndim == 5 and x.shape[1] == 1
@@ -153,7 +155,7 @@ def kernel_gradients(
         stride,
         padding,
         dilation,
-        transposed,
+        False,
         (0,) * len(stride),
         groups,
         (need.input, need.params, False),

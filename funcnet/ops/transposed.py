@@ -5,8 +5,9 @@ With padding p before, source pixel i reaches output e through all taps that see
     y[e] = Σ_i E[e − s·i + k − 1 − p] · x[i],    E[u] = Σ_{t : 0 ≤ u − (k−1) + t < s} w_t,
 
 a transposed convolution of stride s whose kernel E, the taps convolved with a block of s ones, has
-k + s − 1 entries. One library call each way, which accumulates in the library's own precision:
-float32 for half-precision inputs.
+k + s − 1 entries: few calls, which accumulate in the library's own precision, float32 for
+half-precision inputs. The gradients are those of `conv_transpose.py`: PyTorch's own kernel for them
+reads beyond a grad of one channel.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcnet.ops import native
+from funcnet.ops import conv_transpose, native
 from funcnet.ops.need import Need
 from funcnet.ops.window import Pair, Window
 
@@ -31,10 +32,9 @@ def gradients(
     x: Tensor, weight: Tensor, grad: Tensor, scale: Pair, window: Window, need: Need
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dx), None where it is not needed."""
-    whole = F.pad(grad, tuple(-side for side in _crop(window)))
-    dkernel, dx = native.kernel_gradients(
-        native.layout(x), _kernel(weight, scale), whole, need, stride=scale, transposed=True
-    )
+    whole, kernel = F.pad(grad, tuple(-side for side in _crop(window))), _kernel(weight, scale)
+    strided = Window(tuple(kernel.shape[2:]), scale)
+    dkernel, dx = conv_transpose.gradients(native.layout(x), kernel, whole, strided, need)
     if dkernel is None:
         return None, dx
     rows, columns = (_tap_sums(weight, axis, scale) for axis in (0, 1))

@@ -1,23 +1,42 @@
 """Nearest upsampling by s, then a convolution, one after the other: the definition.
 
-forward    u[i, j] = x[⌊i/s_h⌋, ⌊j/s_w⌋],  y = w ∗ u
-backward   dw and du of the convolution,  dx[i, j] = Σ du over the block of copies of pixel (i, j)
+    forward    u[i, j] = x[⌊i/s_h⌋, ⌊j/s_w⌋],  y = w ∗ u
+    backward   dw and du of the convolution,  dx[i, j] = Σ du over the copies of pixel (i, j)
+
+Large images are done tile by tile (`tiles.py`), so that u is never larger than a tile's.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcnet.ops import native
+from funcnet.ops import native, tiles
 from funcnet.ops.need import Need
 from funcnet.ops.window import Pair, Window
+
+_CHUNK_ENTRIES = 2**23
+"""Entries of u made at a time."""
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Pair, window: Window) -> Tensor:
     """y (N, O, H′, W′) of x (N, C, H, W) upsampled by `scale`, and weight (O, C, kh, kw)."""
-    return native.convolve(native.layout(upsample(x, scale)), weight, bias, window)
+    size = window.count((scale[0] * x.shape[2], scale[1] * x.shape[3]))
+    shape = torch.Size((x.shape[0], weight.shape[0], *size))
+    y: Tensor | None = None
+    x = native.layout(x)
+    for tile in _tiles(x, scale, window):
+        u, inner = _padded(x[tile.source], scale, tile.window)
+        part = native.convolve(u, weight, bias, inner)
+        if part.shape == shape:
+            return part
+        y = native.empty(part, shape) if y is None else y
+        y[tile.target] = part
+    assert y is not None
+    return y
 
 
 def gradients(
@@ -25,9 +44,17 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dx), None where it is not needed."""
     dtype, x, weight, grad = x.dtype, native.upcast(x), native.upcast(weight), native.upcast(grad)
-    upsampled = native.layout(upsample(x, scale))
-    dweight, dupsampled = native.gradients(upsampled, weight, grad, window, need)
-    dx = None if dupsampled is None else sum_blocks(dupsampled, scale)
+    dweight: Tensor | None = None
+    dx: Tensor | None = None
+    x = native.layout(x)
+    for tile in _tiles(x, scale, window):
+        u, inner = _padded(x[tile.source], scale, tile.window)
+        dw, du = native.gradients(u, weight, grad[tile.target], inner, need)
+        dweight = dw if dweight is None or dw is None else dweight + dw
+        if du is not None:
+            if inner is not tile.window:
+                du = _pad(du, [-side for side in tile.window.flat_sides])
+            dx = tiles.put(sum_blocks(du, scale), dx, tile, x)
     return native.cast(dweight, dtype), native.cast(dx, dtype)
 
 
@@ -44,3 +71,23 @@ def upsample(x: Tensor, scale: Pair) -> Tensor:
 def sum_blocks(grad: Tensor, scale: Pair) -> Tensor:
     """The adjoint of `upsample`: the sum over each block of s_h × s_w entries."""
     return F.avg_pool2d(grad, scale, divisor_override=1)
+
+
+def _tiles(x: Tensor, scale: Pair, window: Window) -> Iterator[tiles.Tile]:
+    """The tiles of x whose u has about `_CHUNK_ENTRIES` entries."""
+    entries = scale[0] * scale[1] * x.shape[1]
+    return tiles.cut(x, scale, window, entries, _CHUNK_ENTRIES)
+
+
+def _padded(x: Tensor, scale: Pair, window: Window) -> tuple[Tensor, Window]:
+    """(u, the window over u). A tile's u is padded or cropped here, on each side by itself."""
+    u = native.layout(x if scale == (1, 1) else upsample(x, scale))
+    if all(0 <= before <= after for before, after in window.sides):
+        return u, window
+    return native.layout(_pad(u, window.flat_sides)), Window(window.kernel_size)
+
+
+def _pad(x: Tensor, sides: Sequence[int]) -> Tensor:
+    """x with entries added, and then taken where a side is negative; F.pad takes them first."""
+    grown = F.pad(x, [max(side, 0) for side in sides])
+    return F.pad(grown, [min(side, 0) for side in sides])

@@ -4,7 +4,8 @@
     transposed        a single transposed convolution, on devices where the number of calls counts,
                       and in graphs for any size, in which nothing may be decided by a size
     karatsuba         fewer products for many pixels, at scale 2 with 3×3 taps; method "karatsuba"
-    two_steps         one step after the other, for gradients that overflow at low resolution
+    two_steps         one step after the other, where few products are saved, and for gradients that
+                      overflow at low resolution
 
 Sums of products in any order are off by at most a multiple of ε times the sum of their magnitudes.
 `karatsuba` subtracts what it has added before, so that its errors are relative to neighbouring
@@ -44,20 +45,55 @@ def gradients(
     need: Need,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dx), None where it is not needed."""
-    chosen = implementation(x, weight, scale, window, method)
+    chosen = implementation(x, weight, scale, window, method, backward=True)
     dweight, dx = chosen.gradients(x, weight, grad, scale, window, need)
     if chosen is low_resolution and inplace.has_values(x) and not _is_finite(dweight, dx):
         return two_steps.gradients(x, weight, grad, scale, window, need)
     return dweight, dx
 
 
-def implementation(x: Tensor, weight: Tensor, scale: Pair, window: Window, method: str) -> Any:
+def implementation(
+    x: Tensor,
+    weight: Tensor,
+    scale: Pair,
+    window: Window,
+    method: str,
+    backward: bool = False,
+) -> Any:
     """The module that is fastest for images like x."""
     if not x.is_cpu or inplace.has_open_sizes(x):
         return transposed
     if method == "karatsuba" and karatsuba.is_faster(x, weight, scale, window):
         return karatsuba
-    return low_resolution
+    return low_resolution if _saves_much(weight, scale, backward) else two_steps
+
+
+_SAVED, _SAVED_BACKWARD = 120, 40
+"""From how many saved products an entry of z is worth its making, forward and backward.
+
+Measured on an AMD EPYC (Zen 4), one thread, over scales 1, 2 and 3, kernels of 1 to 9 taps, and
+1, 3, 4, 16, 32 and 128 channels of x and y."""
+
+_LANES = 16
+"""A convolution of fewer channels takes as long as one of so many."""
+
+
+def _saves_much(weight: Tensor, scale: Pair, backward: bool) -> bool:
+    """Whether low resolution is faster than two steps.
+
+    For each source pixel and tap, with S = s_h·s_w, two steps make S·C·O products. Low resolution
+    makes C·O, but writes and reads O entries of z: C·(S − 1) products are saved for each of them.
+    """
+    out_channels, channels, *taps = weight.shape
+    copies = scale[0] * scale[1]
+    if copies == 1:
+        return False
+    if taps == [1, 1]:  # z is y, at low resolution
+        return True
+    if backward:
+        return channels * (copies - 1) >= _SAVED_BACKWARD
+    wasted = max(1.0, _LANES / out_channels)
+    return channels * (copies * wasted - 1) >= _SAVED
 
 
 def _is_finite(dweight: Tensor | None, dx: Tensor | None) -> bool:

@@ -1,0 +1,111 @@
+"""An upsampling convolution tile by tile, so that what is made between two passes fits the cache.
+
+In one dimension, with upsampling by s, k taps and padding p before, output e sees through tap t the
+pixel ⌊(e − p + t)/s⌋. The outputs s·a … s·b − 1 thus see the pixels from a + ⌊−p/s⌋ to
+b − 1 + ⌊(s − p + k − 2)/s⌋ and no others. With r for the first of these, and e′ = e − s·a,
+
+    ⌊(e − p + t)/s⌋ = r + ⌊(e′ − p′ + t)/s⌋,    p′ = p − s·(a − r):
+
+a tile of y is the same convolution of a tile of x, with p′ for p. The tiles of y lie side by side,
+while those of x overlap by the reach of a kernel. So dweight is the sum of the tiles', and dx is
+the sum of theirs in their places. Where p′ is negative, pixels are cropped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from funcnet.ops.window import Pair, Window
+
+
+class Tile(NamedTuple):
+    """A part of x, the part of y that sees no other, and the window by which it does."""
+
+    source: tuple[slice, ...]
+    target: tuple[slice, ...]
+    window: Window
+    overlaps: bool
+    """Whether other tiles see some of the same pixels."""
+
+
+class _Span(NamedTuple):
+    """A tile's part of one axis."""
+
+    source: slice
+    target: slice
+    sides: Pair
+
+
+def cut(x: Tensor, scale: Pair, window: Window, entries: int, most: int) -> Iterator[Tile]:
+    """Yield tiles of x (N, C, H, W), of about `most` entries where a pixel has `entries`.
+
+    A tile is a few whole images, or else part of one: nearly a square, since squares overlap least,
+    and twice as large, for the same reason.
+    """
+    batch, _, height, width = x.shape
+    pixels = max(1, most // max(1, entries))
+    if height * width <= _SLACK * pixels:
+        examples = math.ceil(batch / max(1, math.ceil(batch * height * width / pixels)))
+        for start in range(0, max(batch, 1), max(examples, 1)):
+            part = slice(start, start + max(examples, 1))
+            yield Tile((part,), (part,), window, overlaps=False)
+        return
+    pixels *= 2
+    columns = min(width, max(math.isqrt(pixels), pixels // height, 1))
+    lengths = max(1, pixels // columns), columns
+    spans = [
+        list(_spans(axis, length, x.shape[2:], scale, window))
+        for axis, length in enumerate(lengths)
+    ]
+    every = slice(None)
+    for example in range(batch):
+        part = slice(example, example + 1)
+        for rows in spans[0]:
+            for across in spans[1]:
+                yield Tile(
+                    (part, every, rows.source, across.source),
+                    (part, every, rows.target, across.target),
+                    Window(window.kernel_size, sides=(rows.sides, across.sides)),
+                    overlaps=True,
+                )
+
+
+def put(dtile: Tensor | None, dx: Tensor | None, tile: Tile, x: Tensor) -> Tensor | None:
+    """dx, None before the first tile, with the gradient of a tile added in its place."""
+    if dtile is None or dtile.shape == x.shape:
+        return dtile
+    if dx is None:
+        dx = dtile.new_empty_strided(x.shape, x.stride())
+        dx = dx.zero_() if tile.overlaps else dx
+    if tile.overlaps:
+        dx[tile.source].add_(dtile)
+    else:
+        dx[tile.source] = dtile
+    return dx
+
+
+_SLACK = 4
+"""How many times `most` entries an image may have that is not cut.
+
+The denoiser's images of 256×256 pixels are faster whole: measured on an AMD EPYC (Zen 4)."""
+
+
+def _spans(
+    axis: int, length: int, size: Sequence[int], scale: Pair, window: Window
+) -> Iterator[_Span]:
+    """Yield spans of about `length` pixels, equally long."""
+    n, s, k, (before, _) = size[axis], scale[axis], window.kernel_size[axis], window.sides[axis]
+    count = window.count([s * n for s, n in zip(scale, size, strict=True)])[axis]
+    blocks = -(-count // s)
+    length = -(-blocks // -(-blocks // length))
+    for a in range(0, blocks, length):
+        outputs = min(s * (a + length), count) - s * a
+        first = min(max(0, a + -before // s), n - 1)
+        last = max(min(n - 1, a + length - 1 + (s - before + k - 2) // s), first)
+        shifted = before - s * (a - first)
+        after = outputs + k - 1 - s * (last + 1 - first) - shifted
+        yield _Span(slice(first, last + 1), slice(s * a, s * a + outputs), (shifted, after))

@@ -8,27 +8,16 @@ from typing import Any
 import griffe
 
 _STARTS = re.compile(r"(Shapes?|Parameters?|Shapes, parameters and key|Raises|No parameters)\b")
-"""How a line begins that a docstring's reader sees as a new paragraph."""
+"""The words that begin a new paragraph of a docstring."""
 
 _TABLE = re.compile(r"\S {3,}\S")
-"""What only a table's line has."""
+"""Three spaces in a row, which only a table has."""
 
 _ADDRESS = re.compile(r"https://\S+")
 
 
 def to_markdown(docstring: str) -> str:
-    """A docstring whose doctests are code blocks, addresses links, and statements paragraphs.
-
-    >>> print(to_markdown("y = x.\\nShapes: any.\\n\\n>>> 1 + 1\\n2"))
-    y = x.
-    <BLANKLINE>
-    Shapes: any.
-    <BLANKLINE>
-    ```pycon
-    >>> 1 + 1
-    2
-    ```
-    """
+    """A docstring whose doctests are code blocks, addresses links, and statements paragraphs."""
     blocks = [_block(block) for block in re.split(r"\n\s*\n", docstring.strip("\n"))]
     return "\n\n".join(blocks)
 

@@ -1,4 +1,4 @@
-"""What `mkdocs build` does beside building: it refuses a site that needs the network to be read."""
+"""Hooks of `mkdocs build`: a site that needs the network to be read is refused."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _LOADED = {
     ".html": rf"<(?:link|script|img|iframe|source)\b[^>]*?\b(?:src|href)={_ELSEWHERE}",
     ".css": rf"(?:url\(|@import)\s*{_ELSEWHERE}",
 }
-"""By a file's ending, what a browser loads without being asked; links that a reader may follow are
-not among it."""
+"""By a file's ending, the addresses that a browser loads without being asked. Links that a reader
+may follow are not among them."""
 
 
 def loaded_from_elsewhere(text: str, suffix: str) -> list[str]:

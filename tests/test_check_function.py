@@ -31,6 +31,9 @@ class Affine(torch.autograd.Function):
         dx = grad @ weight if ctx.needs_input_grad[0] else None
         dweight = grad.T @ x if ctx.needs_input_grad[1] else None
         dbias = grad.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+        if cls.fault == "writes to a saved input":
+            x.data.mul_(1.0)
+            x.mul_(1.0 + 1e-9)
         if cls.fault == "half" and dweight is not None:
             dweight = dweight / 2
         if cls.fault == "no bias":
@@ -50,6 +53,7 @@ FAULTS = {
     "half": r"inputs\[1\].* is wrong",
     "no bias": r"inputs\[2\].* is wrong",
     "writes to x": r"writes to inputs\[0\]",
+    "writes to a saved input": r"writes to inputs\[0\]",
     "needs both": r"where inputs\[0\] alone requires a gradient",
     "layout": "a gradient in the memory layout",
 }

@@ -138,6 +138,7 @@ class FunctionCase(Case):
         asked = [i for i in which if leaves[i].is_floating_point()]
         for i in asked:
             leaves[i] = leaves[i].clone(memory_format=torch.preserve_format).requires_grad_()
+        versions = [leaf._version for leaf in leaves]
         found: list[Tensor | None] = [None] * len(leaves)
         with torch.enable_grad():
             pairs = zip(self.outputs(leaves), grads, strict=True)
@@ -147,6 +148,9 @@ class FunctionCase(Case):
             by = torch.autograd.grad(outputs, [leaves[i] for i in asked], parts, allow_unused=True)
             for i, gradient in zip(asked, by, strict=True):
                 found[i] = gradient
+        for name, leaf, version in zip(self.names, leaves, versions, strict=True):
+            if leaf._version != version:
+                raise GradientMismatch(f"writes to {name}, a tensor that it was handed")
         return [
             torch.zeros_like(leaf, dtype=self.dtype) if gradient is None else gradient.detach()
             for leaf, gradient in zip(leaves, found, strict=True)

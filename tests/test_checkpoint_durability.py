@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import io
+import mmap
 import os
 import random
 import resource
@@ -12,16 +15,19 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import funcnet as fn
-from funcnet.checkpoint import atomic
+from funcnet.checkpoint import atomic, data
+from funcnet.checkpoint.container import BLOCK
 
 SAVE_FOREVER = """
 import sys, torch, funcnet as fn
@@ -142,6 +148,142 @@ def test_only_its_own_abandoned_files_are_cleared(path: Path) -> None:
         path.with_name(name).touch()
     fn.save(path, ())
     assert sorted(litter(path)) == sorted(others)
+
+
+# --- While another thread goes on training
+
+
+def of_one_step(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of equal entries has at most a block of each step."""
+    return len(set(tensor.flatten().tolist())) <= -(-tensor.nbytes // BLOCK)
+
+
+def large() -> torch.Tensor:
+    return torch.zeros(3 * BLOCK // 8 + 1, dtype=torch.float64)
+
+
+def shared_file(folder: Path) -> torch.Tensor:
+    (folder.parent / "values").write_bytes(bytes(8 * 1000))
+    name = str(folder.parent / "values")
+    return torch.from_file(name, shared=True, size=1000, dtype=torch.float64)
+
+
+WRITTEN: dict[str, Callable[[Path], list[torch.Tensor]]] = {
+    "one": lambda path: [torch.zeros(1000)],
+    "many blocks": lambda path: [large()],
+    "several": lambda path: [torch.zeros(3), large(), torch.zeros(5, dtype=torch.int16)],
+    "views of one storage": lambda path: list(torch.zeros(100, 4).unbind(1)),
+    "rows": lambda path: list(torch.zeros(4, 100).unbind()),
+    "parameter": lambda path: [torch.nn.Parameter(torch.zeros(1000))],
+    "conjugated": lambda path: [torch.zeros(100, dtype=torch.complex64).conj()],
+    "shared with other processes": lambda path: [torch.zeros(1000).share_memory_()],
+    "a mapped file": lambda path: [shared_file(path)],
+    "NumPy's": lambda path: [torch.from_numpy(np.zeros(1000))],
+}
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+@pytest.mark.parametrize("moment", ["before it is summed", "after it is summed", "when written"])
+def test_what_is_written_is_what_was_summed(
+    case: str, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every tensor changes at the worst moments; the file matches its checksums all the same."""
+    path = tmp_path / "folder" / "tree.safetensors"
+    path.parent.mkdir()
+    tensors = WRITTEN[case](path)
+
+    def step() -> None:
+        with torch.no_grad():
+            for tensor in tensors:
+                tensor.add_(1)
+
+    crc32, write_all = zlib.crc32, data.write_all
+
+    def summing(*args: Any) -> int:
+        if moment == "before it is summed":
+            step()
+        checksum = crc32(*args)
+        if moment == "after it is summed":
+            step()
+        return checksum
+
+    def writing(*args: Any) -> None:
+        if moment == "when written":
+            step()
+        write_all(*args)
+
+    monkeypatch.setattr(zlib, "crc32", summing)
+    monkeypatch.setattr(data, "write_all", writing)
+    fn.save(path, tensors)
+    monkeypatch.undo()
+    for mapped in (False, True):
+        assert all(map(of_one_step, fn.load(path, mmap=mapped)))
+
+
+def test_training_goes_on_in_another_thread(path: Path) -> None:
+    tree = {"large": large(), "small": [torch.zeros(7), torch.zeros(1, dtype=torch.int64)]}
+    done = threading.Event()
+
+    def train() -> None:
+        while not done.is_set():
+            tree["large"].add_(1)
+            for tensor in tree["small"]:
+                tensor.add_(1)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        for _ in range(10):
+            fn.save(path, tree)
+            fn.load(path)
+    finally:
+        done.set()
+        thread.join()
+
+
+CHANGES: dict[str, Callable[[torch.Tensor], Any]] = {
+    "transposed": lambda x: x.t_(),
+    "resized": lambda x: x.resize_(7),
+    "grown": lambda x: x.resize_(9, 9),
+    "other data": lambda x: setattr(x, "data", torch.ones(5)),
+    "set": lambda x: x.set_(torch.ones(3, 2)),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_tensor_that_gets_another_shape_meanwhile(
+    case: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.arange(12.0).reshape(3, 4)
+    expected, create = x.clone(), atomic._create
+
+    def changing(*args: Any) -> Any:
+        CHANGES[case](x)
+        return create(*args)
+
+    monkeypatch.setattr(atomic, "_create", changing)
+    fn.save(path, [x])
+    assert torch.equal(fn.load(path)[0], expected)
+
+
+def test_memory_that_is_freed_meanwhile_is_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fn.save(path, "old")
+    x, create = torch.ones(3, 4), atomic._create
+
+    def freeing(*args: Any) -> Any:
+        x.untyped_storage().resize_(8)
+        return create(*args)
+
+    monkeypatch.setattr(atomic, "_create", freeing)
+    with pytest.raises(ValueError, match=r"^w: expected memory for all its values, 48 bytes"):
+        fn.save(path, {"w": x})
+    monkeypatch.undo()
+    assert fn.load(path) == "old"
+    assert litter(path) == []
+    with pytest.raises(ValueError, match=r"^w: expected memory .* got a storage of 8"):
+        fn.save(path, {"w": x})
 
 
 # --- Order of what reaches the disk
@@ -306,6 +448,146 @@ def test_a_file_system_that_refuses(
     monkeypatch.undo()
     assert fn.load(path) == "old"
     assert litter(path) == []
+
+
+UNSUPPORTED = {
+    name: getattr(errno, name) for name in ("EINVAL", "ENOTSUP", "ENOSYS", "EPERM", "EACCES")
+}
+
+
+def at_a_folder(function: str, number: int) -> Callable[..., Any]:
+    """A function of os that fails for folders alone."""
+    real = getattr(os, function)
+
+    def failing(target: Any, *args: Any, **kwargs: Any) -> Any:
+        if os.path.isdir(target):
+            raise OSError(number, os.strerror(number))
+        return real(target, *args, **kwargs)
+
+    return failing
+
+
+def without_flag(flag: int, number: int) -> Callable[..., Any]:
+    os_open = os.open
+
+    def failing(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        if flags & flag:
+            raise OSError(number, os.strerror(number), path)
+        return os_open(path, flags, *args, **kwargs)
+
+    return failing
+
+
+OPTIONAL: dict[str, Callable[[int], tuple[Any, str, Callable[..., Any]]]] = {
+    "fsync of a folder": lambda number: (os, "fsync", at_a_folder("fsync", number)),
+    "opening a folder": lambda number: (os, "open", at_a_folder("open", number)),
+    "listing a folder": lambda number: (os, "scandir", fail(number)),
+    "fsync": lambda number: (os, "fsync", fail(number)),
+    "chmod": lambda number: (os, "chmod", fail(number)),
+    "locks": lambda number: (fcntl, "flock", fail(number)),
+    "maps": lambda number: (mmap, "mmap", fail(number)),
+    "O_NONBLOCK": lambda number: (os, "open", without_flag(os.O_NONBLOCK, number)),
+}
+
+
+@pytest.mark.parametrize("number", UNSUPPORTED.values(), ids=UNSUPPORTED)
+@pytest.mark.parametrize("what", OPTIONAL)
+def test_what_a_file_system_lacks_is_left_out(
+    what: str, number: int, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(*OPTIONAL[what](number))
+    fn.save(path, [torch.zeros(3)])
+    fn.save(path, [torch.arange(3.0)])
+    for mapped in (False, True):
+        assert torch.equal(fn.load(path, mmap=mapped)[0], torch.arange(3.0))
+    checkpoints = fn.Checkpoints(path.parent / "new" / "run", keep=1)
+    for step in range(2):
+        checkpoints.save(step, "checkpoint")
+    assert checkpoints.latest() == (1, "checkpoint")
+    assert len(os.listdir(checkpoints.folder)) == 1
+    assert sorted(os.listdir(path.parent)) == ["new", path.name]
+
+
+@pytest.mark.parametrize("number", [errno.ENODEV, errno.ENOMEM, errno.ENFILE])
+def test_files_that_cannot_be_mapped_are_read(
+    number: int, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fn.save(path, torch.arange(3.0))
+    monkeypatch.setattr(mmap, "mmap", fail(number))
+    assert torch.equal(fn.load(path, mmap=True), torch.arange(3.0))
+
+
+def test_a_lock_that_is_never_given(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", fail(errno.EAGAIN))
+    fn.save(path, "new")
+    assert fn.load(path) == "new"
+    assert litter(path) == []
+
+
+def test_files_whose_numbers_change(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some file systems number a file anew each time it is asked about."""
+    monkeypatch.setattr(os.path, "samestat", lambda *_: False)
+    fn.save(path, "new")
+    assert fn.load(path) == "new"
+    assert litter(path) == []
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+@pytest.mark.parametrize("function", ["fsync", "chmod", "replace", "open", "stat"])
+def test_what_is_needed_and_fails_leaves_the_old_file(
+    function: str, number: int, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fn.save(path, "old")
+    monkeypatch.setattr(os, function, fail(number))
+    with pytest.raises(OSError, match=f"save: {os.strerror(number)}: '{path}'") as error:
+        fn.save(path, "new")
+    assert error.value.errno == number
+    monkeypatch.undo()
+    assert fn.load(path) == "old"
+    assert litter(path) == []
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO])
+def test_a_folder_that_cannot_be_opened_leaves_the_old_file(
+    number: int, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fn.save(path, "old")
+    monkeypatch.setattr(os, "open", at_a_folder("open", number))
+    with pytest.raises(OSError, match=f"save: {os.strerror(number)}: '{path}'"):
+        fn.save(path, "new")
+    monkeypatch.undo()
+    assert fn.load(path) == "old"
+    assert litter(path) == []
+
+
+def test_an_error_while_removing_what_was_begun_does_not_hide_the_first(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", fail(errno.EIO))
+    monkeypatch.setattr(os, "unlink", fail(errno.EPERM))
+    with pytest.raises(OSError, match="save: Input/output error"):
+        fn.save(path, "new")
+
+
+def test_a_write_that_takes_nothing_is_an_error(path: Path) -> None:
+    class Full(io.RawIOBase):
+        def write(self, _: Any) -> int:
+            return 0
+
+    with pytest.raises(OSError, match="expected 3 more bytes to be written, got none"):
+        data.write_all(Full(), b"abc")
+
+
+@pytest.mark.parametrize("load", [fn.load, fn.load_model, fn.inspect])
+def test_an_error_of_reading_names_the_file(
+    load: Callable[..., Any], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fn.save_model(path, fn.ReLU(), ())
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", fail(errno.EIO))
+        with pytest.raises(OSError) as error:  # noqa: PT011 - `patch` ends before it is examined
+            load(path)
+    assert str(error.value) == f"[Errno {errno.EIO}] Input/output error: '{path}'"
 
 
 # --- Modes and links

@@ -1,5 +1,6 @@
 """Checkpoints: the last few, the way back past damage, and other files left alone."""
 
+import errno
 import os
 import pickle
 import subprocess
@@ -14,6 +15,8 @@ from test_properties import same
 
 import funcnet as fn
 from funcnet import tree as trees
+from funcnet.checkpoint import atomic
+from funcnet.checkpoint import checkpoints as module
 
 
 def tree(step):
@@ -131,6 +134,103 @@ def test_later_files_whose_bits_are_wrong_do_not_push_out_the_good_ones(tmp_path
     assert [fn.load(path_of(checkpoints, step))["epoch"] for step in (20, 25, 26)] == [20, 25, 26]
     with pytest.warns(RuntimeWarning):
         assert checkpoints.latest()[0] == 26
+
+
+@pytest.mark.parametrize("age", [0, 3600])
+@pytest.mark.parametrize("is_the_same", [True, False])
+def test_earlier_files_whose_bits_are_wrong_are_not_counted(tmp_path, is_the_same, age):
+    """Of those that a save keeps, all can be loaded, even if they became damaged since."""
+    checkpoints = fn.Checkpoints(tmp_path, keep=2)
+    for step in (10, 20, 30):
+        checkpoints.save(step, tree(step))
+        then = os.stat(path_of(checkpoints, step)).st_mtime - age
+        os.utime(path_of(checkpoints, step), (then, then))
+    flip(path_of(checkpoints, 30))
+    if not is_the_same:
+        checkpoints = fn.Checkpoints(tmp_path, keep=2)
+    checkpoints.save(40, tree(40))
+    assert [fn.load(path_of(checkpoints, step))["epoch"] for step in (20, 40)] == [20, 40]
+    checkpoints.save(50, tree(50))
+    assert [fn.load(path_of(checkpoints, step))["epoch"] for step in (40, 50)] == [40, 50]
+    assert not os.path.exists(path_of(checkpoints, 20))
+
+
+def test_a_file_is_verified_once(tmp_path, monkeypatch):
+    checkpoints, verified = fn.Checkpoints(tmp_path, keep=9), []
+    verify = module._matches_its_checksums
+
+    def spy(path):
+        verified.append(path.name)
+        return verify(path)
+
+    monkeypatch.setattr(module, "_matches_its_checksums", spy)
+    for step in range(4):
+        checkpoints.save(step, tree(step))
+        os.utime(path_of(checkpoints, step), (0, 0))
+    assert verified == [f"step-0000000{step}.safetensors" for step in range(3)]
+
+
+def test_a_disk_that_fails_to_read_is_passed_over(tmp_path, monkeypatch):
+    checkpoints = fn.Checkpoints(tmp_path)
+    for step in range(2):
+        checkpoints.save(step, tree(step))
+    read, bad = module._read, OSError(errno.EIO, os.strerror(errno.EIO), path_of(checkpoints, 1))
+
+    def reading(path, device):
+        if path.name == "step-00000001.safetensors":
+            raise bad
+        return read(path, device)
+
+    monkeypatch.setattr(module, "_read", reading)
+    with pytest.warns(RuntimeWarning, match="passing over .*Input/output error: .*step-00000001"):
+        assert checkpoints.latest()[0] == 0
+    bad.errno = errno.EACCES
+    with pytest.raises(OSError, match="step-00000001"):
+        checkpoints.latest()
+
+
+def test_an_earlier_file_that_cannot_be_removed_is_named(tmp_path, monkeypatch):
+    checkpoints = fn.Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, tree(1))
+
+    def busy(path, *args, **kwargs):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), os.fspath(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", busy)
+        with pytest.warns(RuntimeWarning, match="could not remove .*step-00000001") as log:
+            checkpoints.save(2, tree(2))
+    assert log[0].filename == __file__
+    assert checkpoints.latest()[0] == 2
+
+
+@pytest.mark.parametrize("step", [7, 10**12, 10**40])
+def test_what_a_killed_save_of_another_step_left_is_cleared(tmp_path, step):
+    checkpoints = fn.Checkpoints(tmp_path)
+    left = tmp_path / f".{f'step-{step:08d}.safetensors'[:32]}.0123456789abcdef.tmp"
+    others = [tmp_path / name for name in (".model.0123456789abcdef.tmp", ".step-00000007.tmp")]
+    for path in (left, *others):
+        path.write_text("half")
+    checkpoints.save(8, tree(8))
+    assert not left.exists()
+    assert all(path.exists() for path in others)
+    assert checkpoints.latest()[0] == 8
+    with atomic.replacing(path_of(checkpoints, 9)):  # in use
+        checkpoints.save(10, tree(10))
+
+
+def test_a_new_folder_is_on_the_disk(tmp_path, monkeypatch):
+    flushed = []
+    fsync = os.fsync
+
+    def spy(descriptor):
+        flushed.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    fn.Checkpoints(tmp_path / "new" / "run").save(1, tree(1))
+    made = (tmp_path, tmp_path / "new", tmp_path / "new" / "run")
+    assert {path.stat().st_ino for path in made} <= set(flushed)
 
 
 def test_a_run_that_begins_again_keeps_what_it_saves(tmp_path):

@@ -4,6 +4,9 @@ The new file is written beside the old one as `.NAME.0123456789abcdef.tmp`, made
 renamed. It is locked (flock) while it is written. A lock ends with its process, so a temporary file
 without a lock was left by a killed process, and the next save removes it. Two processes that save
 to one path write two files; the last rename wins.
+
+Some file systems, on networks above all, lack locks, permissions, or a way to flush a folder. What
+they lack is left out, and never costs the old file or the new one.
 """
 
 from __future__ import annotations
@@ -23,6 +26,21 @@ try:
 except ImportError:  # Windows has no flock, but cannot remove an open file: that is lock enough
     fcntl = None  # type: ignore[assignment]
 
+_UNSUPPORTED = {
+    errno.EINVAL,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.ENOSYS,
+    errno.ENOTTY,
+    errno.EPERM,  # chmod on CIFS
+    errno.EACCES,  # a folder that may be written but not listed
+    errno.EBADF,  # some systems flush no folder that is open for reading
+    errno.EISDIR,
+}
+"""The errors by which a file system says that it lacks an operation."""
+
+_ATTEMPTS = 10
+
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
@@ -31,32 +49,69 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     The new file gets the old one's mode, or else the umask's. A symbolic link stays, and the file
     that it points to is replaced. If anything is raised, the old file is unchanged and the new one
     removed. Only if the disk fails while the renaming is made durable, the new one is in place. In
-    a folder that may be written but not listed, a power cut may undo the renaming.
+    a folder that may be written but not listed, or cannot be flushed, a power cut may undo the
+    renaming. On a file system without permissions, the new file has those that it gives.
 
     Raises OSError (FileNotFoundError, PermissionError, IsADirectoryError, …) with the path.
     """
     target = Path(os.path.realpath(path))
     try:
         mode = _mode_to_keep(target)
-        _clear_abandoned(target)
+        clear_abandoned(target.parent, re.escape(_head(target)))
         temporary, file = _create(target, mode)
         try:
-            with file:
+            # The folder is opened first: what fails from the renaming on comes too late.
+            with file, _opened(target.parent) as folder:
                 yield file
                 if mode is not None:
-                    os.chmod(temporary, mode)
+                    with _where_supported():
+                        os.chmod(temporary, mode)
                 _flush_to_disk(file)
                 if fcntl is None:
                     file.close()  # Windows cannot rename an open file
                 os.replace(temporary, target)
+                _flush_folder(folder)
         except BaseException:
-            with suppress(FileNotFoundError):
+            with suppress(OSError):
                 temporary.unlink()
             raise
-        _flush_folder(target.parent)
     except OSError as error:
         # Some, like "no space left", name no path. The number chooses the subclass of OSError.
-        raise OSError(error.errno, f"save: {error.strerror}", os.fspath(path)) from error
+        reason = error.strerror or str(error)
+        raise OSError(error.errno, f"save: {reason}", os.fspath(path)) from error
+
+
+def make_folder(folder: str) -> None:
+    """Make a folder and those above it, durably, where there are none."""
+    missing = []
+    path = os.path.abspath(folder)
+    while not os.path.lexists(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    for path in missing:
+        with _opened(Path(path).parent) as above:
+            _flush_folder(above)
+
+
+def clear_abandoned(folder: str | os.PathLike[str], names: str) -> None:
+    """Remove the temporary files that killed saves left, of files whose names match a pattern."""
+    abandoned = re.compile(rf"\.(?:{names})\.[0-9a-f]{{16}}\.tmp")
+    with suppress(OSError):  # the folder may be written but not listed
+        for entry in os.scandir(folder):
+            if abandoned.fullmatch(entry.name):
+                with suppress(OSError):
+                    _remove_unless_locked(Path(entry.path))
+
+
+@contextmanager
+def _where_supported() -> Iterator[None]:
+    """Leave out what the file system lacks. Any other error is raised."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
 
 
 def _mode_to_keep(target: Path) -> int | None:
@@ -75,11 +130,15 @@ def _mode_to_keep(target: Path) -> int | None:
     return stat.S_IMODE(status.st_mode) & 0o777
 
 
+def _head(target: Path) -> str:
+    """The beginning of the names of a file's temporary files: the whole would be too long."""
+    return target.name[:32]
+
+
 def _create(target: Path, mode: int | None) -> tuple[Path, BinaryIO]:
-    """Return a new, locked file beside `target`, and its path."""
-    while True:
-        # A long name would become too long for the file system.
-        temporary = target.with_name(f".{target.name[:32]}.{secrets.token_hex(8)}.tmp")
+    """Return a new file beside `target`, locked if the file system has locks, and its path."""
+    for attempt in range(_ATTEMPTS):
+        temporary = target.with_name(f".{_head(target)}.{secrets.token_hex(8)}.tmp")
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         # The kernel applies the umask.
         descriptor = os.open(temporary, flags, 0o666 if mode is None else mode)
@@ -88,20 +147,12 @@ def _create(target: Path, mode: int | None) -> tuple[Path, BinaryIO]:
             locked = _try_lock(file)
         except OSError:
             locked = True  # the file system has no locks, so no save removes the file
-        # Another save may have removed the file before it was locked.
-        if locked and _is_at(file, temporary):
+        # Another save may have removed the file before it was locked. No two files share a name.
+        if (locked or attempt == _ATTEMPTS - 1) and os.path.lexists(temporary):
             return temporary, file
         file.close()
         temporary.unlink(missing_ok=True)
-
-
-def _clear_abandoned(target: Path) -> None:
-    abandoned = re.compile(rf"\.{re.escape(target.name[:32])}\.[0-9a-f]{{16}}\.tmp")
-    with suppress(OSError):  # the folder may be written but not listed
-        for entry in os.scandir(target.parent):
-            if abandoned.fullmatch(entry.name):
-                with suppress(OSError):
-                    _remove_unless_locked(Path(entry.path))
+    raise FileNotFoundError(errno.ENOENT, "the temporary file was removed again and again")
 
 
 def _remove_unless_locked(path: Path) -> None:
@@ -109,7 +160,8 @@ def _remove_unless_locked(path: Path) -> None:
         path.unlink()
         return
     with path.open("r+b") as file:
-        if _try_lock(file) and _is_at(file, path):
+        # If the file is complete by now, it has another name.
+        if _try_lock(file):
             path.unlink()
 
 
@@ -122,31 +174,31 @@ def _try_lock(file: BinaryIO) -> bool:
     return True
 
 
-def _is_at(file: BinaryIO, path: Path) -> bool:
-    """Return whether the open file is still the one at `path`."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.lstat())
-    except FileNotFoundError:
-        return False
-
-
 def _flush_to_disk(file: BinaryIO) -> None:
     # On macOS, fsync stops at the drive's cache.
     if fcntl is not None and hasattr(fcntl, "F_FULLFSYNC"):
         with suppress(OSError):  # not every file system supports it
             fcntl.fcntl(file.fileno(), fcntl.F_FULLFSYNC)
             return
-    os.fsync(file.fileno())
+    with _where_supported():
+        os.fsync(file.fileno())
 
 
-def _flush_folder(folder: Path) -> None:
-    if fcntl is None:
-        return  # Windows cannot open a folder
+@contextmanager
+def _opened(folder: Path) -> Iterator[int | None]:
+    """Open a folder to be flushed; None where that is impossible, as on Windows."""
+    descriptor = None
+    if fcntl is not None:
+        with _where_supported():
+            descriptor = os.open(folder, os.O_RDONLY)
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except PermissionError:
-        return  # the folder may be written but not listed
-    try:
-        os.fsync(descriptor)
+        yield descriptor
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _flush_folder(folder: int | None) -> None:
+    if folder is not None:
+        with _where_supported():
+            os.fsync(folder)

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import torch
 
-from funcnet.checkpoint.files import _opened, _tensors, inspect, save
+from funcnet.checkpoint.atomic import clear_abandoned, make_folder
+from funcnet.checkpoint.data import read_data
+from funcnet.checkpoint.files import _opened, _tensors, save
 from funcnet.checkpoint.structure import CheckpointError, Node, decode
 from funcnet.checks import as_int
 from funcnet.fields import Hyperparameters, Size
 from funcnet.layer import Tree
 
 _NAME = re.compile(r"step-([0-9]{8,})\.safetensors")
+
+_UNREADABLE = {
+    getattr(errno, name)
+    for name in ("ENOENT", "EIO", "ELOOP", "EUCLEAN", "EBADMSG", "ENODATA", "EILSEQ")
+    if hasattr(errno, name)
+}
+"""The errors of reading a damaged file, or one on a damaged disk."""
 
 
 class _FolderKind:
@@ -56,31 +68,43 @@ class Checkpoints(Hyperparameters):
 
         The folder is made if there is none. A checkpoint of the same step is replaced. Damaged
         files and those of later steps are neither counted nor removed: a run that has resumed
-        before them keeps its last `keep` as well.
+        before them keeps its last `keep` as well. Files that have not been verified yet are read
+        for that, every bit of them. What killed saves have left is cleared.
 
         Raises ValueError for a step below 0, and what `funcnet.save` raises. Then nothing is
-        removed.
+        removed. Warns with a RuntimeWarning if an earlier file cannot be removed.
         """
         step = as_int("Checkpoints", "step", step, 0)
-        os.makedirs(self.folder, exist_ok=True)
+        make_folder(os.fspath(self.folder))
+        clear_abandoned(self.folder, r"step-[0-9]{8,}[.a-z]*")
         new = Path(self.folder) / f"step-{step:08d}.safetensors"
         save(new, tree, metadata={"step": step})
-        good = [path for at, path in self._files() if at <= step and _is_whole(path)]
+        with suppress(FileNotFoundError):  # another process may have saved a later one, and pruned
+            self._remember(new, _fingerprint(new), whole=True)
+        earlier = [path for at, path in self._files() if at <= step]
+        good = [path for path in earlier if path == new or self._is_whole(path)]
         for path in good[: -self.keep]:
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:  # noqa: PERF203
+                message = f"Checkpoints: could not remove an earlier file: {error}"
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     def latest(self, device: torch.device | str | None = None) -> tuple[int, Tree] | None:
         """(step, tree) of the last checkpoint, or None if there is none.
 
-        A damaged file is passed over, with a RuntimeWarning that names it and says what is wrong.
-        The tensors go to `device`, by default the CPU.
+        A damaged file, or one that the disk fails to read, is passed over with a RuntimeWarning
+        that names it and says what is wrong. The tensors go to `device`, by default the CPU.
 
-        Raises CheckpointError if a file is undamaged but needs a class that is not registered.
+        Raises CheckpointError if a file is undamaged but needs a class that is not registered, and
+        another OSError, such as PermissionError, if it cannot be opened.
         """
         for step, path in reversed(self._files()):
             try:
                 structure, tensors = _read(path, device)
-            except (CheckpointError, FileNotFoundError) as error:  # noqa: PERF203
+            except (CheckpointError, OSError) as error:  # noqa: PERF203
+                if isinstance(error, OSError) and error.errno not in _UNREADABLE:
+                    raise
                 if not os.path.lexists(path):
                     # Another process has removed it, and written a later one before.
                     return self.latest(device)
@@ -89,6 +113,25 @@ class Checkpoints(Hyperparameters):
             else:
                 return step, decode(structure, tensors)
         return None
+
+    def _is_whole(self, path: Path) -> bool:
+        """Whether every bit of a file is right."""
+        verified: dict[Path, tuple[_Fingerprint | None, bool]] = self.__dict__.get("_verified", {})
+        try:
+            fingerprint = _fingerprint(path)
+            known, whole = verified.get(path, (None, False))
+            if known != fingerprint:
+                whole = _matches_its_checksums(path)
+                self._remember(path, fingerprint, whole)
+        except OSError:
+            return False
+        return whole
+
+    def _remember(self, path: Path, fingerprint: _Fingerprint, whole: bool) -> None:
+        """Remember, outside ==, hash, repr and pickle, whether a file was whole."""
+        # A file that was written a moment ago may change once more at the same time of its clock.
+        if time.time_ns() - fingerprint.modified > _TICK:
+            self.__dict__.setdefault("_verified", {})[path] = (fingerprint, whole)
 
     def _files(self) -> list[tuple[int, Path]]:
         """The steps and paths of all checkpoints, first to last."""
@@ -107,10 +150,32 @@ def _read(path: Path, device: torch.device | str | None) -> tuple[Node, dict[str
         return header.structure, _tensors(file, header, device, None, None)
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a file's header and length are right."""
+class _Fingerprint(NamedTuple):
+    """What the file system says of a file, which changes when the file does."""
+
+    device: int
+    number: int
+    size: int
+    modified: int
+    changed: int
+
+
+_TICK = 3 * 10**9
+"""More than the nanoseconds by which file systems round times."""
+
+
+def _fingerprint(path: Path) -> _Fingerprint:
+    status = path.stat()
+    numbers = status.st_dev, status.st_ino, status.st_size
+    return _Fingerprint(*numbers, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def _matches_its_checksums(path: Path) -> bool:
+    """Whether every bit of a file is right. Raises OSError if it cannot be read."""
     try:
-        inspect(path)
-    except (CheckpointError, OSError):
+        with _opened(path) as (file, header):
+            for _ in read_data(file, header, mapped=True):
+                pass
+    except CheckpointError:
         return False
     return True

@@ -1,43 +1,51 @@
 """The tensors' data, written and read, with one CRC-32 for each block.
 
-Up to eight threads compute the checksums while the file is written or read.
+Up to eight threads compute the checksums while the file is written or read. A block is copied
+before it is written, and the copy is what is summed: another thread may go on training meanwhile.
 """
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
-from mmap import ACCESS_COPY, mmap
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from funcnet.checkpoint.container import ALIGNMENT, BLOCK, Entry, Header, as_bytes, block_count
+from funcnet.checkpoint.storable import check_memory
 from funcnet.checkpoint.structure import CheckpointError, label
 
-_GROUP = 2**23
-"""Bytes to work on at a time: enough for many threads, few enough for a cache."""
-
 _THREADS = min(8, os.cpu_count() or 1)
+
+_GROUP = max(2**23, _THREADS * BLOCK)
+"""Bytes to work on at a time: a block for each thread, and few enough for a cache."""
 
 
 def write_data(
     file: BinaryIO, tensors: Mapping[str, Tensor], entries: Mapping[str, Entry]
 ) -> dict[str, str]:
-    """Write the data and return their checksums. A tensor is copied only if it must be."""
+    """Write the data and return their checksums.
+
+    Raises ValueError for a tensor whose memory has been freed meanwhile.
+    """
     checksums = dict.fromkeys(entries, "")
     with ThreadPoolExecutor(_THREADS) as pool:
-        for group in _groups(entries):
-            data = [as_bytes(tensors[name]) for name, _ in group]
-            found = _digits(data, pool)
-            for one in data:
-                write_all(file, one)
-            checksums.update(zip((name for name, _ in group), found, strict=True))
+        copied = (
+            (names, _in_threads(_copy_and_sum, blocks, pool))
+            for names, blocks in _blocks_of(tensors, entries)
+        )
+        for names, copies in _one_ahead(copied):
+            for name, (copy, checksum) in zip(names, copies, strict=True):
+                write_all(file, copy)
+                checksums[name] += checksum
     return checksums
 
 
@@ -46,7 +54,7 @@ def read_data(file: BinaryIO, header: Header, *, mapped: bool) -> Iterator[tuple
 
     A mapped tensor lies in a private memory map of the file. Raises CheckpointError.
     """
-    view = memoryview(mmap(file.fileno(), 0, access=ACCESS_COPY)) if mapped else None
+    view = _map(file) if mapped else None
     if view is not None and len(view) != header.size + header.data_size:
         raise CheckpointError("the file changed while it was read")
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -60,7 +68,10 @@ def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
     """Write to an unbuffered file, which may take only a part at a time."""
     data = memoryview(data)
     while data:
-        data = data[file.write(data) :]
+        count = file.write(data)
+        if not count:
+            raise OSError(errno.EIO, f"expected {len(data)} more bytes to be written, got none")
+        data = data[count:]
 
 
 def _groups(entries: Mapping[str, Entry]) -> Iterator[list[tuple[str, Entry]]]:
@@ -73,6 +84,37 @@ def _groups(entries: Mapping[str, Entry]) -> Iterator[list[tuple[str, Entry]]]:
             yield group
             group, size = [], 0
     yield group
+
+
+def _blocks_of(
+    tensors: Mapping[str, Tensor], entries: Mapping[str, Entry]
+) -> Iterator[tuple[list[str], list[memoryview]]]:
+    """Yield the blocks of the data in their order, some at a time, and whose they are."""
+    names: list[str] = []
+    blocks: list[memoryview] = []
+    size = 0
+    for name in sorted(entries, key=lambda name: entries[name].start):
+        check_memory(name, tensors[name])
+        for block in _cut(as_bytes(tensors[name])):
+            names.append(name)
+            blocks.append(block)
+            size += len(block)
+            if size >= _GROUP:
+                yield names, blocks
+                names, blocks, size = [], [], 0
+    yield names, blocks
+
+
+def _cut(data: memoryview) -> Iterator[memoryview]:
+    return (data[start : start + BLOCK] for start in range(0, len(data), BLOCK))
+
+
+def _map(file: BinaryIO) -> memoryview | None:
+    """Return a private memory map of the file, or None if it must be read instead."""
+    try:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+    except (OSError, ValueError):  # no file system has to have maps; no empty file has one
+        return None
 
 
 def _read_groups(
@@ -124,29 +166,43 @@ def _check(name: str, found: str, expected: str) -> None:
 
 
 def _digits(data: Sequence[memoryview], pool: ThreadPoolExecutor) -> Iterator[str]:
-    """Start to compute checksums, and return an iterator over those of each tensor.
+    """Start to compute checksums, and return an iterator over those of each tensor."""
+    found = _in_threads(_sum, [block for one in data for block in _cut(one)], pool)
+    return ("".join(islice(found, block_count(len(one)))) for one in data)
+
+
+def _sum(block: bytes | memoryview) -> str:
+    return f"{zlib.crc32(block):08x}"
+
+
+def _copy_and_sum(block: memoryview) -> tuple[bytes, str]:
+    copy = bytes(block)
+    return copy, _sum(copy)
+
+
+def _in_threads(
+    function: Callable[[memoryview], Any], blocks: Sequence[memoryview], pool: ThreadPoolExecutor
+) -> Iterator[Any]:
+    """Start to call a function with each block, and return an iterator over the results.
 
     The threads share all blocks, whether they belong to many tensors or to one.
     """
-    blocks = [one[start : start + BLOCK] for one in data for start in range(0, len(one), BLOCK)]
+
+    def results_of(share: Sequence[memoryview]) -> list[Any]:
+        return list(map(function, share))
+
     # To start threads takes longer than a checksum of one block.
     count = _THREADS if sum(map(len, blocks)) > BLOCK else 1
     shares = [blocks[first::count] for first in range(count)]
-    parts: Iterable[list[int]] = map(_checksums, shares)
+    parts: Iterable[list[Any]] = map(results_of, shares)
     if count > 1:
         with suppress(RuntimeError):  # no thread can be started while Python exits
-            parts = pool.map(_checksums, shares)
-    return _in_order(data, parts, count)
+            parts = pool.map(results_of, shares)
+    return _in_order(parts, count, len(blocks))
 
 
-def _checksums(blocks: list[memoryview]) -> list[int]:
-    return [zlib.crc32(block) for block in blocks]
-
-
-def _in_order(data: Sequence[memoryview], parts: Iterable[list[int]], count: int) -> Iterator[str]:
-    found = [0] * sum(block_count(len(one)) for one in data)
+def _in_order(parts: Iterable[list[Any]], count: int, size: int) -> Iterator[Any]:
+    found: list[Any] = [None] * size
     for first, part in enumerate(parts):
         found[first::count] = part
-    rest = iter(found)
-    for one in data:
-        yield "".join(f"{checksum:08x}" for checksum in islice(rest, block_count(len(one))))
+    yield from found

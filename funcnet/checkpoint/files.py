@@ -217,6 +217,8 @@ def _save(
 ) -> None:
     structure, tensors = encode(tree)
     check_storable(tensors)
+    # Another thread may give a tensor a new shape meanwhile: these keep theirs.
+    tensors = {name: tensor.detach() for name, tensor in tensors.items()}
     values = {"funcnet.structure": structure, **architecture}
     if metadata is not None:
         check_metadata(metadata)
@@ -260,13 +262,11 @@ def _converted(dtype: torch.dtype, floating: torch.dtype | None) -> torch.dtype:
 @contextmanager
 def _opened(path: _Path) -> Iterator[tuple[BinaryIO, Header]]:
     """Open a file and read its header. Every CheckpointError begins with its path."""
-    # To open a named pipe would wait for its writer without O_NONBLOCK.
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     collecting = gc.isenabled()
     try:
         if os.path.isdir(path):  # Windows cannot open a folder
             raise CheckpointError("expected a file, got a folder")
-        with open(os.open(path, flags), "rb") as file:
+        with open(_open(path), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise CheckpointError("expected a regular file, got another kind")
             # The garbage collector would search every new object again and again: a third of the
@@ -276,6 +276,23 @@ def _opened(path: _Path) -> Iterator[tuple[BinaryIO, Header]]:
     except CheckpointError as error:
         error.args = (f"{os.fsdecode(path)}: {error}",)
         raise
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # Reading fails without naming the file. The number chooses the subclass of OSError.
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     finally:
         if collecting:
             gc.enable()
+
+
+def _open(path: _Path) -> int:
+    """Return the descriptor of a file opened for reading."""
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+    try:
+        # To open a named pipe would wait for its writer without O_NONBLOCK.
+        return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    except OSError:
+        if not os.path.isfile(path):
+            raise
+        return os.open(path, flags)  # not every file system knows O_NONBLOCK

@@ -20,6 +20,19 @@ def check_storable(tensors: Mapping[str, Tensor]) -> None:
     _check_untied(tensors)
 
 
+def check_memory(name: str, tensor: Tensor) -> None:
+    """Raise ValueError for a tensor whose storage has been made smaller than the tensor."""
+    if not tensor.numel():
+        return
+    start, stop = _span(tensor)
+    held = tensor.untyped_storage()
+    if stop > held.data_ptr() + held.nbytes():
+        raise ValueError(
+            f"{name}: expected memory for all its values, {stop - start} bytes, "
+            f"got a storage of {held.nbytes()}"
+        )
+
+
 def check_metadata(metadata: Any, name: str = "metadata", depth: int = 0) -> None:
     """Raise TypeError or ValueError for metadata that JSON would not give back equal."""
     if depth == 0 and type(metadata) is not dict:
@@ -67,6 +80,7 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
         raise ValueError(
             f"{name}: expected a leaf tensor, got one in an autograd graph; detach() it first"
         )
+    check_memory(name, tensor)
 
 
 def _check_untied(tensors: Mapping[str, Tensor]) -> None:

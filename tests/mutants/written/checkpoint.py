@@ -82,16 +82,42 @@ CHECKPOINT = (
         ),
         Row(
             "folder-not-synced",
-            "        _flush_folder(target.parent)",
-            "        os.fspath(target.parent)",
+            "                _flush_folder(folder)",
+            "                os.fspath(path)",
             "the name is on the disk before save returns",
         ),
         Row("mode-not-kept", "os.chmod(temporary, mode)", "os.chmod(temporary, 0o600)", "the mode"),
         Row(
             "abandoned-files-stay",
-            "        _clear_abandoned(target)",
+            "        clear_abandoned(target.parent, re.escape(_head(target)))",
             "        os.fspath(target)",
             "the next save clears what a killed one has left",
+        ),
+        Row(
+            "unsupported-is-an-error",
+            "if error.errno not in _UNSUPPORTED:",
+            "if error.errno:",
+            "what a file system lacks is left out",
+        ),
+    ),
+    *in_file(
+        "checkpoint/data.py",
+        "test_checkpoint_durability.py",
+        Row(
+            "block-summed-before-it-is-copied",
+            "    return copy, _sum(copy)",
+            "    return copy, _sum(block)",
+            "what is written is what was summed",
+        ),
+    ),
+    *in_file(
+        "checkpoint/files.py",
+        "test_checkpoint_durability.py",
+        Row(
+            "shapes-followed",
+            "{name: tensor.detach() for name, tensor in tensors.items()}",
+            "dict(tensors)",
+            "a tensor that gets another shape meanwhile is written as it was",
         ),
     ),
     *in_file(

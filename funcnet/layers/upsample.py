@@ -58,7 +58,7 @@ class Upsample2d(Layer):
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor]:
         rows, columns = _pair(self.scale)
-        pixels = x.permute(0, 2, 3, 1)[:, :, None, :, None]  # (N, H, 1, W, 1, C): copied whole
+        pixels = x.permute(0, 2, 3, 1).unsqueeze(2).unsqueeze(4)  # (N, H, 1, W, 1, C): copied whole
         blocks = pixels.expand(-1, -1, rows, -1, columns, -1)
         # Where expanding changes nothing, flatten() would return a view of x.
         copies = blocks.clone(memory_format=torch.contiguous_format)

@@ -76,4 +76,4 @@ class Repeat(Turns):
 
 
 def _first(leaf: Any) -> Any:
-    return leaf[0] if isinstance(leaf, Tensor) else leaf
+    return leaf.select(0, 0) if isinstance(leaf, Tensor) else leaf

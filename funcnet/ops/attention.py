@@ -112,4 +112,6 @@ def _softmax(q: Tensor, k: Tensor, causal: bool) -> Tensor:
 
 def _dropped(weights: Tensor, kept: dict[str, Tensor], scale: float) -> Tensor:
     """weights ∘ m/(1 − r), or the weights as they are."""
-    return weights.masked_fill(~kept["keep"], 0.0) * scale if "keep" in kept else weights
+    if "keep" not in kept:
+        return weights
+    return weights.masked_fill(kept["keep"].logical_not(), 0.0) * scale

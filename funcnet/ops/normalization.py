@@ -273,18 +273,12 @@ def _memory_format_of_groups(x: Tensor, groups: int) -> torch.memory_format:
 
 def _dense(x: Tensor, memory_format: torch.memory_format) -> Tensor:
     """x in the memory format, with the strides of a new tensor."""
-    if memory_format == torch.contiguous_format:
-        if not inplace.is_eager():
-            return x.clone(memory_format=memory_format)  # vmap may hide an expanded axis
-        x = x.contiguous()
-        # Strides of axes of size 1 can be anything, and kernels have taken them at their word.
-        if 1 in x.shape and x.stride() != _strides(x.shape):
-            return x.clone(memory_format=memory_format)
-        return x
-    x = x.contiguous(memory_format=memory_format)
-    if 1 in x.shape and x.movedim(1, -1).stride() != _strides(x.movedim(1, -1).shape):
-        return x.clone(memory_format=memory_format)
-    return x
+    if not inplace.is_eager():
+        return x.clone(memory_format=memory_format)  # vmap may hide an expanded axis
+    laid_out = x if memory_format == torch.contiguous_format else x.movedim(1, -1)
+    # Strides of axes of size 1 can be anything, and kernels have taken them at their word.
+    is_dense = laid_out.stride() == _strides(laid_out.shape)
+    return x if is_dense else x.clone(memory_format=memory_format)
 
 
 def _strides(shape: torch.Size) -> tuple[int, ...]:

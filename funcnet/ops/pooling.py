@@ -149,7 +149,8 @@ def adaptive_average(x: Tensor, size: Ints) -> Tensor:
 def adaptive_average_backward(dy: Tensor, shape: Ints) -> Tensor:
     """dx of the shape."""
     if set(dy.shape[2:]) == {1}:
-        return (dy / math.prod(shape[2:])).expand(shape).contiguous()
+        share = dy / math.prod(shape[2:])
+        return share.expand(shape).clone(memory_format=torch.contiguous_format)
     if dy.ndim == 3:
         image = (*shape[:2], 1, *shape[2:])
         return adaptive_average_backward(dy.unsqueeze(2), image).squeeze(2)

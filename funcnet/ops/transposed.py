@@ -25,7 +25,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Pair, window
     """y (N, O, H′, W′) of x (N, C, H, W) upsampled by `scale`, and weight (O, C, kh, kw)."""
     y = F.conv_transpose2d(native.layout(x), _kernel(weight, scale), stride=scale)
     y = F.pad(y, _crop(window))
-    return y if bias is None else y + bias[:, None, None]
+    return y if bias is None else y + bias.view(-1, 1, 1)
 
 
 def gradients(
@@ -44,7 +44,8 @@ def gradients(
 def _kernel(weight: Tensor, scale: Pair) -> Tensor:
     """E (C, O, kh + s_h − 1, kw + s_w − 1) of weight (O, C, kh, kw)."""
     rows, columns = (_tap_sums(weight, axis, scale) for axis in (0, 1))
-    return torch.einsum("ut,vr,octr->couv", rows, columns, weight).contiguous()
+    kernel = torch.einsum("ut,vr,octr->couv", rows, columns, weight)
+    return kernel.clone(memory_format=torch.contiguous_format)
 
 
 def _tap_sums(weight: Tensor, axis: int, scale: Pair) -> Tensor:
@@ -52,7 +53,7 @@ def _tap_sums(weight: Tensor, axis: int, scale: Pair) -> Tensor:
     taps, s = weight.shape[2 + axis], scale[axis]
     # Made on the device: a copy from the host would stop it, and cannot be in a CUDA graph.
     u, t = (torch.arange(n, device=weight.device) for n in (taps + s - 1, taps))
-    reach = u[:, None] - (taps - 1) + t
+    reach = u.unsqueeze(1) - (taps - 1) + t
     return ((reach >= 0) & (reach < s)).to(weight.dtype)
 
 

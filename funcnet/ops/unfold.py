@@ -31,7 +31,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> 
     size = window.count(x.shape[2:])
     y = _matrix(weight, window) @ _patches(x, window)
     y = y.reshape(x.shape[0], weight.shape[0], *size)
-    return y if bias is None else y + bias[:, None, None]
+    return y if bias is None else y + bias.view(-1, 1, 1)
 
 
 def gradients(
@@ -55,8 +55,7 @@ def gradients(
         window.dilation,
         stride=window.stride,
     )
-    dx = padded[:, :, top : top + height, left : left + width]
-    return dweight, dx.contiguous()
+    return dweight, F.pad(padded, (-left, -right, -top, -bottom))
 
 
 def _patches(x: Tensor, window: Window) -> Tensor:

@@ -73,8 +73,8 @@ UNFOLD = in_file(
     "test_gate_properties.py test_conv.py",
     Row(
         "fold-crops-the-other-side",
-        "padded[:, :, top : top + height, left : left + width]",
-        "padded[:, :, bottom : bottom + height, right : right + width]",
+        "(-left, -right, -top, -bottom)",
+        "(-right, -left, -bottom, -top)",
         "dx lies behind the padding before; the padding after may be another",
     ),
     Row(
@@ -258,8 +258,8 @@ TRANSPOSED = in_file(
     ),
     Row(
         "kernel-not-flipped",
-        "u[:, None] - (taps - 1) + t",
-        "u[:, None] - t",
+        "u.unsqueeze(1) - (taps - 1) + t",
+        "u.unsqueeze(1) - t",
         "a transposed convolution flips the kernel",
     ),
     Row(

@@ -21,6 +21,7 @@ by hand and held to autograd by property tests. By family:
     gradients    value_and_grad per_example gradient_norms clipped_value_and_grad
                  gradients_by_layer trace
     interop      from_torch, to_torch, as_module, wrap, state_dict, load_state_dict
+    distributed  value_and_grad, mean, merge_moments, Sharded: many processes
     optimizers   SGD Adam AdamW RMSprop Partition; SGDState AdamState RMSpropState PartitionState
                  schedules, global_norm, clip_by_global_norm, average; Optimizer for your own
     trees        save load save_model load_model inspect Checkpoints CheckpointError register_node
@@ -34,7 +35,7 @@ by hand and held to autograd by property tests. By family:
 
 import torch  # noqa: F401  (the code that a repr is may say torch.bfloat16)
 
-from funcnet import initializers, interop, schedules
+from funcnet import distributed, initializers, interop, schedules
 from funcnet.batch_statistics import for_inference, merge_moments, moments
 from funcnet.by_layer import gradients_by_layer
 from funcnet.checkpoint import (
@@ -249,6 +250,7 @@ __all__ = [
     "bernoulli",
     "clip_by_global_norm",
     "clipped_value_and_grad",
+    "distributed",
     "fold_in",
     "for_inference",
     "global_norm",

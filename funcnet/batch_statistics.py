@@ -58,7 +58,8 @@ def moments(net: Layer, params: Tree, x: Tensor, *, key: Key) -> Tree:
 
     The network runs once, as `net.apply(params, x, key=key)` does. What comes back is a tree like
     params, with (count, mean, M2) for a `BatchNorm` and () for any other layer: for each channel
-    the number of values, their mean, and the sum of squared deviations from it, in float64.
+    the number of values, their mean, and the sum of squared deviations from it, in float64. All
+    are 0 for no examples.
 
     Raises what `apply` raises; ValueError if a `BatchNorm` runs more than once with the same
     parameters, as in a `Loop`, since no one pair of mean and variance describes it; TypeError if
@@ -137,9 +138,10 @@ class _Observed(Layer):
         return check(self.layer, params, x)
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
-        y, residuals = run_fwd(self.layer, params, x, key)
         self.noted.append(_measured(x))
-        return y, residuals
+        if not len(x):  # a rank's part of a batch may be empty
+            return x.clone(), ()
+        return run_fwd(self.layer, params, x, key)
 
 
 def _observed(path: str, layer: Layer, way: Way) -> Layer:
@@ -149,8 +151,11 @@ def _observed(path: str, layer: Layer, way: Way) -> Layer:
 
 def _measured(x: Tensor) -> Moments:
     wide = x.double()
-    variance, mean = torch.var_mean(wide, (0, *range(2, x.ndim)), correction=0)
     count = x.numel() // max(x.shape[1], 1)
+    if count:
+        variance, mean = torch.var_mean(wide, (0, *range(2, x.ndim)), correction=0)
+    else:  # not NaN, so that other examples may be merged with none
+        variance, mean = wide.new_zeros(2, x.shape[1])
     return wide.new_full((1,) * (x.ndim - 2), count), mean, variance * count
 
 

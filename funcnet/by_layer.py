@@ -71,37 +71,43 @@ class GradientsByLayer:
         self, params: Tree, x: Tensor, target: Any, key: Key | None = None
     ) -> Iterator[tuple[str, Tree]]:
         """An iterator of (path, dparams), from the last layer to the first."""
-        work = _Work()
-        net = mapped(
-            self.net,
-            lambda path, layer, _: layer if declares_none(layer) else _Handing(layer, path, work),
-            _enters,
-        )
-        y, residuals = net.fwd(params, x, key=key)
+        passes = Passes(self.net)
+        y, residuals = passes.fwd(params, x, key)
         dy = self.loss.bwd(self.loss.fwd(y, target)[1])
-        work.left = {path: (layer, own) for path, layer, own in places(self.net, params, _enters)}
-
-        def backward(put: Put) -> None:
-            work.put = put
-            need = Need(params=True, input=False, consume=True)
-            net._checked_bwd(params, residuals, dy, need)
-            if work.left:
-                first = next(iter(work.left))
-                work.hand_over(first, zeros_like(work.left[first][1]))
-
-        return _as_iterator(backward, dy)
+        return _as_iterator(lambda put: passes.bwd(params, residuals, dy, put), dy)
 
 
 def _enters(layer: Layer) -> bool:
     return joins(layer) == "apart"
 
 
-@dataclass
-class _Work:
-    """The layers whose gradients have not been handed over, (layer, params) by path."""
+class Passes:
+    """The two passes of a network; the second hands over each layer's gradient once it is there."""
 
-    put: Put = print
-    left: dict[str, tuple[Layer, Tree]] = field(default_factory=dict)
+    def __init__(self, net: Layer) -> None:
+        self._net = net
+        self._watched = mapped(
+            net,
+            lambda path, layer, _: layer if declares_none(layer) else _Handing(layer, path, self),
+            _enters,
+        )
+        self._put: Put = print
+        self.left: dict[str, tuple[Layer, Tree]] = {}
+        """The layers whose gradients have not been handed over, (layer, params) by path."""
+
+    def fwd(self, params: Tree, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
+        """(y, residuals)."""
+        return self._watched.fwd(params, x, key=key)
+
+    def bwd(self, params: Tree, residuals: Any, dy: Tensor, put: Put) -> None:
+        """`put((path, dparams))` for each layer with parameters, from the last to the first."""
+        self._put = put
+        self.left = {path: (layer, own) for path, layer, own in places(self._net, params, _enters)}
+        need = Need(params=True, input=False, consume=True)
+        self._watched._checked_bwd(params, residuals, dy, need)
+        if self.left:
+            first = next(iter(self.left))
+            self.hand_over(first, zeros_like(self.left[first][1]))
 
     def hand_over(self, path: str, dparams: Tree) -> None:
         """Put the gradient of a layer, or of each layer in it, in the dtype of its parameters.
@@ -115,18 +121,18 @@ class _Work:
         dparams = optree.tree_map(lambda leaf, d: d.to(leaf.dtype), params, dparams)
         found = places(layer, dparams, lambda inner: joins(inner) is not None, path)
         for inner_path, _, own in reversed([*found]):
-            self.put((inner_path, own))
+            self._put((inner_path, own))
 
 
 @dataclass(frozen=True)
 class _Handing(Watched):
-    work: _Work = field(compare=False)
+    passes: Passes = field(compare=False)
 
     def _bwd(self, params: Tree, residuals: Any, dy: Tensor, need: Need) -> tuple[Tree, Any]:
         dparams, dx = run_bwd(self.layer, params, residuals, dy, need)
-        if not need.params or self.path not in self.work.left:
+        if not need.params or self.path not in self.passes.left:
             return dparams, dx
-        self.work.hand_over(self.path, dparams)
+        self.passes.hand_over(self.path, dparams)
         return nothing_like(params), dx
 
 

@@ -48,7 +48,7 @@ class ValueAndGrad:
         value, loss_residuals = self.loss.fwd(y, target)
         share = 1.0
         if whole is not None:
-            value, share = _contribution(value, self.loss._count(target), whole)
+            value, share = contribution(value, self.loss._count(target), whole)
         grad = self.loss.bwd(loss_residuals, share)
         del y, loss_residuals  # the network's backward pass needs the memory
         if is_private(self.net):
@@ -57,12 +57,13 @@ class ValueAndGrad:
         return value, self.net.bwd(params, residuals, grad, input_grad=False)[0]
 
 
-def _contribution(value: Tensor, count: Any, whole: Any) -> tuple[Tensor, Any]:
+def contribution(value: Tensor, count: Any, whole: Any) -> tuple[Tensor, Any]:
     """A mean over `count` terms as its part of the mean over `whole`, and the share of that."""
     if isinstance(count, Tensor):
         value = torch.where(count == 0, torch.zeros_like(value), value)  # no term: NaN
         share = (count.to(accumulator_dtype(value.dtype)) / whole).to(value.dtype)
     else:
+        value = value if count else torch.zeros_like(value)
         share = count / whole
     return value * share, share
 

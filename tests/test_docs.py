@@ -82,7 +82,7 @@ def test_every_public_name_is_on_one_page():
     assert {name: n for name, n in times.items() if n != 1} == {}
 
 
-@pytest.mark.parametrize("module", [fn.schedules, fn.initializers, fn.interop])
+@pytest.mark.parametrize("module", [fn.schedules, fn.initializers, fn.interop, fn.distributed])
 def test_every_name_of_a_module_is_on_its_page(module):
     texts = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     members = re.search(rf"::: {re.escape(module.__name__)}\n.*members: \[(.*?)\]", texts)

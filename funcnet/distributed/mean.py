@@ -1,0 +1,42 @@
+"""The mean of a tree over all ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from funcnet.checks import as_number
+from funcnet.distributed.call import signature, together
+from funcnet.distributed.sums import Sums
+from funcnet.layer import Tree
+from funcnet.optimizers.leaves import flatten
+from funcnet.tree import leaf_names
+
+
+@torch.no_grad()
+def mean(tree: Tree, group: Any = None, weight: float | None = None) -> Tree:
+    """Σᵣ wᵣ · treeᵣ / Σᵣ wᵣ over the ranks r of a group, leaf by leaf.
+
+    `weight` is this rank's w, such as its number of examples; None is 1 on each rank. A rank of
+    weight 0 does not count, whatever its numbers are. Every rank gets the same bits, in new tensors
+    with the memory format of its own. All leaves of a dtype go in one all-reduce.
+
+    Shapes: leaves (…), the same on all ranks.
+    Raises TypeError for a leaf that is not a floating-point or complex tensor, and for a weight
+    that is not a number; ValueError for a weight that is not finite or is below 0, for weights that
+    are all 0, and for trees that differ between the ranks; RuntimeError if another rank raises or
+    is lost.
+    """
+    with together("mean", group) as call:
+        leaves, structure = flatten("mean", "tree", tree)
+        own = 1.0 if weight is None else float(as_number("mean", "weight", weight, 0.0))
+        total = sum(call.agree(signature(leaf_names(structure), leaves), own)())
+        if not total:
+            raise ValueError(f"mean: expected a weight above 0 on one of {call.size} ranks")
+        sums = Sums(call)
+        for i, leaf in enumerate(leaves):
+            sums.add(i, leaf * (own / total) if own else torch.zeros_like(leaf))
+        found = sums.wait()
+        mean: Tree = structure.unflatten(found[i] for i in range(len(leaves)))
+        return mean

@@ -1,0 +1,106 @@
+"""Many processes: what every rank of a group of 2, and of 3, checks (`tests/ranks.py`)."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+
+import funcnet as fn
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NAMES = [function.__name__ for function in ranks.CHECKS]
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
+def found(request, tmp_path_factory):
+    """For each rank, {name of a check: its traceback, or ""}; and how the processes ended."""
+    size, folder = request.param, tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, str(Path(ranks.__file__))]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(size), str(folder)]) for rank in range(size)
+    ]
+    try:
+        ends = [process.wait(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)], ends
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_rank(found, name):
+    reports, _ = found
+    alive = reports[:-1] if name == NAMES[-1] else reports
+    assert [report[name] for report in alive] == [""] * len(alive), name
+
+
+def test_the_last_rank_died_in_the_last_check(found):
+    reports, ends = found
+    assert ends == [0] * (len(ends) - 1) + [7]
+    assert NAMES[-1] not in reports[-1]
+
+
+# --- One process
+
+
+def test_without_a_group_it_says_what_to_call():
+    assert not dist.is_initialized()
+    expected = "expected torch.distributed.init_process_group to have been called"
+    with pytest.raises(RuntimeError, match=f"mean: {expected}"):
+        fn.distributed.mean(torch.ones(2))
+    with pytest.raises(RuntimeError, match=f"Sharded: {expected}"):
+        fn.distributed.Sharded(fn.SGD(0.1)).init(torch.ones(2))
+
+
+def test_values():
+    grads_of = fn.distributed.value_and_grad(fn.ReLU(), fn.MSE())
+    sharded = fn.distributed.Sharded(fn.Adam(0.1))
+    for value in (grads_of, sharded):
+        assert eval(repr(value), {**vars(fn), "Sharded": fn.distributed.Sharded}) == value
+        assert hash(value) == hash(value)
+    assert repr(sharded) == "Sharded(Adam(lr=0.1))"
+
+
+# --- The example
+
+
+def test_the_example_goes_on_with_another_number_of_processes(tmp_path, monkeypatch):
+    """One process breaks off, and two go on to the parameters that one finds alone."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.delenv("RANK", raising=False)
+    import distributed as example
+
+    def arguments(name):
+        options = ["--steps=5", "--batch-size=5", "--patches=20", "--checkpoint-every=2"]
+        return [*options, f"--out={tmp_path / name}"]
+
+    example.main(arguments("whole"))
+    calls, varied = [], example.varied
+
+    def varied_until_it_breaks_off(*given):
+        calls.append(given)
+        if len(calls) == 7:
+            dist.destroy_process_group()
+            raise KeyboardInterrupt("in the fourth step")
+        return varied(*given)
+
+    monkeypatch.setattr(example, "varied", varied_until_it_breaks_off)
+    with pytest.raises(KeyboardInterrupt, match="in the fourth step"):
+        example.main(arguments("parts"))
+    assert fn.Checkpoints(tmp_path / "parts" / "checkpoints").latest()[0] == 2
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = [str(EXAMPLES / "distributed.py"), *arguments("parts")]
+    done = subprocess.run(
+        [sys.executable, *torchrun, *script], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line[:7] for line in done.stdout.splitlines()] == ["step 4:", "step 5:", "held ou"]
+    (_, whole), (_, parts) = (
+        fn.load_model(tmp_path / name / "denoiser.safetensors") for name in ("whole", "parts")
+    )
+    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-5)

@@ -61,7 +61,7 @@ def gradients(
 def upsample(x: Tensor, scale: Pair) -> Tensor:
     """u (N, C, s_h·H, s_w·W) of x (N, C, H, W), in channels_last."""
     rows, columns = scale
-    pixels = x.permute(0, 2, 3, 1)[:, :, None, :, None]  # (N, H, 1, W, 1, C): copied whole
+    pixels = x.permute(0, 2, 3, 1).unsqueeze(2).unsqueeze(4)  # (N, H, 1, W, 1, C)
     blocks = pixels.expand(-1, -1, rows, -1, columns, -1)
     # Where expanding changes nothing, flatten() would return a view of x.
     copies = blocks.clone(memory_format=torch.contiguous_format)

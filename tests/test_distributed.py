@@ -58,9 +58,10 @@ def test_without_a_group_it_says_what_to_call():
 
 
 def test_values():
-    grads_of = fn.distributed.value_and_grad(fn.ReLU(), fn.MSE())
+    grads_of = fn.distributed.value_and_grad
     sharded = fn.distributed.Sharded(fn.Adam(0.1))
-    for value in (grads_of, sharded):
+    in_small_buckets = grads_of(fn.ReLU(), fn.MSE(), bucket_bytes=9)
+    for value in (grads_of(fn.ReLU(), fn.MSE()), in_small_buckets, sharded):
         assert eval(repr(value), {**vars(fn), "Sharded": fn.distributed.Sharded}) == value
         assert hash(value) == hash(value)
     assert repr(sharded) == "Sharded(Adam(lr=0.1))"

@@ -37,14 +37,14 @@ def value_and_grad(
     over the whole batch: a part weighs as much as it has examples, or terms that count where
     `CrossEntropy` ignores some. Every rank gets the same bits, in new tensors.
 
-    Gradients are added up while the backward pass runs. The last layer's leaves as soon as it is
-    there, those of the layers below in buckets of `bucket_bytes`, the gradients of `Frozen` layers
-    not at all. A combinator that ties parameters, `Loop` or `Repeat`, sends them when it is done.
+    Gradients are added up while the backward pass runs. The last layer's is sent as soon as it is
+    there, the others in buckets of `bucket_bytes`; zeros of `Frozen` layers are not sent. Gradients
+    within a `Loop` or `Repeat` are sent when all its turns are done.
 
     All ranks hand over the same key. Rank r of the group draws from `fold_in(key, r)`, as
     micro-batch r does: k ranks with equal parts draw the masks of k micro-batches.
 
-    Autograd does not see what happens in it.
+    Autograd does not record it.
 
     Raises TypeError if net is not a Layer or loss not a loss; ValueError if a layer couples
     examples (BatchNorm), if the loss is not a `Loss` with a reduction "mean" or "sum", and for
@@ -81,7 +81,8 @@ class ValueAndGrad:
     bucket_bytes: int
 
     def __repr__(self) -> str:
-        return f"distributed.value_and_grad({self.net!r}, {self.loss!r})"
+        size = "" if self.bucket_bytes == BUCKET_BYTES else f", bucket_bytes={self.bucket_bytes}"
+        return f"distributed.value_and_grad({self.net!r}, {self.loss!r}{size})"
 
     @torch.no_grad()
     def __call__(
@@ -117,10 +118,11 @@ class ValueAndGrad:
             own = dict(zip(order[path], optree.tree_leaves(dparams), strict=True))
             grads.update(own)
             moving = [i for i in own if i not in fixed]
+            is_last_layer = bool(moving) and not sums.is_under_way
             for i in moving:
                 sums.add(i, own[i])
-            if moving and not sums.is_under_way:
-                sums.send()  # the last layer's: the rest of the backward pass hides it
+            if is_last_layer:
+                sums.send()  # the rest of the backward pass hides it
 
         passes.bwd(params, residuals, dy, put)
         grads.update(sums.wait())

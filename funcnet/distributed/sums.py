@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
@@ -23,6 +24,7 @@ class Sums:
     call: Call
     bucket_bytes: float = float("inf")
     _open: dict[torch.dtype, dict[Hashable, Tensor]] = field(default_factory=dict)
+    _sizes: Counter[torch.dtype] = field(default_factory=Counter)
     _sent: list[tuple[Callable[[], None], Tensor, dict[Hashable, Tensor]]] = field(
         default_factory=list
     )
@@ -37,7 +39,8 @@ class Sums:
         dtype = accumulator_dtype(tensor.dtype)
         bucket = self._open.setdefault(dtype, {})
         bucket[name] = tensor
-        if sum(x.numel() for x in bucket.values()) * dtype.itemsize >= self.bucket_bytes:
+        self._sizes[dtype] += tensor.numel() * dtype.itemsize
+        if self._sizes[dtype] >= self.bucket_bytes:
             self._send(dtype)
 
     def send(self) -> None:
@@ -47,6 +50,7 @@ class Sums:
 
     def _send(self, dtype: torch.dtype) -> None:
         bucket = self._open.pop(dtype)
+        del self._sizes[dtype]
         # Ranks may differ in memory format: the order is by rows.
         packed = torch.cat([x.to(dtype).reshape(-1) for x in bucket.values()])
         self._sent.append((self.call.all_reduce(packed), packed, bucket))

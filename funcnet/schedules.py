@@ -31,6 +31,16 @@ from torch import Tensor
 from funcnet.checks import as_int, as_number
 from funcnet.fields import Hyperparameters, NonNegative, Size, Whole, source
 
+__all__ = [
+    "Schedule",
+    "constant",
+    "cosine",
+    "exponential",
+    "linear",
+    "one_cycle",
+    "piecewise",
+]
+
 Count: TypeAlias = Annotated[int, Whole(0)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -19,11 +20,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         text = str(inspect(file))
         encoding = sys.stdout.encoding or "utf-8"
-        print(text.encode(encoding, "backslashreplace").decode(encoding))
+        _print(text.encode(encoding, "backslashreplace").decode(encoding))
     except (CheckpointError, OSError) as error:
         print(f"funcnet inspect: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _print(text: str) -> None:
+    """Print a text, of which the reader of a pipe, such as `head`, may want only the beginning."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        # As it exits, Python would try once more to write what is left, and fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise
 
 
 if __name__ == "__main__":

@@ -63,18 +63,16 @@ Tree: TypeAlias = Any
 Shape: TypeAlias = tuple[int, ...]
 
 Joins: TypeAlias = Literal["apart", "stacked", "added", "zeros"]
+Layout: TypeAlias = Callable[[Tensor], Tensor]
+"""A function that returns a tensor with the same values in another memory format."""
 
 
 @dataclass(frozen=True)
 class Param:
-    """A parameter as a layer declares it: its shape, and how it is drawn.
-
-    `layout` puts a new parameter into the memory format that the layer's kernels want.
-    """
+    """A parameter as a layer declares it: its shape, and how it is drawn."""
 
     shape: Shape
     initializer: Initializer
-    layout: Callable[[Tensor], Tensor] | None = None
 
 
 class Spec(NamedTuple):
@@ -136,6 +134,10 @@ class Layer(Hyperparameters):
     def _params(self, shape: Shape) -> Mapping[str, Any]:
         """The parameters for examples of `shape`: a `Param`, or a dict of such, by name."""
         return {}
+
+    def _layout(self, name: str) -> Layout | None:
+        """The memory format that the kernels want of a parameter; None for row-major."""
+        return None
 
     def _out_shape(self, shape: Shape) -> Shape:
         """The shape of one example of y. Raises ValueError for a shape that does not fit."""
@@ -232,16 +234,17 @@ class Layer(Hyperparameters):
         declared = self._params(shape)
         keys = iter(split(key, max(1, len(_flat(declared)))))
 
-        def draw(params: Mapping[str, Any]) -> Tree:
-            return {name: draw_one(param) for name, param in params.items()}
+        def draw(params: Mapping[str, Any], prefix: str) -> Tree:
+            return {name: draw_one(param, prefix + name) for name, param in params.items()}
 
-        def draw_one(param: Any) -> Tree:
+        def draw_one(param: Any, name: str) -> Tree:
             if isinstance(param, Mapping):
-                return draw(param)
+                return draw(param, f"{name}.")
             value = param.initializer(next(keys), param.shape, dtype, device)
-            return value if param.layout is None else param.layout(value)
+            layout = self._layout(name)
+            return value if layout is None else layout(value)
 
-        return draw(declared) if declared else ()
+        return draw(declared, "") if declared else ()
 
     def _apply(self, params: Any, x: Tensor, key: Key | None) -> Tensor:
         """y alone."""

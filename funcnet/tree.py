@@ -26,7 +26,7 @@ PathKey: TypeAlias = "str | int"
 
 _Class = TypeVar("_Class", bound=type)
 
-_PUBLIC_MODULES = ("initializers",)
+_PUBLIC_MODULES = ("initializers", "schedules")
 """The modules whose classes files call as in `initializers.Zeros`."""
 
 _registered: dict[str, type] = {}

@@ -318,6 +318,17 @@ def test_forging_nothing_changes_nothing(path: Path, valid: bytes) -> None:
         ('{"class":"Upsample2d","fields":{"scale":{"tuple":[0,1]}}}', "Upsample2d refused"),
         ('{"class":"Sequential","fields":{"layers":{"tuple":[1]}}}', "Sequential refused"),
         ('{"class":"Sequential","fields":{"layers":1}}', "Sequential refused"),
+        ('{"class":"Sequential","fields":{"layers":{"dict":[]}}}', "another layers back"),
+        ('{"class":"Sequential","fields":{"layers":{"OrderedDict":[]}}}', "another layers back"),
+        ('{"class":"Sequential","fields":{"layers":{"list":[]}}}', "another layers back"),
+        ('{"class":"Sequential","fields":{"layers":""}}', "another layers back"),
+        ('{"class":"Sequential","fields":{"layers":{"dict":[["layers",{"tuple":[]}]]}}}', "back"),
+        (
+            '{"class":"Residual","fields":{"layer":'
+            '{"class":"Sequential","fields":{"layers":{"dict":[]}}}}}',
+            "layer: expected Sequential to keep its fields as they are",
+        ),
+        ('{"class":"Reshape","fields":{"shape":{"list":[-1]}}}', "another shape back"),
         ("1", "expected a layer, got int"),
         ('{"class":"MSE","fields":{"reduction":"sum"}}', "expected a layer, got MSE"),
     ],

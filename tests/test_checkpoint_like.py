@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -181,6 +182,35 @@ def test_the_command_prints_what_the_terminal_cannot_show(path: Path) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert r"\xe9" in run.stdout
+
+
+def inspect_into(stdout: int, path: Path, patch: pytest.MonkeyPatch) -> int:
+    """The status of the command, which prints to a descriptor. Like Python's exit, closes it."""
+    with patch.context() as context, os.fdopen(stdout, "w") as file:
+        context.setattr(sys, "stdout", file)
+        return main(["inspect", str(path)])
+
+
+@pytest.mark.parametrize("count", [1, 3000])
+def test_a_reader_that_wants_only_the_beginning(
+    count: int, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `head` does. A short table would be written as Python exits."""
+    fn.save(path, [torch.ones(1) for _ in range(count)])
+    reading, writing = os.pipe()
+    os.close(reading)
+    assert inspect_into(writing, path, monkeypatch) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(not os.access("/dev/full", os.W_OK), reason="needs Linux's /dev/full")
+def test_a_full_disk_is_an_error_of_the_command(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fn.save(path, [torch.ones(1)])
+    assert inspect_into(os.open("/dev/full", os.O_WRONLY), path, monkeypatch) == 1
+    error = f"funcnet inspect: [Errno {errno.ENOSPC}] No space left on device\n"
+    assert capsys.readouterr().err == error
 
 
 def test_the_command_shows_values_and_no_control_characters(

@@ -132,11 +132,15 @@ class Header:
     metadata: dict[str, Any] | None
 
 
+def as_integers(tensor: Tensor) -> Tensor:
+    """Return a view of a tensor as integers, whose copies keep every bit; NaNs may change."""
+    return tensor.view(_INTEGERS[tensor.dtype.itemsize])
+
+
 def as_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a tensor, row-major: its own memory if it can serve, else a copy."""
     tensor = tensor.detach().resolve_conj().resolve_neg()
-    # A copy of floats may change the payload of a NaN, a copy of integers does not.
-    bits = tensor.view(_INTEGERS[tensor.dtype.itemsize]).cpu().contiguous().reshape(-1)
+    bits = as_integers(tensor).cpu().contiguous().reshape(-1)
     if bits.stride() != (1,):  # a single element, or none, may have any stride
         bits = bits.clone(memory_format=torch.contiguous_format)
     return memoryview(bits.view(torch.uint8).numpy())  # type: ignore[arg-type]

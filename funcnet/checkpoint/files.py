@@ -24,6 +24,7 @@ from funcnet.checkpoint.container import (
 )
 from funcnet.checkpoint.data import read_data, write_all, write_data
 from funcnet.checkpoint.inspection import Inspection
+from funcnet.checkpoint.memory_format import laid_out_like, lay_out_as_init
 from funcnet.checkpoint.storable import check_metadata, check_storable
 from funcnet.checkpoint.structure import CheckpointError, Json, decode, encode, parse
 from funcnet.layer import Layer, Tree
@@ -119,7 +120,8 @@ def load(
     lie on the meta device. The tensors go to `device`, by default the CPU. `dtype` converts
     floating-point tensors. With `strict=False` and `like` the result is (tree, skipped): the tree
     is `like` with each leaf that the file has in the same shape and dtype; `skipped` gives the
-    difference of each other leaf by name.
+    difference of each other leaf by name. Tensors get the memory format of those of `like`, such as
+    channels_last.
 
     Every bit of the file is checked, and no code from it runs. A field that a file lacks takes its
     default. Files with 64 MiB of data and more are mapped into memory privately; `mmap` maps all or
@@ -157,7 +159,10 @@ def load(
         if strict and skipped:
             places = "\n".join(f"  {name}: {difference}" for name, difference in skipped.values())
             raise CheckpointError(f"differs from like in {len(skipped)} place(s):\n{places}")
-        tensors = _tensors(file, header, device, dtype, mmap)
+        tensors = {
+            name: laid_out_like(tensor, like_tensors[name]) if name in like_tensors else tensor
+            for name, tensor in _tensors(file, header, device, dtype, mmap).items()
+        }
         if strict:
             return decode(header.structure, tensors)
         merged = merge(expected, like_tensors, header.structure, tensors, skipped)
@@ -172,7 +177,7 @@ def load_model(
     """Return the network and the parameters in a file of `save_model`.
 
     The network is built from classes known by name, whose constructors check their arguments.
-    `dtype` converts floating-point parameters.
+    `dtype` converts floating-point parameters. They are laid out in memory as `net.init` does.
 
     Raises what `load` raises, and CheckpointError for a file without a network.
 
@@ -188,7 +193,9 @@ def load_model(
         net = Inspection(header).architecture
         if net is None:
             raise CheckpointError("expected a file of save_model, got one without a network")
-        return net, decode(header.structure, _tensors(file, header, device, dtype, None))
+        params = decode(header.structure, _tensors(file, header, device, dtype, None))
+        lay_out_as_init(net, params)
+        return net, params
 
 
 def inspect(path: _Path) -> Inspection:
@@ -215,19 +222,20 @@ def inspect(path: _Path) -> Inspection:
 def _save(
     path: _Path, tree: Tree, metadata: dict[str, Any] | None, architecture: dict[str, Json]
 ) -> None:
-    structure, tensors = encode(tree)
-    check_storable(tensors)
-    # Another thread may give a tensor a new shape meanwhile: these keep theirs.
-    tensors = {name: tensor.detach() for name, tensor in tensors.items()}
-    values = {"funcnet.structure": structure, **architecture}
-    if metadata is not None:
-        check_metadata(metadata)
-        values["funcnet.metadata"] = metadata
-    strings = {key: to_json(value) for key, value in values.items()}
-    entries = lay_out(tensors)
-    # The checksums' length is fixed, so the header's size is known before the checksums are.
-    blanks = {name: "0" * 8 * block_count(entry.size) for name, entry in entries.items()}
-    size = len(build_header(entries, blanks, strings))
+    with _without_collector():
+        structure, tensors = encode(tree)
+        check_storable(tensors)
+        # Another thread may give a tensor a new shape meanwhile: these keep theirs.
+        tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        values = {"funcnet.structure": structure, **architecture}
+        if metadata is not None:
+            check_metadata(metadata)
+            values["funcnet.metadata"] = metadata
+        strings = {key: to_json(value) for key, value in values.items()}
+        entries = lay_out(tensors)
+        # The checksums' length is fixed, so the header's size is known before the checksums are.
+        blanks = {name: "0" * 8 * block_count(entry.size) for name, entry in entries.items()}
+        size = len(build_header(entries, blanks, strings))
     with replacing(path) as file:
         file.seek(size)
         checksums = write_data(file, tensors, entries)
@@ -262,16 +270,12 @@ def _converted(dtype: torch.dtype, floating: torch.dtype | None) -> torch.dtype:
 @contextmanager
 def _opened(path: _Path) -> Iterator[tuple[BinaryIO, Header]]:
     """Open a file and read its header. Every CheckpointError begins with its path."""
-    collecting = gc.isenabled()
     try:
         if os.path.isdir(path):  # Windows cannot open a folder
             raise CheckpointError("expected a file, got a folder")
-        with open(_open(path), "rb") as file:
+        with open(_open(path), "rb") as file, _without_collector():
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise CheckpointError("expected a regular file, got another kind")
-            # The garbage collector would search every new object again and again: a third of the
-            # time of loading thousands of tensors.
-            gc.disable()
             yield file, read_header(file)
     except CheckpointError as error:
         error.args = (f"{os.fsdecode(path)}: {error}",)
@@ -281,6 +285,18 @@ def _opened(path: _Path) -> Iterator[tuple[BinaryIO, Header]]:
             raise
         # Reading fails without naming the file. The number chooses the subclass of OSError.
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Keep the garbage collector from searching every new object again and again.
+
+    With thousands of tensors, that takes a third of the time.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if collecting:
             gc.enable()

@@ -336,11 +336,24 @@ def _build(node: Node, fields: dict[str, Any]) -> Any:
             f"got {shorten(str([*node.json['fields']]))}"
         )
     try:
-        return trees.build(cls, fields)
+        built = trees.build(cls, fields)
+        kept = trees.fields_of(built)
+        changed = [name for name in node.json["fields"] if _is_changed(fields[name], kept[name])]
     except Exception as error:
         raise CheckpointError(
             f"{label(node.name)}: {class_name} refused its fields: {shorten(str(error), 400)}"
         ) from error
+    if changed:
+        raise CheckpointError(
+            f"{label(node.name)}: expected {class_name} to keep its fields as they are, "
+            f"got another {changed[0]} back"
+        )
+    return built
+
+
+def _is_changed(value: Any, kept: Any) -> bool:
+    """Whether a constructor kept another container or str. It may convert numbers: 3 to (3, 3)."""
+    return isinstance(value, (tuple, list, dict, str)) and not _same(value, kept)
 
 
 def _decode_leaf(node: Node, tensors: Mapping[str, Tensor]) -> Any:

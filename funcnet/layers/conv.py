@@ -28,7 +28,7 @@ from funcnet.checks import name_of
 from funcnet.fields import Flag, OneOf, Padding, Size, Sizes
 from funcnet.initializers import Initializer, InitializerOrNone, Uniform
 from funcnet.keys import Key
-from funcnet.layer import Layer, Param, Shape, dx_alone
+from funcnet.layer import Layer, Layout, Param, Shape, dx_alone
 from funcnet.ops import convolution, kernel_products
 from funcnet.ops.need import Need
 from funcnet.ops.products import Each, Products, over_positions
@@ -87,8 +87,10 @@ class Convolution(Kernels):
         # No weight fits an x that cannot be divided into groups.
         channels = 0 if shape[0] % self.groups else shape[0] // self.groups
         weight_shape = (self.out_channels, channels, *self._window.kernel_size)
-        layout = convolution.layout if self.method == "auto" else None
-        return kernel_params(self, weight_shape, self.out_channels, layout)
+        return kernel_params(self, weight_shape, self.out_channels)
+
+    def _layout(self, name: str) -> Layout | None:
+        return convolution.layout if name == "weight" and self.method == "auto" else None
 
     def _out_shape(self, shape: Shape) -> Shape:
         channels, *size = shape
@@ -193,16 +195,14 @@ class Conv3d(Convolution):
     _axes = "CDHW"
 
 
-def kernel_params(
-    layer: Any, weight_shape: Shape, out_channels: int, layout: Any
-) -> dict[str, Param]:
+def kernel_params(layer: Any, weight_shape: Shape, out_channels: int) -> dict[str, Param]:
     """Weight and bias by the layer's initialisers.
 
     Without one, from U(−√q, √q), q = 1/(entries of the kernel of the weight's first axis).
     """
     bound = max(1, math.prod(weight_shape[1:])) ** -0.5
     default: Initializer = Uniform(-bound, bound)
-    params = {"weight": Param(weight_shape, layer.weight_init or default, layout)}
+    params = {"weight": Param(weight_shape, layer.weight_init or default)}
     if layer.bias:
         params["bias"] = Param((out_channels,), layer.bias_init or default)
     return params

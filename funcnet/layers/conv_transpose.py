@@ -24,7 +24,7 @@ from torch import Tensor
 from funcnet.fields import Flag, Margins, Size, Sizes
 from funcnet.initializers import InitializerOrNone
 from funcnet.keys import Key
-from funcnet.layer import Param, Shape
+from funcnet.layer import Layout, Param, Shape
 from funcnet.layers.conv import (
     Kernels,
     check_channels,
@@ -74,7 +74,10 @@ class ConvTranspose(Kernels):
     def _params(self, shape: Shape) -> dict[str, Param]:
         own = self.out_channels // self.groups
         weight_shape = (shape[0], own, *self._window.kernel_size)
-        return kernel_params(self, weight_shape, self.out_channels, convolution.layout)
+        return kernel_params(self, weight_shape, self.out_channels)
+
+    def _layout(self, name: str) -> Layout | None:
+        return convolution.layout if name == "weight" else None
 
     def _out_shape(self, shape: Shape) -> Shape:
         channels, *size = shape

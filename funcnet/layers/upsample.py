@@ -11,7 +11,7 @@ from funcnet.checks import name_of
 from funcnet.fields import Flag, OneOf, Padding, Sizes
 from funcnet.initializers import InitializerOrNone
 from funcnet.keys import Key
-from funcnet.layer import Layer, Param, Shape
+from funcnet.layer import Layer, Layout, Param, Shape
 from funcnet.layers.conv import (
     Conv2d,
     Kernels,
@@ -134,8 +134,10 @@ class UpsampleConv2d(Kernels):
 
     def _params(self, shape: Shape) -> dict[str, Param]:
         weight_shape = (self.out_channels, shape[0], *self._window.kernel_size)
-        layout = None if self.method == "unfold" else low_resolution.layout
-        return kernel_params(self, weight_shape, self.out_channels, layout)
+        return kernel_params(self, weight_shape, self.out_channels)
+
+    def _layout(self, name: str) -> Layout | None:
+        return low_resolution.layout if name == "weight" and self.method != "unfold" else None
 
     def _out_shape(self, shape: Shape) -> Shape:
         channels, height, width = shape

@@ -175,6 +175,42 @@ CHECKPOINT = (
         ),
     ),
     *in_file(
+        "checkpoint/structure.py",
+        "test_checkpoint_hostile.py",
+        Row(
+            "fields-may-change",
+            "and not _same(value, kept)",
+            "and type(value) is not type(kept)",
+            "a network has the fields that the file states",
+        ),
+    ),
+    *in_file(
+        "checkpoint/memory_format.py",
+        "test_checkpoint_roundtrip.py",
+        Row(
+            "copies-not-counted",
+            "copies += len(layer._copied())",
+            "copies += 0",
+            "parameters of Repeat lie in memory as init lays them out",
+        ),
+    ),
+    *in_file(
+        "checkpoint/checkpoints.py",
+        "test_checkpoints.py",
+        Row(
+            "damage-counts",
+            "    except CheckpointError:\n        return False",
+            "    except CheckpointError:\n        return True",
+            "a damaged file does not push out the good ones",
+        ),
+        Row(
+            "fresh-files-are-remembered",
+            "if time.time_ns() - fingerprint.modified > _TICK:",
+            "if fingerprint.modified:",
+            "a file may change twice at one time of its clock",
+        ),
+    ),
+    *in_file(
         "checkpoint/storable.py",
         "test_checkpoint_refusals.py",
         Row(

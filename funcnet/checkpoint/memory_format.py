@@ -1,0 +1,66 @@
+"""The memory format of what is loaded. Files hold every tensor row-major, kernels want others.
+
+The values of a tensor do not depend on it, but their rounding in a product may, and so may speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from funcnet.checkpoint.container import as_integers
+from funcnet.layer import Layer, Layout, Tree
+from funcnet.ops.stacking import stack
+
+
+def lay_out_as_init(net: Layer, params: Tree) -> None:
+    """Lay parameters that nobody else holds out as the network's `init` does.
+
+    Parameters that do not fit the network stay as they are.
+    """
+    with suppress(Exception):  # a file may hold any tree beside any network
+        for leaf, layout, copies in list(_layouts(net, params, 0)):
+            leaf.data = _laid_out(as_integers(leaf.detach()), layout, copies).view(leaf.dtype)
+
+
+def laid_out_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor with the strides of `like`, or as it is if these leave holes or overlap."""
+    if like.layout != torch.strided or like.shape != tensor.shape:
+        return tensor
+    strides = torch.empty_like(like, device="meta").stride()
+    if tensor.stride() == strides:
+        return tensor
+    bits = as_integers(tensor)
+    new = torch.empty_strided(tensor.shape, strides, dtype=bits.dtype, device=tensor.device)
+    return new.copy_(bits).view(tensor.dtype)
+
+
+def _layouts(layer: Layer, params: Tree, copies: int) -> Iterator[tuple[Tensor, Layout, int]]:
+    """Yield the leaves that a network lays out in its own way, and the number of axes in front."""
+    children = layer._children()
+    copies += len(layer._copied())
+    if children:
+        for (_, child), own in zip(children, layer._child_params(params), strict=True):
+            yield from _layouts(child, own, copies)
+    elif isinstance(params, Mapping):
+        for name, leaf in _named(params):
+            layout = layer._layout(name)
+            if layout is not None:
+                yield leaf, layout, copies
+
+
+def _named(params: Mapping[str, Tree], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            yield from _named(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _laid_out(leaf: Tensor, layout: Layout, copies: int) -> Tensor:
+    if not copies:
+        return layout(leaf)
+    return stack([_laid_out(copy, layout, copies - 1) for copy in leaf.unbind()])

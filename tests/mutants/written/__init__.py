@@ -14,7 +14,7 @@ from .convolution import CONVOLUTION
 from .frame import FRAME
 from .karatsuba import KARATSUBA
 from .keys import KEYS
-from .low_resolution import LOW_RESOLUTION
+from .low_resolution import LOW_RESOLUTION, TILES
 from .optimizers import OPTIMIZERS
 from .vocabulary import VOCABULARY
 
@@ -22,6 +22,7 @@ WRITTEN: tuple[Written, ...] = (
     *FRAME,
     *CONVOLUTION,
     *LOW_RESOLUTION,
+    *TILES,
     *KARATSUBA,
     *OPTIMIZERS,
     *KEYS,

@@ -120,13 +120,13 @@ NATIVE = in_file(
     ),
     Row(
         "one-channel-in-channels-last",
-        "if x.shape[1] > 1 and x.stride() == _strides(x, _CHANNELS_LAST[x.ndim]):",
-        "if x.stride() == _strides(x, _CHANNELS_LAST[x.ndim]):",
+        "if x.shape[1] > 1 and x.stride() == _strides(x.shape, _CHANNELS_LAST[x.ndim]):",
+        "if x.stride() == _strides(x.shape, _CHANNELS_LAST[x.ndim]):",
         "images of one channel are not read past their end",
     ),
     Row(
         "strides-of-single-entries-trusted",
-        "x.stride() == _strides(x, torch.contiguous_format):",
+        "x.stride() == _strides(x.shape, torch.contiguous_format):",
         "x.is_contiguous():",
         "axes of size 1 may have any stride, and PyTorch's kernels believe it",
     ),
@@ -213,8 +213,8 @@ INPLACE = in_file(
     "test_gate_properties.py test_upsample_conv.py test_transforms.py",
     Row(
         "in-place-inside-of-torch-func",
-        "return not (torch.compiler.is_compiling() or _is_transforming())",
-        "return not torch.compiler.is_compiling()",
+        "return not (torch.compiler.is_compiling() or is_tracing() or _is_transforming())",
+        "return not (torch.compiler.is_compiling() or is_tracing())",
         "torch.func writes the value over and then refuses the tangent",
     ),
 )

@@ -54,8 +54,8 @@ LAYER = in_file(
     ),
     Row(
         "remembered-under-transforms",
-        "        if not is_eager():\n            return self._check(",
-        "        if False:\n            return self._check(",
+        "        if not is_eager():\n            check =",
+        "        if False:\n            check =",
         "a shape under torch.func is not the tensor's shape outside",
     ),
     Row(
@@ -165,7 +165,7 @@ LAYOUT = in_file(
     "test_upsample_conv.py::test_the_weight_is_laid_out_tap_by_tap",
     Row(
         "layout-forgotten",
-        "return value if param.layout is None else param.layout(value)",
+        "return value if layout is None else layout(value)",
         "return value",
         "a new parameter is laid out as its layer says",
     ),

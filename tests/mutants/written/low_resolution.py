@@ -32,22 +32,10 @@ LOW_RESOLUTION = in_file(
         "dweight of square kernels has the right shape even when it is transposed",
     ),
     Row(
-        "chunks-overlap",
-        "part = slice(start, start + batch)",
-        "part = slice(start, start + batch + 1)",
-        "each example is in one chunk",
-    ),
-    Row(
         "kernel-gradient-of-the-last-chunk",
         "dkernel = dk if dkernel is None or dk is None else dkernel.add_(dk)",
         "dkernel = dk",
         "dweight sums over all chunks",
-    ),
-    Row(
-        "chunk-written-to-the-start",
-        "dx[part] = d",
-        "dx[: len(d)] = d",
-        "each chunk has its place in the batch",
     ),
     Row(
         "gather-shifts-like-spread",
@@ -84,5 +72,28 @@ LOW_RESOLUTION = in_file(
         "for source in sources[2:]:",
         "for source in sources[3:]:",
         "every tap counts",
+    ),
+)
+
+TILES = in_file(
+    "ops/tiles.py",
+    "test_upsample_conv.py",
+    Row(
+        "chunks-overlap",
+        "part = slice(start, start + max(examples, 1))",
+        "part = slice(start, start + max(examples, 1) + 1)",
+        "each example is in one tile",
+    ),
+    Row(
+        "chunk-written-to-the-start",
+        "        dx[tile.source] = dtile\n",
+        "        dx[: len(dtile)] = dtile\n",
+        "each tile has its place in the batch",
+    ),
+    Row(
+        "overlaps-written-over",
+        "dx[tile.source].add_(dtile)",
+        "dx[tile.source].copy_(dtile)",
+        "pixels that two tiles see have the sum of both gradients",
     ),
 )

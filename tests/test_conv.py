@@ -396,3 +396,23 @@ def as_channels_last(x):
     _, channels, height, width = x.shape
     strides = (channels * height * width, 1, width * channels, channels)
     return torch.empty_strided(x.shape, strides).copy_(x)
+
+
+@pytest.mark.parametrize("stride", [1, (1, 2)])
+@pytest.mark.parametrize("out_channels", [1, 20])
+def test_images_of_one_channel_are_given_a_second(out_channels, stride, monkeypatch):
+    monkeypatch.setattr(native, "_MANY_PIXELS", 0)
+    layer = fn.Conv2d(out_channels, (3, 4), stride=stride, padding=(2, 1), dilation=(1, 2))
+    params = layer.init(fn.key(0), (1, 7, 9))
+    x = fn.normal(fn.key(1), (2, 1, 7, 9))
+    wide = {name: leaf.double() for name, leaf in params.items()}
+    y = layer.apply(params, x)
+    grad = fn.normal(fn.key(2), y.shape)
+    torch.testing.assert_close(y.double(), layer.apply(wide, x.double()), rtol=1e-5, atol=1e-5)
+    dparams, dx = layer.vjp(params, x, grad)
+    exact, exact_dx = layer.vjp(wide, x.double(), grad.double())
+    torch.testing.assert_close(dx.double(), exact_dx, rtol=1e-5, atol=1e-5)
+    for name, leaf in dparams.items():
+        torch.testing.assert_close(leaf.double(), exact[name], rtol=1e-5, atol=1e-5)
+    assert dx.stride() == x.stride()
+    assert dparams["weight"].stride() == params["weight"].stride()

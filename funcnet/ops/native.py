@@ -1,7 +1,10 @@
 """Convolution of images and volumes by PyTorch's own kernels, forward and backward.
 
 On the CPU, images are laid out in channels_last, which makes those kernels about twice as fast, and
-volumes in channels_last_3d, which makes them up to 1.5 times as fast.
+volumes in channels_last_3d, which makes them up to 1.5 times as fast. Images of one row or column,
+and depthwise kernels, gain as well. Images of one channel have no memory format of their own: the
+kernels take them for row-major, and lay y and grad out anew. A second channel, of zeros, makes them
+up to ten times as fast: measured on an AMD EPYC (Zen 4), from 1 to 8, 32 and 64 channels.
 """
 
 from __future__ import annotations
@@ -81,6 +84,26 @@ def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     return like.new_empty_strided(tuple(shape), _strides(shape, memory_format))
 
 
+_MANY_CHANNELS, _MANY_PIXELS = 16, 4096
+"""From how many channels of y, and pixels, a second channel of x is worth its making."""
+
+
+def _needs_second_channel(x: Tensor) -> bool:
+    return (
+        x.ndim == 4
+        and x.is_cpu
+        and x.element_size() <= 4  # in float64 there is one kernel for every layout
+        and not inplace.has_open_sizes(x)
+        and x.shape[1] == 1
+        and x.numel() >= _MANY_PIXELS
+    )
+
+
+def _with_second_channel(x: Tensor) -> Tensor:
+    """x (N, 1, H, W) with a channel of zeros behind it, in channels_last."""
+    return F.pad(x.permute(0, 2, 3, 1), (0, 1)).permute(0, 3, 1, 2)
+
+
 def upcast(x: Tensor) -> Tensor:
     """Return x, in float32 if it is in half precision on the CPU.
 
@@ -95,6 +118,8 @@ def _is_narrow(x: Tensor) -> bool:
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
     """y (N, O, H′, W′) of x (N, C, H, W) and weight (O, C/groups, kh, kw); volumes likewise."""
+    if weight.shape[0] >= _MANY_CHANNELS and _needs_second_channel(x):
+        x, weight = _with_second_channel(x), _with_second_channel(weight)
     conv = _CONVOLUTIONS[x.ndim]
     if not window.is_even:
         x = _pad_odd(x, window)
@@ -145,6 +170,11 @@ def kernel_gradients(
         sizes = stride, padding, dilation, groups
         dweight, dx = kernel_gradients(x.float(), weight.float(), grad.float(), need, *sizes)
         return cast(dweight, x.dtype), cast(dx, x.dtype)
+    if _needs_second_channel(x):
+        both = _with_second_channel(x), _with_second_channel(weight)
+        dweight, dx = kernel_gradients(*both, grad, need, stride, padding, dilation)
+        first = None if dweight is None else dweight[:, :1].contiguous()
+        return first, None if dx is None else dx[:, :1].contiguous()
     # Volumes of one channel are row-major, and PyTorch would lay grad out anew.
     is_flat = x.ndim == 5 and x.shape[1] == 1
     dx, dweight, _ = _backward(

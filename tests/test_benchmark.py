@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import optree
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import funcnet as fn
 
@@ -48,7 +50,89 @@ def test_writes_report_json_and_plot(tmp_path: Path) -> None:
         assert all(0 < t["low"] <= t["median"] <= t["high"] for t in row["times"].values())
         fastest = row["times"][row["fastest_other"]]["median"]
         assert math.isclose(row["ratio"], fastest / row["times"]["funcnet"]["median"])
+        least, middle, most = row["spread"]
+        assert 0 < least <= middle <= most
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("benchmark_modules")
+def test_recompute_and_reversible_keep_less() -> None:
+    from residuals import kept
+
+    found = kept(torch.device("cpu"), batch=1, side=4, seconds=0.001)
+    assert [row.bytes < found[0].bytes / 2 for row in found] == [False, True, True]
+    assert all(row.seconds > 0 for row in found)
+
+
+@pytest.mark.usefixtures("benchmark_modules")
+@pytest.mark.parametrize("name", ["mlp", "transformer", "upsample-conv 128→3"])
+def test_mixed_precision_agrees_with_autograd(name: str) -> None:
+    import agreement
+    from entries import entries
+    from networks import all_networks
+    from problem import Problem
+
+    cpu = torch.device("cpu")
+    (network,) = (network for network in all_networks() if network.name == name)
+    problem = Problem(network, 2, torch.float32, cpu, mixed=True)
+    entered = entries(cpu, compiled=False, jax=False)
+    seen = {name: agreement.observed(entry(problem)) for name, entry in entered.items()}
+    agreement.check(problem, seen, agreement.MIXED_TOLERANCE)
+    full = agreement.observed(entered["funcnet"](Problem(network, 2, torch.float32, cpu)))
+    assert not torch.equal(seen["funcnet"][0], full[0])  # bfloat16 rounds
+
+
+@pytest.mark.usefixtures("benchmark_modules")
+def test_growth_is_measured_in_processes_of_their_own() -> None:
+    from growth import grow
+    from networks import all_networks
+    from problem import Problem
+    from worker import Settings
+
+    settings = Settings(torch.device("cpu"), threads=1, tf32=False, keep_memory=False)
+    problem = Problem(all_networks()[0], 1, torch.float32, settings.device)
+    (found,) = grow(problem, settings, sides=(32,))
+    assert found.nanoseconds.keys() == found.peak.keys() == {"funcnet", "torch.nn channels_last"}
+    assert all(value > 0 for value in found.nanoseconds.values())
+
+
+@pytest.mark.usefixtures("benchmark_modules")
+def test_networks_run_on_fake_tensors_on_a_gpu() -> None:
+    """As far as a machine without one can tell: weights and data are drawn before."""
+    from contenders import funcnet_in_place
+    from networks import all_networks
+    from problem import Problem
+
+    for network in all_networks():
+        on_cpu = Problem(network, 2, torch.float32, torch.device("cpu"))
+        params, x, target = on_cpu.params(), on_cpu.x(), on_cpu.target()
+        with FakeTensorMode() as mode:
+            problem = _Faked(mode, network, (params, x, target))
+            contender = funcnet_in_place(problem)
+            assert contender.infer().device.type == "cuda"
+            assert contender.train().device.type == "cuda"
+
+
+class _Faked:
+    """A problem whose tensors are fake ones on a GPU."""
+
+    mixed = False
+
+    def __init__(self, mode: FakeTensorMode, network: Any, tensors: Any) -> None:
+        def fake(leaf: torch.Tensor) -> torch.Tensor:
+            return mode.from_tensor(leaf).to("cuda:0")
+
+        self.network, self.net = network, network.net[0] if network.is_layer else network.net
+        self._tensors: Any = optree.tree_map(fake, tensors)
+
+    def params(self) -> Any:
+        return self._tensors[0]
+
+    def x(self) -> torch.Tensor:
+        return self._tensors[1]
+
+    def target(self) -> torch.Tensor:
+        return self._tensors[2]
 
 
 def test_profile_names_every_layer() -> None:
@@ -66,7 +150,7 @@ def test_all_networks_agree_with_autograd() -> None:
 
     cpu = torch.device("cpu")
     for network in all_networks():
-        problem = Problem(network, 1, torch.float32, cpu)
+        problem = Problem(network, 2, torch.float32, cpu)
         entered = entries(cpu, compiled=False, jax=False)
         seen = {name: agreement.observed(entry(problem)) for name, entry in entered.items()}
         agreement.check(problem, seen, agreement.TOLERANCE[torch.float32])

@@ -134,15 +134,19 @@ def test_every_slice_of_a_map_has_the_same_mask():
         assert torch.equal(dx[i], layer.vjp((), x[i], grad[i], key=key)[1])
 
 
-def test_a_compiled_step_takes_any_key_without_another_compilation():
+def test_a_compiled_training_step_takes_any_key_without_another_compilation():
     net = fn.Sequential(fn.Linear(6), fn.Dropout(0.4), fn.Sequential(fn.Linear(4), fn.Dropout()))
     params, x, target = net.init(fn.key(0), (5,)), torch.randn(3, 5), torch.randn(3, 4)
     value_and_grad = fn.value_and_grad(net, fn.MSE())
 
+    adam = fn.Adam()
+    state = adam.init(params)
+
     def step(params, x, key):
         first, second = fn.split(fn.fold_in(key, 2**63 + 1))
         y = net.apply(params, x, key=first)
-        return y, value_and_grad(params, x, target, key=second)
+        value, grads = value_and_grad(params, x, target, key=second)
+        return y, value, adam.step(params, grads, state)
 
     counted = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, backend=counted)

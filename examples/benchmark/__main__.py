@@ -2,6 +2,8 @@
 
     python examples/benchmark            # all networks and batch sizes
     python examples/benchmark --quick    # whole networks only, few batch sizes, shorter runs
+    python examples/benchmark --only layers residuals --no-compile
+    python examples/benchmark --networks mlp lstm --mixed
     python examples/benchmark --profile  # where funcnet's own time goes
 
 Writes report.md, results.json and plot.png under --out. Names for --networks may be parts of names.
@@ -18,6 +20,7 @@ import agreement
 import torch
 from arithmetic import rates
 from entries import entries
+from growth import grow
 from memory import Memory
 from networks import MEASURED, Network, all_networks
 from plot import save_plot
@@ -25,9 +28,11 @@ from problem import Problem
 from profiling import print_profile
 from race import race
 from report import markdown
+from residuals import kept
 from results import Results, machine
 from worker import Settings, Worker
 
+PARTS = ("networks", "layers", "growth", "residuals")
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in agreement.TOLERANCE}
 
 
@@ -42,6 +47,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default=torch.device("cpu"), type=torch.device)
     parser.add_argument("--threads", default=2, type=int, help="CPU threads (default 2)")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument(
+        "--mixed",
+        action="store_true",
+        help="float32 parameters, bfloat16 inside: Cast against torch.nn's autocast",
+    )
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="only these parts")
     parser.add_argument("--tf32", action="store_true", help="let GPUs round float32 to TF32")
     parser.add_argument("--batch", nargs="+", type=int, help="in the place of each network's own")
     parser.add_argument("--networks", nargs="+", metavar="NAME", help="only these")
@@ -56,7 +67,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="profile funcnet; no comparison")
     parser.add_argument("--out", default=Path("runs/benchmark"), type=Path)
     options = parser.parse_args()
-    if not chosen(options):
+    if options.only is None:
+        options.only = PARTS[:2] if options.networks else PARTS[:1] if options.quick else PARTS
+    if options.networks and not chosen(options):
         names = ", ".join(network.name for network in all_networks())
         parser.error(f"expected --networks to be parts of the names {names}")
     return options
@@ -65,7 +78,7 @@ def arguments() -> argparse.Namespace:
 def chosen(options: argparse.Namespace) -> list[Problem]:
     """The networks and batch sizes to run."""
     return [
-        Problem(network, batch, DTYPES[options.dtype], options.device)
+        Problem(network, batch, DTYPES[options.dtype], options.device, options.mixed)
         for network in all_networks()
         if _is_chosen(network, options)
         for batch in options.batch or (network.quick_batches if options.quick else network.batches)
@@ -73,9 +86,9 @@ def chosen(options: argparse.Namespace) -> list[Problem]:
 
 
 def _is_chosen(network: Network, options: argparse.Namespace) -> bool:
-    if options.networks:
-        return any(part in network.name for part in options.networks)
-    return not (options.quick and network.is_layer)
+    if PARTS[network.is_layer] not in options.only:
+        return False
+    return not options.networks or any(part in network.name for part in options.networks)
 
 
 def main() -> None:
@@ -94,7 +107,8 @@ def main() -> None:
     report = markdown(results)
     (options.out / "report.md").write_text(report, encoding="utf-8")
     (options.out / "results.json").write_text(json.dumps(results.as_json(), indent=1))
-    save_plot(results, options.out / "plot.png")
+    if results.rows:
+        save_plot(results, options.out / "plot.png")
     print(f"\n{report}\nWritten to {options.out}: report.md, results.json, plot.png")
 
 
@@ -105,11 +119,20 @@ def run(options: argparse.Namespace, settings: Settings) -> Results:
     names = list(entries(device, not options.no_compile, not options.no_jax))
     seconds = 0.3 if options.quick else 0.6
     tolerance = agreement.TF32_TOLERANCE if options.tf32 else agreement.TOLERANCE[dtype]
+    if options.mixed:
+        tolerance = agreement.MIXED_TOLERANCE
     with ExitStack() as stack:
-        workers = {name: stack.enter_context(Worker(name, settings)) for name in names}
-        rows = [row for p in chosen(options) for row in race(p, workers, seconds, tolerance)]
+        problems = chosen(options)
+        started = names if problems else []
+        workers = {name: stack.enter_context(Worker(name, settings)) for name in started}
+        rows = [row for p in problems for row in race(p, workers, seconds, tolerance)]
     memory = {} if options.no_memory else _memory(options, settings, names)
-    return Results(machine(settings, dtype), rows, memory, rate)
+    measured = Problem(all_networks()[0], 1, dtype, device, options.mixed)
+    growth = grow(measured, settings) if "growth" in options.only else []
+    saved = kept(device) if "residuals" in options.only else []
+    for line in saved:
+        print(line)
+    return Results(machine(settings, dtype, options.mixed), rows, memory, rate, growth, saved)
 
 
 def _memory(options: argparse.Namespace, settings: Settings, names: list[str]) -> dict[str, Memory]:

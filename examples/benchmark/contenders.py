@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import timeit
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from problem import LEARNING_RATE, MOMENTUM, Problem
+from problem import Problem
 from torch import Tensor, nn
 from translate import leaves, to_torch
 
 import funcnet as fn
+from funcnet.testing.registry import LOSSES
 
 
 @dataclass(frozen=True)
@@ -37,57 +38,88 @@ class Contender:
 
 
 def funcnet_in_place(problem: Problem) -> Contender:
-    """`value_and_grad` and `SGD.step_`."""
+    """`value_and_grad` and the optimiser's `step_`."""
     return _funcnet(problem, "step_")
 
 
 def funcnet_pure(problem: Problem) -> Contender:
-    """`value_and_grad` and the pure `SGD.step`, which makes new trees."""
+    """`value_and_grad` and the pure `step`, which makes new trees."""
     return _funcnet(problem, "step")
 
 
-def _funcnet(problem: Problem, step_name: str) -> Contender:
-    net, params = problem.network.net, problem.params()
-    x, target = problem.x(), problem.target()
+def funcnet_compiled(problem: Problem, compiler: Callable[[Any], Any]) -> Contender:
+    """The whole pure step, and the forward pass, each compiled."""
+    return _funcnet(problem, "step", compiler)
+
+
+def _as_it_is(function: Any) -> Any:
+    return function
+
+
+def _funcnet(
+    problem: Problem, step_name: str, compiler: Callable[[Any], Any] = _as_it_is
+) -> Contender:
     if problem.network.is_layer:
-        return _funcnet_layer(net, params, x, target)
-    sgd = fn.SGD(LEARNING_RATE, MOMENTUM)
-    step, loss_and_grads = getattr(sgd, step_name), fn.value_and_grad(net, fn.MSE())
-    state = sgd.init(params)
+        return _funcnet_layer(problem, compiler)
+    net, params, x, target = problem.net, problem.params(), problem.x(), problem.target()
+    optimizer: Any = problem.network.optimizer
+    update, loss_and_grads = (
+        getattr(optimizer, step_name),
+        fn.value_and_grad(net, problem.network.loss),
+    )
+    state = optimizer.init(params)
+
+    def step(params: Any, state: Any, x: Tensor, target: Tensor) -> Any:
+        loss, grads = loss_and_grads(params, x, target)
+        return loss, *update(params, grads, state)
+
+    step, apply = compiler(step), compiler(net.apply)
 
     def train() -> Tensor:
         nonlocal params, state
-        loss, grads = loss_and_grads(params, x, target)
-        params, state = step(params, grads, state)
+        loss, params, state = step(params, state, x, target)
         return loss
 
     return Contender(
         train,
-        lambda: net.apply(params, x),
+        lambda: apply(params, x),
         lambda: [leaf for tree in params for leaf in leaves(tree)],
     )
 
 
-def _funcnet_layer(net: fn.Sequential, params: Any, x: Tensor, grad: Tensor) -> Contender:
-    layer, (layer_params,) = net[0], params
-    x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))
+def _funcnet_layer(problem: Problem, compiler: Callable[[Any], Any]) -> Contender:
+    layer, (params,) = problem.net, problem.params()
+    x, grad = (laid_out(t, torch.channels_last) for t in (problem.x(), problem.target()))
     last: tuple[Any, Any] = ((), None)
+
+    def step(params: Any, x: Tensor, grad: Tensor) -> Any:
+        y, residuals = layer.fwd(params, x)
+        return y, layer.bwd(params, residuals, grad)
+
+    step, apply = compiler(step), compiler(layer.apply)
 
     def train() -> Tensor:
         nonlocal last
-        y, residuals = layer.fwd(layer_params, x)
-        last = layer.bwd(layer_params, residuals, grad)
+        y, last = step(params, x, grad)
         return y
 
     def state() -> list[Tensor]:
         dparams, dx = last
         return [dx, *leaves(dparams)]
 
-    return Contender(train, lambda: layer.apply(layer_params, x), state)
+    return Contender(train, lambda: apply(params, x), state)
 
 
-def _as_it_is(function: Any) -> Any:
-    return function
+def laid_out(tensor: Tensor, layout: torch.memory_format) -> Tensor:
+    """Images and volumes in a memory format; other tensors know none."""
+    return tensor.to(memory_format=_format_of(tensor, layout))
+
+
+def _format_of(x: Tensor, layout: torch.memory_format) -> torch.memory_format:
+    """What a layout of images, (N, C, H, W), is for tensors of x's rank."""
+    if layout == torch.contiguous_format:
+        return layout
+    return {4: layout, 5: torch.channels_last_3d}.get(x.ndim, torch.contiguous_format)
 
 
 def torch_nn(
@@ -95,26 +127,38 @@ def torch_nn(
     layout: torch.memory_format,
     compiler: Callable[[Any], Any] = _as_it_is,
 ) -> Contender:
-    """torch.nn, autograd and torch.optim.SGD, perhaps compiled."""
+    """torch.nn, autograd and torch.optim, perhaps compiled, perhaps under autocast."""
     model = to_torch(problem.network.net, problem.params(), problem.network.shape)
-    model = model.to(memory_format=layout)
-    x = problem.x().contiguous(memory_format=layout)
-    target = problem.target().contiguous(memory_format=layout)
-    predict = torch.inference_mode()(compiler(model))
+    model = model.to(memory_format=_format_of(problem.x(), layout))
+    x, target = laid_out(problem.x(), layout), laid_out(problem.target(), layout)
+    forward = _autocast(model, problem.device) if problem.mixed else model
+    predict = torch.inference_mode()(compiler(forward))
     if problem.network.is_layer:
-        step, state = _torch_layer(compiler(model), list(model.parameters()), x, target)
+        step, state = _torch_layer(compiler(forward), list(model.parameters()), x, target)
         return Contender(step, lambda: predict(x), state)
-    loss_of = compiler(lambda x, target: nn.functional.mse_loss(model(x), target))
-    optimizer = fastest_sgd(list(model.parameters()))
+    criterion = LOSSES[type(problem.network.loss)].twin(problem.network.loss)
+    loss_of = compiler(lambda x, target: criterion(forward(x), target))
+    optimizer = fastest(problem.network.optimizer, list(model.parameters()))
 
     def train() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
-        loss = loss_of(x, target)
+        loss: Tensor = loss_of(x, target)
         loss.backward()
         optimizer.step()
         return loss.detach()
 
     return Contender(train, lambda: predict(x), lambda: [p.detach() for p in model.parameters()])
+
+
+def _autocast(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The model under autocast, its output in float32, as a loss wants it."""
+
+    def forward(x: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            y: Tensor = model(x)
+        return y.float()
+
+    return forward
 
 
 def _torch_layer(
@@ -131,18 +175,24 @@ def _torch_layer(
     return train, lambda: last
 
 
-def fastest_sgd(params: list[nn.Parameter]) -> torch.optim.SGD:
-    """torch.optim.SGD in the implementation that is fastest for these parameters, here and now."""
+def fastest(ours: Any, params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """torch.optim's twin of an optimiser, in the implementation that is fastest, here and now."""
     variants: list[dict[str, bool]] = [{"fused": True}, {"foreach": True}, {"foreach": False}]
-    best = min(variants, key=lambda variant: _sgd_seconds(params, variant))
-    return torch.optim.SGD(params, LEARNING_RATE, MOMENTUM, **best)
+    best = min(variants, key=lambda variant: _update_seconds(ours, params, variant))
+    return _twin(ours, params, best)
 
 
-def _sgd_seconds(params: list[nn.Parameter], variant: dict[str, bool]) -> float:
+def _twin(ours: Any, params: list[nn.Parameter], variant: dict[str, bool]) -> torch.optim.Optimizer:
+    settings = {f.name: getattr(ours, f.name) for f in fields(ours) if f.init}
+    twin: type[torch.optim.Optimizer] = getattr(torch.optim, type(ours).__name__)
+    return twin(params, **settings, **variant)
+
+
+def _update_seconds(ours: Any, params: list[nn.Parameter], variant: dict[str, bool]) -> float:
     """The least time of a few steps on copies of params."""
     copies = [torch.zeros_like(p).requires_grad_() for p in params]
     for p in copies:
         p.grad = torch.zeros_like(p)
-    optimizer = torch.optim.SGD(copies, LEARNING_RATE, MOMENTUM, **variant)
+    optimizer = _twin(ours, copies, variant)  # type: ignore[arg-type]
     optimizer.step()
     return min(timeit.repeat(optimizer.step, number=1, repeat=10))

@@ -9,11 +9,12 @@ copied into `x` and `target`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import optree
 import torch
 from contenders import Contender, funcnet_in_place
-from problem import LEARNING_RATE, MOMENTUM, Problem
+from problem import Problem
 from torch import Tensor
 from translate import leaves
 
@@ -25,9 +26,10 @@ def funcnet_graph(problem: Problem) -> Contender:
     """Forward, loss, backward and update, and the forward pass alone, each a graph."""
     if problem.network.is_layer:
         return funcnet_in_place(problem)
-    net, params = problem.network.net, problem.params()
+    net, params = problem.net, problem.params()
     x, target = problem.x(), problem.target()
-    sgd, loss_and_grads = fn.SGD(LEARNING_RATE, MOMENTUM), fn.value_and_grad(net, fn.MSE())
+    sgd: Any = problem.network.optimizer  # Adam's step count would be recorded as a constant
+    loss_and_grads = fn.value_and_grad(net, problem.network.loss)
     state = sgd.init(params)
     memory = _leaves(params, state)
     start = [leaf.clone() for leaf in memory]

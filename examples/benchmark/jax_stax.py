@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import torch
 from contenders import Contender
 from jax.example_libraries import optimizers, stax
-from problem import LEARNING_RATE, MOMENTUM, Problem
+from networks import LEARNING_RATE, MOMENTUM
+from problem import Problem
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 from translate import leaves

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from entries import Entry
 from problem import Problem
+from timing import duration
 from torch.profiler import ProfilerActivity, profile
 
 _STATUS = Path("/proc/self/status")
@@ -46,6 +47,24 @@ def measure(entry: Entry, problem: Problem) -> Memory:
     del contender
     torch.compiler.reset()
     return Memory(_live_bytes(entry, problem) if is_torch else None, baseline, peak)
+
+
+@dataclass(frozen=True)
+class Inference:
+    """Of a forward pass: seconds, at the least, and bytes of the process beyond its start."""
+
+    seconds: float
+    peak: int
+
+
+def measure_inference(entry: Entry, problem: Problem) -> Inference:
+    """The time and memory that this process needs for forward passes."""
+    contender = entry(problem)
+    baseline = _resident("VmRSS")
+    _forget_peak()
+    contender.infer()
+    peak = _resident("VmHWM") - baseline
+    return Inference(min(duration(contender.infer, 1, problem.device) for _ in range(3)), peak)
 
 
 def _live_bytes(entry: Entry, problem: Problem) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import optree
@@ -13,9 +12,6 @@ from torch import Tensor
 import funcnet as fn
 from funcnet.layer import Tree
 
-LEARNING_RATE = 0.01
-MOMENTUM = 0.9
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -25,11 +21,19 @@ class Problem:
     batch: int
     dtype: torch.dtype
     device: torch.device
+    mixed: bool = False
+    """Whether the network computes in bfloat16, while parameters and data are in `dtype`."""
+
+    @property
+    def net(self) -> fn.Layer:
+        """The network that funcnet runs; for a layer, the layer."""
+        net = self.network.net[0] if self.network.is_layer else self.network.net
+        return fn.Cast(net, torch.bfloat16) if self.mixed else net
 
     def params(self) -> Tree:
-        """The weights to start from, of a scale (He et al., 2015) that no depth makes vanish."""
+        """The weights to start from."""
         params = self.network.net.init(fn.key(0), self.network.shape)
-        return optree.tree_map(lambda leaf: self._own(leaf * math.sqrt(6)), params)
+        return optree.tree_map(lambda leaf: self._own(leaf * self.network.gain), params)
 
     def x(self) -> Tensor:
         """The inputs, in PyTorch's default layout."""
@@ -37,7 +41,10 @@ class Problem:
 
     def target(self) -> Tensor:
         """What the outputs should be; for a layer, the gradient that comes back to it."""
-        return self._normal(2, self.network.net.out_shape(self.network.shape))
+        shape = self.network.net.out_shape(self.network.shape)
+        if isinstance(self.network.loss, fn.CrossEntropy):
+            return torch.arange(self.batch, device=self.device) % shape[0]
+        return self._normal(2, shape)
 
     def _normal(self, seed: int, shape: tuple[int, ...]) -> Tensor:
         return self._own(fn.normal(fn.key(seed), (self.batch, *shape)))

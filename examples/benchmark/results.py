@@ -6,16 +6,18 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import geometric_mean
+from statistics import geometric_mean, median
 from typing import Any
 
 import torch
 from arithmetic import Rates, operations
 from entries import OURS
+from growth import Growth
 from memory import Memory
 from networks import MEASURED, all_networks
+from residuals import Kept
 from timing import Times
 from worker import Settings
 
@@ -29,6 +31,9 @@ class Row:
     mode: str
     """"train" or "infer"."""
     times: dict[str, Times]
+    is_layer: bool = False
+    first_seconds: dict[str, float] = field(default_factory=dict)
+    """Until a contender had inferred once and trained three steps; compiling is in it."""
 
     @property
     def fastest(self) -> str:
@@ -41,10 +46,19 @@ class Row:
         """The fastest other's time over ours: how many times faster we are."""
         return self.times[self.fastest].median / self.times[OURS].median
 
+    @property
+    def spread(self) -> tuple[float, float, float]:
+        """The least, the median and the greatest ratio of a round to that contender."""
+        theirs, ours = (self.times[name].samples for name in (self.fastest, OURS))
+        ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
+        return min(ratios), median(ratios), max(ratios)
+
     def __str__(self) -> str:
         ours = self.times[OURS].median * 1e3
+        least, _, most = self.spread
         return (
-            f"{self.network:<22}{self.batch:>5}  {self.mode:<6}{self.ratio:6.2f}×  "
+            f"{self.network:<27}{self.batch:>5}  {self.mode:<6}{self.ratio:6.2f}× "
+            f"({least:.2f} to {most:.2f})  "
             f"{ours:.3g} ms against {ours * self.ratio:.3g} ({self.fastest})"
         )
 
@@ -58,6 +72,8 @@ class Results:
     memory: dict[str, Memory]
     """Of a training step of `MEASURED`, by contender; empty if not measured."""
     rates: Rates
+    growth: list[Growth] = field(default_factory=list)
+    residuals: list[Kept] = field(default_factory=list)
 
     @property
     def operations(self) -> int:
@@ -69,24 +85,30 @@ class Results:
         """The rows of training, or of inference."""
         return [row for row in self.rows if row.mode == mode]
 
+    def networks(self, mode: str) -> list[Row]:
+        """Those of whole networks, or of layers if that is all there is."""
+        rows = self.mode(mode)
+        return [row for row in rows if not row.is_layer] or rows
+
     def row(self, network: str, batch: int, mode: str) -> Row | None:
         """One of them, if it was run."""
         wanted = (network, batch, mode)
         return next((r for r in self.rows if (r.network, r.batch, r.mode) == wanted), None)
 
     def mean_ratio(self, mode: str) -> float:
-        """The geometric mean of the ratios."""
-        return geometric_mean(row.ratio for row in self.mode(mode))
+        """The geometric mean of the ratios of whole networks."""
+        return geometric_mean(row.ratio for row in self.networks(mode))
 
     def as_json(self) -> dict[str, Any]:
         """All of it in plain containers, times in seconds and memory in bytes."""
         rows = [
-            {**asdict(row), "fastest_other": row.fastest, "ratio": row.ratio} for row in self.rows
+            {**asdict(row), "fastest_other": row.fastest, "ratio": row.ratio, "spread": row.spread}
+            for row in self.rows
         ]
         return {**asdict(self), "rows": rows, "operations": self.operations}
 
 
-def machine(settings: Settings, dtype: torch.dtype) -> dict[str, str]:
+def machine(settings: Settings, dtype: torch.dtype, mixed: bool) -> dict[str, str]:
     """Where this runs, and with what."""
     device = settings.device
     versions = {
@@ -99,7 +121,7 @@ def machine(settings: Settings, dtype: torch.dtype) -> dict[str, str]:
         "processors": str(os.cpu_count()),
         "threads": str(settings.threads),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch.") + (", mixed with bfloat16" if mixed else ""),
         "others keep freed memory": "yes" if settings.keep_memory else "no",
         "python": platform.python_version(),
         **versions,

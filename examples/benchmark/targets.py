@@ -34,6 +34,8 @@ class Target:
 
 def targets(results: Results) -> list[Target]:
     """Those that this run has numbers for."""
+    if not results.rows:
+        return []
     return [*_speed(results), *_denoiser(results), *_memory(results), *_gpu(results)]
 
 

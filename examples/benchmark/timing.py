@@ -31,12 +31,13 @@ _LEAST_ROUNDS = 5
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds a call: median and quartiles over the rounds."""
+    """Seconds a call: median and quartiles over the rounds, and each round's."""
 
     median: float
     low: float
     high: float
     rounds: int
+    samples: tuple[float, ...] = ()
 
 
 def side_by_side(clocks: Mapping[str, Clock], seconds: float) -> dict[str, Times]:
@@ -84,4 +85,4 @@ def _cuda_duration(function: Function, calls: int) -> float:
 
 def _summary(values: list[float]) -> Times:
     low, _, high = quantiles(values, n=4)
-    return Times(median(values), low, high, len(values))
+    return Times(median(values), low, high, len(values), tuple(values))

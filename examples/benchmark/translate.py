@@ -37,6 +37,11 @@ def shapes(net: fn.Sequential, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
 def _module(layer: fn.Layer, params: Tree, shape: tuple[int, ...]) -> nn.Module:
     if isinstance(layer, fn.Sequential):
         return to_torch(layer, params, shape)
+    if isinstance(layer, fn.Residual):
+        return _Residual(_module(layer.layer, params, shape))
+    if isinstance(layer, fn.Concat):
+        branches = [_module(*pair, shape) for pair in zip(layer, params, strict=True)]
+        return _Concat(branches, layer.dim)
     twin: Any = REGISTRY[type(layer)].twin
     if twin is None:
         raise ValueError(f"expected a layer that torch.nn has, got {layer}")
@@ -45,3 +50,26 @@ def _module(layer: fn.Layer, params: Tree, shape: tuple[int, ...]) -> nn.Module:
         for slot, weight in zip(module.parameters(), leaves(params), strict=True):
             slot.data = weight.clone()
     return module
+
+
+class _Residual(nn.Module):
+    """`fn.Residual` as users of torch.nn write it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = x + self.inner(x)
+        return y
+
+
+class _Concat(nn.Module):
+    """`fn.Concat` as users of torch.nn write it."""
+
+    def __init__(self, branches: list[nn.Module], dim: int) -> None:
+        super().__init__()
+        self.branches, self.dim = nn.ModuleList(branches), dim
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([branch(x) for branch in self.branches], self.dim)

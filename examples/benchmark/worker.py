@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ import agreement
 import torch
 from contenders import Contender
 from entries import OURS, entries
-from memory import Memory, measure
+from memory import Inference, Memory, measure, measure_inference
 from problem import Problem
 from timing import duration
 
@@ -64,9 +65,13 @@ class Worker:
             self._process.start()
         theirs.close()
 
-    def enter(self, problem: Problem) -> list[torch.Tensor]:
-        """Make the contender for a problem; what `agreement.observed` sees of it."""
-        return [torch.from_numpy(array) for array in self._ask("enter", problem)]
+    def enter(self, problem: Problem) -> tuple[list[torch.Tensor], float]:
+        """Make the contender for a problem: what `agreement.observed` sees, and the seconds until.
+
+        These hold what compiling costs.
+        """
+        seen, seconds = self._ask("enter", problem)
+        return [torch.from_numpy(array) for array in seen], seconds
 
     def clock(self, mode: str) -> Callable[[int], float]:
         """Runs "train" or "infer" a number of times; the average seconds of a call."""
@@ -75,6 +80,11 @@ class Worker:
     def memory(self, problem: Problem) -> Memory:
         """That of a training step. The process must have done nothing else."""
         found: Memory = self._ask("memory", problem)
+        return found
+
+    def inference(self, problem: Problem) -> Inference:
+        """Time and memory of the forward pass. The process must have done nothing else."""
+        found: Inference = self._ask("inference", problem)
         return found
 
     def _ask(self, method: str, *args: Any) -> Any:
@@ -103,21 +113,26 @@ class _Server:
         self._entry, self._device = entered[name], settings.device
         self._contender: Contender | None = None
 
-    def enter(self, problem: Problem) -> list[Any]:
+    def enter(self, problem: Problem) -> tuple[list[Any], float]:
         self._contender = None
         torch.compiler.reset()
         gc.collect()
+        start = time.perf_counter()
         self._contender = self._entry(problem)
         seen = [tensor.numpy() for tensor in agreement.observed(self._contender)]
+        seconds = time.perf_counter() - start
         gc.collect()
         gc.disable()  # nothing that is timed makes cycles
-        return seen
+        return seen, seconds
 
     def clock(self, mode: str, calls: int) -> float:
         return duration(getattr(self._contender, mode), calls, self._device)
 
     def memory(self, problem: Problem) -> Memory:
         return measure(self._entry, problem)
+
+    def inference(self, problem: Problem) -> Inference:
+        return measure_inference(self._entry, problem)
 
 
 def _serve(connection: Connection, name: str, settings: Settings) -> None:

@@ -117,6 +117,10 @@ def value_and_grad(net: Layer, loss: Loss, micro_batch: int | None = None) -> Va
     The gradient has the tree of params. Each residual is freed as soon as it has been used, and
     the gradient with respect to x is never formed. `key` is for layers that draw numbers.
 
+    Where params or x require a gradient, autograd records the pass as it does any other, which is
+    what second derivatives need. Where you do not want that, as for `nn.Parameter`s, call it under
+    `torch.no_grad()`.
+
     `micro_batch=n` computes the same numbers n examples at a time, in less memory: x and all of
     target are cut along axis 0, and gradients are added up. A mean is that of the whole batch, also
     where `CrossEntropy` ignores other numbers of places in each part. Micro-batch j, from 0, draws

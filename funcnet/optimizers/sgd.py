@@ -30,8 +30,10 @@ class SGD(Elementwise[SGDState]):
 
     `lr` is a number or a function of the number of steps taken, an int that starts at 0 (a
     0-dimensional tensor where it is not known: under torch.func.vmap over states, and under
-    torch.compile). The step is pure and differentiable; `step_` writes into the tensors of params
-    and of the velocities instead, and returns them.
+    torch.compile). The step is pure and differentiable: with params that require a gradient, as
+    `nn.Parameter`s do, each new tree keeps the graph of all steps before it, unless they are taken
+    under `torch.no_grad()`. `step_` writes into the tensors of params and of the velocities
+    instead, and returns them.
 
     Raises ValueError or TypeError for numbers out of range (NaN is), and, before anything is
     changed, for trees that do not match.

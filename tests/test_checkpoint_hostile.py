@@ -324,6 +324,11 @@ def test_forging_nothing_changes_nothing(path: Path, valid: bytes) -> None:
         ('{"class":"Sequential","fields":{"layers":""}}', "another layers back"),
         ('{"class":"Sequential","fields":{"layers":{"dict":[["layers",{"tuple":[]}]]}}}', "back"),
         (
+            '{"class":"Sequential","fields":{"layers":{"dict":[["names",{"tuple":["a"]}],'
+            '["layers",{"tuple":[{"class":"ReLU","fields":{}}]}]]}}}',
+            "another layers back",
+        ),
+        (
             '{"class":"Residual","fields":{"layer":'
             '{"class":"Sequential","fields":{"layers":{"dict":[]}}}}}',
             "layer: expected Sequential to keep its fields as they are",

@@ -40,6 +40,7 @@ _UNSUPPORTED = {
 """The errors by which a file system says that it lacks an operation."""
 
 _ATTEMPTS = 10
+"""The most temporary files to make until one can be locked."""
 
 
 @contextmanager
@@ -85,7 +86,7 @@ def make_folder(folder: str) -> None:
     """Make a folder and those above it, durably, where there are none."""
     missing = []
     path = os.path.abspath(folder)
-    while not os.path.lexists(path):
+    while not os.path.lexists(path) and path not in missing:  # a drive is its own parent
         missing.append(path)
         path = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
@@ -131,7 +132,7 @@ def _mode_to_keep(target: Path) -> int | None:
 
 
 def _head(target: Path) -> str:
-    """The beginning of the names of a file's temporary files: the whole would be too long."""
+    """Return the part of a file's name that its temporary files bear: all of it may be too long."""
     return target.name[:32]
 
 

@@ -115,7 +115,7 @@ class Checkpoints(Hyperparameters):
         return None
 
     def _is_whole(self, path: Path) -> bool:
-        """Whether every bit of a file is right."""
+        """Return whether every bit of a file is right."""
         verified: dict[Path, tuple[_Fingerprint | None, bool]] = self.__dict__.get("_verified", {})
         try:
             fingerprint = _fingerprint(path)
@@ -128,7 +128,7 @@ class Checkpoints(Hyperparameters):
         return whole
 
     def _remember(self, path: Path, fingerprint: _Fingerprint, whole: bool) -> None:
-        """Remember, outside ==, hash, repr and pickle, whether a file was whole."""
+        """Remember, outside of ==, hash, repr and pickle, whether a file was whole."""
         # A file that was written a moment ago may change once more at the same time of its clock.
         if time.time_ns() - fingerprint.modified > _TICK:
             self.__dict__.setdefault("_verified", {})[path] = (fingerprint, whole)
@@ -151,7 +151,7 @@ def _read(path: Path, device: torch.device | str | None) -> tuple[Node, dict[str
 
 
 class _Fingerprint(NamedTuple):
-    """What the file system says of a file, which changes when the file does."""
+    """Numbers that the file system changes when a file changes."""
 
     device: int
     number: int
@@ -171,7 +171,7 @@ def _fingerprint(path: Path) -> _Fingerprint:
 
 
 def _matches_its_checksums(path: Path) -> bool:
-    """Whether every bit of a file is right. Raises OSError if it cannot be read."""
+    """Return whether every bit of a file is right. Raises OSError if it cannot be read."""
     try:
         with _opened(path) as (file, header):
             for _ in read_data(file, header, mapped=True):

@@ -281,7 +281,7 @@ def _opened(path: _Path) -> Iterator[tuple[BinaryIO, Header]]:
         error.args = (f"{os.fsdecode(path)}: {error}",)
         raise
     except OSError as error:
-        if error.filename is not None:
+        if error.filename is not None or error.errno is None:
             raise
         # Reading fails without naming the file. The number chooses the subclass of OSError.
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error

@@ -42,6 +42,7 @@ class Upsample2d(Layer):
     Raises ValueError or TypeError for x that is not a batch of images.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.Upsample.html
 
+    >>> import torch
     >>> Upsample2d(2).apply((), torch.tensor([[[[1.0, 2.0]]]]))
     tensor([[[[1., 1., 2., 2.],
               [1., 1., 2., 2.]]]])
@@ -96,6 +97,7 @@ class UpsampleConv2d(Kernels):
     checkerboard artifacts", Distill, 2016.
 
     >>> import funcnet as fn
+    >>> import torch
     >>> layer = fn.UpsampleConv2d(3)
     >>> params = layer.init(fn.key(0), (8, 16, 16))
     >>> layer.apply(params, torch.zeros(2, 8, 16, 16)).shape

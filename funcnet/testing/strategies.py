@@ -390,7 +390,8 @@ def loss_cases(
     rank = LOSSES[type(loss)].rank if type(loss) in LOSSES else 0
     shape = draw(st.lists(st.integers(0, 4), min_size=rank, max_size=4))
     if rank:
-        shape[1] = max(shape[1], 1)  # at least one class
+        ignores_the_first = getattr(loss, "ignore_index", None) == 0
+        shape[1] = max(shape[1], 2 if ignores_the_first else 1)  # at least one class that counts
     x = draw(tensors(shape, draw(_any_dtypes() if dtypes is None else dtypes), device, layouts))
     return FittingLossCase(loss, x, draw(targets(loss, x, layouts)))
 

@@ -32,6 +32,7 @@ from funcnet.testing.check.tolerances import (
 _LEVELS = 9
 _FINEST = 2.0**-17
 _EPSILON = torch.finfo(torch.float64).eps
+_TINY = torch.finfo(torch.float64).tiny
 _KEPT = 2**22  # entries of y that a line keeps
 
 
@@ -142,7 +143,8 @@ class Line:
 
     def rounding(self, h: float) -> float:
         """The error that y's rounding makes in `central`."""
-        return CENTRAL_ROUNDING * float((self.case.grad * self._blur).norm()) / (h * self.length)
+        noise = float((self.case.grad * self._blur).norm()) + _TINY  # where squares underflow
+        return CENTRAL_ROUNDING * noise / (h * self.length)
 
     def jump(self, h: float) -> float:
         """Σ |grad| · |jump of the slope|, over kinks within h."""

@@ -69,8 +69,8 @@ def test_traced_for_any_batch(layer, shape):
 @pytest.mark.parametrize("function", ["apply", "vjp"])
 def test_compiled_at_most_twice(function):
     """Once for a batch of 1, and once for all larger ones."""
-    layer, count = fn.UpsampleConv2d(4), 0
-    params = layer.init(fn.key(0), (2, 4, 4))
+    layer, count, double = fn.UpsampleConv2d(4), 0, torch.float64
+    params = layer.init(fn.key(0), (2, 4, 4), dtype=double)
 
     def backend(graph, inputs):
         nonlocal count
@@ -80,11 +80,11 @@ def test_compiled_at_most_twice(function):
     torch._dynamo.reset()
     compiled = torch.compile(getattr(layer, function), fullgraph=True, backend=backend)
     for batch in range(1, 9):
-        arguments = [fn.normal(fn.key(batch), (batch, 2, 4, 4))]
+        arguments = [fn.normal(fn.key(batch), (batch, 2, 4, 4), dtype=double)]
         if function == "vjp":
-            arguments.append(fn.normal(fn.key(0), (batch, 4, 8, 8)))
+            arguments.append(fn.normal(fn.key(0), (batch, 4, 8, 8), dtype=double))
         expected = getattr(layer, function)(params, *arguments)
-        close(compiled(params, *arguments), expected, rtol=1e-5, atol=1e-5)
+        close(compiled(params, *arguments), expected, rtol=1e-10, atol=1e-10)
     assert count <= 2
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import optree
 import torch
@@ -14,6 +14,8 @@ from funcnet.keys import Key
 from funcnet.layer import Layer, Tree
 from funcnet.losses import Loss
 from funcnet.testing.errors import GradientMismatch
+
+_Result = TypeVar("_Result")
 
 Leaves = list[Tensor]
 """The leaves of params, then those of x; or their gradients, in that order."""
@@ -140,11 +142,6 @@ class Case:
         )
         return dparams, dx
 
-    def out_shape(self) -> tuple[int, ...]:
-        """The shape that y should have."""
-        of_one = optree.tree_map(lambda leaf: tuple(leaf.shape[1:]), self.x)
-        return (*optree.tree_leaves(self.x)[0].shape[:1], *self.layer.out_shape(of_one))
-
 
 def _has_floats(tree: Tree) -> bool:
     return any(leaf.is_floating_point() for leaf in optree.tree_leaves(tree))
@@ -205,9 +202,6 @@ class LossCase(Case):
     def vjp(self, **need: bool) -> Any:
         return (), self.layer.vjp(self.x, self.target, self.grad)
 
-    def out_shape(self) -> tuple[int, ...]:
-        return ()
-
 
 def make_case(
     layer: Layer | Loss, params: Any, x: Any, grad: Tensor | float | None, key: Key | None
@@ -229,6 +223,14 @@ def make_case(
         like = next((leaf for leaf in leaves if leaf.is_floating_point()), y)
         grad = signed(y.shape, seed=1).to(like)
     return Case(layer, params, x, torch.as_tensor(grad, device=leaves[0].device).detach(), key)
+
+
+def tried(call: Callable[[], _Result]) -> _Result | None:
+    """Return `call()`, None where the layer refuses: it may be undefined beside x."""
+    try:
+        return call()
+    except Exception:  # a layer may refuse its input by any exception
+        return None
 
 
 def kind_of(value: Any) -> str:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from funcnet.keys import fold_in
 from funcnet.keys import key as make_key
-from funcnet.testing.check.case import Case
+from funcnet.testing.check.case import Case, tried
 from funcnet.testing.errors import GradientMismatch
 from funcnet.testing.layouts import same
 
@@ -46,9 +45,6 @@ def _is_masked(y: Tensor, without: Tensor) -> bool:
 
 def _y(case: Case) -> Tensor | None:
     """y, None where the layer refuses: some need a key, and some know of none."""
-    try:
-        y = case.apply()
-    except Exception:  # a layer may refuse its input by any exception
-        return None
-    shaped = isinstance(y, torch.Tensor) and y.shape == case.grad.shape
+    y = tried(case.apply)
+    shaped = isinstance(y, Tensor) and y.shape == case.grad.shape
     return y if shaped else None

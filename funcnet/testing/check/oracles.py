@@ -19,7 +19,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from funcnet.testing.check.case import Case, Leaves
+from funcnet.testing.check.case import Case, Leaves, tried
 from funcnet.testing.check.tolerances import (
     AFFINE,
     CENTRAL_ROUNDING,
@@ -132,10 +132,8 @@ class Line:
 
     def _apply(self, leaves: Leaves) -> Tensor:
         """y, or NaN where the layer raises: it may be defined on one side only."""
-        try:
-            return self.case.at(leaves).apply()
-        except Exception:  # a layer may refuse its input by any exception
-            return torch.full_like(self.y(0.0), math.nan)
+        y = tried(self.case.at(leaves).apply)
+        return torch.full_like(self.y(0.0), math.nan) if y is None else y
 
     def central(self, h: float) -> float:
         """(φ(h) − φ(−h)) / 2h."""
@@ -186,10 +184,8 @@ class Line:
         """y where every entry that moves is NaN."""
         pairs = zip(self.case.leaves, self.direction, strict=True)
         leaves = [leaf if v is None else leaf.masked_fill(v != 0, math.nan) for leaf, v in pairs]
-        try:
-            return self.case.at(leaves).apply()
-        except Exception:  # a layer may refuse NaN by any exception
-            return self.y(0.0)
+        y = tried(self.case.at(leaves).apply)
+        return self.y(0.0) if y is None else y
 
 
 def slope(line: Line) -> Slope:

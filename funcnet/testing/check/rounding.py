@@ -11,16 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import optree
 import torch
 from torch import Tensor
 
-from funcnet.testing.check.case import Case, Leaves, scale_of, signed
+from funcnet.testing.check.case import Case, Leaves, scale_of, signed, tried
 from funcnet.testing.check.tolerances import KINKED, LEAF_SHARE, SAFETY, SMALLEST, TAIL
-
-_Result = TypeVar("_Result")
 
 TRIALS = 12
 """Trials that show both sides of a kink within rounding."""
@@ -31,7 +29,7 @@ def value_moves(case: Case, epsilon: float, trials: int = 2) -> Tensor:
     y = case.apply()
     moves = torch.zeros_like(y)
     for trial in range(trials):
-        there = _tried(_nudge(case, epsilon, trial).apply)
+        there = tried(_nudge(case, epsilon, trial).apply)
         if there is not None:
             moves = torch.maximum(moves, _distance(there, y))
     return torch.maximum(moves, epsilon * _finite(y).abs())
@@ -46,7 +44,7 @@ def value_noise(case: Case, epsilon: float, trials: int = 2) -> Tensor:
     y = case.apply()
     largest = _finite(y).abs()
     for there in _nearer_to_zero(case):
-        found = _tried(there.apply)
+        found = tried(there.apply)
         if found is not None:
             largest = torch.maximum(largest, _finite(found).abs())
     noise = torch.maximum(value_moves(case, epsilon, trials), TAIL * epsilon * largest)
@@ -64,7 +62,7 @@ def gradient_tails(case: Case) -> Leaves:
     """The largest size of each entry of the gradients nearer to 0."""
     largest = [_finite(gradient).abs() for gradient in case.gradients()]
     for there in _nearer_to_zero(case):
-        for size, gradient in zip(largest, _tried(there.gradients) or (), strict=False):
+        for size, gradient in zip(largest, tried(there.gradients) or (), strict=False):
             torch.maximum(size, _finite(gradient).abs(), out=size)
     return largest
 
@@ -91,7 +89,7 @@ def gradient_moves(
     moves = [torch.zeros(leaf.shape, dtype=case.dtype, device=leaf.device) for leaf in case.leaves]
     for trial in range(trials):
         kept = _nudge_tree(residuals, epsilon, 1000 + trial)
-        found = _tried(partial(results, _nudge(case, epsilon, trial), kept))
+        found = tried(partial(results, _nudge(case, epsilon, trial), kept))
         for i, leaf in enumerate(found or ()):
             move = moves[i % len(moves)]
             torch.maximum(move, _distance(leaf, still[i]), out=move)
@@ -108,14 +106,6 @@ def is_extreme(case: Case) -> bool:
         ):
             return True
     return False
-
-
-def _tried(call: Callable[[], _Result]) -> _Result | None:
-    """Return `call()`, None where the layer refuses: it may be undefined beside x."""
-    try:
-        return call()
-    except Exception:  # a layer may refuse its input by any exception
-        return None
 
 
 def allowance(moves: Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,7 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from funcnet.testing.check.case import Case, Leaves, scale_of, signed
+from funcnet.testing.check.case import Case, Leaves, scale_of, signed, tried
 from funcnet.testing.check.comparison import Errors, excess, largest_error, unravel
 from funcnet.testing.check.oracles import Line, Slope, autograd_gradients, slope, taylor_slope
 from funcnet.testing.check.rounding import (
@@ -106,12 +106,10 @@ def moved(case: Case) -> Case:
 
     for step, zeros in ((0.02, 0.02), (0.02, 0.0), (0.001, 0.0)):
         there = case.at([beside(leaf, 7 + i, step, zeros) for i, leaf in enumerate(case.leaves)])
-        try:
-            if not still or there.apply().isfinite().all():
-                there.vjp()
-                return there
-        except Exception:  # a layer may refuse its input by any exception
-            continue
+        y = tried(there.apply)
+        defined = y is not None and bool(not still or y.isfinite().all())
+        if defined and tried(there.vjp) is not None:
+            return there
     return case
 
 
@@ -121,6 +119,13 @@ def _without_kinks(floor: Tensor) -> Tensor:
 
 def _movable(leaf: Tensor) -> bool:
     return leaf.is_floating_point() and bool(leaf.isfinite().all())
+
+
+def _direction(leaf: Tensor, seed: int, relative: bool) -> Tensor:
+    """A signed random direction, in units of each entry, whose sign stays, or of the leaf."""
+    scale = torch.full_like(leaf, scale_of(leaf))
+    size = torch.where(leaf == 0, scale, leaf.abs()) if relative else scale
+    return signed(leaf.shape, seed).to(leaf) * size.clamp(min=_SHORTEST)
 
 
 class _Search:
@@ -229,8 +234,7 @@ class _Search:
         for trial in range(2):
             directions: list[Tensor | None] = [None] * len(self.case.leaves)
             for i in self.examined:
-                v = self._direction(self.case.leaves[i], 977 * trial + i, relative=not trial)
-                directions[i] = v.masked_fill(self.frozen[i], 0.0)
+                directions[i] = self._direction(i, 977 * trial + i, relative=not trial)
             if (
                 self.examined
                 and self._refuted(directions, record=True, by_taylor=False) is not None
@@ -242,8 +246,7 @@ class _Search:
         for trial, i in itertools.product(range(trials), self.examined):
             if trial and self.budget.is_spent(0, 1):
                 break
-            v = self._direction(self.case.leaves[i], 31 * i + trial, relative=trial != 1)
-            v = v.masked_fill(self.frozen[i], 0.0)
+            v = self._direction(i, 31 * i + trial, relative=trial != 1)
             taylor = self._refuted(self._only(i, v), record=True)
             if taylor is not None and (found := self._halve(i, v, taylor)):
                 return found
@@ -256,8 +259,10 @@ class _Search:
             values, which = torch.unique(leaf, return_inverse=True)
             if len(values) == leaf.numel():
                 continue
-            v = self._direction(values, 57 + i, relative=True)[which] if len(values) > 1 else None
-            v = torch.full_like(leaf, max(scale_of(leaf), _SHORTEST)) if v is None else v
+            if len(values) > 1:
+                v = _direction(values, 57 + i, relative=True)[which]
+            else:
+                v = torch.full_like(leaf, max(scale_of(leaf), _SHORTEST))
             v = v.masked_fill(self.frozen[i], 0.0)
             directions = self._only(i, v)
             taylor = self._refuted(directions, at_ties=True)
@@ -271,11 +276,10 @@ class _Search:
                 )
         return None
 
-    def _direction(self, leaf: Tensor, seed: int, relative: bool) -> Tensor:
-        """A signed random direction, in units of each entry, whose sign stays, or of the leaf."""
-        scale = torch.full_like(leaf, scale_of(leaf))
-        size = torch.where(leaf == 0, scale, leaf.abs()) if relative else scale
-        return signed(leaf.shape, seed).to(leaf) * size.clamp(min=_SHORTEST)
+    def _direction(self, i: int, seed: int, relative: bool) -> Tensor:
+        """A random direction of a leaf, in which what is frozen stays."""
+        v = _direction(self.case.leaves[i], seed, relative)
+        return v.masked_fill(self.frozen[i], 0.0)
 
     def _refuted(
         self,
@@ -297,7 +301,6 @@ class _Search:
         if not math.isfinite(derivative) and self.extreme:
             return None
         numeric = slope(line)
-        taylor = taylor_slope(line, derivative)
         if record and norm > 0 and not numeric.jump and numeric.error <= SCORED * norm:
             error = abs(derivative - numeric.value) / norm
             self.errors.differences = max(self.errors.differences, error)
@@ -308,12 +311,15 @@ class _Search:
             # At a kink, a nudge moves all of an entry, which is no rounding of the sum over others.
             floors = ((_without_kinks(self.floors[i]) * v).norm() for i, v in moving)
             slack += math.hypot(*map(float, floors))
-        if not numeric.refutes(derivative, slack):
-            if record and taylor is not None and not numeric.jump:
-                self.errors.taylor = min(self.errors.taylor, taylor)
+        refuted = numeric.refutes(derivative, slack)
+        if not (refuted or (record and not numeric.jump)):
             return None
-        if not by_taylor:
+        if refuted and not by_taylor:
             return 0.0
+        taylor = taylor_slope(line, derivative)
+        if not refuted:
+            self.errors.taylor = min(self.errors.taylor, math.inf if taylor is None else taylor)
+            return None
         # Away from kinks a wrong derivative shows in Taylor's remainder too.
         return taylor if taylor is not None and taylor < WRONG_POWER else None
 

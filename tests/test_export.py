@@ -2,6 +2,7 @@
 
 import io
 
+import onnxruntime
 import pytest
 import torch
 from hypothesis import settings
@@ -92,8 +93,6 @@ def test_compiled_at_most_twice(function):
 @pytest.mark.parametrize("dynamo", [False, True])
 def test_onnx_for_any_batch(dynamo):
     """The same numbers in onnxruntime."""
-    runtime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
     shape = (3, 8, 8)
     params, x, _ = make(DENOISER, shape, batch=3)
     module, file = Module(DENOISER, params), io.BytesIO()
@@ -101,7 +100,7 @@ def test_onnx_for_any_batch(dynamo):
     if dynamo:
         batch = {"dynamic_shapes": ({0: torch.export.Dim("n", min=2, max=64)},)}
     torch.onnx.export(module, (x,), file, input_names=["x"], dynamo=dynamo, **batch)
-    session = runtime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
     check(
         lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), DENOISER, params, shape
     )

@@ -5,6 +5,7 @@ import pickle
 from collections import OrderedDict
 from dataclasses import dataclass
 
+import onnxruntime
 import optree
 import pytest
 import torch
@@ -487,10 +488,6 @@ def test_torch_fx(net, shape):
     ids=["unet-torchscript", "reader-torchscript", "unet-dynamo"],
 )
 def test_onnx_with_a_dynamic_batch(net, shape, dynamo, tmp_path):
-    pytest.importorskip("onnx")
-    runtime = pytest.importorskip("onnxruntime")
-    if dynamo:
-        pytest.importorskip("onnxscript")
     params, x, others = batches(net, shape)
     path = str(tmp_path / "net.onnx")
     if dynamo:
@@ -501,7 +498,7 @@ def test_onnx_with_a_dynamic_batch(net, shape, dynamo, tmp_path):
     torch.onnx.export(
         module, (x,), path, dynamo=dynamo, input_names=["x"], output_names=["y"], **options
     )
-    session = runtime.InferenceSession(path)
+    session = onnxruntime.InferenceSession(path)
     for other in others:
         y = torch.from_numpy(session.run(None, {"x": other.numpy()})[0])
         torch.testing.assert_close(y, net.apply(params, other), rtol=1e-5, atol=1e-6)

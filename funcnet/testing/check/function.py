@@ -91,6 +91,7 @@ class FunctionCase(Case):
 
     plain: Callable[[Any, Any], Any] | None = None
     chosen: tuple[int, ...] = ()
+    shapes: tuple[torch.Size, ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -142,7 +143,7 @@ class FunctionCase(Case):
         found: list[Tensor | None] = [None] * len(leaves)
         with torch.enable_grad():
             pairs = zip(self.outputs(leaves), grads, strict=True)
-            used = [(y, g) for y, g in pairs if g is not None and y.requires_grad]
+            used = [(y, g.to(y)) for y, g in pairs if g is not None and y.requires_grad]
         if used and asked:
             outputs, parts = zip(*used, strict=True)
             by = torch.autograd.grad(outputs, [leaves[i] for i in asked], parts, allow_unused=True)
@@ -158,10 +159,8 @@ class FunctionCase(Case):
 
     def parts_of(self, grad: Tensor) -> list[Tensor]:
         """The gradient of each output."""
-        with torch.no_grad():
-            outputs = self.outputs()
-        parts = torch.split(grad, [y.numel() for y in outputs])
-        return [part.reshape(y.shape).to(y) for part, y in zip(parts, outputs, strict=True)]
+        parts = torch.split(grad, [shape.numel() for shape in self.shapes])
+        return [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
 
 def _make_case(
@@ -206,12 +205,12 @@ def _make_case(
     chosen = [i for i, y in enumerate(outputs) if isinstance(y, Tensor) and y.requires_grad]
     if not chosen:
         raise GradientMismatch(f"{_name(function)}: expected an output that has a gradient")
-    shapes = [outputs[i].shape for i in chosen]
+    shapes = tuple(outputs[i].shape for i in chosen)
     if grad is None:
         parts = [signed(shape, 1 + i) for i, shape in enumerate(shapes)]
     else:
         parts = optree.tree_leaves(grad)
-        if [part.shape for part in parts] != shapes:
+        if tuple(part.shape for part in parts) != shapes:
             got = [tuple(part.shape) for part in parts]
             raise ValueError(
                 f"check_function: expected grad of the outputs' shapes, "
@@ -219,7 +218,7 @@ def _make_case(
             )
     joined = _joined([part.detach() for part in parts]).to(floats[0])
     follows = None if reference is None else plain
-    return FunctionCase(call, params, x, joined, plain=follows, chosen=tuple(chosen))
+    return FunctionCase(call, params, x, joined, plain=follows, chosen=tuple(chosen), shapes=shapes)
 
 
 def _examine(case: FunctionCase, rtol: float, atol: float, budget: Budget) -> None:

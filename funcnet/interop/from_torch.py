@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from funcnet.checkpoint.memory_format import lay_out_as_init
 from funcnet.checks import as_axis, as_shape, sizes
 from funcnet.combinators import Concat, Loop, Product, Residual, Reversible, Sequential, Sum
 from funcnet.interop import blocks
@@ -80,6 +81,7 @@ def from_torch(module: nn.Module, shape: Sequence[int]) -> tuple[Layer, Tree]:
     problems = [*translator.problems, *_ties(module)]
     if problems:
         raise refusal("from_torch: expected modules that have a twin in funcnet", problems)
+    lay_out_as_init(net, params)
     return net, params
 
 
@@ -194,7 +196,7 @@ def _twin(module: nn.Module, shape: Shape | None) -> Translation:
     layer = build(cls, {name: value for name, value in settings.items() if value is not _UNSAID})
     if isinstance(layer, (MaxPool, AvgPool)) and layer.stride == layer.kernel_size:
         layer = replace(layer, stride=None)
-    return layer, () if shape is None else _learned(layer, layer._params(shape), module) or ()
+    return layer, () if shape is None else _learned(layer._params(shape), module) or ()
 
 
 _UNSAID = object()
@@ -212,19 +214,13 @@ def _setting(module: nn.Module, name: str) -> Any:
     return getattr(module, name, _UNSAID)
 
 
-def _learned(
-    layer: Layer, declared: Mapping[str, Any], module: Any, prefix: str = ""
-) -> dict[str, Any]:
-    """Return copies of the parameters that a layer declares, in the memory format it wants."""
+def _learned(declared: Mapping[str, Any], module: Any) -> dict[str, Any]:
+    """Return copies of the parameters that a layer declares."""
     params: dict[str, Any] = {}
     for name, param in declared.items():
         value = getattr(module, name)
-        if isinstance(param, Mapping):
-            params[name] = _learned(layer, param, value, f"{prefix}{name}.")
-        else:
-            copy = value.detach().clone()
-            layout = layer._layout(prefix + name)
-            params[name] = copy if layout is None else layout(copy)
+        is_branch = isinstance(param, Mapping)
+        params[name] = _learned(param, value) if is_branch else value.detach().clone()
     return params
 
 
@@ -254,7 +250,7 @@ def _norm(module: Any, shape: Shape | None) -> Translation:
         raise ValueError(f"{name}: expected eval mode, got train mode")
     is_instance = isinstance(module, nn.modules.instancenorm._InstanceNorm)
     layer = (InstanceNorm if is_instance else BatchNorm)(module.eps, module.affine)
-    return layer, _learned(layer, layer._params((module.num_features,)), module) or ()
+    return layer, _learned(layer._params((module.num_features,)), module) or ()
 
 
 def _affine(module: Any) -> dict[str, Tensor]:

@@ -137,6 +137,15 @@ def test_the_smallest_and_the_largest_numbers(name, size):
     check_vjp(layer, (), torch.stack([x, -x]), grad=torch.stack([x, x]))
 
 
+def test_what_cancels_whatever_x_is_rounds_all_the_same():
+    """The mean of two centred numbers is 0 at every x, but for rounding."""
+    net = fn.Sequential(fn.LayerNorm(elementwise_affine=False, bias=False), fn.AvgPool2d((1, 2)))
+    for seed in range(20):
+        x = fn.normal(fn.key(seed), (3, 2, 2, 2))
+        check_vjp(net, net.init(fn.key(0), (2, 2, 2)), x)
+        check_vjp(net, net.init(fn.key(0), (2, 2, 2)), torch.sigmoid((3 * x).round()))
+
+
 def test_a_single_subnormal_number():
     check_vjp(fn.ReLU(), (), torch.tensor([5e-324], dtype=torch.float64))
 

@@ -26,13 +26,11 @@ from funcnet.testing.check.comparison import excess, worst
 from funcnet.testing.check.oracles import autograd_gradients
 from funcnet.testing.check.purity import expect_own, expect_unshared, pure, under_two_seeds
 from funcnet.testing.check.rounding import (
-    TRIALS,
     allowance,
     gradient_moves,
-    gradient_noise,
     is_extreme,
+    noise_in,
     value_moves,
-    value_noise,
 )
 from funcnet.testing.check.tolerances import OVERFLOW, SAME_DTYPE
 from funcnet.testing.errors import GradientMismatch
@@ -425,11 +423,13 @@ def expect_close(
     epsilon, limit = info.eps, OVERFLOW * info.max
     names = [""] if of_value else [f" for {name}" for name in case.names]
     # Rounding may carry an entry across a kink, or be all of it in a tail: more trials show that.
-    for by_value, by_gradient in (
-        (partial(value_moves, trials=1), partial(gradient_moves, trials=1)),
-        (partial(value_noise, trials=TRIALS), partial(gradient_noise, trials=TRIALS)),
-    ):
-        moves = [by_value(double, epsilon)] if of_value else by_gradient(double, epsilon)
+    for thorough in (False, True):
+        if thorough:
+            moves = noise_in(case, double, of_value)
+        elif of_value:
+            moves = [value_moves(double, epsilon, 1)]
+        else:
+            moves = gradient_moves(double, epsilon, 1)
         for name, a, b, move in zip(names, got, want, moves, strict=False):
             a, b = a.double(), b.double()
             allowed = allowance(move, dtype).to(b) + SAME_DTYPE * epsilon * b.abs()

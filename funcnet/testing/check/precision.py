@@ -14,8 +14,8 @@ from funcnet.testing.check.rounding import (
     TRIALS,
     allowance,
     gradient_moves,
-    gradient_noise,
     is_extreme,
+    noise_in,
     value_moves,
     value_noise,
 )
@@ -40,7 +40,7 @@ def check_precision(case: Case, double: Case, errors: Errors) -> None:
     epsilon = torch.finfo(case.dtype).eps
     y, exact = case.apply(), double.apply()
     if _off(y, exact, value_moves(double, epsilon, 1)) is not None:
-        blur = value_noise(double, epsilon, TRIALS)
+        (blur,) = noise_in(case, double, of_value=True)
         if case.key is not None and _off(y, exact, blur) is not None:
             check_own_dtype(case)  # a layer may draw other numbers from the key in another dtype
             return
@@ -49,7 +49,7 @@ def check_precision(case: Case, double: Case, errors: Errors) -> None:
     moves = gradient_moves(double, epsilon, 2)
     noise = moves
     if any(_is_off(a, b, move) for (a, b), move in zip(compared, moves, strict=True)):
-        moves, noise = (gradient_noise(double, epsilon, trials) for trials in (2, TRIALS))
+        moves, noise = (noise_in(case, double, False, trials) for trials in (2, TRIALS))
     for name, (a, b), move, most in zip(case.names, compared, moves, noise, strict=True):
         expect_exact(f"the gradient for {name}", a, b, most)
         factor = _wrong_factor(a, b, move)

@@ -58,6 +58,21 @@ def gradient_noise(case: Case, epsilon: float, trials: int) -> Leaves:
     return [torch.maximum(move, TAIL * epsilon * tail) for move, tail in pairs]
 
 
+def noise_in(case: Case, double: Case, of_value: bool, trials: int = TRIALS) -> Leaves:
+    """The rounding of y, or of the gradients, in the dtype of a case; `double` is it in float64.
+
+    What cancels whatever the inputs are, as the mean of what was centred, stands still in float64.
+    In the dtype itself a nudge makes it round in other ways.
+    """
+    epsilon = torch.finfo(case.dtype).eps
+    if of_value:
+        exact, own = [value_noise(double, epsilon, trials)], [value_moves(case, epsilon, trials)]
+    else:
+        exact = gradient_noise(double, epsilon, trials)
+        own = gradient_moves(case, epsilon, trials)
+    return [torch.maximum(a, b.to(a)) for a, b in zip(exact, own, strict=True)]
+
+
 def gradient_tails(case: Case) -> Leaves:
     """The largest size of each entry of the gradients nearer to 0."""
     largest = [_finite(gradient).abs() for gradient in case.gradients()]

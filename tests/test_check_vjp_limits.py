@@ -144,6 +144,8 @@ def test_what_cancels_whatever_x_is_rounds_all_the_same():
         x = fn.normal(fn.key(seed), (3, 2, 2, 2))
         check_vjp(net, net.init(fn.key(0), (2, 2, 2)), x)
         check_vjp(net, net.init(fn.key(0), (2, 2, 2)), torch.sigmoid((3 * x).round()))
+    net = fn.Sequential(fn.Softmax(1), fn.Softplus(), fn.InstanceNorm(affine=True))
+    check_vjp(net, net.init(fn.key(0), (1, 1, 2)), torch.tensor([[[[1.0, 0.0]]]]))
 
 
 def test_a_single_subnormal_number():

@@ -16,6 +16,7 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcnet.testing.check.case import Case, Leaves, scale_of, signed, tried
 from funcnet.testing.check.tolerances import KINKED, LEAF_SHARE, SAFETY, SMALLEST, TAIL
@@ -61,16 +62,43 @@ def gradient_noise(case: Case, epsilon: float, trials: int) -> Leaves:
 def noise_in(case: Case, double: Case, of_value: bool, trials: int = TRIALS) -> Leaves:
     """The rounding of y, or of the gradients, in the dtype of a case; `double` is it in float64.
 
-    What cancels whatever the inputs are, as the mean of what was centred, stands still in float64.
-    In the dtype itself a nudge makes it round in other ways.
+    What cancels whatever the inputs are, as the mean of what was centred, stands still when these
+    are nudged in float64. So the results of all operations on the way are nudged as well, and in
+    the dtype itself, in which a kernel's own sums then round in other ways.
     """
     epsilon = torch.finfo(case.dtype).eps
+
+    def results(there: Case) -> Leaves:
+        return [there.apply()] if of_value else there.gradients()
+
     if of_value:
-        exact, own = [value_noise(double, epsilon, trials)], [value_moves(case, epsilon, trials)]
+        noise = [value_noise(double, epsilon, trials)]
     else:
-        exact = gradient_noise(double, epsilon, trials)
-        own = gradient_moves(case, epsilon, trials)
-    return [torch.maximum(a, b.to(a)) for a, b in zip(exact, own, strict=True)]
+        noise = gradient_noise(double, epsilon, trials)
+    still = results(case)
+    for seed in range(trials):
+        with _Rounding(epsilon, seed):
+            found = tried(partial(results, _nudge(case, epsilon, seed)))
+        for i, leaf in enumerate(found or ()):
+            noise[i] = torch.maximum(noise[i], _distance(leaf, still[i]).to(noise[i]))
+    return noise
+
+
+class _Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Moves the result of every operation of torch by about a relative `epsilon`."""
+
+    def __init__(self, epsilon: float, seed: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.epsilon, self.seed = epsilon, 10_000 * seed
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if any(returned.alias_info is not None for returned in func._schema.returns):
+            return result  # a view, or memory that somebody else has
+        self.seed += 1
+        return optree.tree_map(lambda x: _nudged(x, self.epsilon, self.seed), result)
 
 
 def gradient_tails(case: Case) -> Leaves:

@@ -47,11 +47,11 @@ def check_precision(case: Case, double: Case, errors: Errors) -> None:
         expect_exact("y", y, exact, blur)
     compared = list(zip(case.gradients(), double.gradients(), strict=True))
     moves = gradient_moves(double, epsilon, 2)
-    noise = moves
     if any(_is_off(a, b, move) for (a, b), move in zip(compared, moves, strict=True)):
-        moves, noise = (noise_in(case, double, False, trials) for trials in (2, TRIALS))
-    for name, (a, b), move, most in zip(case.names, compared, moves, noise, strict=True):
-        expect_exact(f"the gradient for {name}", a, b, most)
+        # Two moves of a single entry may both be small by chance.
+        moves = noise_in(case, double, False)
+    for name, (a, b), move in zip(case.names, compared, moves, strict=True):
+        expect_exact(f"the gradient for {name}", a, b, move)
         factor = _wrong_factor(a, b, move)
         if factor is not None and not _is_autograds(case, name, factor, b):
             raise GradientMismatch(

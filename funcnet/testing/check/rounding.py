@@ -59,7 +59,7 @@ def gradient_noise(case: Case, epsilon: float, trials: int) -> Leaves:
     return [torch.maximum(move, TAIL * epsilon * tail) for move, tail in pairs]
 
 
-def noise_in(case: Case, double: Case, of_value: bool, trials: int = TRIALS) -> Leaves:
+def noise_in(case: Case, double: Case, of_value: bool) -> Leaves:
     """The rounding of y, or of the gradients, in the dtype of a case; `double` is it in float64.
 
     What cancels whatever the inputs are, as the mean of what was centred, stands still when these
@@ -72,11 +72,11 @@ def noise_in(case: Case, double: Case, of_value: bool, trials: int = TRIALS) -> 
         return [there.apply()] if of_value else there.gradients()
 
     if of_value:
-        noise = [value_noise(double, epsilon, trials)]
+        noise = [value_noise(double, epsilon, TRIALS)]
     else:
-        noise = gradient_noise(double, epsilon, trials)
+        noise = gradient_noise(double, epsilon, TRIALS)
     still = results(case)
-    for seed in range(trials):
+    for seed in range(TRIALS):
         with _Rounding(epsilon, seed):
             found = tried(partial(results, _nudge(case, epsilon, seed)))
         for i, leaf in enumerate(found or ()):

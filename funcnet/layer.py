@@ -39,6 +39,7 @@ of x, as `flatten` does, it has to be cloned.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -63,6 +64,8 @@ Tree: TypeAlias = Any
 Shape: TypeAlias = tuple[int, ...]
 
 Joins: TypeAlias = Literal["apart", "stacked", "added", "zeros"]
+Part: TypeAlias = tuple[slice, ...]
+"""A part of an image, as a slice for each axis behind the channels."""
 Layout: TypeAlias = Callable[[Tensor], Tensor]
 """A function that returns a tensor with the same values in another memory format."""
 
@@ -158,6 +161,14 @@ class Layer(Hyperparameters):
         layer need not write it: then examples go through `_bwd` one by one.
         """
         raise NotImplementedError
+
+    def _tile(self, shape: Shape, part: Part) -> tuple[Part, Layer] | None:
+        """(source, layer): a part of y is what `layer` makes of a part of x, its source.
+
+        `shape` is that of one example of x. None where the part may depend on all of x.
+        `combinators/tiling.py` works through large images so.
+        """
+        return None
 
     # --- What callers call
 
@@ -529,6 +540,23 @@ def _owner(cls: type, name: str) -> type:
 def asks(layer: Layer, params: Tree, need: Need) -> bool:
     """Whether a layer has anything to compute in a backward pass."""
     return need.input or (need.params and layer._learns(params))
+
+
+def tile_of(layer: Layer, shape: Shape, part: Part) -> tuple[Part, Layer] | None:
+    """`_tile` of a layer that has not changed what it says of."""
+    return layer._tile(shape, part) if writes(layer, "_tile") else None
+
+
+def same_part(layer: Layer, shape: Shape, part: Part) -> tuple[Part, Layer] | None:
+    """`_tile` of a layer whose y at a pixel depends on x at that pixel alone."""
+    return part, layer
+
+
+def with_window(layer: Layer, window: Any) -> Any:
+    """The same layer that slides another window."""
+    other = copy.copy(layer)
+    object.__setattr__(other, "_window", window)
+    return other
 
 
 def zeros_like(params: Tree) -> Tree:

@@ -9,9 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from funcnet.checks import name_of
+from funcnet.combinators.cropped import Cropped, union, within
 from funcnet.combinators.several import Several, key_of
 from funcnet.keys import Key
 from funcnet.layer import (
+    Layer,
+    Part,
     Shape,
     Spec,
     Tree,
@@ -21,6 +24,7 @@ from funcnet.layer import (
     run_apply,
     run_bwd,
     run_fwd,
+    tile_of,
     zeros_like,
 )
 from funcnet.ops.inplace import add_over
@@ -79,6 +83,18 @@ class Branches(Several):
                 f"got {', '.join(sorted(map(str, dtypes)))}"
             )
         return specs[0]._replace(shape=self._joined_shape([spec.shape for spec in specs]))
+
+    def _tile(self, shape: Shape, part: Part) -> tuple[Part, Layer] | None:
+        shapes = [layer.out_shape(shape) for layer in self.layers]
+        if len({own[1:] for own in (*shapes, self._joined_shape(shapes))}) > 1:
+            return None  # the parts of y₀, y₁, … lie elsewhere
+        found = [tile_of(layer, shape, part) for layer in self.layers]
+        tiles = [tile for tile in found if tile is not None]
+        if len(tiles) < len(found):
+            return None
+        source = union(own for own, _ in tiles)
+        layers = tuple(Cropped(layer, within(own, source)) for own, layer in tiles)
+        return source, self._with(layers, self.names)
 
     def _apply(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
         ys = []

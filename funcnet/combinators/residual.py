@@ -7,9 +7,20 @@ from typing import Any
 
 from torch import Tensor
 
+from funcnet.combinators.cropped import Cropped, cropped, union, within
 from funcnet.combinators.wrapper import SameShape
 from funcnet.keys import Key
-from funcnet.layer import Tree, is_fresh, run_apply, run_bwd, run_fwd
+from funcnet.layer import (
+    Layer,
+    Part,
+    Shape,
+    Tree,
+    is_fresh,
+    run_apply,
+    run_bwd,
+    run_fwd,
+    tile_of,
+)
 from funcnet.ops.inplace import add_over
 from funcnet.ops.need import Need
 
@@ -33,6 +44,14 @@ class Residual(SameShape):
     _fresh = True
     _joins = "apart"
 
+    def _tile(self, shape: Shape, part: Part) -> tuple[Part, Layer] | None:
+        found = tile_of(self.layer, shape, part)
+        if found is None:
+            return None
+        source = union([found[0], part])
+        layer = Cropped(found[1], within(found[0], source))
+        return source, _Tile(layer, within(part, source))
+
     def _apply(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
         return self._sum(run_apply(self.layer, params, x, key), x)
 
@@ -47,3 +66,13 @@ class Residual(SameShape):
     def _sum(self, made: Tensor, given: Tensor) -> Tensor:
         """The sum of what f has made and what was handed in."""
         return add_over(made, given) if is_fresh(self.layer) else made + given
+
+
+@dataclass(frozen=True)
+class _Tile(Residual):
+    """A part of a connection, which is added up where it lies in the part that f sees."""
+
+    part: Part
+
+    def _apply(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
+        return self._sum(run_apply(self.layer, params, x, key), cropped(x, self.part))

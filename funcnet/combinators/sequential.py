@@ -9,9 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from funcnet.checks import name_of
+from funcnet.combinators import tiling
 from funcnet.combinators.several import Several
 from funcnet.keys import Key, fold_in
 from funcnet.layer import (
+    Layer,
+    Part,
     Shape,
     Spec,
     Tree,
@@ -20,6 +23,7 @@ from funcnet.layer import (
     is_private,
     run_apply,
     run_bwd,
+    tile_of,
     zeros_like,
 )
 from funcnet.ops.inplace import is_eager
@@ -98,7 +102,22 @@ class Sequential(Several):
                 x = check(self.layers[at.i], params[at.i], x)
         return x
 
+    def _tile(self, shape: Shape, part: Part) -> tuple[Part, Sequential] | None:
+        tiles: list[Layer] = []
+        for layer, own in reversed([*zip(self.layers, self._child_shapes(shape), strict=True)]):
+            found = tile_of(layer, own, part)
+            if found is None:
+                return None
+            part, tile = found
+            tiles.insert(0, tile)
+        fields: Any = {"layers": tuple(tiles), "names": self.names}
+        return part, _Tile(**fields)
+
     def _apply(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
+        y = tiling.apply(self, params, x) if tiling.is_large(x) else None
+        return self._run(params, x, key) if y is None else y
+
+    def _run(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
         """y; no residual outlives its layer."""
         in_place, params = is_eager(), self._child_params(params)
         layer: Any
@@ -178,3 +197,11 @@ class Sequential(Several):
             return repr(self)
         name, last = self._children()[-1]
         return f"{name if self.names else f'layer {name}'}: {last._describe_last()}"
+
+
+@dataclass(frozen=True, init=False)
+class _Tile(Sequential):
+    """A part of a composition, small enough."""
+
+    def _apply(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
+        return self._run(params, x, key)

@@ -19,7 +19,7 @@ from funcnet.checks import as_axis, name_of
 from funcnet.fields import Axis, Finite, NonZero, OneOf, Size
 from funcnet.initializers import Constant, InitializerOrNone
 from funcnet.keys import Key
-from funcnet.layer import Layer, Param, Shape
+from funcnet.layer import Layer, Param, Shape, same_part
 from funcnet.ops.inplace import is_eager, is_untracked
 from funcnet.ops.need import Need
 from funcnet.ops.products import over_positions
@@ -50,6 +50,7 @@ class Activation(Layer):
     """y = σ(x). It keeps x for the slope."""
 
     _fresh = True
+    _tile = same_part
 
     @property
     def _keeps_y(self) -> bool:
@@ -276,6 +277,8 @@ class AlongAxis(Activation):
     """An activation along an axis of x other than the batch. It keeps y."""
 
     dim: Axis
+
+    _tile = Layer._tile
 
     _keeps_y = True
     _fresh = False
@@ -568,6 +571,7 @@ class PReLU(Layer):
     weight_init: InitializerOrNone = None
 
     _fresh = True
+    _tile = same_part
 
     def _params(self, shape: Shape) -> dict[str, Param]:
         return {"weight": Param((self.num_parameters,), self.weight_init or Constant(0.25))}

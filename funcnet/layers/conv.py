@@ -28,8 +28,8 @@ from funcnet.checks import name_of
 from funcnet.fields import Flag, OneOf, Padding, Size, Sizes
 from funcnet.initializers import Initializer, InitializerOrNone, Uniform
 from funcnet.keys import Key
-from funcnet.layer import Layer, Layout, Param, Shape, dx_alone
-from funcnet.ops import convolution, kernel_products
+from funcnet.layer import Layer, Layout, Param, Part, Shape, dx_alone, with_window
+from funcnet.ops import convolution, kernel_products, tiles
 from funcnet.ops.need import Need
 from funcnet.ops.products import Each, Products, over_positions
 from funcnet.ops.window import Ints, Window, padding_sides
@@ -96,6 +96,12 @@ class Convolution(Kernels):
         channels, *size = shape
         check_channels(self, channels, self.groups)
         return self.out_channels, *count_windows(self, self._window, size)
+
+    def _tile(self, shape: Shape, part: Part) -> tuple[Part, Layer] | None:
+        if self.method != "auto":
+            return None
+        source, window = tiles.behind(part, shape[1:], self._window)
+        return source, with_window(self, window)
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor]:
         weight, bias = params["weight"], params.get("bias")

@@ -34,7 +34,7 @@ from funcnet.checks import name_of
 from funcnet.fields import Flag, NonNegative, Number, Size
 from funcnet.initializers import Ones, Zeros
 from funcnet.keys import Key
-from funcnet.layer import Layer, Param, Shape, Spec, dx_alone
+from funcnet.layer import Layer, Param, Shape, Spec, dx_alone, same_part
 from funcnet.ops import normalization
 from funcnet.ops.need import Need
 from funcnet.ops.products import over_positions, rows
@@ -354,6 +354,7 @@ class ChannelAffine(Layer):
 
     _axes = _CHANNELS
     _fresh = True
+    _tile = same_part
 
     def _params(self, shape: Shape) -> dict[str, Param]:
         return _weight_and_bias(shape[:1])

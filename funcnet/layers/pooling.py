@@ -26,9 +26,9 @@ from torch import Tensor
 from funcnet.checks import name_of
 from funcnet.fields import Flag, Margins, Sizes, SizesOrNone, SizesWithNone
 from funcnet.keys import Key
-from funcnet.layer import Layer, Shape
+from funcnet.layer import Layer, Part, Shape
 from funcnet.layers.conv import check_size
-from funcnet.ops import pooling
+from funcnet.ops import pooling, tiles
 from funcnet.ops.need import Need
 from funcnet.ops.window import Ints, Window, padding_sides
 
@@ -59,6 +59,9 @@ class MaxPool(Layer):
                 f"where the taps of some windows are all in the padding"
             )
         return channels, *count
+
+    def _tile(self, shape: Shape, part: Part) -> tuple[Part, Layer] | None:
+        return _tile_of_windows(self, shape, part)
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
         y, indices = pooling.maximum(x, self._window, self.ceil_mode)
@@ -147,6 +150,9 @@ class AvgPool(Layer):
     def _out_shape(self, shape: Shape) -> Shape:
         channels, *size = shape
         return channels, *_count_windows(self, self._window, channels, tuple(size), self.ceil_mode)
+
+    def _tile(self, shape: Shape, part: Part) -> tuple[Part, Layer] | None:
+        return _tile_of_windows(self, shape, part)
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor]:
         y = pooling.average(x, self._window, self.ceil_mode, self.count_include_pad)
@@ -378,6 +384,14 @@ def _window_of(layer: Any, dilation: Any) -> Window:
         )
     stride = layer.stride or kernel_size
     return Window(kernel_size, stride, padding_sides(padding, kernel_size), dilation)
+
+
+def _tile_of_windows(layer: Any, shape: Shape, part: Part) -> tuple[Part, Layer] | None:
+    """`_tile` where every window lies in x."""
+    window: Window = layer._window
+    if layer.ceil_mode or any(map(any, window.sides)):
+        return None
+    return tiles.behind(part, shape[1:], window)[0], layer
 
 
 def _count_windows(

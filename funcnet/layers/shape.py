@@ -16,7 +16,7 @@ from torch import Tensor
 from funcnet.checks import as_axis, name_of
 from funcnet.fields import Axis, Index, Several
 from funcnet.keys import Key
-from funcnet.layer import Layer, Shape
+from funcnet.layer import Layer, Shape, same_part
 from funcnet.ops.inplace import is_eager
 from funcnet.ops.need import Need
 
@@ -93,6 +93,8 @@ class Identity(Rearranged):
     >>> Identity().apply((), torch.tensor([1.0, 2.0]))
     tensor([1., 2.])
     """
+
+    _tile = same_part
 
     def _view(self, x: Tensor) -> Tensor:
         return x

@@ -122,8 +122,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> 
         x, weight = _with_second_channel(x), _with_second_channel(weight)
     conv = _CONVOLUTIONS[x.ndim]
     if not window.is_even:
-        x = _pad_odd(x, window)
-    stride, padding, dilation, groups = window.stride, window.before, window.dilation, window.groups
+        x = pad(x, _uneven_sides(window))
+    stride, padding, dilation, groups = window.stride, window.both, window.dilation, window.groups
     if not window.is_dilated and not (_is_narrow(x) and (window.is_strided or x.ndim == 5)):
         return conv(x, _canonical(weight), bias, stride, padding, dilation, groups)
     # oneDNN 3.x has been seen to crash where dilated windows see nothing but padding: on a bias,
@@ -139,19 +139,19 @@ def gradients(
     x: Tensor, weight: Tensor, grad: Tensor, window: Window, need: Need
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dx), None where it is not needed."""
-    padded = x if window.is_even else _pad_odd(x, window)
+    padded = x if window.is_even else pad(x, _uneven_sides(window))
     dweight, dx = kernel_gradients(
         padded,
         weight,
         grad,
         need,
         window.stride,
-        window.before,
+        window.both,
         window.dilation,
         window.groups,
     )
     if dx is not None and padded is not x:
-        dx = crop(dx, x.shape[2:])
+        dx = pad(dx, [-side for side in _uneven_sides(window)])
     return dweight, dx
 
 
@@ -210,7 +210,13 @@ def crop(x: Tensor, size: Sequence[int]) -> Tensor:
     return x
 
 
-def _pad_odd(x: Tensor, window: Window) -> Tensor:
-    """x with what "same" pads after an axis beyond what it pads before."""
-    more = [after - before for before, after in window.sides]
-    return F.pad(x, [side for entries in reversed(more) for side in (0, entries)])
+def pad(x: Tensor, sides: Sequence[int]) -> Tensor:
+    """x with entries added, and then taken where a side is negative; F.pad takes them first."""
+    grown = F.pad(x, [max(side, 0) for side in sides])
+    return F.pad(grown, [min(side, 0) for side in sides]) if min(sides) < 0 else grown
+
+
+def _uneven_sides(window: Window) -> list[int]:
+    """What each side of an image is padded by beyond the other, in the order of F.pad."""
+    axes = zip(window.sides, window.both, strict=True)
+    return [side - both for sides, both in reversed([*axes]) for side in sides]

@@ -1,20 +1,22 @@
 """An upsampling convolution tile by tile, so that what is made between two passes fits the cache.
 
 In one dimension, with upsampling by s, k taps and padding p before, output e sees through tap t the
-pixel ⌊(e − p + t)/s⌋. The outputs s·a … s·b − 1 thus see the pixels from a + ⌊−p/s⌋ to
-b − 1 + ⌊(s − p + k − 2)/s⌋ and no others. With r for the first of these, and e′ = e − s·a,
+pixel ⌊(e − p + t)/s⌋. The outputs a … b − 1 thus see the pixels from ⌊(a − p)/s⌋ to
+⌊(b − 1 − p + k − 1)/s⌋ and no others. With r for the first of these, and e′ = e − a,
 
-    ⌊(e − p + t)/s⌋ = r + ⌊(e′ − p′ + t)/s⌋,    p′ = p − s·(a − r):
+    ⌊(e − p + t)/s⌋ = r + ⌊(e′ − p′ + t)/s⌋,    p′ = p − a + s·r:
 
 a tile of y is the same convolution of a tile of x, with p′ for p. The tiles of y lie side by side,
 while those of x overlap by the reach of a kernel. So dweight is the sum of the tiles', and dx is
-the sum of theirs in their places. Where p′ is negative, pixels are cropped.
+the sum of theirs in their places. Where p′ is negative, pixels are cropped. With a stride, its
+multiples stand for a and b − 1, and with dilation, the kernel's reach for k.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -74,6 +76,22 @@ def cut(x: Tensor, scale: Pair, window: Window, entries: int, most: int) -> Iter
                 )
 
 
+def behind(
+    part: Sequence[slice], size: Sequence[int], window: Window, scale: Sequence[int] = ()
+) -> tuple[tuple[slice, ...], Window]:
+    """(source, window): what a part of y sees of x, whose axes have `size`, and the window there.
+
+    y is that of a window over x, or over x upsampled by `scale`.
+    """
+    axes = range(len(part))
+    found = [
+        _seen(axis, part[axis], size[axis], window, (scale or (1,) * len(part))[axis])
+        for axis in axes
+    ]
+    sides = tuple(span.sides for span in found)
+    return tuple(span.source for span in found), replace(window, sides=sides)
+
+
 def put(dtile: Tensor | None, dx: Tensor | None, tile: Tile, x: Tensor) -> Tensor | None:
     """dx, None before the first tile, with the gradient of a tile added in its place."""
     if dtile is None or dtile.shape == x.shape:
@@ -98,14 +116,18 @@ def _spans(
     axis: int, length: int, size: Sequence[int], scale: Pair, window: Window
 ) -> Iterator[_Span]:
     """Yield spans of about `length` pixels, equally long."""
-    n, s, k, (before, _) = size[axis], scale[axis], window.kernel_size[axis], window.sides[axis]
+    n, s = size[axis], scale[axis]
     count = window.count([s * n for s, n in zip(scale, size, strict=True)])[axis]
     blocks = -(-count // s)
     length = -(-blocks // -(-blocks // length))
     for a in range(0, blocks, length):
-        outputs = min(s * (a + length), count) - s * a
-        first = min(max(0, a + -before // s), n - 1)
-        last = max(min(n - 1, a + length - 1 + (s - before + k - 2) // s), first)
-        shifted = before - s * (a - first)
-        after = outputs + k - 1 - s * (last + 1 - first) - shifted
-        yield _Span(slice(first, last + 1), slice(s * a, s * a + outputs), (shifted, after))
+        yield _seen(axis, slice(s * a, min(s * (a + length), count)), n, window, s)
+
+
+def _seen(axis: int, target: slice, n: int, window: Window, s: int) -> _Span:
+    """The span of outputs on an axis with n pixels."""
+    start = window.stride[axis] * target.start - window.sides[axis][0]
+    stop = window.stride[axis] * (target.stop - 1) - window.sides[axis][0] + window.reach[axis]
+    first = min(max(0, start // s), n - 1)
+    last = max(min(n - 1, (stop - 1) // s), first)
+    return _Span(slice(first, last + 1), target, (s * first - start, stop - s * (last + 1)))

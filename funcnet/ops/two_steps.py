@@ -8,7 +8,7 @@ Large images are done tile by tile (`tiles.py`), so that u is never larger than 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +53,7 @@ def gradients(
         dweight = dw if dweight is None or dw is None else dweight + dw
         if du is not None:
             if inner is not tile.window:
-                du = _pad(du, [-side for side in tile.window.flat_sides])
+                du = native.pad(du, [-side for side in tile.window.flat_sides])
             dx = tiles.put(sum_blocks(du, scale), dx, tile, x)
     return native.cast(dweight, dtype), native.cast(dx, dtype)
 
@@ -84,10 +84,4 @@ def _padded(x: Tensor, scale: Pair, window: Window) -> tuple[Tensor, Window]:
     u = native.layout(x if scale == (1, 1) else upsample(x, scale))
     if all(0 <= before <= after for before, after in window.sides):
         return u, window
-    return native.layout(_pad(u, window.flat_sides)), Window(window.kernel_size)
-
-
-def _pad(x: Tensor, sides: Sequence[int]) -> Tensor:
-    """x with entries added, and then taken where a side is negative; F.pad takes them first."""
-    grown = F.pad(x, [max(side, 0) for side in sides])
-    return F.pad(grown, [min(side, 0) for side in sides])
+    return native.layout(native.pad(u, window.flat_sides)), Window(window.kernel_size)

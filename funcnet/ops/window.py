@@ -43,6 +43,8 @@ class Window:
     is_strided: bool = field(init=False, repr=False, compare=False)
     before: Ints = field(init=False, repr=False, compare=False)
     """The padding before each axis."""
+    both: Ints = field(init=False, repr=False, compare=False)
+    """The padding that both sides of each axis have."""
     of_height_1: Window | None = field(init=False, repr=False, compare=False)
     """The same over images of height 1, for a window over signals, which have a single axis."""
     _padding: Ints = field(init=False, repr=False, compare=False)
@@ -67,6 +69,7 @@ class Window:
             "is_dilated": dilation != ones,
             "is_strided": stride != ones,
             "before": tuple(before for before, _ in sides),
+            "both": tuple(max(0, min(side)) for side in sides),
             "of_height_1": of_height_1,
             "_padding": tuple(map(sum, sides)),
         }

@@ -1,0 +1,92 @@
+"""A network over a large batch of images, tile by tile, so that what lies between layers is small.
+
+Where the network's layers are local, a part of y depends on a part of x alone. Each layer tells
+which, from the last to the first (`Layer._tile`), and the layers over these parts make up a network
+that gives the part of y. So no layer's y is ever whole but the last one's, and what is made
+for a tile takes the memory of the tile before. New memory costs more than it seems: the
+operating system hands out blocks of more than `_MOST` bytes page by page, and zeroes each. The
+tiles of x overlap by what the kernels reach, of which the products are made twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import TYPE_CHECKING
+
+import optree
+import torch
+from torch import Tensor
+
+from funcnet.combinators.cropped import cropped
+from funcnet.layer import Part, Tree
+from funcnet.ops.inplace import is_eager, is_untracked
+
+if TYPE_CHECKING:
+    from funcnet.combinators.sequential import Sequential
+
+_MOST = 2**25 - 2**12
+"""Bytes up to which glibc's malloc hands out the same memory again."""
+
+_SLACK = 2
+"""How many times as much is still faster at once: tiles of the denoiser overlap by 5 %."""
+
+_LARGE = 2**20
+"""Bytes of x from which it is worth a question."""
+
+_STEP = 16
+"""Sides of tiles are multiples of it, so that most tiles are alike, and strides divide them."""
+
+
+def is_large(x: Tensor) -> bool:
+    """Whether images are many enough to ask whether they should be cut."""
+    return x.ndim == 4 and x.is_cpu and is_eager() and x.numel() * x.element_size() >= _LARGE
+
+
+def apply(net: Sequential, params: Tree, x: Tensor) -> Tensor | None:
+    """y of x (N, C, H, W); None where the whole is as good, or has to be done at once."""
+    if not is_untracked(x, *optree.tree_leaves(params)):
+        return None
+    shapes = [*net._shapes(tuple(x.shape[1:]))]
+    most = x.element_size() * max(map(math.prod, shapes))
+    if len(x) * most <= _SLACK * _MOST or len(shapes[-1]) != 3:
+        return None
+    y: Tensor | None = None
+    for examples, part in _parts(len(x), shapes[-1][1:], most):
+        found = net._tile(shapes[0], part)
+        if found is None:
+            return None
+        source, tile = found
+        made = tile._run(params, cropped(x, source, examples), None)
+        y = _like(made, (len(x), *shapes[-1])) if y is None else y
+        cropped(y, part, examples).copy_(made)
+    return y
+
+
+def _parts(batch: int, size: Sequence[int], most: int) -> Iterator[tuple[slice, Part]]:
+    """Yield whole examples where each makes at most `most` bytes, else nearly square parts."""
+    chunks = math.ceil(batch * most / _MOST) if most <= _MOST else batch
+    examples = math.ceil(batch / chunks)
+    side = max(size) if most <= _MOST else math.isqrt(math.prod(size) * _MOST // most)
+    lengths = [_length(n, side) for n in size]
+    axes = [
+        [slice(a, min(a + length, n)) for a in range(0, n, length)]
+        for n, length in zip(size, lengths, strict=True)
+    ]
+    for start in range(0, batch, examples):
+        for part in product(*axes):
+            yield slice(start, start + examples), part
+
+
+def _length(n: int, most: int) -> int:
+    """The length of equal parts of n pixels, of at most about `most` each."""
+    length = math.ceil(n / math.ceil(n / max(most, _STEP)))
+    return min(n, math.ceil(length / _STEP) * _STEP)
+
+
+def _like(y: Tensor, shape: Sequence[int]) -> Tensor:
+    """New memory in y's memory format."""
+    is_last = y.shape[1] > 1 and y.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if is_last else torch.contiguous_format
+    return torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=memory_format)

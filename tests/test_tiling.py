@@ -1,0 +1,171 @@
+"""Networks over large images, tile by tile: the same numbers, in little memory."""
+
+from contextlib import contextmanager
+from unittest import mock
+
+import optree
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import funcnet as fn
+from funcnet.combinators import tiling
+from funcnet.testing import strategies
+
+LOCAL = strategies.layers(
+    fn.Conv2d,
+    fn.UpsampleConv2d,
+    fn.MaxPool2d,
+    fn.AvgPool2d,
+    fn.ReLU,
+    fn.GELU,
+    fn.PReLU,
+    fn.ChannelAffine,
+    fn.Identity,
+)
+JOINED = st.one_of(
+    st.builds(fn.Residual, LOCAL),
+    st.builds(fn.Concat, LOCAL, LOCAL),
+    st.builds(fn.Sum, LOCAL, LOCAL),
+)
+NETWORKS = strategies.networks(parts=st.one_of(LOCAL, LOCAL, JOINED))
+
+
+@contextmanager
+def small_tiles(most, step=1):
+    """Images of more than `most` bytes are cut."""
+    with mock.patch.multiple(tiling, _MOST=most, _SLACK=1, _LARGE=0, _STEP=step):
+        yield
+
+
+def whole(net, params, x):
+    """y of all of x at once."""
+    return net.fwd(params, x)[0]
+
+
+def count(net, params, x):
+    """How many tiles there are."""
+    with mock.patch.object(tiling, "cropped", wraps=tiling.cropped) as cropped:
+        net.apply(params, x)
+    return cropped.call_count // 2
+
+
+@given(
+    strategies.cases(NETWORKS, dtypes=st.just(torch.float64), values=["normal"]),
+    st.integers(1, 4000),
+    st.integers(1, 4),
+)
+def test_tiles_make_the_whole(case, most, step):
+    net, params, x = case
+    with small_tiles(most, step):
+        y = net.apply(params, x)
+    torch.testing.assert_close(y, whole(net, params, x), rtol=1e-10, atol=1e-10)
+
+
+def unet():
+    down, up = fn.Conv2d(8, 2, stride=2), fn.UpsampleConv2d(8)
+    level = fn.Concat(fn.Identity(), fn.Sequential(down, fn.ReLU(), up, fn.ReLU()))
+    return fn.Sequential(
+        fn.Conv2d(8, 3, padding=1), level, fn.Residual(fn.Conv2d(16, 3, padding=1)), fn.Conv2d(3, 1)
+    )
+
+
+NETS = {
+    "convolutions": fn.Sequential(fn.Conv2d(8, 2, stride=2), fn.ReLU(), fn.UpsampleConv2d(3)),
+    "by name": fn.Sequential(first=fn.Conv2d(8, 3, padding=1), last=fn.Conv2d(3, 3, padding=1)),
+    "nested": fn.Sequential(
+        fn.Sequential(fn.Conv2d(8, 4, padding="same"), fn.ReLU()), fn.Conv2d(3, 3)
+    ),
+    "U-Net": unet(),
+}
+
+
+@pytest.mark.parametrize("net", NETS.values(), ids=NETS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_what_is_cut(net, batch):
+    x = fn.normal(fn.key(0), (batch, 3, 48, 32), dtype=torch.float64)
+    params = net.init(fn.key(1), x.shape[1:], dtype=x.dtype)
+    with small_tiles(20_000):
+        assert count(net, params, x) > batch
+        torch.testing.assert_close(net.apply(params, x), whole(net, params, x))
+
+
+def test_small_images_are_cut_along_the_batch():
+    net = NETS["convolutions"]
+    x = fn.normal(fn.key(0), (8, 3, 16, 16))
+    params = net.init(fn.key(1), x.shape[1:])
+    with small_tiles(2 * 4 * 8 * 8 * 8):  # what the first layer makes of two
+        assert count(net, params, x) == 4
+        torch.testing.assert_close(net.apply(params, x), whole(net, params, x))
+
+
+class Largest(TorchDispatchMode):
+    """The entries of the largest tensor that is made."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for x in optree.tree_leaves(made):
+            self.entries = max(self.entries, x.untyped_storage().nbytes() // x.element_size())
+        return made
+
+
+def test_nothing_large_is_made_but_y():
+    net = fn.Sequential(fn.Conv2d(32, 3, padding=1), fn.ReLU(), fn.Conv2d(1, 3, padding=1))
+    x = fn.normal(fn.key(0), (1, 1, 128, 128))
+    params = net.init(fn.key(1), x.shape[1:])
+    with Largest() as at_once:
+        net.apply(params, x)
+    with small_tiles(4 * 32 * 32 * 32), Largest() as in_tiles:
+        net.apply(params, x)
+    assert at_once.entries >= 32 * x.numel()
+    assert in_tiles.entries <= 3 * x.numel()
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        fn.GroupNorm(1),
+        fn.InstanceNorm(),
+        fn.Softmax(3),
+        fn.Conv2d(3, 3, padding=1, method="unfold"),
+        fn.MaxPool2d(3, 2, 1),
+        fn.Concat(fn.Identity(), fn.Identity(), dim=2),
+        fn.Dropout(0.5),
+    ],
+    ids=str,
+)
+def test_what_has_to_be_done_at_once(layer):
+    net = fn.Sequential(fn.Conv2d(3, 1), layer)
+    x = fn.normal(fn.key(0), (2, 3, 16, 16))
+    params = net.init(fn.key(1), x.shape[1:])
+    with small_tiles(500):
+        assert count(net, params, x) == 0
+        assert torch.equal(net.apply(params, x), whole(net, params, x))
+
+
+def test_a_subclass_that_changes_the_formula_says_so():
+    class Centred(fn.Conv2d):
+        def _fwd(self, params, x, key):
+            return super()._fwd(params, x - x.mean(), key)
+
+    net = fn.Sequential(Centred(3, 1))
+    x = fn.normal(fn.key(0), (2, 3, 16, 16))
+    params = net.init(fn.key(1), x.shape[1:])
+    with small_tiles(500):
+        assert torch.equal(net.apply(params, x), whole(net, params, x))
+
+
+def test_autograd_and_transforms_see_the_whole():
+    net = NETS["convolutions"]
+    x = fn.normal(fn.key(0), (2, 3, 16, 16), dtype=torch.float64)
+    params = net.init(fn.key(1), x.shape[1:], dtype=x.dtype)
+    expected = net.vjp(params, x, torch.ones(2, 3, 16, 16, dtype=x.dtype))[1]
+    with small_tiles(500):
+        (dx,) = torch.autograd.grad(net.apply(params, x.requires_grad_()).sum(), x)
+        torch.testing.assert_close(dx, expected)
+        mapped = torch.func.vmap(lambda one: net.apply(params, one[None])[0])(x.detach())
+    torch.testing.assert_close(mapped, whole(net, params, x.detach()))

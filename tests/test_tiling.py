@@ -6,12 +6,14 @@ from unittest import mock
 import optree
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from registry import LAYERS, budget, cases_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import funcnet as fn
 from funcnet.combinators import tiling
+from funcnet.layer import run_apply, tile_of
 from funcnet.testing import strategies
 
 LOCAL = strategies.layers(
@@ -62,6 +64,28 @@ def test_tiles_make_the_whole(case, most, step):
     with small_tiles(most, step):
         y = net.apply(params, x)
     torch.testing.assert_close(y, whole(net, params, x), rtol=1e-10, atol=1e-10)
+
+
+TILED = [cls for cls in LAYERS if cls._tile is not fn.Layer._tile]
+
+
+@pytest.mark.parametrize("cls", TILED, ids=lambda cls: cls.__name__)
+@budget(10)
+@given(st.data())
+def test_a_part_is_made_of_its_source(cls, data):
+    layer, params, x = data.draw(cases_of(cls, dtypes=st.just(torch.float64), values=["normal"]))
+    y = layer.apply(params, x)
+    assume(y.ndim > 2 and y.numel())
+    sides = [
+        sorted((data.draw(st.integers(1, n)), data.draw(st.integers(0, n)))) for n in y.shape[2:]
+    ]
+    part = tuple(slice(min(a, b - 1), b) for a, b in sides)
+    found = tile_of(layer, tuple(x.shape[1:]), part)
+    assume(found is not None)
+    source, tile = found
+    every = (slice(None), slice(None))
+    made = run_apply(tile, params, x[(*every, *source)], None)
+    torch.testing.assert_close(made, y[(*every, *part)], rtol=1e-10, atol=1e-10)
 
 
 def unet():

@@ -28,8 +28,8 @@ class Cropped(Wrapper):
 
 def cropped(x: Tensor, part: Part, examples: slice = slice(None)) -> Tensor:
     """A view of a part of x."""
-    rows, columns = part
-    return x[examples, :, rows, columns]
+    index = examples, slice(None), *part
+    return x[index]
 
 
 def union(parts: Iterable[Part]) -> Part:

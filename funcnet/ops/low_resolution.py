@@ -20,8 +20,9 @@ two gradients of the matrix product:
 
     gather     dz_t[i] = Σ_a dy[s·(i − q_at) + a]
 
-The upsampled image is never made. Half precision is computed in float32, since each sum here is
-rounded to the dtype at hand, where the library's kernels would accumulate in float32.
+The upsampled image is never made. In half precision the sums are taken in float32, since each is
+rounded to the dtype at hand, where the library's kernels would accumulate in float32; the products
+too, where the processor has none in bfloat16.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def layout(weight: Tensor) -> Tensor:
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Pair, window: Window) -> Tensor:
     """y (N, O, H′, W′) of x (N, C, H, W) upsampled by `scale`, and weight (O, C, kh, kw)."""
-    dtype, x, weight = x.dtype, native.upcast(x), native.upcast(weight)
+    dtype, x, weight = x.dtype, pixelwise.upcast(x), pixelwise.upcast(weight)
     size = window.count((scale[0] * x.shape[2], scale[1] * x.shape[3]))
     kernel = _kernel(weight)
     in_planes = len(weight) < _LANES
@@ -71,15 +72,21 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Pair, window
     y: Tensor | None = None
     x, is_eager = native.layout(x), inplace.is_eager()
     for tile in _tiles(x, weight, scale, window):
-        z = products(native.layout(x[tile.source]), kernel)
-        z = torch.unflatten(z, 1, (*window.kernel_size, -1))  # (n, kh, kw, O, H, W)
-        y = empty(z, (len(x), len(weight), *size)) if y is None else y
-        out = y[tile.target]
+        made = products(native.layout(x[tile.source]), kernel)
+        z = torch.unflatten(
+            native.upcast(made), 1, (*window.kernel_size, -1)
+        )  # (n, kh, kw, O, H, W)
+        if y is None:
+            y = empty(made if is_eager else z, (len(x), len(weight), *size))
+        target = y[tile.target]
+        out = target if target.dtype == z.dtype else empty(z, target.shape)
         half = empty(z, (len(z), *z.shape[2:4], out.shape[2], z.shape[-1]))  # (n, kw, O, H′, W)
         _spread(z, half, _shifts(0, scale, tile.window), dim=-2)
         _spread(half, out, _shifts(1, scale, tile.window), dim=-1)
         if bias is not None and is_eager:  # while the tile is in the cache
             out.add_(bias[:, None, None])
+        if out is not target:
+            target.copy_(out)
     assert y is not None
     return (y if bias is None or is_eager else y + bias[:, None, None]).to(dtype)
 
@@ -88,20 +95,21 @@ def gradients(
     x: Tensor, weight: Tensor, grad: Tensor, scale: Pair, window: Window, need: Need
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dx), None where it is not needed."""
-    dtype, x, weight, grad = x.dtype, native.upcast(x), native.upcast(weight), native.upcast(grad)
+    dtype, x, weight = x.dtype, pixelwise.upcast(x), pixelwise.upcast(weight)
     kh, kw = window.kernel_size
     kernel = _kernel(weight)
     dkernel: Tensor | None = None
     dx: Tensor | None = None
     x, grad = native.layout(x), _layout(grad, len(weight))
     for tile in _tiles(x, weight, scale, window):
-        pixels, dy = native.layout(x[tile.source]), grad[tile.target]
+        pixels, dy = native.layout(x[tile.source]), native.upcast(grad[tile.target])
         height, width = pixels.shape[2:]
         half = empty(dy, (len(dy), kw, *dy.shape[1:3], width))  # (n, kw, O, H′, W)
         _gather(dy, half, _shifts(1, scale, tile.window), dim=-1)
         z = empty(dy, (len(dy), kh, *half.shape[1:3], height, width))  # (n, kh, kw, O, H, W)
         _gather(half, z, _shifts(0, scale, tile.window), dim=-2)
-        dk, d = pixelwise.gradients(pixels, kernel, z.flatten(1, 3), need)
+        dk, d = pixelwise.gradients(pixels, kernel, z.flatten(1, 3).to(x.dtype), need)
+        dk = native.cast(dk, z.dtype)  # its sum over the tiles is one in float32
         dkernel = dk if dkernel is None or dk is None else dkernel.add_(dk)
         dx = tiles.put(d, dx, tile, x)
     dx = native.cast(dx, dtype)

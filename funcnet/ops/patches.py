@@ -25,13 +25,11 @@ _TINY = 20480
 
 def are_faster(x: Tensor, weight: Tensor, window: Window, backward: bool) -> bool:
     """Whether this is a convolution over patches, and faster so."""
-    if not (
-        window.cuts_patches
-        and x.is_cpu
-        and not inplace.has_open_sizes(x)
-        and x.element_size() >= 4
-        and (x.shape[0] > 1 or x.numel() > _TINY)
-    ):
+    if not (window.cuts_patches and x.is_cpu and not inplace.has_open_sizes(x)):
+        return False
+    if x.element_size() < 4:
+        return pixelwise.is_multiplied(x)
+    if x.shape[0] == 1 and x.numel() <= _TINY:
         return False
     rows, columns = window.count(x.shape[2:])
     windows = x.shape[0] * rows * columns
@@ -41,7 +39,7 @@ def are_faster(x: Tensor, weight: Tensor, window: Window, backward: bool) -> boo
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
     """y (N, O, H′, W′) of x (N, C, H, W) and weight (O, C, kh, kw)."""
-    return pixelwise.convolve(to_patches(x, window.kernel_size), _matrix(weight), bias)
+    return pixelwise.convolve(to_patches(x, window.kernel_size), matrix(weight), bias)
 
 
 def gradients(
@@ -49,7 +47,7 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dx), None where it is not needed."""
     patches, grad = to_patches(x, window.kernel_size), native.layout(grad)
-    dmatrix, dpatches = pixelwise.gradients(patches, _matrix(weight), grad, need)
+    dmatrix, dpatches = pixelwise.gradients(patches, matrix(weight), grad, need)
     dx = None if dpatches is None else _from_patches(dpatches, window.kernel_size, x)
     if dmatrix is None:
         return None, dx
@@ -60,8 +58,16 @@ def gradients(
 
 def to_patches(x: Tensor, size: Ints) -> Tensor:
     """(N, kh·kw·C, ⌊H/kh⌋, ⌊W/kw⌋): the pixels of each patch, one after another, as channels."""
-    tiles = x.permute(0, 2, 3, 1).unfold(1, size[0], size[0]).unfold(2, size[1], size[1])
-    return tiles.permute(0, 1, 2, 4, 5, 3).flatten(3).permute(0, 3, 1, 2)
+    return windows(x, Window(size, size))
+
+
+def windows(x: Tensor, window: Window) -> Tensor:
+    """(N, kh·kw·C, H′, W′): the pixels that each window sees, one after another, as channels."""
+    found = x.permute(0, 2, 3, 1)
+    for axis, (reach, stride) in enumerate(zip(window.reach, window.stride, strict=True), 1):
+        found = found.unfold(axis, reach, stride)
+    taps = found[..., :: window.dilation[0], :: window.dilation[1]]
+    return taps.permute(0, 1, 2, 4, 5, 3).flatten(3).permute(0, 3, 1, 2)
 
 
 def _from_patches(patches: Tensor, size: Ints, like: Tensor) -> Tensor:
@@ -72,6 +78,6 @@ def _from_patches(patches: Tensor, size: Ints, like: Tensor) -> Tensor:
     return F.pad(x, (0, missing[1], 0, missing[0])) if any(missing) else x
 
 
-def _matrix(weight: Tensor) -> Tensor:
+def matrix(weight: Tensor) -> Tensor:
     """(O, kh·kw·C), in the order of `to_patches`."""
     return weight.permute(0, 2, 3, 1).flatten(1)

@@ -1,0 +1,107 @@
+"""Convolutions in bfloat16 on the CPU: right on processors that multiply in it, and on others."""
+
+from unittest import mock
+
+import optree
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import funcnet as fn
+from funcnet.ops import half, pixelwise
+from funcnet.testing import strategies
+
+
+def both(multiplied):
+    """As on a processor that multiplies in bfloat16, or on another."""
+    return mock.patch.object(pixelwise, "_HAS_BFLOAT16", multiplied)
+
+
+def cases(cls):
+    shapes = st.tuples(st.sampled_from([2, 4]), st.integers(3, 9), st.integers(3, 9))
+    return strategies.cases(
+        strategies.layers(cls).filter(lambda layer: layer.method == "auto"),
+        shapes=lambda layer: shapes.filter(lambda shape: strategies.takes(layer, shape)),
+        dtypes=st.just(torch.bfloat16),
+        values=["normal"],
+    )
+
+
+def wide(tree):
+    return optree.tree_map(torch.Tensor.double, tree)
+
+
+def magnitudes(tree):
+    return optree.tree_map(lambda x: x.double().abs(), tree)
+
+
+@pytest.mark.parametrize("multiplied", [True, False])
+@pytest.mark.parametrize("cls", [fn.Conv2d, fn.UpsampleConv2d])
+@given(data=st.data())
+def test_results_are_a_few_roundings_off(cls, multiplied, data):
+    """Relative to the sum of the magnitudes of what is added up."""
+    layer, params, x = data.draw(cases(cls))
+    grad = fn.normal(fn.key(1), (len(x), *layer.out_shape(x.shape[1:])), dtype=x.dtype)
+    with both(multiplied), mock.patch.object(half, "_MANY", 1):
+        found = layer.apply(params, x), *layer.vjp(params, x, grad)
+    everything = params, x, grad
+    exact = layer.apply(*wide(everything[:2])), *layer.vjp(*wide(everything))
+    sizes = layer.apply(*magnitudes(everything[:2])), *layer.vjp(*magnitudes(everything))
+    leaves = map(optree.tree_leaves, (found, exact, sizes))
+    for ours, theirs, size in zip(*leaves, strict=True):
+        assert ours.dtype == x.dtype
+        off = (ours.double() - theirs).abs()
+        assert (off <= 2 * torch.finfo(x.dtype).eps * size).all()
+
+
+@pytest.mark.parametrize("part", ["whole", "in parts"])
+def test_gradients_of_many_channels(part):
+    layer = fn.Conv2d(32, 3, padding=1)
+    params = layer.init(fn.key(0), (32, 12, 12), dtype=torch.bfloat16)
+    x, grad = (fn.normal(fn.key(i), (5, 32, 12, 12), dtype=torch.bfloat16) for i in (1, 2))
+    with both(True), mock.patch.object(half, "_CHUNK_ENTRIES", 2**22 if part == "whole" else 1):
+        assert half.is_faster(x, layer._window)
+        found = layer.vjp(params, x, grad)
+    exact = layer.vjp(*wide((params, x, grad)))
+    for ours, theirs in zip(optree.tree_leaves(found), optree.tree_leaves(exact), strict=True):
+        assert (ours.double() - theirs).norm() <= 3e-3 * theirs.norm()
+
+
+def test_as_exact_as_autocast():
+    net = fn.Sequential(
+        fn.Conv2d(64, 2, stride=2),
+        fn.ReLU(),
+        fn.Conv2d(128, 2, stride=2),
+        fn.ReLU(),
+        fn.UpsampleConv2d(64),
+        fn.ReLU(),
+        fn.UpsampleConv2d(3),
+        fn.Sigmoid(),
+    )
+    params = net.init(fn.key(0), (3, 32, 32))
+    x, grad = fn.normal(fn.key(1), (4, 3, 32, 32)), fn.normal(fn.key(2), (4, 3, 32, 32))
+    exact = net.apply(*wide((params, x))), *net.vjp(*wide((params, x, grad)))
+    cast = fn.Cast(net, torch.bfloat16)
+    with both(True):
+        ours = cast.apply(params, x), *cast.vjp(params, x, grad)
+
+    leaves, structure = optree.tree_flatten(params)
+    inputs = [leaf.clone().requires_grad_() for leaf in (*leaves, x)]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = as_torch_does(structure.unflatten(inputs[:-1]), inputs[-1])
+    theirs = y, *torch.autograd.grad(y.float(), inputs, grad)
+    found = zip(optree.tree_leaves(ours), theirs, optree.tree_leaves(exact), strict=True)
+    for mine, other, right in found:
+        assert (mine - right).norm() <= 1.25 * (other - right).norm()
+
+
+def as_torch_does(params, x):
+    """That network by torch.nn.functional."""
+    first, second, third, last = params[0], params[2], params[4], params[6]
+    x = torch.conv2d(x, first["weight"], first["bias"], 2).relu()
+    x = torch.conv2d(x, second["weight"], second["bias"], 2).relu()
+    for layer, end in ((third, torch.relu), (last, torch.sigmoid)):
+        x = torch.nn.functional.interpolate(x, scale_factor=2.0)
+        x = end(torch.conv2d(x, layer["weight"], layer["bias"], 1, 1))
+    return x

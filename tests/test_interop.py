@@ -843,8 +843,25 @@ def test_state_dicts_come_back(case):
     state = state_dict(params)
     back = load_state_dict(net, tuple(x.shape[1:]), state)
     assert same(back, params)
+    assert strides(back) == strides(params)
     owned = {leaf.data_ptr() for leaf in state.values() if leaf.numel()}
     assert not owned & {leaf.data_ptr() for leaf in optree.tree_leaves(back) if leaf.numel()}
+
+
+def strides(params):
+    return [leaf.stride() for leaf in optree.tree_leaves(params)]
+
+
+def test_a_state_dict_is_laid_out_without_drawing_a_number(monkeypatch):
+    net = fn.Repeat(fn.Sequential(fn.Conv2d(4, 3, padding=1), fn.UpsampleConv2d(4, scale=1)), 2)
+    params = net.init(KEY, (4, 5, 5))
+    assert not params[0]["weight"].is_contiguous()
+    monkeypatch.setattr(fn.initializers.Uniform, "_draw", None)
+    for state in (
+        state_dict(params),
+        {n: p.clone(memory_format=torch.contiguous_format) for n, p in state_dict(params).items()},
+    ):
+        assert strides(load_state_dict(net, (4, 5, 5), state)) == strides(params)
 
 
 def test_a_state_dict_of_torch_fits():

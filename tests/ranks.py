@@ -164,13 +164,16 @@ def frozen_layers_are_not_sent(rank, size):
 
 @check
 def sixteen_bits_are_added_in_float32(rank, size):
-    """256 + 1 is not a number of bfloat16, but 256 + 1 + 1 is."""
+    """Three numbers whose sum in bfloat16 is 256 in any order; two cannot tell."""
+    numbers = [256.0, 0.5, 0.5 + 2**-8][:size]
+    expected = float(torch.tensor(sum(numbers)).bfloat16())
+    assert expected == (258 if size == 3 else 256)
     net = fn.Sequential(fn.Linear(1, bias=False))
     params = ({"weight": torch.ones(1, 1, dtype=torch.bfloat16)},)
-    x = torch.tensor([[256.0 if rank == 0 else 2 / (size - 1)]], dtype=torch.bfloat16)
+    x = torch.tensor([[numbers[rank]]], dtype=torch.bfloat16)
     value, grads = fn.distributed.value_and_grad(net, fn.L1("sum"))(params, x, torch.zeros_like(x))
     assert grads[0]["weight"].dtype == value.dtype == torch.bfloat16
-    assert float(grads[0]["weight"]) == float(value) == 258
+    assert float(grads[0]["weight"]) == float(value) == expected
 
 
 # --- Sent while the backward pass runs

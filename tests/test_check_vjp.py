@@ -151,8 +151,10 @@ def test_gradients_of_each_example_with_a_mask():
             lambda dw, db, dx: (dw.sum(0), db, dx),
             "expected the gradient for params['weight'] of shape (3, 3, 6), got (3, 6)",
         ),
+        (lambda dw, db, dx: (dw, None, dx), "for params['bias'] of shape (3, 3), got None"),
+        (lambda dw, db, dx: (dw, db * torch.rand(()), dx), "draws from the global random state"),
     ],
-    ids=["of another example", "of a mean", "dx", "the last", "the sum"],
+    ids=["of another example", "of a mean", "dx", "the last", "the sum", "none", "random"],
 )
 def test_wrong_gradients_of_each_example_are_found(spoil, complaint):
     message = str(mismatch(Each(3, spoil=spoil)))

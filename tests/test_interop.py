@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from registry import EVERY_LAYER, EXAMPLE_IDS, EXAMPLES, budget, draw_x, key_for, make
 from test_properties import close, same
 from torch import nn
+from users_layers import Dense
 
 import funcnet as fn
 from funcnet.interop import as_module, from_torch, load_state_dict, state_dict, to_torch, wrap
@@ -862,6 +863,17 @@ def test_a_state_dict_is_laid_out_without_drawing_a_number(monkeypatch):
         {n: p.clone(memory_format=torch.contiguous_format) for n, p in state_dict(params).items()},
     ):
         assert strides(load_state_dict(net, (4, 5, 5), state)) == strides(params)
+
+
+def test_a_state_dict_of_a_layer_whose_init_looks_at_its_numbers():
+    class Scaled(Dense):
+        def init(self, key, shape, *, dtype=None, device=None):
+            params = super().init(key, shape, dtype=dtype, device=device)
+            largest = float(params["weight"].max())
+            return {**params, "weight": params["weight"] / largest}
+
+    params = Scaled(3).init(KEY, (4,))
+    assert same(load_state_dict(Scaled(3), (4,), state_dict(params)), params)
 
 
 def test_a_state_dict_of_torch_fits():

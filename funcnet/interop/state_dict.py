@@ -39,7 +39,7 @@ def load_state_dict(net: Layer, shape: Sequence[int], state: Mapping[str, Tensor
     """Return the parameters of `net`, for examples of `shape`, with the values of a state dict.
 
     The names are those of `state_dict`. The tensors are copies, in the dtype and on the device that
-    they have in `state`. They are laid out in memory as `net.init` does. Nothing is drawn.
+    they have in `state`. They are laid out in memory as `net.init` does.
 
     Raises one ValueError that names all that is wrong: tensors that are missing, that the network
     does not have, of another shape, not floating-point, or of a dtype or device other than the
@@ -66,7 +66,7 @@ def load_state_dict(net: Layer, shape: Sequence[int], state: Mapping[str, Tensor
         raise TypeError(
             f"load_state_dict: expected state to be a dict of tensors, got {type(state).__name__}"
         )
-    like = net.init(key(0), shape, device="meta")
+    like = _shaped(net, shape)
     expected = state_dict(like)
     wrong = list(_differences(expected, state))
     if wrong:
@@ -131,6 +131,14 @@ def _is_floating_point(value: Any) -> bool:
 
 def _kind(value: Tensor) -> str:
     return f"{value.dtype} on {value.device}"
+
+
+def _shaped(net: Layer, shape: Sequence[int]) -> Tree:
+    """Return parameters of which only the shapes count; no number is drawn if that can be."""
+    try:
+        return net.init(key(0), shape, device="meta")
+    except RuntimeError:  # the `init` of a layer of one's own may look at its numbers
+        return net.init(key(0), shape)
 
 
 def _copied(value: Tensor) -> Tensor:

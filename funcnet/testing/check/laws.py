@@ -114,9 +114,8 @@ def check_each_example(case: Case) -> None:
 def _check_each(case: Case) -> None:
     kept = case.layer._fwd(case.params, case.x, case.key)[1]
     named = {f"residuals[{i}]": leaf for i, leaf in enumerate(optree.tree_leaves(kept))}
-    gradients, dx = pure(case, "_bwd_each", lambda: _formed(case, kept), named)
-    again = _formed(case, kept)
-    if not all(map(same, [*gradients, dx], [*again[0], again[1]])):
+    *gradients, dx = pure(case, "_bwd_each", partial(_formed, case, kept), named)
+    if not all(map(same, _formed(case, kept), [*gradients, dx])):
         raise GradientMismatch("_bwd_each: the same call twice gives different bits")
     for i in range(len(case.grad)):
         is_this = torch.arange(len(case.grad), device=case.grad.device) == i
@@ -150,8 +149,8 @@ def _knowing(case: Case) -> list[Case]:
     return [inner for own in found.values() for inner in _knowing(own)]
 
 
-def _formed(case: Case, residuals: Any) -> tuple[Leaves, Tensor]:
-    """The gradients of each example by `_bwd_each`, (N, …), and dx, with zeros for None."""
+def _formed(case: Case, residuals: Any) -> list[Any]:
+    """The gradients of each example by `_bwd_each`, (N, …), and behind them dx, zeros for None."""
     each, dx = case.layer._bwd_each(case.params, residuals, case.grad, Need())
     structure = optree.tree_structure(case.params)
     try:
@@ -161,16 +160,16 @@ def _formed(case: Case, residuals: Any) -> tuple[Leaves, Tensor]:
             f"_bwd_each: expected gradients with the tree of params, {structure}, "
             f"got {optree.tree_structure(each)}"
         ) from None
-    gradients = [products.formed(leaf) for leaf in leaves]
+    gradients = [None if leaf is None else products.formed(leaf) for leaf in leaves]
+    gradients.append(torch.zeros_like(case.x, dtype=case.dtype) if dx is None else dx)
     expected = [*((len(case.grad), *leaf.shape) for leaf in case.leaves[:-1]), case.x.shape]
-    dx = torch.zeros_like(case.x, dtype=case.dtype) if dx is None else dx
-    for name, gradient, shape in zip(case.names, [*gradients, dx], expected, strict=True):
-        if gradient.shape != shape:
+    for name, gradient, shape in zip(case.names, gradients, expected, strict=True):
+        got = None if gradient is None else tuple(gradient.shape)
+        if got != tuple(shape):
             raise GradientMismatch(
-                f"_bwd_each: expected the gradient for {name} of shape {tuple(shape)}, "
-                f"got {tuple(gradient.shape)}"
+                f"_bwd_each: expected the gradient for {name} of shape {tuple(shape)}, got {got}"
             )
-    return gradients, dx
+    return gradients
 
 
 def _only(leaf: Tensor, examples: Tensor) -> Tensor:

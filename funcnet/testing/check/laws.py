@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from funcnet.layer import Layer, writes
-from funcnet.leaves import declares_none, has_children
+from funcnet.leaves import has_children
 from funcnet.ops import products
 from funcnet.ops.need import Need
 from funcnet.testing.check.case import Case, Leaves, scale_of, signed, tried
@@ -134,19 +134,22 @@ def _knowing(case: Case) -> list[Case]:
     """The layers with parameters that write `_bwd_each`: the case's own, or those inside."""
     if not (isinstance(case.layer, Layer) and isinstance(case.x, Tensor)):
         return []
-    if case.layer.couples_examples:
-        return []
-    if writes(case.layer, "_bwd_each"):
-        return [case] if case.first_of_x else []
-    if case.key is not None or not has_children(case.layer):
-        return []
-    records = tried(partial(trace, case.layer, case.params, case.x, case.grad)) or ()
-    found = {
-        record.layer: Case(record.layer, record.params, record.x, record.grad).double()
-        for record in records
-        if record.grad is not None and not declares_none(record.layer)
-    }
-    return [inner for own in found.values() for inner in _knowing(own)]
+    if has_children(case.layer) and case.key is None:
+        records = tried(partial(trace, case.layer, case.params, case.x, case.grad)) or ()
+        last = {id(record.layer): record for record in records}
+        cases = [
+            Case(record.layer, record.params, record.x, record.grad).double()
+            for record in last.values()
+            if record.grad is not None
+        ]
+    else:
+        cases = [case]
+    return [own for own in cases if _knows(own)]
+
+
+def _knows(case: Case) -> bool:
+    has_params, couples = case.first_of_x > 0, case.layer.couples_examples
+    return has_params and not couples and writes(case.layer, "_bwd_each")
 
 
 def _formed(case: Case, residuals: Any) -> list[Any]:

@@ -47,15 +47,15 @@ def choose_device() -> torch.device:
 def newest(checkpoints: fn.Checkpoints, new: Any) -> tuple[int, Any]:
     """(steps done, the tree) of the newest checkpoint, as rank 0 finds it; 0 and `new` of none.
 
-    The other ranks may be on machines that do not see its disk. The numbers go to where `new` has
-    its own: the order of a tensor's elements in memory decides how sums are rounded.
+    The other ranks may be on machines that do not see its disk. The tensors have the memory formats
+    of `new`, in which sums are rounded alike, and are on its devices.
     """
-    found = [checkpoints.latest() if dist.get_rank() == 0 else None]
+    found = [checkpoints.latest(like=new) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found)
     if found[0] is None:
         return 0, new
     step, tree = found[0]
-    return step, optree.tree_map(lambda x, saved: x.copy_(saved), new, tree)
+    return step, optree.tree_map(lambda x, saved: saved.to(x.device), new, tree)
 
 
 def train(data: Data, steps: int, batch_size: int, every: int, out: Path) -> Any:

@@ -157,8 +157,9 @@ class Layer(Hyperparameters):
     def _bwd_each(self, params: Any, residuals: Any, grad: Tensor, need: Need) -> tuple[Any, Any]:
         """(each, dx): what `_bwd` returns, but with gradients of the parameters for each example.
 
-        A leaf of `each` is a tensor (N, …), or a form of `ops/products.py` that stands for one. A
-        layer need not write it: then examples go through `_bwd` one by one.
+        A leaf of `each` is a tensor (N, …), or a form of `ops/products.py` that stands for one.
+        `check_vjp` verifies it. A layer need not write it: then examples go through `_bwd` one by
+        one.
         """
         raise NotImplementedError
 

@@ -114,6 +114,73 @@ def test_global_randomness_is_left_alone():
     assert before[1:] == after[1:]
 
 
+@dataclass(frozen=True)
+class Each(fn.Linear):
+    """y = W x + b, with dWₙ = gₙ·xₙᵀ written out, or `spoil` done to (dWₙ, dbₙ, dx)."""
+
+    spoil: Callable[..., Any] = lambda dw, db, dx: (dw, db, dx)
+
+    def _bwd_each(self, params, x, dy, need):
+        dw, db, dx = self.spoil(dy[:, :, None] * x[:, None], dy.clone(), dy @ params["weight"])
+        return {"weight": dw, "bias": db}, dx if need.input else None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [0, 1, 2, 5])
+def test_right_gradients_of_each_example_pass(batch, dtype):
+    for layer in (Each(3), fn.Sequential(Dense(6), fn.Residual(Each(6)))):
+        check_vjp(layer, *case(layer, (batch, 6), dtype))
+
+
+def test_gradients_of_each_example_with_a_mask():
+    attention = fn.MultiheadAttention(2, dropout=0.5)
+    check_vjp(attention, *case(attention, (3, 4, 6)), key=fn.key(0))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (lambda dw, db, dx: (dw.roll(1, 0), db, dx), "weight'] of example 0 is not what bwd finds"),
+        (lambda dw, db, dx: (dw, db / len(db), dx), "bias'] of example 0 is not"),
+        (lambda dw, db, dx: (dw, db, 2 * dx), "x of example 0 is not"),
+        (
+            lambda dw, db, dx: (torch.cat([dw[:-1], dw[:1]]), db, dx),
+            "weight'] of example 2 is not",
+        ),
+        (
+            lambda dw, db, dx: (dw.sum(0), db, dx),
+            "expected the gradient for params['weight'] of shape (3, 3, 6), got (3, 6)",
+        ),
+        (lambda dw, db, dx: (dw, None, dx), "for params['bias'] of shape (3, 3), got None"),
+        (lambda dw, db, dx: (dw, db * torch.rand(()), dx), "draws from the global random state"),
+    ],
+    ids=["of another example", "of a mean", "dx", "the last", "the sum", "none", "random"],
+)
+def test_wrong_gradients_of_each_example_are_found(spoil, complaint):
+    message = str(mismatch(Each(3, spoil=spoil)))
+    assert ": _bwd_each: " in message.splitlines()[0]
+    assert complaint in message.splitlines()[0]
+    message = str(mismatch(fn.Sequential(Dense(5), Each(3, spoil=spoil)), (3, 6)))
+    assert ": _bwd_each: " in message.splitlines()[0]
+    assert "layer 1 is wrong: Each(" in message
+
+
+def test_what_else_is_asked_of_gradients_of_each_example():
+    class Writes(Each):
+        def _bwd_each(self, params, x, dy, need):
+            found = super()._bwd_each(params, x, dy, need)
+            x.zero_()
+            return found
+
+    class Lacks(Each):
+        def _bwd_each(self, params, x, dy, need):
+            each, dx = super()._bwd_each(params, x, dy, need)
+            return {"weight": each["weight"]}, dx
+
+    assert "_bwd_each: writes to x" in str(mismatch(Writes(3)))
+    assert "_bwd_each: expected gradients with the tree of params" in str(mismatch(Lacks(3)))
+
+
 # --- Wrong gradients
 
 

@@ -187,13 +187,12 @@ def test_training_goes_on_where_it_was(optimizer: Any, tmp_path: Path) -> None:
     for step in range(2):
         params, state = optimizer.step(params, gradient(params, x, target)[1], state)
         checkpoints.save(step, (optimizer, params, state))
-    latest = checkpoints.latest()
+    # In another memory format, the same numbers might be rounded otherwise.
+    latest = checkpoints.latest(like=(optimizer, params, state))
     assert latest is not None
     assert same(latest[1], (optimizer, params, state))
-    # In another memory format, the same numbers might be rounded otherwise.
-    again, again_params, again_state = fn.load(
-        tmp_path / "step-00000001.safetensors", like=(optimizer, params, state)
-    )
+    assert strides(latest[1]) == strides((optimizer, params, state))
+    again, again_params, again_state = latest[1]
     expected = optimizer.step(params, gradient(params, x, target)[1], state)
     grads = gradient(again_params, x, target)[1]
     assert same(again.step(again_params, grads, again_state), expected)

@@ -305,6 +305,30 @@ def test_two_processes_at_the_same_time(tmp_path):
     assert all(fn.inspect(tmp_path / name) for name in names(checkpoints))
 
 
+def test_a_tree_like_another(tmp_path):
+    """Its memory formats are those of `like`; what is whole and differs is no damage."""
+    columns = torch.arange(6.0).reshape(3, 2).t()
+    checkpoints = fn.Checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(step, (columns, step))
+    assert checkpoints.latest()[1][0].stride() == (3, 1)
+    for like in ((torch.zeros_like(columns), 0), (torch.empty_like(columns, device="meta"), 0)):
+        step, (loaded, at) = checkpoints.latest(like)
+        assert (step, at, loaded.stride()) == (2, 2, (1, 2))
+        assert torch.equal(loaded, columns)
+    for like, words in {
+        (columns.double(), 0): "1 place(s):\n  0: expected torch.float64, got torch.float32",
+        (columns.t(), None): "2 place(s):\n  0: expected shape (3, 2), got (2, 3)\n  1: expected",
+    }.items():
+        with pytest.raises(fn.CheckpointError) as error:
+            checkpoints.latest(like=like)
+        where = f"{path_of(checkpoints, 2)}: differs from like in "
+        assert str(error.value).startswith(where + words)
+    flip(path_of(checkpoints, 2))
+    with pytest.warns(RuntimeWarning, match="passing over a damaged file"):
+        assert checkpoints.latest((columns, 0))[0] == 1
+
+
 def test_a_device(tmp_path, device):
     checkpoints = fn.Checkpoints(tmp_path)
     checkpoints.save(1, tree(1))

@@ -2,10 +2,16 @@
 
 import importlib.util
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib as mpl
 import pytest
+import torch
+import torch.distributed as dist
+
+import funcnet as fn
 
 mpl.use("Agg")
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -54,3 +60,43 @@ def test_private(example):
     orders = range(2, 257)
     expected = min(order / 2 - math.log(example.DELTA) / (order - 1) for order in orders)
     assert example.epsilon(1.0, 1 - 1e-12, 1) == pytest.approx(expected)
+
+
+# --- Many processes
+
+
+def test_distributed_goes_on_with_another_number_of_processes(tmp_path, monkeypatch):
+    """One process breaks off, and two go on to the parameters that one finds alone."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.delenv("RANK", raising=False)
+    import distributed as example
+
+    def arguments(name):
+        options = ["--steps=5", "--batch-size=5", "--patches=20", "--checkpoint-every=2"]
+        return [*options, f"--out={tmp_path / name}"]
+
+    example.main(arguments("whole"))
+    calls, varied = [], example.varied
+
+    def varied_until_it_breaks_off(*given):
+        calls.append(given)
+        if len(calls) == 7:
+            dist.destroy_process_group()
+            raise KeyboardInterrupt("in the fourth step")
+        return varied(*given)
+
+    monkeypatch.setattr(example, "varied", varied_until_it_breaks_off)
+    with pytest.raises(KeyboardInterrupt, match="in the fourth step"):
+        example.main(arguments("parts"))
+    assert fn.Checkpoints(tmp_path / "parts" / "checkpoints").latest()[0] == 2
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = [str(EXAMPLES / "distributed.py"), *arguments("parts")]
+    done = subprocess.run(
+        [sys.executable, *torchrun, *script], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line[:7] for line in done.stdout.splitlines()] == ["step 4:", "step 5:", "held ou"]
+    (_, whole), (_, parts) = (
+        fn.load_model(tmp_path / name / "denoiser.safetensors") for name in ("whole", "parts")
+    )
+    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-5)

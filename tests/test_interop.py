@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from registry import EVERY_LAYER, EXAMPLE_IDS, EXAMPLES, budget, draw_x, key_for, make
 from test_properties import close, same
 from torch import nn
+from users_layers import Dense
 
 import funcnet as fn
 from funcnet.interop import as_module, from_torch, load_state_dict, state_dict, to_torch, wrap
@@ -843,8 +844,36 @@ def test_state_dicts_come_back(case):
     state = state_dict(params)
     back = load_state_dict(net, tuple(x.shape[1:]), state)
     assert same(back, params)
+    assert strides(back) == strides(params)
     owned = {leaf.data_ptr() for leaf in state.values() if leaf.numel()}
     assert not owned & {leaf.data_ptr() for leaf in optree.tree_leaves(back) if leaf.numel()}
+
+
+def strides(params):
+    return [leaf.stride() for leaf in optree.tree_leaves(params)]
+
+
+def test_a_state_dict_is_laid_out_without_drawing_a_number(monkeypatch):
+    net = fn.Repeat(fn.Sequential(fn.Conv2d(4, 3, padding=1), fn.UpsampleConv2d(4, scale=1)), 2)
+    params = net.init(KEY, (4, 5, 5))
+    assert not params[0]["weight"].is_contiguous()
+    monkeypatch.setattr(fn.initializers.Uniform, "_draw", None)
+    for state in (
+        state_dict(params),
+        {n: p.clone(memory_format=torch.contiguous_format) for n, p in state_dict(params).items()},
+    ):
+        assert strides(load_state_dict(net, (4, 5, 5), state)) == strides(params)
+
+
+def test_a_state_dict_of_a_layer_whose_init_looks_at_its_numbers():
+    class Scaled(Dense):
+        def init(self, key, shape, *, dtype=None, device=None):
+            params = super().init(key, shape, dtype=dtype, device=device)
+            largest = float(params["weight"].max())
+            return {**params, "weight": params["weight"] / largest}
+
+    params = Scaled(3).init(KEY, (4,))
+    assert same(load_state_dict(Scaled(3), (4,), state_dict(params)), params)
 
 
 def test_a_state_dict_of_torch_fits():

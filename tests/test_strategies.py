@@ -1,5 +1,6 @@
 """The strategies: what they draw fits, awkward cases are in reach, and they shrink to the least."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -252,6 +253,20 @@ def test_a_failure_is_in_the_table(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "FAILED" in out
     assert "the sign is wrong" in out
+
+
+def test_a_reader_that_wants_only_the_beginning():
+    """As `head` does. Python would flush what is left as it exits, and say that this fails."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    arguments = ["--examples", "1", "--layer", "ReLU"]
+    done = subprocess.run(
+        [sys.executable, "-m", "funcnet.testing", *arguments],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,10 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 import torch
 
 from funcnet.checkpoint.atomic import clear_abandoned, make_folder
+from funcnet.checkpoint.compare import differences, expectation, refuse
 from funcnet.checkpoint.data import read_data
-from funcnet.checkpoint.files import _opened, _tensors, save
+from funcnet.checkpoint.files import _named, _opened, _tensors, save
+from funcnet.checkpoint.memory_format import all_laid_out_like
 from funcnet.checkpoint.structure import CheckpointError, Node, decode
 from funcnet.checks import as_int
 from funcnet.fields import Hyperparameters, Size
@@ -90,14 +92,20 @@ class Checkpoints(Hyperparameters):
                 message = f"Checkpoints: could not remove an earlier file: {error}"
                 warnings.warn(message, RuntimeWarning, stacklevel=2)
 
-    def latest(self, device: torch.device | str | None = None) -> tuple[int, Tree] | None:
+    def latest(
+        self, like: Tree = None, device: torch.device | str | None = None
+    ) -> tuple[int, Tree] | None:
         """(step, tree) of the last checkpoint, or None if there is none.
 
         A damaged file, or one that the disk fails to read, is passed over with a RuntimeWarning
-        that names it and says what is wrong. The tensors go to `device`, by default the CPU.
+        that names it and says what is wrong. `like` and `device` mean what they mean to
+        `funcnet.load`: the tree must equal `like`, if given, in structure, shapes and dtypes, and
+        its tensors get the memory format of those of `like`. They go to `device`, by default the
+        CPU. With the new parameters and state for `like`, a run that resumes goes on in the same
+        memory formats, and so to the same bits.
 
-        Raises CheckpointError if a file is undamaged but needs a class that is not registered, and
-        another OSError, such as PermissionError, if it cannot be opened.
+        Raises CheckpointError if a file is undamaged but differs from `like`, or needs a class that
+        is not registered; and another OSError, such as PermissionError, if it cannot be opened.
         """
         for step, path in reversed(self._files()):
             try:
@@ -107,11 +115,12 @@ class Checkpoints(Hyperparameters):
                     raise
                 if not os.path.lexists(path):
                     # Another process has removed it, and written a later one before.
-                    return self.latest(device)
+                    return self.latest(like, device)
                 message = f"Checkpoints: passing over a damaged file: {error}"
                 warnings.warn(message, RuntimeWarning, stacklevel=2)
             else:
-                return step, decode(structure, tensors)
+                with _named(path):
+                    return step, _decoded(structure, tensors, like)
         return None
 
     def _is_whole(self, path: Path) -> bool:
@@ -148,6 +157,15 @@ def _read(path: Path, device: torch.device | str | None) -> tuple[Node, dict[str
     """The structure and tensors in a file, whose every bit is checked."""
     with _opened(path) as (file, header):
         return header.structure, _tensors(file, header, device, None, None)
+
+
+def _decoded(structure: Node, tensors: dict[str, torch.Tensor], like: Tree) -> Tree:
+    """The tree in a file. Raises CheckpointError unless it is like the one that is expected."""
+    if like is not None:
+        expected, like_tensors = expectation(like)
+        refuse(differences(expected, like_tensors, structure, tensors))
+        tensors = all_laid_out_like(tensors, like_tensors)
+    return decode(structure, tensors)
 
 
 class _Fingerprint(NamedTuple):

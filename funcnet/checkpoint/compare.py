@@ -9,10 +9,26 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from funcnet.checkpoint.container import Entry
-from funcnet.checkpoint.structure import Node, Path, decode, label, walk
+from funcnet.checkpoint.structure import (
+    CheckpointError,
+    Node,
+    Path,
+    decode,
+    encode,
+    label,
+    parse,
+    walk,
+)
+from funcnet.layer import Tree
 
 Entries: TypeAlias = "Mapping[str, Tensor] | Mapping[str, Entry]"
 """The dtypes and shapes of a tree's tensors, by name."""
+
+
+def expectation(like: Tree) -> tuple[Node, dict[str, Tensor]]:
+    """Return the structure and the tensors of a tree that a file is expected to hold."""
+    json, tensors = encode(like)
+    return parse(json), tensors
 
 
 def differences(
@@ -45,6 +61,13 @@ def differences(
         path: (f"{name} (key {path[-1]!r})" if times[name] > 1 else name, difference)
         for path, (name, difference) in found.items()
     }
+
+
+def refuse(found: Mapping[Path, tuple[str, str]]) -> None:
+    """Raise CheckpointError that names every difference, if there is one."""
+    if found:
+        places = "\n".join(f"  {name}: {difference}" for name, difference in found.values())
+        raise CheckpointError(f"differs from like in {len(found)} place(s):\n{places}")
 
 
 def merge(

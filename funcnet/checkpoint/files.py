@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from funcnet.checkpoint.atomic import replacing
-from funcnet.checkpoint.compare import differences, merge
+from funcnet.checkpoint.compare import differences, expectation, merge, refuse
 from funcnet.checkpoint.container import (
     Header,
     block_count,
@@ -24,9 +24,9 @@ from funcnet.checkpoint.container import (
 )
 from funcnet.checkpoint.data import read_data, write_all, write_data
 from funcnet.checkpoint.inspection import Inspection
-from funcnet.checkpoint.memory_format import laid_out_like, lay_out_as_init
+from funcnet.checkpoint.memory_format import all_laid_out_like, lay_out_as_init
 from funcnet.checkpoint.storable import check_metadata, check_storable
-from funcnet.checkpoint.structure import CheckpointError, Json, decode, encode, parse
+from funcnet.checkpoint.structure import CheckpointError, Json, decode, encode
 from funcnet.layer import Layer, Tree
 
 _Path: TypeAlias = "str | os.PathLike[str]"
@@ -149,20 +149,15 @@ def load(
     with _opened(path) as (file, header):
         if like is None:
             return decode(header.structure, _tensors(file, header, device, dtype, mmap))
-        json, like_tensors = encode(like)
-        expected = parse(json)
+        expected, like_tensors = expectation(like)
         entries = {
             name: entry._replace(dtype=_converted(entry.dtype, dtype))
             for name, entry in header.entries.items()
         }
         skipped = differences(expected, like_tensors, header.structure, entries)
-        if strict and skipped:
-            places = "\n".join(f"  {name}: {difference}" for name, difference in skipped.values())
-            raise CheckpointError(f"differs from like in {len(skipped)} place(s):\n{places}")
-        tensors = {
-            name: laid_out_like(tensor, like_tensors[name]) if name in like_tensors else tensor
-            for name, tensor in _tensors(file, header, device, dtype, mmap).items()
-        }
+        if strict:
+            refuse(skipped)
+        tensors = all_laid_out_like(_tensors(file, header, device, dtype, mmap), like_tensors)
         if strict:
             return decode(header.structure, tensors)
         merged = merge(expected, like_tensors, header.structure, tensors, skipped)
@@ -270,13 +265,20 @@ def _converted(dtype: torch.dtype, floating: torch.dtype | None) -> torch.dtype:
 @contextmanager
 def _opened(path: _Path) -> Iterator[tuple[BinaryIO, Header]]:
     """Open a file and read its header. Every CheckpointError begins with its path."""
-    try:
+    with _named(path):
         if os.path.isdir(path):  # Windows cannot open a folder
             raise CheckpointError("expected a file, got a folder")
         with open(_open(path), "rb") as file, _without_collector():
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise CheckpointError("expected a regular file, got another kind")
             yield file, read_header(file)
+
+
+@contextmanager
+def _named(path: _Path) -> Iterator[None]:
+    """Begin every CheckpointError with a file's path, and give it to every OSError."""
+    try:
+        yield
     except CheckpointError as error:
         error.args = (f"{os.fsdecode(path)}: {error}",)
         raise

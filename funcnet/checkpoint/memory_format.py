@@ -26,7 +26,14 @@ def lay_out_as_init(net: Layer, params: Tree) -> None:
             leaf.data = _laid_out(as_integers(leaf.detach()), layout, copies).view(leaf.dtype)
 
 
-def laid_out_like(tensor: Tensor, like: Tensor) -> Tensor:
+def all_laid_out_like(
+    tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the tensors, each with the strides of the one of its name."""
+    return {n: _laid_out_like(t, like[n]) if n in like else t for n, t in tensors.items()}
+
+
+def _laid_out_like(tensor: Tensor, like: Tensor) -> Tensor:
     """Return a tensor with the strides of `like`, or as it is if these leave holes or overlap."""
     if like.layout != torch.strided or like.shape != tensor.shape:
         return tensor

@@ -9,6 +9,7 @@ import optree
 import torch
 from torch import Tensor
 
+from funcnet.checkpoint.memory_format import lay_out_as_init
 from funcnet.checks import name_of, sizes
 from funcnet.interop.report import refusal
 from funcnet.keys import key
@@ -38,7 +39,7 @@ def load_state_dict(net: Layer, shape: Sequence[int], state: Mapping[str, Tensor
     """Return the parameters of `net`, for examples of `shape`, with the values of a state dict.
 
     The names are those of `state_dict`. The tensors are copies, in the dtype and on the device that
-    they have in `state`, and in the memory format that `net.init` gives them.
+    they have in `state`. They are laid out in memory as `net.init` does.
 
     Raises one ValueError that names all that is wrong: tensors that are missing, that the network
     does not have, of another shape, not floating-point, or of a dtype or device other than the
@@ -65,15 +66,16 @@ def load_state_dict(net: Layer, shape: Sequence[int], state: Mapping[str, Tensor
         raise TypeError(
             f"load_state_dict: expected state to be a dict of tensors, got {type(state).__name__}"
         )
-    like = net.init(key(0), shape)
+    like = _shaped(net, shape)
     expected = state_dict(like)
     wrong = list(_differences(expected, state))
     if wrong:
         count = len(expected)
         raise refusal(f"load_state_dict: expected the {count} tensors of {name_of(net)}", wrong)
-    leaves, structure = optree.tree_flatten(like)
-    pairs = zip(names_of(structure), leaves, strict=True)
-    return structure.unflatten(_copied(state[name], leaf) for name, leaf in pairs)
+    structure = optree.tree_structure(like)
+    params = structure.unflatten(_copied(state[name]) for name in names_of(structure))
+    lay_out_as_init(net, params)
+    return params
 
 
 def names_of(structure: optree.PyTreeSpec) -> list[str]:
@@ -131,7 +133,14 @@ def _kind(value: Tensor) -> str:
     return f"{value.dtype} on {value.device}"
 
 
-def _copied(value: Tensor, like: Tensor) -> Tensor:
-    """Return a copy in the memory format of `like`."""
-    with torch.no_grad():
-        return torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
+def _shaped(net: Layer, shape: Sequence[int]) -> Tree:
+    """Return parameters of which only the shapes count; no number is drawn if that can be."""
+    try:
+        return net.init(key(0), shape, device="meta")
+    except RuntimeError:  # the `init` of a layer of one's own may look at its numbers
+        return net.init(key(0), shape)
+
+
+def _copied(value: Tensor) -> Tensor:
+    """Return a row-major copy."""
+    return value.detach().clone(memory_format=torch.contiguous_format)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -54,7 +55,18 @@ class Score:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; 0 if every case passed, 1 if one failed or the table was not printed whole."""
     options = _parser().parse_args(arguments)
+    try:
+        return 0 if _print_table(options) else 1
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        # As it exits, Python would try once more to write what is left, and fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _print_table(options: argparse.Namespace) -> bool:
+    """Print a row for each layer and dtype. Returns whether every case passed."""
     passed = True
     print(_row(_HEADER), flush=True)
     for name in options.layer or _LAYERS:
@@ -64,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if score.failure is not None:  # at once: the rows to come may take hours
                 print(f"\n{score.failure}\n", flush=True)
                 passed = False
-    return 0 if passed else 1
+    return passed
 
 
 def run(name: str, dtype: torch.dtype, device: str, examples: int) -> Score:

@@ -26,8 +26,8 @@ _COPIED = ("funcnet", "tests", "pyproject.toml")
 # The gate itself, and the tests of what is no part of the package.
 _LEFT_OUT = (
     *("mutants", "test_mutants.py"),
-    *("test_denoise.py", "test_denoise_apply.py", "test_benchmark.py"),
-    "test_verify_your_layer.py",
+    *("test_denoise.py", "test_denoise_apply.py", "test_benchmark.py", "test_examples.py"),
+    *("test_verify_your_layer.py", "test_verify_a_kernel.py", "test_docs.py"),
 )
 _ARGUMENTS = [
     *("-q", "-x", "--tb=no", "-rfE"),

@@ -1,5 +1,5 @@
-"""Laws that need no oracle: the gradient is linear in grad, a batch is the sum of its examples, and
-what is frozen has gradient 0.
+"""Laws that need no oracle: the gradient is linear in grad, a batch is the sum of its examples,
+`_bwd_each` finds the gradient of each, and what is frozen has gradient 0.
 
 Each check is a function of a float64 case that raises `GradientMismatch`.
 """
@@ -7,16 +7,24 @@ Each check is a function of a float64 case that raises `GradientMismatch`.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import optree
 import torch
 from torch import Tensor
 
-from funcnet.testing.check.case import Case, Leaves, scale_of, signed
+from funcnet.layer import Layer, writes
+from funcnet.leaves import has_children
+from funcnet.ops import products
+from funcnet.ops.need import Need
+from funcnet.testing.check.case import Case, Leaves, scale_of, signed, tried
 from funcnet.testing.check.comparison import excess, worst
+from funcnet.testing.check.purity import pure
 from funcnet.testing.check.rounding import allowance, gradient_moves, is_extreme, value_moves
 from funcnet.testing.check.tolerances import COUPLED, LAW_ROUNDING, LAW_TERMS
 from funcnet.testing.errors import GradientMismatch
+from funcnet.testing.layouts import same
+from funcnet.trace import trace
 
 _EPSILON = torch.finfo(torch.float64).eps
 
@@ -87,6 +95,89 @@ def check_sum_of_examples(case: Case) -> None:
             f"the gradient for {case.names[i]} of a batch of {batch.batch} is not {what}, "
             "although apply treats every example alone"
         )
+
+
+def check_each_example(case: Case) -> None:
+    """What `_bwd_each` finds for an example is what `bwd` finds for the grad of that one alone.
+
+    The grad of the others is 0 then, so a mask that a key has drawn is the same on both sides. In a
+    network, every layer that writes `_bwd_each` is held to it, on its own x and grad, without key.
+    """
+    for own in _knowing(case):
+        if len(own.grad) != own.batch or is_extreme(own):
+            continue
+        batch = _two_or_three(own)
+        if tried(batch.vjp) is not None:  # it may be undefined in company
+            _check_each(batch)
+
+
+def _check_each(case: Case) -> None:
+    kept = case.layer._fwd(case.params, case.x, case.key)[1]
+    named = {f"residuals[{i}]": leaf for i, leaf in enumerate(optree.tree_leaves(kept))}
+    *gradients, dx = pure(case, "_bwd_each", partial(_formed, case, kept), named)
+    if not all(map(same, _formed(case, kept), [*gradients, dx])):
+        raise GradientMismatch("_bwd_each: the same call twice gives different bits")
+    for i in range(len(case.grad)):
+        is_this = torch.arange(len(case.grad), device=case.grad.device) == i
+        alone = case.at(case.leaves, _only(case.grad, is_this))
+        expected = alone.gradients()
+        got = [*(leaf[i] for leaf in gradients), _only(dx, is_this)]
+        wrong = _first_off(alone, got, expected, [leaf.abs() for leaf in expected])
+        if wrong is not None:
+            raise GradientMismatch(
+                f"_bwd_each: the gradient for {case.names[wrong]} of example {i} is not what bwd "
+                "finds for the grad of that example alone"
+            )
+
+
+def _knowing(case: Case) -> list[Case]:
+    """The layers with parameters that write `_bwd_each`: the case's own, or those inside."""
+    if not (isinstance(case.layer, Layer) and isinstance(case.x, Tensor)):
+        return []
+    if has_children(case.layer) and case.key is None:
+        records = tried(partial(trace, case.layer, case.params, case.x, case.grad)) or ()
+        last = {id(record.layer): record for record in records}
+        cases = [
+            Case(record.layer, record.params, record.x, record.grad).double()
+            for record in last.values()
+            if record.grad is not None
+        ]
+    else:
+        cases = [case]
+    return [own for own in cases if _knows(own)]
+
+
+def _knows(case: Case) -> bool:
+    has_params, couples = case.first_of_x > 0, case.layer.couples_examples
+    return has_params and not couples and writes(case.layer, "_bwd_each")
+
+
+def _formed(case: Case, residuals: Any) -> list[Any]:
+    """The gradients of each example by `_bwd_each`, (N, …), and behind them dx, zeros for None."""
+    each, dx = case.layer._bwd_each(case.params, residuals, case.grad, Need())
+    structure = optree.tree_structure(case.params)
+    try:
+        leaves: list[Any] = structure.flatten_up_to(each)
+    except ValueError:
+        raise GradientMismatch(
+            f"_bwd_each: expected gradients with the tree of params, {structure}, "
+            f"got {optree.tree_structure(each)}"
+        ) from None
+    gradients = [None if leaf is None else products.formed(leaf) for leaf in leaves]
+    gradients.append(torch.zeros_like(case.x, dtype=case.dtype) if dx is None else dx)
+    expected = [*((len(case.grad), *leaf.shape) for leaf in case.leaves[:-1]), case.x.shape]
+    for name, gradient, shape in zip(case.names, gradients, expected, strict=True):
+        got = None if gradient is None else tuple(gradient.shape)
+        if got != tuple(shape):
+            raise GradientMismatch(
+                f"_bwd_each: expected the gradient for {name} of shape {tuple(shape)}, got {got}"
+            )
+    return gradients
+
+
+def _only(leaf: Tensor, examples: Tensor) -> Tensor:
+    """A leaf with zeros for the other examples."""
+    return torch.where(examples.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, 0.0)
 
 
 def _row(leaf: Tensor, i: int) -> Tensor:

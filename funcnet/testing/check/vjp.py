@@ -15,7 +15,12 @@ from funcnet.testing.check.case import Case, make_case
 from funcnet.testing.check.comparison import Errors
 from funcnet.testing.check.contract import check_calls, check_surroundings
 from funcnet.testing.check.keyed import beside_key
-from funcnet.testing.check.laws import check_frozen, check_linear_in_grad, check_sum_of_examples
+from funcnet.testing.check.laws import (
+    check_each_example,
+    check_frozen,
+    check_linear_in_grad,
+    check_sum_of_examples,
+)
 from funcnet.testing.check.precision import check_precision
 from funcnet.testing.check.report import complete, name_the_guilty, wrong_gradient
 from funcnet.testing.check.search import Budget, find_wrong, moved
@@ -46,9 +51,10 @@ def check_vjp(
       `_fresh = True` share no storage with residuals or dparams.
     - The mathematics, in float64: autograd of `apply` where it can follow; central differences,
       entry by entry where that is little work and along random directions; the power that Taylor's
-      remainder falls by; linearity in grad; a batch is the sum of its examples. Only a numeric
-      derivative refutes a gradient. At a kink, any slope between those of its two sides is right.
-      A second point, away from ties, is checked beside the given one.
+      remainder falls by; linearity in grad; a batch is the sum of its examples, whose gradients
+      `_bwd_each` finds where a layer writes it. Only a numeric derivative refutes a gradient. At a
+      kink, any slope between those of its two sides is right. A second point, away from ties, is
+      checked beside the given one.
     - The dtype of x against float64, up to what rounding in it can do.
 
     Leaves of integers and bools, in x, params and target, are never moved; their gradient is None.
@@ -120,6 +126,7 @@ def _examine(case: Case, rtol: float, atol: float, errors: Errors, budget: Budge
     beside = moved(double)
     check_linear_in_grad(beside)
     check_sum_of_examples(beside)
+    check_each_example(beside)
     check_surroundings(case)
     if case.dtype != torch.float64:
         check_precision(case, double, errors)

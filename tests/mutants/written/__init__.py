@@ -11,11 +11,14 @@ from __future__ import annotations
 from ..mutant import Written
 from .checkpoint import CHECKPOINT
 from .convolution import CONVOLUTION
+from .distributed import DISTRIBUTED
 from .frame import FRAME
+from .interop import INTEROP
 from .karatsuba import KARATSUBA
 from .keys import KEYS
 from .low_resolution import LOW_RESOLUTION, TILES
 from .optimizers import OPTIMIZERS
+from .per_example import PER_EXAMPLE
 from .vocabulary import VOCABULARY
 
 WRITTEN: tuple[Written, ...] = (
@@ -28,4 +31,7 @@ WRITTEN: tuple[Written, ...] = (
     *KEYS,
     *CHECKPOINT,
     *VOCABULARY,
+    *PER_EXAMPLE,
+    *INTEROP,
+    *DISTRIBUTED,
 )

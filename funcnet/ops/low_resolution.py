@@ -70,12 +70,10 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Pair, window
     in_planes = len(weight) < _LANES
     products = pixelwise.convolve_to_planes if in_planes else pixelwise.convolve
     y: Tensor | None = None
-    x, is_eager = native.layout(x), inplace.is_eager()
+    x, is_eager, taps = native.layout(x), inplace.is_eager(), (*window.kernel_size, -1)
     for tile in _tiles(x, weight, scale, window):
         made = products(native.layout(x[tile.source]), kernel)
-        z = torch.unflatten(
-            native.upcast(made), 1, (*window.kernel_size, -1)
-        )  # (n, kh, kw, O, H, W)
+        z = torch.unflatten(native.upcast(made), 1, taps)  # (n, kh, kw, O, H, W)
         if y is None:
             y = empty(made if is_eager else z, (len(x), len(weight), *size))
         target = y[tile.target]

@@ -19,6 +19,7 @@ from .keys import KEYS
 from .low_resolution import LOW_RESOLUTION, TILES
 from .optimizers import OPTIMIZERS
 from .per_example import PER_EXAMPLE
+from .tiling import TILING
 from .vocabulary import VOCABULARY
 
 WRITTEN: tuple[Written, ...] = (
@@ -34,4 +35,5 @@ WRITTEN: tuple[Written, ...] = (
     *PER_EXAMPLE,
     *INTEROP,
     *DISTRIBUTED,
+    *TILING,
 )

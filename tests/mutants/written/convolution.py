@@ -138,8 +138,8 @@ NATIVE = in_file(
     ),
     Row(
         "odd-padding-before",
-        "for side in (0, entries)]",
-        "for side in (entries, 0)]",
+        "for side in sides]\n",
+        "for side in reversed(sides)]\n",
         'the odd entry of "same" goes after the image, as in PyTorch',
     ),
     Row(
@@ -173,8 +173,9 @@ PATCHES = in_file(
     ),
     Row(
         "remainder-dropped-at-the-start",
-        "x.permute(0, 2, 3, 1).unfold(",
-        "x[:, :, x.shape[2] % size[0] :, x.shape[3] % size[1] :].permute(0, 2, 3, 1).unfold(",
+        "found = found.unfold(axis, reach, stride)",
+        "found = found.narrow(axis, n := (found.shape[axis] - reach) % stride, "
+        "found.shape[axis] - n).unfold(axis, reach, stride)",
         "windows are counted from the beginning",
     ),
     Row(
@@ -196,8 +197,8 @@ PIXELWISE = in_file(
     "test_conv.py test_upsample_conv.py",
     Row(
         "pixels-paired-across-the-diagonal",
-        "torch.mm(dy.t(), _rows(x))",
-        "torch.mm(dy.t(), _rows(x.mT))",
+        "torch.mm(_rows(grad).t(), _rows(x))",
+        "torch.mm(_rows(grad).t(), _rows(x.mT))",
         "dK is the sum over pixels of y's gradient there and x there",
     ),
     Row(

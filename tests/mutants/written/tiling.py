@@ -1,0 +1,97 @@
+"""Bugs where a network goes through a large image tile by tile."""
+
+from __future__ import annotations
+
+from ..mutant import Row, in_file
+
+_LAYER = in_file(
+    "layer.py",
+    "test_tiling.py",
+    Row(
+        "tiles-of-another-formula",
+        'return layer._tile(shape, part) if writes(layer, "_tile") else None',
+        "return layer._tile(shape, part)",
+        "a subclass that changes the formula has not said which part of x it sees",
+    ),
+)
+
+_OPS = in_file(
+    "ops/tiles.py",
+    "test_tiling.py",
+    Row(
+        "tile-without-the-stride",
+        "start = window.stride[axis] * target.start",
+        "start = target.start",
+        "window i starts at stride · i",
+    ),
+    Row(
+        "tile-short-of-the-reach",
+        "+ window.reach[axis]\n",
+        "+ window.kernel_size[axis]\n",
+        "a dilated kernel sees further than it has taps",
+    ),
+)
+
+_CROPPED = in_file(
+    "combinators/cropped.py",
+    "test_tiling.py",
+    Row(
+        "places-counted-from-the-image",
+        "slice(own.start - all_.start, own.stop - all_.start)",
+        "slice(own.start, own.stop)",
+        "a tile's places are counted from where it starts",
+    ),
+    Row(
+        "union-of-the-starts-alone",
+        "max(s.stop for s in own)",
+        "min(s.stop for s in own)",
+        "the part of x holds what every branch sees",
+    ),
+)
+
+_TILING = in_file(
+    "combinators/tiling.py",
+    "test_tiling.py",
+    Row(
+        "rows-left-over",
+        "for a in range(0, n, length)",
+        "for a in range(0, n - length + 1, length)",
+        "the last tile may be shorter",
+    ),
+)
+
+_HALF = in_file(
+    "ops/half.py",
+    "test_half_precision.py",
+    Row(
+        "kernel-not-turned",
+        "weight.flip(2, 3).transpose(0, 1)",
+        "weight.transpose(0, 1)",
+        "dx is a convolution by the kernel turned round",
+    ),
+    Row(
+        "turned-with-a-stride",
+        "not (window.is_strided or window.is_dilated)",
+        "not window.is_dilated",
+        "with a stride, dx is no convolution of grad",
+    ),
+    Row(
+        "last-examples-alone",
+        "dk if dkernel is None else dkernel.add_(dk)",
+        "dk",
+        "dK is the sum over all examples",
+    ),
+)
+
+_LOW_RESOLUTION = in_file(
+    "ops/low_resolution.py",
+    "test_half_precision.py",
+    Row(
+        "sums-in-bfloat16",
+        "torch.unflatten(native.upcast(made), 1,",
+        "torch.unflatten(made, 1,",
+        "each sum would be rounded to bfloat16",
+    ),
+)
+
+TILING = (*_LAYER, *_OPS, *_CROPPED, *_TILING, *_HALF, *_LOW_RESOLUTION)

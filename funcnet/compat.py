@@ -7,7 +7,7 @@ of its own.
 
 Private is a name with an underscore, and `mkldnn_rnn_layer`. Kernels of ATen without an underscore,
 like `torch.ops.aten.convolution_backward` or `torch.ops.aten.elu_backward`, are used where they are
-needed: every backend of torch implements them.
+needed: torch's own autograd calls them on every device.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ def floors() -> list[str]:
         r"^dependencies = \[(.*?)\]", Path("pyproject.toml").read_text(), re.M | re.S
     )
     assert listed is not None
-    return [name.replace(">=", "==") for name in re.findall(r'"([^"]+)"', listed[1])]
+    return [name.replace(">=", "==", 1) for name in re.findall(r'"([^"]+)"', listed[1])]
 
 
 @nox.session(python=PYTHONS)

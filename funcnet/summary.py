@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from funcnet.checks import as_shape, name_of
+from funcnet.compat import storage_id
 from funcnet.keys import key
 from funcnet.layer import Layer, Shape, Tree
 
@@ -128,4 +129,4 @@ def _bytes(tree: Any, besides: Tree) -> int:
 def _storages(tree: Any) -> dict[int, int]:
     tensors = [leaf for leaf in optree.tree_leaves(tree) if isinstance(leaf, Tensor)]
     storages = [tensor.untyped_storage() for tensor in tensors]
-    return {storage._cdata: storage.nbytes() for storage in storages}
+    return {storage_id(storage): storage.nbytes() for storage in storages}

@@ -19,7 +19,8 @@ from contextlib import suppress
 from typing import Any, TypeAlias, TypeVar
 
 import optree
-from torch.utils import _pytree
+
+from funcnet.compat import register_pytree_node
 
 PathKey: TypeAlias = "str | int"
 """A key of a dict, an index of a tuple or list, or a field's name."""
@@ -254,4 +255,4 @@ def _register_with_pytrees(cls: type) -> None:
             cls, flatten, lambda _, values: rebuild(values), namespace=namespace
         )
     with suppress(ValueError):
-        _pytree.register_pytree_node(cls, flatten, lambda values, _: rebuild(values))
+        register_pytree_node(cls, flatten, lambda values, _: rebuild(values))

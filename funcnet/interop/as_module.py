@@ -79,7 +79,7 @@ class NetworkModule(nn.Module):
         holder: nn.Module = self
         try:
             for step in way:
-                if step not in holder._modules:
+                if not isinstance(getattr(holder, step, None), nn.Module):
                     holder.add_module(step, nn.Module())
                 holder = holder.get_submodule(step)
             holder.register_parameter(last, parameter)

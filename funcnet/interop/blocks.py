@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from funcnet.compat import children
+
 # --- Layers
 
 
@@ -195,7 +197,7 @@ class Branches(nn.Module):
             self.add_module(name, module)
 
     def _results(self, x: Tensor) -> list[Tensor]:
-        return [module(x) for module in self._modules.values() if module is not None]
+        return [module(x) for module in children(self).values() if module is not None]
 
 
 class Sum(Branches):
@@ -237,7 +239,7 @@ class Reversible(Branches):
         """Return y, of x's shape."""
         halves = x.chunk(2, 1)
         a, b = halves[0], halves[1]
-        for module in self._modules.values():
+        for module in children(self).values():
             assert module is not None
             a, b = b, a + module(b)
         return torch.cat([a, b], 1)

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from funcnet import compat
 from funcnet.checkpoint.memory_format import lay_out_as_init
 from funcnet.checks import as_axis, as_shape, sizes
 from funcnet.combinators import Concat, Loop, Product, Residual, Reversible, Sequential, Sum
@@ -114,10 +115,11 @@ class _Translator:
     def _combinator(
         self, module: nn.Module, cls: Any, shape: Shape | None, path: str
     ) -> tuple[Layer, Tree, Shape | None]:
-        names, made, owns, outs = [*module._modules], [], [], []
+        children = compat.children(module)
+        names, made, owns, outs = [*children], [], [], []
         before = (shape[0] // 2, *shape[1:]) if cls is Reversible and shape else shape
-        for name, child in module._modules.items():
-            layer, params, out = self.of(child, before, _joined(path, name))  # type: ignore[arg-type]
+        for name, child in children.items():
+            layer, params, out = self.of(child, before, _joined(path, name))
             made.append(layer)
             owns.append(params)
             outs.append(out)
@@ -150,7 +152,7 @@ def _kind_of(module: nn.Module) -> type[nn.Module]:
         raise ValueError(f"{name} has no twin")
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         raise ValueError(f"{name}: expected parameters, got none yet: call the module once before")
-    hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
+    hooks = sum(map(len, compat.forward_hooks(module)))
     if hooks:
         raise ValueError(f"{name}: expected no forward hooks, got {hooks}")
     return kind  # type: ignore[no-any-return]
@@ -166,11 +168,10 @@ _EXPECTED: dict[str, Any] = {
     "proj_size": 0,
     "add_zero_attn": False,
     "bias_k": None,
-    "_qkv_same_embed_dim": True,
 }
 """The only value that a setting may have, whatever module has it."""
 
-_SHOWN = {"bias_k": "add_bias_kv=False", "_qkv_same_embed_dim": "kdim and vdim to be embed_dim"}
+_SHOWN = {"bias_k": "add_bias_kv=False"}
 
 
 def _check_settings(module: nn.Module) -> None:
@@ -180,6 +181,9 @@ def _check_settings(module: nn.Module) -> None:
         for name, value in _EXPECTED.items()
         if (got := getattr(module, name, value)) is not value and got != value
     ]
+    is_attention = isinstance(module, nn.MultiheadAttention)
+    if is_attention and not module.kdim == module.vdim == module.embed_dim:
+        wrong.append("expected kdim and vdim to be embed_dim")
     between = module.dropout if isinstance(module, nn.RNNBase) and module.num_layers > 1 else 0.0
     if module.training and between > 0:
         wrong.append(f"expected dropout=0.0 in train mode, got {between}")
@@ -248,7 +252,7 @@ def _norm(module: Any, shape: Shape | None) -> Translation:
         return ChannelAffine(), _affine(module)
     if isinstance(module, nn.SyncBatchNorm):
         raise ValueError(f"{name}: expected eval mode, got train mode")
-    is_instance = isinstance(module, nn.modules.instancenorm._InstanceNorm)
+    is_instance = isinstance(module, (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d))
     layer = (InstanceNorm if is_instance else BatchNorm)(module.eps, module.affine)
     return layer, _learned(layer._params((module.num_features,)), module) or ()
 

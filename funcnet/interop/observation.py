@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from funcnet.compat import version
 from funcnet.keys import key, normal
 from funcnet.layer import Shape
 
@@ -28,8 +29,7 @@ def observe(module: nn.Module, shape: Shape) -> Traits:
     like = tensor_like(module)
     cuda = [like.device] if like.is_cuda else []
     with torch.no_grad(), torch.random.fork_rng(cuda), _purity(module):
-        x, y = _first_run(module, shape, like)
-        writes_x = x._version > 0
+        x, y, writes_x = _first_run(module, shape, like)
         out_shape = shape_of_one(f"wrap: {type(module).__name__}", y)
         couples = x.is_floating_point() and _couples(module, shape, like)
     return Traits(shape, out_shape, not x.is_floating_point(), writes_x, couples)
@@ -54,20 +54,26 @@ def shape_of_one(who: str, y: Any) -> Shape:
     return tuple(y.shape[1:])
 
 
-def _first_run(module: nn.Module, shape: Shape, like: Tensor) -> tuple[Tensor, Any]:
-    """Return (x, y), with x of numbers if the module takes them, else of integers."""
+def _first_run(module: nn.Module, shape: Shape, like: Tensor) -> tuple[Tensor, Any, bool]:
+    """Return (x, y, whether x was written to), x of numbers if the module takes them, else ints."""
     x = _numbers(0, shape, like)
     try:
-        return x, module(x)
+        return _run(module, x)
     except Exception as error:  # a module may raise anything
         try:
             x = torch.zeros((2, *shape), dtype=torch.int64, device=like.device)
-            return x, module(x)
+            return _run(module, x)
         except Exception:
             raise ValueError(
                 f"wrap: expected examples that {type(module).__name__} takes, got shape {shape}: "
                 f"{error}"
             ) from error
+
+
+def _run(module: nn.Module, x: Tensor) -> tuple[Tensor, Any, bool]:
+    before = version(x)
+    y = module(x)
+    return x, y, version(x) != before
 
 
 def _couples(module: nn.Module, shape: Shape, like: Tensor) -> bool:
@@ -87,7 +93,7 @@ def _numbers(seed: int, shape: Shape, like: Tensor) -> Tensor:
 def _purity(module: nn.Module) -> Iterator[None]:
     """Raise ValueError for a module that has drawn numbers or changed its buffers in between."""
     drawing: list[str] = []
-    before = {name: (b, b.clone(), b._version) for name, b in module.named_buffers()}
+    before = {name: (b, b.clone(), version(b)) for name, b in module.named_buffers()}
     watched = module.named_modules()
     handles = [handle for name, child in watched for handle in _watch(name, child, drawing)]
     try:
@@ -111,9 +117,9 @@ def _purity(module: nn.Module) -> Iterator[None]:
         )
 
 
-def _is_changed(buffer: Tensor, same: Tensor, values: Tensor, version: int) -> bool:
+def _is_changed(buffer: Tensor, same: Tensor, values: Tensor, before: int) -> bool:
     """Whether a buffer is another tensor, or was written to; not every kernel counts its writes."""
-    if buffer is not same or buffer._version != version:
+    if buffer is not same or version(buffer) != before:
         return True
     return not bool(((buffer == values) | buffer.isnan()).all())
 

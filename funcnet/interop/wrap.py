@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from funcnet.checks import as_shape
+from funcnet.compat import storage_id
 from funcnet.initializers import Initializer
 from funcnet.interop.observation import Traits, observe, shape_of_one, tensor_like
 from funcnet.keys import Key, key
@@ -213,6 +214,6 @@ def _unshared(result: Tensor, others: Iterable[Tensor]) -> Tensor:
     """A result in memory of its own: a module may return a view of x, and autograd dy itself."""
     if not is_eager():
         return result.clone()
-    memory = result.untyped_storage()._cdata
-    is_shared = any(other.untyped_storage()._cdata == memory for other in others)
+    memory = storage_id(result.untyped_storage())
+    is_shared = any(storage_id(other.untyped_storage()) == memory for other in others)
     return result.clone() if is_shared else result

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funcnet.checks import as_axis, name_of
+from funcnet.compat import log_softmax_backward, prelu, prelu_backward, softmax_backward
 from funcnet.fields import Axis, Finite, NonZero, OneOf, Size
 from funcnet.initializers import Constant, InitializerOrNone
 from funcnet.keys import Key
@@ -30,13 +31,9 @@ _hardsigmoid_backward: Callable[..., Tensor] = torch.ops.aten.hardsigmoid_backwa
 _hardswish_backward: Callable[..., Tensor] = torch.ops.aten.hardswish_backward
 _hardtanh_backward: Callable[..., Tensor] = torch.ops.aten.hardtanh_backward
 _leaky_relu_backward: Callable[..., Tensor] = torch.ops.aten.leaky_relu_backward
-_log_softmax_backward: Callable[..., Tensor] = torch.ops.aten._log_softmax_backward_data
 _mish_backward: Callable[..., Tensor] = torch.ops.aten.mish_backward
-_prelu: Callable[..., Tensor] = torch.ops.aten._prelu_kernel
-_prelu_backward: Callable[..., tuple[Tensor, Tensor]] = torch.ops.aten._prelu_kernel_backward
 _sigmoid_backward: Callable[..., Tensor] = torch.ops.aten.sigmoid_backward
 _silu_backward: Callable[..., Tensor] = torch.ops.aten.silu_backward
-_softmax_backward: Callable[..., Tensor] = torch.ops.aten._softmax_backward_data
 _softplus_backward: Callable[..., Tensor] = torch.ops.aten.softplus_backward
 _tanh_backward: Callable[..., Tensor] = torch.ops.aten.tanh_backward
 _threshold_backward: Callable[..., Tensor] = torch.ops.aten.threshold_backward
@@ -307,7 +304,7 @@ class Softmax(AlongAxis):
         return torch.softmax(x, self.dim)
 
     def _slope(self, y: Tensor, dy: Tensor) -> Tensor:
-        return _softmax_backward(dy, y, self.dim, y.dtype)
+        return softmax_backward(dy, y, self.dim, y.dtype)
 
 
 @dataclass(frozen=True)
@@ -329,7 +326,7 @@ class LogSoftmax(AlongAxis):
         return torch.log_softmax(x, self.dim)
 
     def _slope(self, y: Tensor, dy: Tensor) -> Tensor:
-        return _log_softmax_backward(dy, y, self.dim, y.dtype)
+        return log_softmax_backward(dy, y, self.dim, y.dtype)
 
 
 # --- Slope from x
@@ -587,16 +584,16 @@ class PReLU(Layer):
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor]:
         weight = _along_channels(params["weight"], x)
         # The kernel cannot map over weights alone.
-        return _prelu(x, weight) if is_eager() else torch.where(x > 0, x, weight * x), x
+        return prelu(x, weight) if is_eager() else torch.where(x > 0, x, weight * x), x
 
     def _bwd(self, params: Any, x: Tensor, dy: Tensor, need: Need) -> Any:
         weight = _along_channels(params["weight"], x)
-        dx, terms = _prelu_backward(dy, x, weight)  # both in one pass
+        dx, terms = prelu_backward(dy, x, weight)  # both in one pass
         dweight = terms.sum_to_size(weight.shape).flatten() if need.params else None
         return {"weight": dweight}, dx if need.input else None
 
     def _bwd_each(self, params: Any, x: Tensor, dy: Tensor, need: Need) -> Any:
-        dx, terms = _prelu_backward(dy, x, _along_channels(params["weight"], x))
+        dx, terms = prelu_backward(dy, x, _along_channels(params["weight"], x))
         channels = terms if self.num_parameters > 1 else terms.unsqueeze(1)
         return {"weight": over_positions(channels)}, dx if need.input else None
 

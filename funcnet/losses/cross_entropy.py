@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from funcnet.checks import name_of
+from funcnet.compat import log_softmax_backward
 from funcnet.fields import Index, Probability
 from funcnet.losses.loss import Loss, Reduction, accumulator_dtype, as_scalar
 from funcnet.ops import nll
@@ -120,10 +121,7 @@ class CrossEntropy(Loss):
             kept = (target != self.ignore_index).unsqueeze(1)
             dlog_p = nll.backward(of_class, log_p, target, self.ignore_index)
             dlog_p = dlog_p - torch.where(kept, scale * self._share(log_p), 0.0)
-        dx: Tensor = torch.ops.aten._log_softmax_backward_data.default(
-            dlog_p, log_p, 1, log_p.dtype
-        )
-        return dx
+        return log_softmax_backward(dlog_p, log_p, 1, log_p.dtype)
 
     def _smoothed(self, probabilities: Tensor) -> Tensor:
         """t′."""

@@ -23,10 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcnet.compat import flash_attention, flash_attention_backward, softmax_backward
 from funcnet.ops.inplace import is_untracked
-
-_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def attend(
@@ -38,7 +36,7 @@ def attend(
     """
     q, k, v = _split(qkv, heads)
     if keep is None and _is_for_kernel(qkv):
-        o, logsumexp = _kernel(q, k, v, is_causal=causal)
+        o, logsumexp = flash_attention(q, k, v, is_causal=causal)
         return _merged(o), {"logsumexp": logsumexp}
     q, k, v = map(_in_float32, (q, k, v))
     weights = _softmax(q, k, causal)
@@ -62,20 +60,21 @@ def gradients(
     gradients: Any
     if "logsumexp" in kept and _is_for_kernel(qkv, do):
         o = _by_head(o, heads)
-        gradients = _kernel_backward(do, q, k, v, o, kept["logsumexp"], 0.0, causal)
+        gradients = flash_attention_backward(do, q, k, v, o, kept["logsumexp"], 0.0, causal)
     else:
         q, k, v, do = map(_in_float32, (q, k, v, do))
         p = _softmax(q, k, causal)
         dv = _dropped(p, kept, scale).mT @ do
         dp = _dropped(do @ v.mT, kept, scale)
-        ds = torch._softmax_backward_data(dp, p, -1, p.dtype) * q.shape[-1] ** -0.5
+        ds = softmax_backward(dp, p, -1, p.dtype) * q.shape[-1] ** -0.5
         gradients = ds @ k, ds.mT @ q, dv
     return torch.cat([_merged(t) for t in gradients], -1).to(qkv.dtype)
 
 
 def _is_for_kernel(qkv: Tensor, grad: Tensor | None = None) -> bool:
     # It divides by T, and has no rule for vmap nor a second derivative.
-    return qkv.is_cpu and qkv.shape[1] > 0 and is_untracked(qkv, grad)
+    is_there = flash_attention is not None
+    return is_there and qkv.is_cpu and qkv.shape[1] > 0 and is_untracked(qkv, grad)
 
 
 def _split(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from funcnet.compat import foreach, foreach_, in_turn
 from funcnet.ops.inplace import is_eager
 
 Tensors: TypeAlias = list[Tensor]
@@ -89,17 +90,15 @@ class Each:
     def _map(self, name: str, xs: Tensors, *others: Any, **numbers: float) -> Tensors:
         """`torch.Tensor`'s operation of that name. The other operands are lists or numbers."""
         if self.eager and xs:
-            return _New(getattr(torch, "_foreach_" + name)(xs, *others, **numbers))
-        operation: Any = getattr(Tensor, name)
-        columns = [other if isinstance(other, list) else [other] * len(xs) for other in others]
-        return [operation(*row, **numbers) for row in zip(xs, *columns, strict=True)]
+            return _New(foreach[name](xs, *others, **numbers))
+        return in_turn(name, xs, *others, **numbers)
 
     def _map_(self, name: str, xs: Tensors, *others: Any, **numbers: float) -> Tensors:
         """`_map`, written into xs if that may be."""
         if not (self.write or (type(xs) is _New and not _need_autograd(xs, *others))):
             return self._map(name, xs, *others, **numbers)
         if self.eager and xs:
-            getattr(torch, f"_foreach_{name}_")(xs, *others, **numbers)
+            foreach_[name](xs, *others, **numbers)
             return xs
         # torch.func.vmap has no rule for addcmul_ and others.
         results = self._map(name, xs, *others, **numbers)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcnet.compat import fused_adam, fused_adamw
 from funcnet.ops.each import Each, Scalar, Tensors
 
 _DTYPES = frozenset((torch.float32, torch.float64))  # in 16 bits it rounds less than torch.optim
@@ -15,6 +16,8 @@ _TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 def fits_adam(each: Each, lr: Scalar, p: Tensors, g: Tensors, *state: Tensors) -> bool:
     """Whether the kernel may be called: it knows no autograd, and reads memory without strides."""
+    if fused_adam is None:
+        return False
     if not (each.eager and isinstance(lr, float) and _DTYPES.issuperset([x.dtype for x in p])):
         return False
     has_gradient = not each.write and torch.is_grad_enabled()
@@ -43,7 +46,7 @@ def adam(
     if not each.write:
         p, *state = ([x.clone() for x in xs] for xs in (p, *state))  # type: ignore[assignment]
     if p:
-        kernel: Any = torch._fused_adamw_ if is_adamw else torch._fused_adam_
+        kernel: Any = fused_adamw if is_adamw else fused_adam
         steps = [torch.tensor(n, dtype=torch.float32, device="cpu")] * len(p)
         kernel(p, g, *state, steps, lr=lr, **rest)
     return p, *state

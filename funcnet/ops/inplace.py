@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from funcnet.compat import innermost_transformation
+
 
 def is_eager() -> bool:
     """Whether torch runs eagerly: not inside torch.func, torch.compile, torch.export or a trace."""
@@ -38,7 +40,7 @@ _INT = frozenset((int,))
 
 
 def _is_transforming() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return innermost_transformation() is not None
 
 
 def has_values(x: Tensor) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcnet import compat
 from funcnet.ops import native
 from funcnet.ops.inplace import is_eager
 from funcnet.ops.window import Ints, Window
@@ -29,11 +30,6 @@ _ADAPTIVE_MAX = {4: _aten.adaptive_max_pool2d.default, 5: _aten.adaptive_max_poo
 _ADAPTIVE_MAX_BACKWARD = {
     4: _aten.adaptive_max_pool2d_backward.default,
     5: _aten.adaptive_max_pool3d_backward.default,
-}
-_ADAPTIVE_AVG = {4: _aten._adaptive_avg_pool2d.default, 5: _aten._adaptive_avg_pool3d.default}
-_ADAPTIVE_AVG_BACKWARD = {
-    4: _aten._adaptive_avg_pool2d_backward.default,
-    5: _aten._adaptive_avg_pool3d_backward.default,
 }
 """By the number of x's axes."""
 
@@ -142,8 +138,7 @@ def adaptive_average(x: Tensor, size: Ints) -> Tensor:
         return x.mean(list(range(2, x.ndim)), keepdim=True)
     if x.ndim == 3:
         return adaptive_average(x.unsqueeze(2), (1, *size)).squeeze(2)
-    y: Tensor = _ADAPTIVE_AVG[x.ndim](x, size)
-    return y
+    return compat.adaptive_average[x.ndim](x, size)
 
 
 def adaptive_average_backward(dy: Tensor, shape: Ints) -> Tensor:
@@ -154,8 +149,7 @@ def adaptive_average_backward(dy: Tensor, shape: Ints) -> Tensor:
     if dy.ndim == 3:
         image = (*shape[:2], 1, *shape[2:])
         return adaptive_average_backward(dy.unsqueeze(2), image).squeeze(2)
-    dx: Tensor = _ADAPTIVE_AVG_BACKWARD[dy.ndim](dy, _like(dy, shape))
-    return dx
+    return compat.adaptive_average_backward[dy.ndim](dy, _like(dy, shape))
 
 
 def _layout(x: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from funcnet.compat import is_mkldnn_enabled, mkldnn_rnn, mkldnn_rnn_backward
 from funcnet.ops.inplace import is_untracked
 from funcnet.ops.need import Need
 from funcnet.ops.products import Products
@@ -265,8 +266,7 @@ class GRU:
 
 # --- PyTorch's kernel for the LSTM. Handed tensors that are not contiguous, it reads them wrongly.
 
-_kernel = torch.ops.aten.mkldnn_rnn_layer.default
-_kernel_back = torch.ops.aten.mkldnn_rnn_layer_backward.default
+_IS_THERE = mkldnn_rnn is not None and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 _KIND = 2  # the kernel's number for an LSTM
 
 
@@ -284,8 +284,8 @@ def _is_for_kernel(x: Tensor, *others: Tensor | None) -> bool:
         and x.dtype == torch.float32
         and x.numel() > 0
         and is_untracked(x, *others)
-        and torch._C._has_mkldnn
-        and torch._C._get_mkldnn_enabled()
+        and _IS_THERE
+        and is_mkldnn_enabled()
     )
 
 
@@ -294,7 +294,9 @@ def _kernel_forward(x: Tensor, weights: Weights, reverse: bool, keep: bool) -> A
     zeros = x.new_zeros(x.shape[1], size)
     inputs = [t.detach() for t in (x.contiguous(), *_readable(weights), zeros, zeros)]
     with torch.set_grad_enabled(keep):  # which decides whether there is a workspace
-        h, _, c, entries = _kernel(*inputs, reverse, [], _KIND, size, 1, True, False, False, keep)
+        h, _, c, entries = mkldnn_rnn(
+            *inputs, reverse, [], _KIND, size, 1, True, False, False, keep
+        )
     return h, Workspace(entries, c) if keep else ()
 
 
@@ -310,7 +312,9 @@ def _kernel_backward(
     # The kernel writes to its workspace.
     entries = kept.entries if need.consume else kept.entries.clone()
     options: Any = reverse, _KIND, size, 1, True, True, False, [], False
-    dx, ih, hh, bias_ih, bias_hh, _, _ = _kernel_back(*inputs, *outputs, *grads, *options, entries)
+    dx, ih, hh, bias_ih, bias_hh, _, _ = mkldnn_rnn_backward(
+        *inputs, *outputs, *grads, *options, entries
+    )
     biases: Any = () if weights.bias_ih is None else (bias_ih, bias_hh.clone())
     return Weights(ih, hh, *biases) if need.params else None, dx if need.input else None
 

@@ -7,6 +7,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from funcnet.compat import foreach_norm
 from funcnet.layer import Tree
 from funcnet.ops.inplace import is_eager
 from funcnet.optimizers.leaves import flatten
@@ -62,7 +63,7 @@ def _norm(xs: list[Tensor]) -> Tensor:
     for x in xs:
         dtype = torch.promote_types(dtype, x.dtype)
     if is_eager():
-        norms = list(torch._foreach_norm(xs, 2.0, dtype))
+        norms = list(foreach_norm(xs, 2.0, dtype))
     else:
         norms = [torch.linalg.vector_norm(x, dtype=dtype) for x in xs]
     norm: Tensor = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))

@@ -11,6 +11,7 @@ import optree
 import torch
 from torch import Tensor, nn
 
+from funcnet.compat import version
 from funcnet.testing.check.case import Case, Leaves, signed
 from funcnet.testing.check.comparison import Errors, excess, worst
 from funcnet.testing.check.contract import expect_close
@@ -139,7 +140,7 @@ class FunctionCase(Case):
         asked = [i for i in which if leaves[i].is_floating_point()]
         for i in asked:
             leaves[i] = leaves[i].clone(memory_format=torch.preserve_format).requires_grad_()
-        versions = [leaf._version for leaf in leaves]
+        versions = [version(leaf) for leaf in leaves]
         found: list[Tensor | None] = [None] * len(leaves)
         with torch.enable_grad():
             pairs = zip(self.outputs(leaves), grads, strict=True)
@@ -149,8 +150,8 @@ class FunctionCase(Case):
             by = torch.autograd.grad(outputs, [leaves[i] for i in asked], parts, allow_unused=True)
             for i, gradient in zip(asked, by, strict=True):
                 found[i] = gradient
-        for name, leaf, version in zip(self.names, leaves, versions, strict=True):
-            if leaf._version != version:
+        for name, leaf, before in zip(self.names, leaves, versions, strict=True):
+            if version(leaf) != before:
                 raise GradientMismatch(f"writes to {name}, a tensor that it was handed")
         return [
             torch.zeros_like(leaf, dtype=self.dtype) if gradient is None else gradient.detach()

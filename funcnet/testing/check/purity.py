@@ -12,6 +12,7 @@ import optree
 import torch
 from torch import Tensor
 
+from funcnet.compat import version
 from funcnet.testing.check.case import Case, Leaves
 from funcnet.testing.errors import GradientMismatch
 from funcnet.testing.layouts import bits
@@ -47,7 +48,7 @@ def _tensors(named: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _description(x: Tensor) -> tuple[Any, ...]:
     """The properties of a tensor, besides its entries, that a call can change."""
-    return x.shape, x.stride(), x.requires_grad, 0 if x.is_inference() else x._version
+    return x.shape, x.stride(), x.requires_grad, 0 if x.is_inference() else version(x)
 
 
 def under_two_seeds(case: Case, who: str, call: Callable[[], _Result]) -> list[_Result]:

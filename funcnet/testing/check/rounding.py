@@ -16,8 +16,8 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from funcnet.compat import TorchDispatchMode, returns_old_memory
 from funcnet.testing.check.case import Case, Leaves, scale_of, signed, tried
 from funcnet.testing.check.tolerances import KINKED, LEAF_SHARE, SAFETY, SMALLEST, TAIL
 
@@ -84,19 +84,19 @@ def noise_in(case: Case, double: Case, of_value: bool) -> Leaves:
     return noise
 
 
-class _Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Rounding(TorchDispatchMode):  # type: ignore[misc]
     """Moves the result of every operation of torch by about a relative `epsilon`."""
 
     def __init__(self, epsilon: float, seed: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.epsilon, self.seed = epsilon, 10_000 * seed
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if any(returned.alias_info is not None for returned in func._schema.returns):
-            return result  # a view, or memory that somebody else has
+        if returns_old_memory(func):  # a view, or memory that somebody else has
+            return result
         self.seed += 1
         return optree.tree_map(lambda x: _nudged(x, self.epsilon, self.seed), result)
 

@@ -1,0 +1,307 @@
+"""The private names of torch that funcnet uses, and the public way that stands in for each.
+
+Any release of torch may drop a private name. Each is looked up here, once, when funcnet is
+imported. If it is gone, the public way beside it is used, which gives the same numbers to rounding
+but may be slower. Where there is none, the name is None, and the module that uses it has formulas
+of its own.
+
+Private is a name with an underscore, and `mkldnn_rnn_layer`. Kernels of ATen without an underscore,
+like `torch.ops.aten.convolution_backward` or `torch.ops.aten.elu_backward`, are used where they are
+needed: torch's own autograd calls them on every device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def named(path: str, fallback: Any = None, of: Any = torch) -> Any:
+    """Return torch's object with a dotted name, or the fallback if there is none.
+
+    >>> named("nn.Linear") is torch.nn.Linear
+    True
+    >>> named("_dropped.relu", torch.relu) is torch.relu
+    True
+    """
+    found = of
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return fallback if found is None else found
+
+
+def _together(*paths: str) -> Sequence[Any]:
+    """Return objects of which each needs the others: all of them, or None for each."""
+    found = [named(path) for path in paths]
+    return [None] * len(found) if None in found else found
+
+
+def _attributes(*names: str, of: Any, fallback: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return what reads attributes that `of` has, or the fallback if it lacks one."""
+    return fallback if None in [named(name, of=of) for name in names] else attrgetter(*names)
+
+
+# --- Gradients of softmax along an axis
+
+
+def _softmax_backward(dy: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """dx = y ∘ (dy − Σ y ∘ dy)."""
+    dy, y = _in_float32(dy), _in_float32(y)
+    return (y * (dy - (y * dy).sum(dim, keepdim=True))).to(dtype)
+
+
+def _log_softmax_backward(dy: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """dx = dy − exp(y) · Σ dy."""
+    dy, y = _in_float32(dy), _in_float32(y)
+    return (dy - y.exp() * dy.sum(dim, keepdim=True)).to(dtype)
+
+
+def _in_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+softmax_backward: Callable[..., Tensor] = named(
+    "ops.aten._softmax_backward_data.default", _softmax_backward
+)
+log_softmax_backward: Callable[..., Tensor] = named(
+    "ops.aten._log_softmax_backward_data.default", _log_softmax_backward
+)
+
+
+# --- PReLU, with a weight that broadcasts to x
+
+
+def _prelu(x: Tensor, weight: Tensor) -> Tensor:
+    """y = x where x > 0, else weight ∘ x."""
+    return torch.where(x > 0, x, weight * x)
+
+
+def _prelu_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(dx, the terms of dweight): dy and 0 where x > 0, else weight ∘ dy and x ∘ dy."""
+    return torch.where(x > 0, dy, weight * dy), torch.where(x > 0, 0.0, x * dy)
+
+
+prelu: Callable[..., Tensor] = named("ops.aten._prelu_kernel.default", _prelu)
+prelu_backward: Callable[..., tuple[Tensor, Tensor]] = named(
+    "ops.aten._prelu_kernel_backward.default", _prelu_backward
+)
+
+
+# --- Adaptive average pooling of images and volumes
+
+
+def _adaptive_average_backward(dy: Tensor, x: Tensor) -> Tensor:
+    """Along each axis dx = Aᵀ·dy, where row i of A is 1/n at the n entries of window i."""
+    dx = _in_float32(dy)
+    for axis in range(2, dy.ndim):
+        before, after = x.shape[axis], dy.shape[axis]
+        means = dx.new_zeros(after, before)
+        for i in range(after):
+            start, stop = i * before // after, -(-(i + 1) * before // after)
+            means[i, start:stop] = 1 / (stop - start)
+        dx = (dx.transpose(axis, -1) @ means).transpose(axis, -1)
+    return dx.to(dy.dtype)
+
+
+adaptive_average: Mapping[int, Callable[..., Tensor]] = {
+    4: named("ops.aten._adaptive_avg_pool2d.default", F.adaptive_avg_pool2d),
+    5: named("ops.aten._adaptive_avg_pool3d.default", F.adaptive_avg_pool3d),
+}
+"""By the number of x's axes."""
+
+adaptive_average_backward: Mapping[int, Callable[..., Tensor]] = {
+    4: named("ops.aten._adaptive_avg_pool2d_backward.default", _adaptive_average_backward),
+    5: named("ops.aten._adaptive_avg_pool3d_backward.default", _adaptive_average_backward),
+}
+
+
+# --- Kernels for a whole layer or step. `ops.attention`, `ops.recurrent` and `optimizers.adam` have
+# the formulas.
+
+flash_attention, flash_attention_backward = _together(
+    "ops.aten._scaled_dot_product_flash_attention_for_cpu.default",
+    "ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default",
+)
+mkldnn_rnn, mkldnn_rnn_backward = _together(
+    "ops.aten.mkldnn_rnn_layer.default", "ops.aten.mkldnn_rnn_layer_backward.default"
+)
+fused_adam, fused_adamw = _together("_fused_adam_", "_fused_adamw_")
+
+
+def _is_mkldnn_enabled() -> bool:
+    return bool(torch.backends.mkldnn.enabled)
+
+
+is_mkldnn_enabled: Callable[[], bool] = named("_C._get_mkldnn_enabled", _is_mkldnn_enabled)
+
+
+# --- One operation on every tensor of a list
+
+
+def in_turn(name: str, xs: list[Tensor], *others: Any, **numbers: float) -> list[Tensor]:
+    """Apply torch.Tensor's operation of that name to each x. Other operands are lists or numbers.
+
+    >>> in_turn("add", [torch.tensor(1), torch.tensor(2)], [torch.tensor(3), torch.tensor(4)])
+    [tensor(4), tensor(6)]
+    """
+    operation = getattr(Tensor, name)
+    columns = [other if isinstance(other, list) else [other] * len(xs) for other in others]
+    return [operation(*row, **numbers) for row in zip(xs, *columns, strict=True)]
+
+
+def _new(name: str) -> Callable[..., Any]:
+    def one_by_one(xs: list[Tensor], *others: Any, **numbers: float) -> list[Tensor]:
+        return in_turn(name, xs, *others, **numbers)
+
+    return named(f"_foreach_{name}", one_by_one)  # type: ignore[no-any-return]
+
+
+def _write(name: str) -> Callable[..., Any]:
+    def one_by_one(xs: list[Tensor], *others: Any, **numbers: float) -> None:
+        results = in_turn(name, xs, *others, **numbers)
+        for x, result in zip(xs, results, strict=True):
+            x.copy_(result)
+
+    return named(f"_foreach_{name}_", one_by_one)  # type: ignore[no-any-return]
+
+
+def _norms(xs: list[Tensor], order: float, dtype: torch.dtype) -> list[Tensor]:
+    return [torch.linalg.vector_norm(x, order, dtype=dtype) for x in xs]
+
+
+_OPERATIONS = ("add", "addcdiv", "addcmul", "div", "lerp", "maximum", "mul", "neg", "sqrt")
+
+foreach = {name: _new(name) for name in _OPERATIONS}
+foreach_ = {name: _write(name) for name in _OPERATIONS}
+"""The same, written into the first list."""
+
+foreach_norm: Callable[..., Sequence[Tensor]] = named("_foreach_norm", _norms)
+
+
+# --- torch.func's transformations
+
+
+class _Untransformed(torch.autograd.Function):
+    """Nothing, which torch.func refuses to transform: it has no setup_context."""
+
+    @staticmethod
+    def forward(ctx: Any) -> None:
+        pass
+
+
+def _innermost() -> bool | None:
+    """Return True under a transformation, else None."""
+    try:
+        _Untransformed.apply()  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        return True
+    return None
+
+
+def _has_no_memory(x: Tensor) -> bool:
+    """Whether a dense tensor has no memory of its own, as inside a transformation."""
+    if x.layout != torch.strided or x.is_nested:
+        return False
+    try:
+        x.untyped_storage().data_ptr()
+    except RuntimeError:
+        return True
+    return False
+
+
+innermost_transformation: Callable[[], Any] = named(
+    "_C._functorch.peek_interpreter_stack", _innermost
+)
+"""Returns the innermost one that is running, or None."""
+
+is_transformed: Callable[[Tensor], bool] = named(
+    "_C._functorch.is_functorch_wrapped_tensor", _has_no_memory
+)
+
+
+# --- What a tensor was written to, and where it lies
+
+
+def _digest(x: Tensor) -> int:
+    """A hash of x's values: it misses a write of equal ones."""
+    values = x.detach().resolve_conj().resolve_neg().cpu().contiguous().flatten()
+    return hash(values.view(torch.uint8).numpy().tobytes())
+
+
+version: Callable[[Tensor], int] = _attributes("_version", of=Tensor, fallback=_digest)
+"""Returns another number after a write to x."""
+
+storage_id: Callable[[torch.UntypedStorage], int] = _attributes(
+    "_cdata", of=torch.UntypedStorage, fallback=id
+)
+"""Returns the same number for the storages of tensors that share memory, while these live."""
+
+
+# --- torch.nn.Module
+
+
+def _children(module: nn.Module) -> dict[str, nn.Module]:
+    """The children by name; `named_children` would leave out the second of two equal ones."""
+    below = module.named_modules(remove_duplicate=False)
+    return {name: child for name, child in below if name and "." not in name}
+
+
+def _forward_hooks(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
+    handles = module.register_forward_hook(print), module.register_forward_pre_hook(print)
+    for handle in handles:
+        handle.remove()
+    return tuple(handle.hooks_dict_ref() or {} for handle in handles)
+
+
+children: Callable[[nn.Module], Mapping[str, Any]] = _attributes(
+    "_modules", of=nn.Module(), fallback=_children
+)
+
+forward_hooks: Callable[[nn.Module], tuple[Mapping[int, Any], ...]] = _attributes(
+    "_forward_hooks", "_forward_pre_hooks", of=nn.Module(), fallback=_forward_hooks
+)
+
+
+# --- Watching operations, and trees
+
+
+class _Unwatched:
+    """A context that does nothing."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+TorchDispatchMode: Any = named("utils._python_dispatch.TorchDispatchMode", _Unwatched)
+"""Without it, `testing.check.rounding` nudges inputs and residuals alone."""
+
+
+def _returns_old_memory(operator: Any) -> bool:
+    return any(returned.alias_info is not None for returned in operator._schema.returns)
+
+
+def _may_return_old_memory(operator: Any) -> bool:
+    return True
+
+
+returns_old_memory: Callable[[Any], bool] = (
+    _returns_old_memory if named("ops.aten.add.Tensor._schema") else _may_return_old_memory
+)
+"""Whether what an operator returns may be a view, or memory that it was handed."""
+
+
+def _register_nothing(*of_class: Any) -> None:
+    """Leave a class out: torch's functions on trees take its instances for leaves."""
+
+
+register_pytree_node: Callable[..., None] = named(
+    "utils._pytree.register_pytree_node", _register_nothing
+)

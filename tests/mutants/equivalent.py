@@ -35,7 +35,6 @@ EQUIVALENT: dict[str, str] = {
     "ops.counter.bernoulli:drop-term:1": "for p = 0 no int32 is below the bound",
     "ops.normalization._dense:drop-call:1": "kernels mind such strides in channels_last alone",
     "ops.normalization.batch_norm:off-by-one:2": "the kernel reads the first C of the ones",
-    "ops.recurrent._is_for_kernel:drop-term:5": "a build without oneDNN reports it as disabled",
     "ops.stacking.stack:drop-call:1": "torch.stack takes a list like a tuple",
     "combinators.branches.Branches._fresh:off-by-one:1": _IN_PLACE,
     "combinators.branches.Branches._bwd:drop-need:2": _COPY,

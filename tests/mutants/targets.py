@@ -76,6 +76,7 @@ TARGETS: tuple[tuple[str, str], ...] = (
         "test_layer.py test_errors.py test_sequential.py test_combinators.py "
         "test_activations.py::test_refused_settings",
     ),
+    ("funcnet/compat.py", "test_private_names.py"),
     ("funcnet/checks.py", "test_errors.py test_layer.py test_optimizers.py test_shape.py"),
     ("funcnet/initializers.py", "test_initializers.py"),
     ("funcnet/gradients.py", "test_gradients.py"),

@@ -68,11 +68,16 @@ def implementation(
     return low_resolution if _saves_much(weight, scale, backward) else two_steps
 
 
-_SAVED, _SAVED_BACKWARD = 120, 40
+_SAVED, _SAVED_OF_MANY_TAPS, _SAVED_BACKWARD = 60, 120, 36
 """From how many saved products an entry of z is worth its making, forward and backward.
 
 Measured on an AMD EPYC (Zen 4), one thread, over scales 1, 2 and 3, kernels of 1 to 9 taps, and
-1, 3, 4, 16, 32 and 128 channels of x and y."""
+1 to 128 channels of x and y."""
+
+_MANY_TAPS = 49
+
+_FEW_KERNELS = 4
+"""Up to how many pairs of channels the gradients are mostly sums, which z has fewer of."""
 
 _LANES = 16
 """A convolution of fewer channels takes as long as one of so many."""
@@ -91,9 +96,11 @@ def _saves_much(weight: Tensor, scale: Pair, backward: bool) -> bool:
     if taps == [1, 1]:  # z is y, at low resolution
         return True
     if backward:
-        return channels * (copies - 1) >= _SAVED_BACKWARD
+        few = channels * out_channels <= _FEW_KERNELS
+        return few or channels * (copies - 1) >= _SAVED_BACKWARD
     wasted = max(1.0, _LANES / out_channels)
-    return channels * (copies * wasted - 1) >= _SAVED
+    enough = _SAVED if math.prod(taps) < _MANY_TAPS else _SAVED_OF_MANY_TAPS
+    return channels * (copies * wasted - 1) >= enough
 
 
 def _is_finite(dweight: Tensor | None, dx: Tensor | None) -> bool:

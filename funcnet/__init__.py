@@ -148,7 +148,7 @@ from funcnet.summary import summary
 from funcnet.trace import trace
 from funcnet.tree import register_node
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 keep_freed_memory()
 

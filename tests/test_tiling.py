@@ -38,7 +38,7 @@ NETWORKS = strategies.networks(parts=st.one_of(LOCAL, LOCAL, JOINED))
 @contextmanager
 def small_tiles(most, step=1):
     """Images of more than `most` bytes are cut."""
-    with mock.patch.multiple(tiling, _MOST=most, _SLACK=1, _LARGE=0, _STEP=step):
+    with mock.patch.multiple(tiling, _MOST=most, _LARGE=0, _STEP=step):
         yield
 
 

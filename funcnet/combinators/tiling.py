@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 _MOST = 2**25 - 2**12
 """Bytes up to which glibc's malloc hands out the same memory again."""
 
-_SLACK = 2
-"""How many times as much is still faster at once: tiles of the denoiser overlap by 5 %."""
-
 _LARGE = 2**20
 """Bytes of x from which it is worth a question."""
 
@@ -50,7 +47,7 @@ def apply(net: Sequential, params: Tree, x: Tensor) -> Tensor | None:
         return None
     shapes = [*net._shapes(tuple(x.shape[1:]))]
     most = x.element_size() * max(map(math.prod, shapes))
-    if len(x) * most <= _SLACK * _MOST or len(shapes[-1]) != 3:
+    if len(x) * most <= _MOST or len(shapes[-1]) != 3:
         return None
     y: Tensor | None = None
     for examples, part in _parts(len(x), shapes[-1][1:], most):

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from funcnet.ops.accumulation import widened
+
 
 def named(path: str, fallback: Any = None, of: Any = torch) -> Any:
     """Return torch's object with a dotted name, or the fallback if there is none.
@@ -51,18 +53,14 @@ def _attributes(*names: str, of: Any, fallback: Callable[[Any], Any]) -> Callabl
 
 def _softmax_backward(dy: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """dx = y ∘ (dy − Σ y ∘ dy)."""
-    dy, y = _in_float32(dy), _in_float32(y)
+    dy, y = widened(dy), widened(y)
     return (y * (dy - (y * dy).sum(dim, keepdim=True))).to(dtype)
 
 
 def _log_softmax_backward(dy: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """dx = dy − exp(y) · Σ dy."""
-    dy, y = _in_float32(dy), _in_float32(y)
+    dy, y = widened(dy), widened(y)
     return (dy - y.exp() * dy.sum(dim, keepdim=True)).to(dtype)
-
-
-def _in_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 softmax_backward: Callable[..., Tensor] = named(
@@ -76,7 +74,7 @@ log_softmax_backward: Callable[..., Tensor] = named(
 # --- PReLU, with a weight that broadcasts to x
 
 
-def _prelu(x: Tensor, weight: Tensor) -> Tensor:
+def plain_prelu(x: Tensor, weight: Tensor) -> Tensor:
     """y = x where x > 0, else weight ∘ x."""
     return torch.where(x > 0, x, weight * x)
 
@@ -86,7 +84,7 @@ def _prelu_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tens
     return torch.where(x > 0, dy, weight * dy), torch.where(x > 0, 0.0, x * dy)
 
 
-prelu: Callable[..., Tensor] = named("ops.aten._prelu_kernel.default", _prelu)
+prelu: Callable[..., Tensor] = named("ops.aten._prelu_kernel.default", plain_prelu)
 prelu_backward: Callable[..., tuple[Tensor, Tensor]] = named(
     "ops.aten._prelu_kernel_backward.default", _prelu_backward
 )
@@ -97,7 +95,7 @@ prelu_backward: Callable[..., tuple[Tensor, Tensor]] = named(
 
 def _adaptive_average_backward(dy: Tensor, x: Tensor) -> Tensor:
     """Along each axis dx = Aᵀ·dy, where row i of A is 1/n at the n entries of window i."""
-    dx = _in_float32(dy)
+    dx = widened(dy)
     for axis in range(2, dy.ndim):
         before, after = x.shape[axis], dy.shape[axis]
         means = dx.new_zeros(after, before)
@@ -170,7 +168,7 @@ def _write(name: str) -> Callable[..., Any]:
     return named(f"_foreach_{name}_", one_by_one)  # type: ignore[no-any-return]
 
 
-def _norms(xs: list[Tensor], order: float, dtype: torch.dtype) -> list[Tensor]:
+def norms_in_turn(xs: list[Tensor], order: float, dtype: torch.dtype) -> list[Tensor]:
     return [torch.linalg.vector_norm(x, order, dtype=dtype) for x in xs]
 
 
@@ -180,7 +178,7 @@ foreach = {name: _new(name) for name in _OPERATIONS}
 foreach_ = {name: _write(name) for name in _OPERATIONS}
 """The same, written into the first list."""
 
-foreach_norm: Callable[..., Sequence[Tensor]] = named("_foreach_norm", _norms)
+foreach_norm: Callable[..., Sequence[Tensor]] = named("_foreach_norm", norms_in_turn)
 
 
 # --- torch.func's transformations

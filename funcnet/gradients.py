@@ -13,8 +13,9 @@ from torch import Tensor
 from funcnet.checks import as_int
 from funcnet.keys import Key, fold_in
 from funcnet.layer import Layer, Tree, coupling, is_private
-from funcnet.losses.loss import Loss, accumulator_dtype
+from funcnet.losses.loss import Loss
 from funcnet.ops import inplace
+from funcnet.ops.accumulation import accumulator_dtype, widened
 from funcnet.ops.need import Need
 
 
@@ -90,7 +91,7 @@ class MicroBatched(ValueAndGrad):
         first: Any = next(parts)
         dtypes: Any = optree.tree_map(lambda leaf: leaf.dtype, first)
         # Many small terms would be lost in a sum of 16 bits.
-        total: Any = optree.tree_map(lambda leaf: leaf.to(accumulator_dtype(leaf.dtype)), first)
+        total: Any = optree.tree_map(widened, first)
         del first
         part: Any
         for part in parts:

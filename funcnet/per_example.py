@@ -28,8 +28,9 @@ from funcnet.gradients import check_batch, check_net_and_loss, check_uncoupled
 from funcnet.keys import Key
 from funcnet.layer import Layer, Tree, dx_alone, run_bwd, run_fwd, writes
 from funcnet.leaves import Watched, Way, declares_none, joins, mapped, nothing_like
-from funcnet.losses.loss import Loss, accumulator_dtype
+from funcnet.losses.loss import Loss
 from funcnet.ops import products
+from funcnet.ops.accumulation import accumulator_dtype
 from funcnet.ops.need import Need
 
 

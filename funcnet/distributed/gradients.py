@@ -17,7 +17,8 @@ from funcnet.gradients import check_batch, check_net_and_loss, check_uncoupled, 
 from funcnet.keys import Key, fold_in
 from funcnet.layer import Layer, Tree
 from funcnet.leaves import joins, places
-from funcnet.losses.loss import Loss, accumulator_dtype
+from funcnet.losses.loss import Loss
+from funcnet.ops.accumulation import widened
 from funcnet.optimizers.leaves import flatten
 from funcnet.tree import leaf_names
 
@@ -109,7 +110,7 @@ class ValueAndGrad:
         dy = self.loss.bwd(kept, share)
         del y, kept  # the network's backward pass needs the memory
         sums = Sums(call, self.bucket_bytes)
-        sums.add("value", value.to(accumulator_dtype(value.dtype)))
+        sums.add("value", widened(value))
         order, fixed = _numbered(self.net, structure)
         grads: dict[Any, Tensor] = {}
 

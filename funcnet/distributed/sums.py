@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funcnet.distributed.call import Call
-from funcnet.losses.loss import accumulator_dtype
+from funcnet.ops.accumulation import accumulator_dtype
 
 
 @dataclass

@@ -16,7 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funcnet.checks import as_axis, name_of
-from funcnet.compat import log_softmax_backward, prelu, prelu_backward, softmax_backward
+from funcnet.compat import (
+    log_softmax_backward,
+    plain_prelu,
+    prelu,
+    prelu_backward,
+    softmax_backward,
+)
 from funcnet.fields import Axis, Finite, NonZero, OneOf, Size
 from funcnet.initializers import Constant, InitializerOrNone
 from funcnet.keys import Key
@@ -584,7 +590,7 @@ class PReLU(Layer):
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor]:
         weight = _along_channels(params["weight"], x)
         # The kernel cannot map over weights alone.
-        return prelu(x, weight) if is_eager() else torch.where(x > 0, x, weight * x), x
+        return (prelu if is_eager() else plain_prelu)(x, weight), x
 
     def _bwd(self, params: Any, x: Tensor, dy: Tensor, need: Need) -> Any:
         weight = _along_channels(params["weight"], x)

@@ -11,8 +11,9 @@ from torch import Tensor
 from funcnet.checks import name_of
 from funcnet.compat import log_softmax_backward
 from funcnet.fields import Index, Probability
-from funcnet.losses.loss import Loss, Reduction, accumulator_dtype, as_scalar
+from funcnet.losses.loss import Loss, Reduction, as_scalar
 from funcnet.ops import nll
+from funcnet.ops.accumulation import accumulator_dtype, widened
 from funcnet.ops.inplace import has_values
 
 
@@ -100,7 +101,7 @@ class CrossEntropy(Loss):
             value = value / count if self.reduction == "mean" else value
         else:
             # 16 bits do not hold the sum of many positions.
-            exact = log_p.to(accumulator_dtype(x.dtype))
+            exact = widened(log_p)
             value, count = nll.forward(exact, target, self.reduction, self.ignore_index)
             if self.label_smoothing:
                 kept = target != self.ignore_index

@@ -7,7 +7,6 @@ from numbers import Real
 from typing import Annotated, Any, Literal, TypeAlias
 
 import optree
-import torch
 from torch import Tensor
 
 from funcnet.checks import check_like, check_tensor, name_of
@@ -82,11 +81,6 @@ class Loss(Hyperparameters):
     def vjp(self, x: Tensor, target: Any, grad: Tensor | float = 1.0) -> Tensor:
         """dx, the gradient of grad · loss(x, target) with respect to x."""
         return self.bwd(self.fwd(x, target)[1], grad)
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to add and count in: float32 for one of 16 bits, else the same."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def as_scalar(grad: Tensor | float, like: Tensor) -> Tensor:

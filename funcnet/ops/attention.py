@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from funcnet.compat import flash_attention, flash_attention_backward, softmax_backward
+from funcnet.ops.accumulation import widened
 from funcnet.ops.inplace import is_untracked
 
 
@@ -38,7 +39,7 @@ def attend(
     if keep is None and _is_for_kernel(qkv):
         o, logsumexp = flash_attention(q, k, v, is_causal=causal)
         return _merged(o), {"logsumexp": logsumexp}
-    q, k, v = map(_in_float32, (q, k, v))
+    q, k, v = map(widened, (q, k, v))  # a logit is as exact as the kernel's
     weights = _softmax(q, k, causal)
     kept = {} if keep is None else {"keep": keep}
     o = _dropped(weights, kept, scale) @ v
@@ -62,7 +63,7 @@ def gradients(
         o = _by_head(o, heads)
         gradients = flash_attention_backward(do, q, k, v, o, kept["logsumexp"], 0.0, causal)
     else:
-        q, k, v, do = map(_in_float32, (q, k, v, do))
+        q, k, v, do = map(widened, (q, k, v, do))
         p = _softmax(q, k, causal)
         dv = _dropped(p, kept, scale).mT @ do
         dp = _dropped(do @ v.mT, kept, scale)
@@ -93,11 +94,6 @@ def _by_head(o: Tensor, heads: int) -> Tensor:
 def _merged(o: Tensor) -> Tensor:
     """(N, heads, T, d) as (N, T, E)."""
     return o.transpose(1, 2).flatten(2)
-
-
-def _in_float32(t: Tensor) -> Tensor:
-    """Half precision widened, so that a logit is as exact as the kernel's."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _softmax(q: Tensor, k: Tensor, causal: bool) -> Tensor:

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from funcnet.ops.accumulation import widened
+
 Each: TypeAlias = "Tensor | Products | Rows"
 """A parameter's gradient for each example: (N, …), or a form from which it follows."""
 
@@ -38,7 +40,7 @@ class Products:
         return self.finish(self.left.mT @ self.right)
 
     def squares(self) -> Tensor:
-        left, right = _upcast(self.left), _upcast(self.right)
+        left, right = widened(self.left), widened(self.right)
         rows, a, b = left.shape[-2], left.shape[-1], right.shape[-1]
         if rows * (a + b) < a * b:
             products = (left @ left.mT) * (right @ right.mT)
@@ -71,7 +73,7 @@ class Rows:
 
     def _added(self, index: Tensor, count: int) -> Tensor:
         """The sums of the rows with one index, (N, count, E)."""
-        rows = _upcast(self.rows)
+        rows = widened(self.rows)
         sums = rows.new_zeros((len(rows), count, rows.shape[2]))
         return sums.scatter_add(1, index.unsqueeze(2).expand_as(rows), rows)
 
@@ -109,8 +111,4 @@ def over_examples(function: Callable[..., tuple[Tensor, ...]], *batches: Tensor)
 
 
 def _squares(x: Tensor) -> Tensor:
-    return _upcast(x).unsqueeze(1).flatten(1).square().sum(1)
-
-
-def _upcast(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return widened(x).unsqueeze(1).flatten(1).square().sum(1)

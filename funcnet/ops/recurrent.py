@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funcnet.compat import is_mkldnn_enabled, mkldnn_rnn, mkldnn_rnn_backward
+from funcnet.ops.accumulation import widened
 from funcnet.ops.inplace import is_untracked
 from funcnet.ops.need import Need
 from funcnet.ops.products import Products
@@ -72,7 +73,7 @@ class Cell(Protocol):
 def forward(cell: Cell, x: Tensor, layers: Layers, keep: bool = True) -> tuple[Tensor, Any]:
     """(y, residuals if `keep`): y (N, T, H), or (N, T, 2H) in both directions, of x (N, T, C)."""
     dtype, residuals = x.dtype, []
-    x = _in_float32(x.transpose(0, 1))
+    x = widened(x.transpose(0, 1))
     for directions in layers:
         hs, kept = [], []
         for i, weights in enumerate(directions):
@@ -91,7 +92,7 @@ def gradients(
 ) -> tuple[list[list[Any]], Tensor | None]:
     """(the weights' gradients by layer and direction, dx), None where they are not needed."""
     dlayers: list[list[Any]] = [[] for _ in layers]
-    dh: Any = _in_float32(grad.transpose(0, 1))
+    dh: Any = widened(grad.transpose(0, 1))
     for number in range(len(layers) - 1, -1, -1):
         x, h, kept = residuals[number]
         directions = layers[number]
@@ -373,10 +374,6 @@ def _product(dy: Tensor, x: Tensor) -> Tensor:
 def _product_each(dy: Tensor, x: Tensor) -> Products:
     """Σ dyᵀ·x over steps, for each example."""
     return Products(dy.transpose(0, 1), x.transpose(0, 1))
-
-
-def _in_float32(t: Tensor) -> Tensor:
-    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _cast(weights: Weights, dtype: torch.dtype) -> Weights:

@@ -7,7 +7,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from funcnet.compat import foreach_norm
+from funcnet.compat import foreach_norm, norms_in_turn
 from funcnet.layer import Tree
 from funcnet.ops.inplace import is_eager
 from funcnet.optimizers.leaves import flatten
@@ -62,9 +62,6 @@ def _norm(xs: list[Tensor]) -> Tensor:
     dtype, device = torch.float32, xs[0].device
     for x in xs:
         dtype = torch.promote_types(dtype, x.dtype)
-    if is_eager():
-        norms = list(foreach_norm(xs, 2.0, dtype))
-    else:
-        norms = [torch.linalg.vector_norm(x, dtype=dtype) for x in xs]
+    norms = (foreach_norm if is_eager() else norms_in_turn)(xs, 2.0, dtype)
     norm: Tensor = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
     return norm

@@ -1,0 +1,16 @@
+"""The dtype in which sums are taken: 16 bits would lose what is added."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to add and count in: float32 for one of 16 bits, else the same."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in the dtype to add in."""
+    return x.to(accumulator_dtype(x.dtype))

@@ -39,7 +39,6 @@ of x, as `flatten` does, it has to be cloned.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -551,13 +550,6 @@ def tile_of(layer: Layer, shape: Shape, part: Part) -> tuple[Part, Layer] | None
 def same_part(layer: Layer, shape: Shape, part: Part) -> tuple[Part, Layer] | None:
     """`_tile` of a layer whose y at a pixel depends on x at that pixel alone."""
     return part, layer
-
-
-def with_window(layer: Layer, window: Any) -> Any:
-    """The same layer that slides another window."""
-    other = copy.copy(layer)
-    object.__setattr__(other, "_window", window)
-    return other
 
 
 def zeros_like(params: Tree) -> Tree:

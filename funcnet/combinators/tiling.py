@@ -49,37 +49,33 @@ def apply(net: Sequential, params: Tree, x: Tensor) -> Tensor | None:
     most = x.element_size() * max(map(math.prod, shapes))
     if len(x) * most <= _MOST or len(shapes[-1]) != 3:
         return None
+    chunks = len(x) if most > _MOST else math.ceil(len(x) * most / _MOST)
+    examples = math.ceil(len(x) / chunks)
     y: Tensor | None = None
-    for examples, part in _parts(len(x), shapes[-1][1:], most):
+    for part in _parts(shapes[-1][1:], most):
         found = net._tile(shapes[0], part)
         if found is None:
             return None
         source, tile = found
-        made = tile._run(params, cropped(x, source, examples), None)
-        y = _like(made, (len(x), *shapes[-1])) if y is None else y
-        cropped(y, part, examples).copy_(made)
+        for start in range(0, len(x), examples):
+            some = slice(start, start + examples)
+            made = tile._run(params, cropped(x, source, some), None)
+            y = _like(made, (len(x), *shapes[-1])) if y is None else y
+            cropped(y, part, some).copy_(made)
     return y
 
 
-def _parts(batch: int, size: Sequence[int], most: int) -> Iterator[tuple[slice, Part]]:
-    """Yield whole examples where each makes at most `most` bytes, else nearly square parts."""
-    chunks = math.ceil(batch * most / _MOST) if most <= _MOST else batch
-    examples = math.ceil(batch / chunks)
+def _parts(size: Sequence[int], most: int) -> Iterator[Part]:
+    """Yield nearly square parts of an example that makes `most` bytes, or all of it."""
     side = max(size) if most <= _MOST else math.isqrt(math.prod(size) * _MOST // most)
-    lengths = [_length(n, side) for n in size]
-    axes = [
-        [slice(a, min(a + length, n)) for a in range(0, n, length)]
-        for n, length in zip(size, lengths, strict=True)
-    ]
-    for start in range(0, batch, examples):
-        for part in product(*axes):
-            yield slice(start, start + examples), part
+    yield from product(*(_cut(n, side) for n in size))
 
 
-def _length(n: int, most: int) -> int:
-    """The length of equal parts of n pixels, of at most about `most` each."""
+def _cut(n: int, most: int) -> list[slice]:
+    """Equal parts of n pixels, of at most about `most` each."""
     length = math.ceil(n / math.ceil(n / max(most, _STEP)))
-    return min(n, math.ceil(length / _STEP) * _STEP)
+    length = math.ceil(length / _STEP) * _STEP
+    return [slice(start, min(start + length, n)) for start in range(0, n, length)]
 
 
 def _like(y: Tensor, shape: Sequence[int]) -> Tensor:

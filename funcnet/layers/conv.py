@@ -18,6 +18,7 @@ matrix products.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
@@ -28,7 +29,7 @@ from funcnet.checks import name_of
 from funcnet.fields import Flag, OneOf, Padding, Size, Sizes
 from funcnet.initializers import Initializer, InitializerOrNone, Uniform
 from funcnet.keys import Key
-from funcnet.layer import Layer, Layout, Param, Part, Shape, dx_alone, with_window
+from funcnet.layer import Layer, Layout, Param, Part, Shape, dx_alone
 from funcnet.ops import convolution, kernel_products, tiles
 from funcnet.ops.need import Need
 from funcnet.ops.products import Each, Products, over_positions
@@ -98,10 +99,7 @@ class Convolution(Kernels):
         return self.out_channels, *count_windows(self, self._window, size)
 
     def _tile(self, shape: Shape, part: Part) -> tuple[Part, Layer] | None:
-        if self.method != "auto":
-            return None
-        source, window = tiles.behind(part, shape[1:], self._window)
-        return source, with_window(self, window)
+        return windowed_tile(self, shape, part)
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor]:
         weight, bias = params["weight"], params.get("bias")
@@ -231,6 +229,18 @@ def kernel_gradients_each(
     if layer.bias:
         each["bias"] = over_positions(grad)
     return each, dx_alone(layer, params, x, grad, need)
+
+
+def windowed_tile(
+    layer: Any, shape: Shape, part: Part, scale: Ints = ()
+) -> tuple[Part, Layer] | None:
+    """`_tile` of a layer that slides a window over x, or over x upsampled by `scale`."""
+    if layer.method != "auto":
+        return None
+    source, window = tiles.behind(part, shape[1:], layer._window, scale)
+    tile = copy.copy(layer)
+    object.__setattr__(tile, "_window", window)
+    return source, tile
 
 
 def check_groups(layer: Any) -> None:

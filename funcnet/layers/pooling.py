@@ -33,6 +33,14 @@ from funcnet.ops.need import Need
 from funcnet.ops.window import Ints, Window, padding_sides
 
 
+def _tile_of_windows(layer: Any, shape: Shape, part: Part) -> tuple[Part, Layer] | None:
+    """`_tile` where every window lies in x."""
+    window: Window = layer._window
+    if layer.ceil_mode or any(map(any, window.sides)):
+        return None
+    return tiles.behind(part, shape[1:], window)[0], layer
+
+
 @dataclass(frozen=True)
 class MaxPool(Layer):
     """The largest entry of each window, along every axis behind the channels; see `MaxPool2d`."""
@@ -45,6 +53,7 @@ class MaxPool(Layer):
     _window: Window = field(init=False, repr=False, compare=False)
 
     _fresh = True
+    _tile = _tile_of_windows
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,9 +68,6 @@ class MaxPool(Layer):
                 f"where the taps of some windows are all in the padding"
             )
         return channels, *count
-
-    def _tile(self, shape: Shape, part: Part) -> tuple[Part, Layer] | None:
-        return _tile_of_windows(self, shape, part)
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
         y, indices = pooling.maximum(x, self._window, self.ceil_mode)
@@ -142,6 +148,7 @@ class AvgPool(Layer):
     _window: Window = field(init=False, repr=False, compare=False)
 
     _fresh = True
+    _tile = _tile_of_windows
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -150,9 +157,6 @@ class AvgPool(Layer):
     def _out_shape(self, shape: Shape) -> Shape:
         channels, *size = shape
         return channels, *_count_windows(self, self._window, channels, tuple(size), self.ceil_mode)
-
-    def _tile(self, shape: Shape, part: Part) -> tuple[Part, Layer] | None:
-        return _tile_of_windows(self, shape, part)
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor]:
         y = pooling.average(x, self._window, self.ceil_mode, self.count_include_pad)
@@ -384,14 +388,6 @@ def _window_of(layer: Any, dilation: Any) -> Window:
         )
     stride = layer.stride or kernel_size
     return Window(kernel_size, stride, padding_sides(padding, kernel_size), dilation)
-
-
-def _tile_of_windows(layer: Any, shape: Shape, part: Part) -> tuple[Part, Layer] | None:
-    """`_tile` where every window lies in x."""
-    window: Window = layer._window
-    if layer.ceil_mode or any(map(any, window.sides)):
-        return None
-    return tiles.behind(part, shape[1:], window)[0], layer
 
 
 def _count_windows(

@@ -11,7 +11,7 @@ from funcnet.checks import name_of
 from funcnet.fields import Flag, OneOf, Padding, Sizes
 from funcnet.initializers import InitializerOrNone
 from funcnet.keys import Key
-from funcnet.layer import Layer, Layout, Param, Part, Shape, with_window
+from funcnet.layer import Layer, Layout, Param, Part, Shape
 from funcnet.layers.conv import (
     Conv2d,
     Kernels,
@@ -19,8 +19,9 @@ from funcnet.layers.conv import (
     kernel_gradients,
     kernel_gradients_each,
     kernel_params,
+    windowed_tile,
 )
-from funcnet.ops import karatsuba, kernel_products, low_resolution, tiles, two_steps, upsampling
+from funcnet.ops import karatsuba, kernel_products, low_resolution, two_steps, upsampling
 from funcnet.ops.need import Need
 from funcnet.ops.window import Pair, Window, padding_sides
 
@@ -151,10 +152,7 @@ class UpsampleConv2d(Kernels):
         return self.out_channels, *count_windows(who, self._window, upsampled)
 
     def _tile(self, shape: Shape, part: Part) -> tuple[Part, Layer] | None:
-        if self.method != "auto":
-            return None
-        source, window = tiles.behind(part, shape[1:], self._window, _pair(self.scale))
-        return source, with_window(self, window)
+        return windowed_tile(self, shape, part, _pair(self.scale))
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor]:
         if self.method == "unfold":

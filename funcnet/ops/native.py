@@ -121,8 +121,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> 
     if weight.shape[0] >= _MANY_CHANNELS and _needs_second_channel(x):
         x, weight = _with_second_channel(x), _with_second_channel(weight)
     conv = _CONVOLUTIONS[x.ndim]
-    if not window.is_even:
-        x = pad(x, _uneven_sides(window))
+    x = _evened(x, window)
     stride, padding, dilation, groups = window.stride, window.both, window.dilation, window.groups
     if not window.is_dilated and not (_is_narrow(x) and (window.is_strided or x.ndim == 5)):
         return conv(x, _canonical(weight), bias, stride, padding, dilation, groups)
@@ -139,7 +138,7 @@ def gradients(
     x: Tensor, weight: Tensor, grad: Tensor, window: Window, need: Need
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dx), None where it is not needed."""
-    padded = x if window.is_even else pad(x, _uneven_sides(window))
+    padded = _evened(x, window)
     dweight, dx = kernel_gradients(
         padded,
         weight,
@@ -214,6 +213,11 @@ def pad(x: Tensor, sides: Sequence[int]) -> Tensor:
     """x with entries added, and then taken where a side is negative; F.pad takes them first."""
     grown = F.pad(x, [max(side, 0) for side in sides])
     return F.pad(grown, [min(side, 0) for side in sides]) if min(sides) < 0 else grown
+
+
+def _evened(x: Tensor, window: Window) -> Tensor:
+    """x with what its sides are padded by unevenly: the kernels pad both alike."""
+    return x if window.is_even else layout(pad(x, _uneven_sides(window)))
 
 
 def _uneven_sides(window: Window) -> list[int]:

@@ -34,7 +34,7 @@ def are_faster(x: Tensor, weight: Tensor, window: Window, backward: bool) -> boo
     rows, columns = window.count(x.shape[2:])
     windows = x.shape[0] * rows * columns
     few = _FEW_BACKWARD if backward else _FEW
-    return windows <= few and pixelwise.are_few(windows, weight)
+    return windows <= few and pixelwise.are_faster(windows, weight)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:

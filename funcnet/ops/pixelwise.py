@@ -33,15 +33,17 @@ def _processor() -> str:
         return ""
 
 
-_FEW = 1_000_000_000 if "GenuineIntel" in _processor() else 20_000_000
+_PROCESSOR = _processor()
+
+_FEW = 1_000_000_000 if "GenuineIntel" in _PROCESSOR else 20_000_000
 """Up to how many multiplications `torch.mm` is as fast: measured."""
 
-_HAS_BFLOAT16 = not {"avx512_bf16", "amx_bf16"}.isdisjoint(_processor().split())
+_HAS_BFLOAT16 = not {"avx512_bf16", "amx_bf16"}.isdisjoint(_PROCESSOR.split())
 """Whether the processor multiplies in bfloat16: 2.4 times as fast as in float32 on an AMD EPYC."""
 
 
-def are_few(pixels: int, kernel: Tensor) -> bool:
-    """Whether the products of this many pixels with the kernel are few."""
+def are_faster(pixels: int, kernel: Tensor) -> bool:
+    """Whether products of matrices are: of few pixels with the kernel, or in bfloat16."""
     return pixels * kernel.numel() <= _FEW or kernel.dtype == torch.bfloat16
 
 
@@ -57,7 +59,7 @@ def is_multiplied(x: Tensor) -> bool:
 
 def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
     """y (N, O, H, W) in channels_last, of x (N, C, H, W) and the kernel (O, C)."""
-    if not are_few(_pixels(x), kernel):
+    if not are_faster(_pixels(x), kernel):
         return F.conv2d(x, kernel[:, :, None, None], bias)
     rows, transposed = _rows(x), kernel.t()
     y = torch.mm(rows, transposed) if bias is None else torch.addmm(bias, rows, transposed)
@@ -66,7 +68,7 @@ def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def convolve_to_planes(x: Tensor, kernel: Tensor) -> Tensor:
     """y (N, O, H, W), of which each image's channels are planes."""
-    if not are_few(_pixels(x), kernel):
+    if not are_faster(_pixels(x), kernel):
         return convolve(x, kernel).contiguous()
     planes = torch.unflatten(torch.mm(kernel, _rows(x).t()), 1, (len(x), *x.shape[2:]))
     return planes.transpose(0, 1)
@@ -76,7 +78,7 @@ def gradients(
     x: Tensor, kernel: Tensor, grad: Tensor, need: Need
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dkernel, dx), None where it is not needed."""
-    if not are_few(_pixels(x), kernel):
+    if not are_faster(_pixels(x), kernel):
         weight = kernel[:, :, None, None]
         dweight, dx = native.kernel_gradients(x, weight, grad, need)
         return None if dweight is None else dweight.flatten(1), dx

@@ -83,11 +83,8 @@ def behind(
 
     y is that of a window over x, or over x upsampled by `scale`.
     """
-    axes = range(len(part))
-    found = [
-        _seen(axis, part[axis], size[axis], window, (scale or (1,) * len(part))[axis])
-        for axis in axes
-    ]
+    axes = zip(part, size, scale or (1,) * len(part), strict=True)
+    found = [_seen(axis, own, n, window, s) for axis, (own, n, s) in enumerate(axes)]
     sides = tuple(span.sides for span in found)
     return tuple(span.source for span in found), replace(window, sides=sides)
 

@@ -29,8 +29,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Pair, window
     y: Tensor | None = None
     x = native.layout(x)
     for tile in _tiles(x, scale, window):
-        u, inner = _padded(x[tile.source], scale, tile.window)
-        part = native.convolve(u, weight, bias, inner)
+        part = native.convolve(_upsampled(x[tile.source], scale), weight, bias, tile.window)
         if part.shape == shape:
             return part
         y = native.empty(part, shape) if y is None else y
@@ -48,12 +47,10 @@ def gradients(
     dx: Tensor | None = None
     x = native.layout(x)
     for tile in _tiles(x, scale, window):
-        u, inner = _padded(x[tile.source], scale, tile.window)
-        dw, du = native.gradients(u, weight, grad[tile.target], inner, need)
+        u = _upsampled(x[tile.source], scale)
+        dw, du = native.gradients(u, weight, grad[tile.target], tile.window, need)
         dweight = dw if dweight is None or dw is None else dweight + dw
         if du is not None:
-            if inner is not tile.window:
-                du = native.pad(du, [-side for side in tile.window.flat_sides])
             dx = tiles.put(sum_blocks(du, scale), dx, tile, x)
     return native.cast(dweight, dtype), native.cast(dx, dtype)
 
@@ -82,9 +79,5 @@ def _tiles(x: Tensor, scale: Pair, window: Window) -> Iterator[tiles.Tile]:
     return tiles.cut(x, scale, window, entries, _CHUNK_ENTRIES)
 
 
-def _padded(x: Tensor, scale: Pair, window: Window) -> tuple[Tensor, Window]:
-    """(u, the window over u). A tile's u is padded or cropped here, on each side by itself."""
-    u = native.layout(x if scale == (1, 1) else upsample(x, scale))
-    if all(0 <= before <= after for before, after in window.sides):
-        return u, window
-    return native.layout(native.pad(u, window.flat_sides)), Window(window.kernel_size)
+def _upsampled(x: Tensor, scale: Pair) -> Tensor:
+    return native.layout(x if scale == (1, 1) else upsample(x, scale))

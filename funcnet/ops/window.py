@@ -38,7 +38,7 @@ class Window:
     cuts_patches: bool = field(init=False, repr=False, compare=False)
     """Whether windows lie side by side: stride k, no padding, no dilation, one group."""
     is_even: bool = field(init=False, repr=False, compare=False)
-    """Whether the padding is the same on both sides of each axis."""
+    """Whether the padding is the same on both sides of each axis, and nothing is cropped."""
     is_dilated: bool = field(init=False, repr=False, compare=False)
     is_strided: bool = field(init=False, repr=False, compare=False)
     before: Ints = field(init=False, repr=False, compare=False)
@@ -65,7 +65,7 @@ class Window:
             "dilation": dilation,
             "reach": reach,
             "cuts_patches": all(rest) and sides == none,
-            "is_even": all(before == after for before, after in sides),
+            "is_even": all(before == after >= 0 for before, after in sides),
             "is_dilated": dilation != ones,
             "is_strided": stride != ones,
             "before": tuple(before for before, _ in sides),

@@ -54,8 +54,8 @@ _TILING = in_file(
     "test_tiling.py",
     Row(
         "rows-left-over",
-        "for a in range(0, n, length)",
-        "for a in range(0, n - length + 1, length)",
+        "for start in range(0, n, length)]",
+        "for start in range(0, n - length + 1, length)]",
         "the last tile may be shorter",
     ),
 )

@@ -76,6 +76,17 @@ class Progress(NamedTuple):
             history=[*self.history, row],
         )
 
+    def laid_out_as(self, new: Progress) -> Progress:
+        """The same numbers in the memory of `new`, on its device.
+
+        A file does not keep the order of a tensor's elements in memory. Sums are rounded in that
+        order, so a resumed run would differ in its last bits from one that was never killed.
+        """
+        trees = (self.params, self.state, self.best)
+        theirs = (new.params, new.state, new.best)
+        params, state, best = optree.tree_map(lambda ours, x: x.copy_(ours), trees, theirs)
+        return self._replace(params=params, state=state, best=best)
+
 
 def start(
     net: fn.Layer,

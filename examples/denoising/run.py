@@ -82,7 +82,7 @@ class Run:
         init = run.optimizer([1]).init
         p = start(run.net, init, data.noisy.shape[1:], train_key, device, settings)
         if options.resume:
-            p = load(checkpoints, p, device)
+            p = load(checkpoints, p)
         p = run.with_goal(p, train_epoch)
         if p.steps == 0:
             clear(checkpoints)
@@ -198,11 +198,8 @@ class Run:
 # --- Checkpoints
 
 
-def load(checkpoints: fn.Checkpoints, new: Progress, device: torch.device) -> Progress:
+def load(checkpoints: fn.Checkpoints, new: Progress) -> Progress:
     """The progress in the newest whole checkpoint, or else `new`, with a warning.
-
-    Its tensors have the memory formats of `new`, in which sums are rounded alike: a resumed run has
-    the bits of one that was never killed.
 
     Raises InputError if all are damaged, or for the checkpoint of another program or run.
     """
@@ -218,14 +215,11 @@ def load(checkpoints: fn.Checkpoints, new: Progress, device: torch.device) -> Pr
         warn(f"{folder}: no checkpoint to resume from; beginning anew")
         return new
     step, p = newest
-    path = folder / f"step-{step:08}.safetensors"
     if not isinstance(p, Progress):
+        path = folder / f"step-{step:08}.safetensors"
         raise InputError(f"{path}: expected a checkpoint of this program, got another tree")
     check(folder, p.settings, new.settings)
-    # The history and the goals of p are longer than those of `new`.
-    like = p._replace(params=new.params, state=new.state, best=new.best)
-    loaded: Progress = fn.load(path, like=like, device=device)
-    return loaded
+    return p.laid_out_as(new)
 
 
 def check(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:

@@ -267,14 +267,18 @@ def check_size(who: object, size: Any) -> None:
         )
 
 
-def count_windows(who: object, window: Window, size: Any) -> Ints:
-    """How many windows fit on each axis. Raises ValueError where not even one does."""
+def count_windows(who: object, window: Window, size: Any, after: str = "") -> Ints:
+    """How many windows fit on each axis. Raises ValueError where not even one does.
+
+    `after` tells what x has gone through before.
+    """
     check_size(who, size)
     count = window.count(size)
     if min(count) < 1:
         raise ValueError(
-            f"{name_of(who)}: expected {_EXAMPLES[len(size)]} at least as large as the kernel's "
-            f"reach {window.reach}, got size {tuple(size)}, {window.padded(size)} with padding"
+            f"{name_of(who)}{after}: expected {_EXAMPLES[len(size)]} at least as large as the "
+            f"kernel's reach {window.reach}, got size {tuple(size)}, "
+            f"{window.padded(size)} with padding"
         )
     return count
 

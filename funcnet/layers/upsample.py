@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from torch import Tensor
 
-from funcnet.checks import name_of
 from funcnet.fields import Flag, OneOf, Padding, Sizes
 from funcnet.initializers import InitializerOrNone
 from funcnet.keys import Key
@@ -15,6 +14,7 @@ from funcnet.layer import Layer, Layout, Param, Part, Shape
 from funcnet.layers.conv import (
     Conv2d,
     Kernels,
+    check_size,
     count_windows,
     kernel_gradients,
     kernel_gradients_each,
@@ -146,10 +146,11 @@ class UpsampleConv2d(Kernels):
         channels, height, width = shape
         if channels < 1:
             raise ValueError(f"{self}: expected at least 1 channel, got {channels}")
+        check_size(self, (height, width))
         rows, columns = _pair(self.scale)
         upsampled = (rows * height, columns * width)
-        who = f"{name_of(self)}, after upsampling"
-        return self.out_channels, *count_windows(who, self._window, upsampled)
+        count = count_windows(self, self._window, upsampled, ", after upsampling")
+        return self.out_channels, *count
 
     def _tile(self, shape: Shape, part: Part) -> tuple[Part, Layer] | None:
         return windowed_tile(self, shape, part, _pair(self.scale))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from funcnet.ops import inplace
+from funcnet.ops.accumulation import accumulator_dtype
 from funcnet.ops.need import Need
 
 _layer_norm = torch.ops.aten.native_layer_norm.default
@@ -105,6 +106,9 @@ def group_norm(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Normalised:
     """Over the channels of each group and what stands behind them, an example at a time."""
+    if not x.numel():  # PyTorch 2.14 refuses it
+        nothing = x.new_zeros((len(x), groups), dtype=accumulator_dtype(x.dtype))
+        return x.clone(), nothing, nothing
     memory_format = _memory_format_of_groups(x, groups)
     x = _dense(x, memory_format)
     weight, bias = _in_float32(x, weight, x.shape[1:2]), _in_float32(x, bias)

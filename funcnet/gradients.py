@@ -14,9 +14,9 @@ from funcnet.checks import as_int
 from funcnet.keys import Key, fold_in
 from funcnet.layer import Layer, Tree, coupling, is_private
 from funcnet.losses.loss import Loss
-from funcnet.ops import inplace
-from funcnet.ops.accumulation import accumulator_dtype, widened
+from funcnet.ops.accumulation import accumulator_dtype
 from funcnet.ops.need import Need
+from funcnet.ops.summation import summed
 
 
 @dataclass(frozen=True)
@@ -87,18 +87,8 @@ class MicroBatched(ValueAndGrad):
         """(the loss, its gradient with respect to params). Micro-batch j draws from
         `fold_in(key, j)`."""
         check_batch("value_and_grad", x, target)
-        parts = self._parts(params, x, target, key)
-        first: Any = next(parts)
-        dtypes: Any = optree.tree_map(lambda leaf: leaf.dtype, first)
-        # Many small terms would be lost in a sum of 16 bits.
-        total: Any = optree.tree_map(widened, first)
-        del first
-        part: Any
-        for part in parts:
-            total = optree.tree_map(inplace.add_over, total, part)
-            del part  # before the next one is computed
-        found: Any = optree.tree_map(Tensor.to, total, dtypes)
-        return found[0], found[1]
+        found: tuple[Tensor, Tree] = summed(self._parts(params, x, target, key))
+        return found
 
     def _parts(
         self, params: Tree, x: Tensor, target: Any, key: Key | None

@@ -91,9 +91,12 @@ def test_growth_is_measured_in_processes_of_their_own() -> None:
 
     settings = Settings(torch.device("cpu"), threads=1, tf32=False, keep_memory=False)
     problem = Problem(all_networks()[0], 1, torch.float32, settings.device)
-    (found,) = grow(problem, settings, sides=(32,))
-    assert found.nanoseconds.keys() == found.peak.keys() == {"funcnet", "torch.nn channels_last"}
-    assert all(value > 0 for value in found.nanoseconds.values())
+    grown = grow(problem, settings, sides=(32,))
+    assert [found.mode for found in grown] == ["infer", "train"]
+    for found in grown:
+        names = {"funcnet", "torch.nn channels_last"}
+        assert found.nanoseconds.keys() == found.peak.keys() == names
+        assert all(value > 0 for value in found.nanoseconds.values())
 
 
 @pytest.mark.usefixtures("benchmark_modules")

@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import funcnet as fn
 from funcnet.combinators import tiling
-from funcnet.layer import run_apply, tile_of
+from funcnet.combinators.cropped import placed
+from funcnet.layer import run_bwd, run_fwd, tile_of
+from funcnet.ops.need import Need
 from funcnet.testing import strategies
 
 LOCAL = strategies.layers(
@@ -44,7 +46,8 @@ def small_tiles(most, step=1):
 
 def whole(net, params, x):
     """y of all of x at once."""
-    return net.fwd(params, x)[0]
+    with mock.patch.object(tiling, "is_large", return_value=False):
+        return net.apply(params, x)
 
 
 def count(net, params, x):
@@ -54,16 +57,31 @@ def count(net, params, x):
     return cropped.call_count // 2
 
 
-@given(
-    strategies.cases(NETWORKS, dtypes=st.just(torch.float64), values=["normal"]),
-    st.integers(1, 4000),
-    st.integers(1, 4),
-)
+CASES = strategies.cases(NETWORKS, dtypes=st.just(torch.float64), values=["normal"])
+
+
+@given(CASES, st.integers(1, 4000), st.integers(1, 4))
 def test_tiles_make_the_whole(case, most, step):
     net, params, x = case
     with small_tiles(most, step):
         y = net.apply(params, x)
     torch.testing.assert_close(y, whole(net, params, x), rtol=1e-10, atol=1e-10)
+
+
+@given(CASES, st.integers(1, 4000), st.integers(1, 4), st.booleans(), st.booleans())
+def test_tiles_make_the_gradients_of_the_whole(case, most, step, param_grad, input_grad):
+    net, params, x = case
+    needed = {"param_grad": param_grad, "input_grad": input_grad}
+    grad = fn.normal(fn.key(1), whole(net, params, x).shape, dtype=x.dtype)
+    expected = net.vjp(params, x, grad, **needed)
+    with small_tiles(most, step):
+        y, residuals = net.fwd(params, x)
+        first = net.bwd(params, residuals, grad, **needed)
+        again = net.bwd(params, residuals, grad, **needed)
+        at_once = net.vjp(params, x, grad, **needed)
+    torch.testing.assert_close(y, whole(net, params, x), rtol=1e-10, atol=1e-10)
+    for found in (first, again, at_once):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 TILED = [cls for cls in LAYERS if cls._tile is not fn.Layer._tile]
@@ -84,8 +102,15 @@ def test_a_part_is_made_of_its_source(cls, data):
     assume(found is not None)
     source, tile = found
     every = (slice(None), slice(None))
-    made = run_apply(tile, params, x[(*every, *source)], None)
+    made, residuals = run_fwd(tile, params, x[(*every, *source)], None)
     torch.testing.assert_close(made, y[(*every, *part)], rtol=1e-10, atol=1e-10)
+    grad = fn.normal(fn.key(1), made.shape, dtype=x.dtype)
+    dparams, dsource = run_bwd(tile, params, residuals, grad, Need())
+    around = torch.zeros_like(y)
+    around[(*every, *part)] = grad
+    expected, dx = layer.vjp(params, x, around)
+    torch.testing.assert_close(dparams, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(placed(dsource, source, x.shape[2:]), dx, rtol=1e-10, atol=1e-10)
 
 
 def unet():
@@ -132,7 +157,7 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
-        for x in optree.tree_leaves(made):
+        for x in filter(torch.is_tensor, optree.tree_leaves(made)):
             self.entries = max(self.entries, x.untyped_storage().nbytes() // x.element_size())
         return made
 
@@ -145,6 +170,7 @@ def test_nothing_large_is_made_but_y():
         net.apply(params, x)
     with small_tiles(4 * 32 * 32 * 32), Largest() as in_tiles:
         net.apply(params, x)
+        fn.value_and_grad(net, fn.MSE())(params, x, x)
     assert at_once.entries >= 32 * x.numel()
     assert in_tiles.entries <= 3 * x.numel()
 
@@ -181,6 +207,40 @@ def test_a_subclass_that_changes_the_formula_says_so():
     params = net.init(fn.key(1), x.shape[1:])
     with small_tiles(500):
         assert torch.equal(net.apply(params, x), whole(net, params, x))
+
+
+def test_gradients_of_many_tiles_are_added_in_float32():
+    net = NETS["convolutions"]
+    x = fn.normal(fn.key(0), (4, 3, 48, 48))
+    params, grad = net.init(fn.key(1), x.shape[1:]), torch.ones_like(x)
+    exact = net.vjp(params, x, grad)[0]
+    params, x, grad = optree.tree_map(torch.Tensor.bfloat16, (params, x, grad))
+    at_once = net.vjp(params, x, grad)[0]
+    with small_tiles(500):
+        in_tiles = net.vjp(params, x, grad)[0]
+
+    def errors(dparams):
+        pairs = zip(optree.tree_leaves(dparams), optree.tree_leaves(exact), strict=True)
+        return [(d.float() - e).norm() / e.norm() for d, e in pairs]
+
+    for error, bound in zip(errors(in_tiles), errors(at_once), strict=True):
+        assert error <= 1.5 * bound + 2**-9
+
+
+def test_what_looks_at_single_layers_sees_the_whole():
+    net, loss = NETS["U-Net"], fn.MSE()
+    x = fn.normal(fn.key(0), (2, 3, 32, 32), dtype=torch.float64)
+    params = net.init(fn.key(1), x.shape[1:], dtype=x.dtype)
+
+    def found():
+        each = fn.per_example(net, loss)(params, x, x)
+        by_layer = dict(fn.gradients_by_layer(net, loss)(params, x, x))
+        shapes = [tuple(record.y.shape) for record in fn.trace(net, params, x)]
+        return each, by_layer, shapes
+
+    expected = found()
+    with small_tiles(5000):
+        torch.testing.assert_close(found(), expected)
 
 
 def test_autograd_and_transforms_see_the_whole():

@@ -1,8 +1,9 @@
-"""How time and memory grow with a picture: inference of one, from 256×256 to 2048×2048 pixels."""
+"""How time and memory grow with one picture, from 256×256 to 2048×2048 pixels."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import product
 
 from entries import CHANNELS_LAST, OURS
 from networks import MEASURED, all_networks
@@ -17,6 +18,8 @@ _NAMES = (OURS, CHANNELS_LAST)
 class Growth:
     """Nanoseconds a pixel, and bytes at the peak beyond weights and data, by contender."""
 
+    mode: str
+    """"infer" or "train"."""
     side: int
     nanoseconds: dict[str, float]
     peak: dict[str, int]
@@ -26,22 +29,22 @@ class Growth:
             f"{name} {self.nanoseconds[name]:.0f} ns a pixel, {self.peak[name] / 1e6:.0f} MB"
             for name in self.nanoseconds
         )
-        return f"{self.side}×{self.side}: {', '.join(parts)}"
+        return f"{self.mode} {self.side}×{self.side}: {', '.join(parts)}"
 
 
 def grow(problem: Problem, settings: Settings, sides: tuple[int, ...] = SIDES) -> list[Growth]:
     """The denoiser on a larger and larger picture, each time in new processes."""
     (denoiser,) = (network for network in all_networks() if network.name == MEASURED[0])
     found = []
-    for side in sides:
+    for mode, side in product(("infer", "train"), sides):
         network = replace(denoiser, shape=(denoiser.shape[0], side, side))
         larger = replace(problem, network=network, batch=1)
         nanoseconds, peak = {}, {}
         for name in _NAMES:
             with Worker(name, settings) as worker:
-                inference = worker.inference(larger)
-            nanoseconds[name] = inference.seconds / side**2 * 1e9
-            peak[name] = inference.peak
-        found.append(Growth(side, nanoseconds, peak))
+                once = worker.once(larger, mode)
+            nanoseconds[name] = once.seconds / side**2 * 1e9
+            peak[name] = once.peak
+        found.append(Growth(mode, side, nanoseconds, peak))
         print(found[-1], flush=True)
     return found

@@ -50,21 +50,21 @@ def measure(entry: Entry, problem: Problem) -> Memory:
 
 
 @dataclass(frozen=True)
-class Inference:
-    """Of a forward pass: seconds, at the least, and bytes of the process beyond its start."""
+class Pass:
+    """Of a forward pass or a training step: seconds, at the least, and bytes beyond the start."""
 
     seconds: float
     peak: int
 
 
-def measure_inference(entry: Entry, problem: Problem) -> Inference:
-    """The time and memory that this process needs for forward passes."""
-    contender = entry(problem)
+def measure_pass(entry: Entry, problem: Problem, mode: str) -> Pass:
+    """The time and memory that this process needs to "infer" or "train"."""
+    run = getattr(entry(problem), mode)
     baseline = _resident("VmRSS")
     _forget_peak()
-    contender.infer()
+    run()
     peak = _resident("VmHWM") - baseline
-    return Inference(min(duration(contender.infer, 1, problem.device) for _ in range(3)), peak)
+    return Pass(min(duration(run, 1, problem.device) for _ in range(3)), peak)
 
 
 def _live_bytes(entry: Entry, problem: Problem) -> int:

@@ -96,15 +96,15 @@ def _growth(results: Results) -> list[str]:
     if not results.growth:
         return []
     names = list(results.growth[0].nanoseconds)
-    heads = ["pixels", *(f"{name}: {unit}" for name in names for unit in ("ns a pixel", "MB"))]
+    heads = ["", "pixels", *(f"{name}: {unit}" for name in names for unit in ("ns a pixel", "MB"))]
     lines = [
-        [f"{g.side}²"]
+        [g.mode, f"{g.side}²"]
         + [cell for n in names for cell in (_digits(g.nanoseconds[n]), _mb(g.peak[n]))]
         for g in results.growth
     ]
     explanation = (
-        "The least of three forward passes, and the memory of the process at its peak in the first "
-        "one, beyond what it was before."
+        "The least of three forward passes or training steps, and the memory of the process at its "
+        "peak in the first one, beyond what it was before."
     )
     return ["## The denoiser on one large picture", explanation, _table(heads, lines)]
 

@@ -21,7 +21,7 @@ import agreement
 import torch
 from contenders import Contender
 from entries import OURS, entries
-from memory import Inference, Memory, measure, measure_inference
+from memory import Memory, Pass, measure, measure_pass
 from problem import Problem
 from timing import duration
 
@@ -82,9 +82,9 @@ class Worker:
         found: Memory = self._ask("memory", problem)
         return found
 
-    def inference(self, problem: Problem) -> Inference:
-        """Time and memory of the forward pass. The process must have done nothing else."""
-        found: Inference = self._ask("inference", problem)
+    def once(self, problem: Problem, mode: str) -> Pass:
+        """Time and memory to "infer" or "train". The process must have done nothing else."""
+        found: Pass = self._ask("once", problem, mode)
         return found
 
     def _ask(self, method: str, *args: Any) -> Any:
@@ -131,8 +131,8 @@ class _Server:
     def memory(self, problem: Problem) -> Memory:
         return measure(self._entry, problem)
 
-    def inference(self, problem: Problem) -> Inference:
-        return measure_inference(self._entry, problem)
+    def once(self, problem: Problem, mode: str) -> Pass:
+        return measure_pass(self._entry, problem, mode)
 
 
 def _serve(connection: Connection, name: str, settings: Settings) -> None:

@@ -6,16 +6,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from funcnet.combinators.wrapper import Wrapper
 from funcnet.keys import Key
-from funcnet.layer import Part, Tree, run_apply
+from funcnet.layer import Part, Shape, Tree, run_apply, run_bwd, run_fwd
+from funcnet.ops.need import Need
 
 
 @dataclass(frozen=True)
 class Cropped(Wrapper):
-    """y = f(a part of x). It belongs to a tile, which only runs forward."""
+    """y = f(a part of x), in a tile."""
 
     part: Part
 
@@ -23,13 +25,26 @@ class Cropped(Wrapper):
         return run_apply(self.layer, params, cropped(x, self.part), key)
 
     def _fwd(self, params: Tree, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
-        return self._apply(params, x, key), None
+        y, kept = run_fwd(self.layer, params, cropped(x, self.part), key)
+        return y, (kept, tuple(x.shape[2:]))
+
+    def _bwd(self, params: Tree, residuals: Any, dy: Tensor, need: Need) -> tuple[Tree, Any]:
+        kept, size = residuals
+        dparams, dx = run_bwd(self.layer, params, kept, dy, need)
+        return dparams, None if dx is None else placed(dx, self.part, size)
 
 
 def cropped(x: Tensor, part: Part, examples: slice = slice(None)) -> Tensor:
     """A view of a part of x."""
     index = examples, slice(None), *part
     return x[index]
+
+
+def placed(dx: Tensor, part: Part, size: Shape) -> Tensor:
+    """The adjoint of `cropped`: zeros around the part."""
+    axes = zip(part, size, strict=True)
+    sides = [side for own, n in reversed([*axes]) for side in (own.start, n - own.stop)]
+    return F.pad(dx, sides)
 
 
 def union(parts: Iterable[Part]) -> Part:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from funcnet.combinators.cropped import Cropped, cropped, union, within
+from funcnet.combinators.cropped import Cropped, cropped, placed, union, within
 from funcnet.combinators.wrapper import SameShape
 from funcnet.keys import Key
 from funcnet.layer import (
@@ -76,3 +76,12 @@ class _Tile(Residual):
 
     def _apply(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
         return self._sum(run_apply(self.layer, params, x, key), cropped(x, self.part))
+
+    def _fwd(self, params: Tree, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
+        y, kept = run_fwd(self.layer, params, x, key)
+        return self._sum(y, cropped(x, self.part)), (kept, tuple(x.shape[2:]))
+
+    def _bwd(self, params: Tree, residuals: Any, dy: Tensor, need: Need) -> tuple[Tree, Any]:
+        kept, size = residuals
+        dparams, dx = run_bwd(self.layer, params, kept, dy, need)
+        return dparams, None if dx is None else self._sum(dx, placed(dy, self.part, size))

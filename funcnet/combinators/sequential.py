@@ -133,7 +133,12 @@ class Sequential(Several):
                     x = self._as_promised(at.i, params, x, y)
         return x if self.layers else x.clone()
 
-    def _fwd(self, params: Tree, x: Tensor, key: Key | None) -> tuple[Tensor, list[Any]]:
+    def _fwd(self, params: Tree, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
+        made = tiling.fwd(self, params, x) if tiling.is_large(x) else None
+        return self._run_fwd(params, x, key) if made is None else made
+
+    def _run_fwd(self, params: Tree, x: Tensor, key: Key | None) -> tuple[Tensor, list[Any]]:
+        """(y, the residuals of each layer)."""
         in_place, params = is_eager(), self._child_params(params)
         layer: Any
         residuals = []
@@ -160,9 +165,11 @@ class Sequential(Several):
         return y
 
     def _bwd(
-        self, params: Tree, residuals: list[Any], grad: Tensor, need: Need
+        self, params: Tree, residuals: Any, grad: Tensor, need: Need
     ) -> tuple[Tree, Tensor | None]:
         """Takes residuals from the end, so that what only they hold is freed as it is used."""
+        if isinstance(residuals, tiling.Tiles):
+            return tiling.bwd(params, residuals, grad, need)
         kept = residuals if need.consume else list(residuals)
         if len(kept) != len(self.layers):
             raise ValueError(
@@ -205,3 +212,6 @@ class _Tile(Sequential):
 
     def _apply(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
         return self._run(params, x, key)
+
+    def _fwd(self, params: Tree, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
+        return self._run_fwd(params, x, key)

@@ -1,27 +1,35 @@
 """A network over a large batch of images, tile by tile, so that what lies between layers is small.
 
-Where the network's layers are local, a part of y depends on a part of x alone. Each layer tells
-which, from the last to the first (`Layer._tile`), and the layers over these parts make up a network
-that gives the part of y. So no layer's y is ever whole but the last one's, and what is made
-for a tile takes the memory of the tile before. New memory costs more than it seems: the
-operating system hands out blocks of more than `_MOST` bytes page by page, and zeroes each. The
-tiles of x overlap by what the kernels reach, of which the products are made twice.
+Where the network's layers are local, a part of y depends on a part of x alone, its source. Each
+layer tells which, from the last to the first (`Layer._tile`), and the layers over these parts make
+up a network that gives the part of y. The parts of y lie side by side. So with J for the Jacobian
+of a tile's network,
+
+    dparams = Σ (∂part/∂params)ᵀ dy[part],    dx = Σ Jᵀ dy[part], each in the place of its source.
+
+No layer's y is ever whole but the last one's, and what is made for a tile takes the memory of the
+tile before. New memory costs more than it seems: the operating system hands out blocks of more than
+`_MOST` bytes page by page, and zeroes each. The tiles of x overlap by what the kernels reach, of
+which the products are made twice.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import optree
 import torch
 from torch import Tensor
 
 from funcnet.combinators.cropped import cropped
-from funcnet.layer import Part, Tree
+from funcnet.layer import Part, Shape, Tree
+from funcnet.ops import native
 from funcnet.ops.inplace import is_eager, is_untracked
+from funcnet.ops.need import Need
+from funcnet.ops.summation import summed
 
 if TYPE_CHECKING:
     from funcnet.combinators.sequential import Sequential
@@ -41,28 +49,93 @@ def is_large(x: Tensor) -> bool:
     return x.ndim == 4 and x.is_cpu and is_eager() and x.numel() * x.element_size() >= _LARGE
 
 
+class Tile(NamedTuple):
+    """A part of y for some examples, and the network that makes it of a part of x."""
+
+    net: Sequential
+    source: Part
+    part: Part
+    examples: slice
+
+
+class Tiles(NamedTuple):
+    """The residuals of a network that has run tile by tile."""
+
+    residuals: list[tuple[Tile, Any]]
+    shape: Shape
+    """That of x."""
+
+
 def apply(net: Sequential, params: Tree, x: Tensor) -> Tensor | None:
     """y of x (N, C, H, W); None where the whole is as good, or has to be done at once."""
+    return _joined(net, params, x, lambda tile, own: tile.net._apply(params, own, None))
+
+
+def fwd(net: Sequential, params: Tree, x: Tensor) -> tuple[Tensor, Tiles] | None:
+    """(y, residuals), or None as `apply`."""
+    kept = Tiles([], tuple(x.shape))
+
+    def make(tile: Tile, own: Tensor) -> Tensor:
+        y, residuals = tile.net._fwd(params, own, None)
+        kept.residuals.append((tile, residuals))
+        return y
+
+    y = _joined(net, params, x, make)
+    return None if y is None else (y, kept)
+
+
+def bwd(params: Tree, kept: Tiles, dy: Tensor, need: Need) -> tuple[Tree, Tensor | None]:
+    """(dparams, dx) from the residuals of `fwd`."""
+    tiles = kept.residuals if need.consume else list(kept.residuals)
+    dx = native.empty(dy, kept.shape).zero_() if need.input else None
+
+    def gradients() -> Iterator[Tree]:
+        while tiles:
+            tile, residuals = tiles.pop()
+            own = cropped(dy, tile.part, tile.examples)
+            dparams, dsource = tile.net._bwd(params, residuals, own, need)
+            if dx is not None and dsource is not None:
+                cropped(dx, tile.source, tile.examples).add_(dsource)
+            yield dparams
+
+    return summed(gradients()), dx
+
+
+def _joined(
+    net: Sequential, params: Tree, x: Tensor, make: Callable[[Tile, Tensor], Tensor]
+) -> Tensor | None:
+    """y, of the parts that are made of the tiles of x."""
     if not is_untracked(x, *optree.tree_leaves(params)):
         return None
+    tiles = _tiles(net, x)
+    if tiles is None:
+        return None
+    shape = (len(x), *net.out_shape(x.shape[1:]))
+    y: Tensor | None = None
+    for tile in tiles:
+        part = make(tile, cropped(x, tile.source, tile.examples))
+        y = _like(part, shape) if y is None else y
+        cropped(y, tile.part, tile.examples).copy_(part)
+    return y
+
+
+def _tiles(net: Sequential, x: Tensor) -> list[Tile] | None:
+    """The tiles, if there is more than one."""
     shapes = [*net._shapes(tuple(x.shape[1:]))]
     most = x.element_size() * max(map(math.prod, shapes))
     if len(x) * most <= _MOST or len(shapes[-1]) != 3:
         return None
     chunks = len(x) if most > _MOST else math.ceil(len(x) * most / _MOST)
     examples = math.ceil(len(x) / chunks)
-    y: Tensor | None = None
+    tiles = []
     for part in _parts(shapes[-1][1:], most):
         found = net._tile(shapes[0], part)
         if found is None:
             return None
         source, tile = found
-        for start in range(0, len(x), examples):
-            some = slice(start, start + examples)
-            made = tile._run(params, cropped(x, source, some), None)
-            y = _like(made, (len(x), *shapes[-1])) if y is None else y
-            cropped(y, part, some).copy_(made)
-    return y
+        starts = range(0, len(x), examples)
+        tiles += [Tile(tile, source, part, slice(start, start + examples)) for start in starts]
+    return tiles
 
 
 def _parts(size: Sequence[int], most: int) -> Iterator[Part]:

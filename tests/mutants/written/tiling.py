@@ -47,6 +47,12 @@ _CROPPED = in_file(
         "min(s.stop for s in own)",
         "the part of x holds what every branch sees",
     ),
+    Row(
+        "placed-from-the-other-end",
+        "for side in (own.start, n - own.stop)]",
+        "for side in (n - own.stop, own.start)]",
+        "dx of a part lies where the part was",
+    ),
 )
 
 _TILING = in_file(
@@ -57,6 +63,23 @@ _TILING = in_file(
         "for start in range(0, n, length)]",
         "for start in range(0, n - length + 1, length)]",
         "the last tile may be shorter",
+    ),
+    Row(
+        "gradients-of-tiles-written-over",
+        "cropped(dx, tile.source, tile.examples).add_(dsource)",
+        "cropped(dx, tile.source, tile.examples).copy_(dsource)",
+        "a pixel that several tiles see has the sum of their gradients",
+    ),
+)
+
+_SUMMATION = in_file(
+    "ops/summation.py",
+    "test_tiling.py",
+    Row(
+        "trees-added-in-bfloat16",
+        "total = optree.tree_map(widened, first)",
+        "total = first",
+        "many small terms would be lost in a sum of 16 bits",
     ),
 )
 
@@ -94,4 +117,4 @@ _LOW_RESOLUTION = in_file(
     ),
 )
 
-TILING = (*_LAYER, *_OPS, *_CROPPED, *_TILING, *_HALF, *_LOW_RESOLUTION)
+TILING = (*_LAYER, *_OPS, *_CROPPED, *_TILING, *_SUMMATION, *_HALF, *_LOW_RESOLUTION)

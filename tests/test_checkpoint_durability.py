@@ -533,12 +533,15 @@ def test_files_whose_numbers_change(path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS])
-@pytest.mark.parametrize("function", ["fsync", "chmod", "replace", "open", "stat"])
+@pytest.mark.parametrize(
+    ("owner", "function"),
+    [(os, "fsync"), (os, "chmod"), (os, "replace"), (os, "open"), (Path, "stat")],
+)
 def test_what_is_needed_and_fails_leaves_the_old_file(
-    function: str, number: int, path: Path, monkeypatch: pytest.MonkeyPatch
+    owner: Any, function: str, number: int, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fn.save(path, "old")
-    monkeypatch.setattr(os, function, fail(number))
+    monkeypatch.setattr(owner, function, fail(number))
     with pytest.raises(OSError, match=f"save: {os.strerror(number)}: '{path}'") as error:
         fn.save(path, "new")
     assert error.value.errno == number

@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -197,7 +198,7 @@ def test_an_earlier_file_that_cannot_be_removed_is_named(tmp_path, monkeypatch):
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), os.fspath(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "unlink", busy)
+        patch.setattr(Path, "unlink", busy)
         with pytest.warns(RuntimeWarning, match="could not remove .*step-00000001") as log:
             checkpoints.save(2, tree(2))
     assert log[0].filename == __file__

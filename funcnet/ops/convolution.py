@@ -2,7 +2,7 @@
 
 unfold    the derivation by matrix products, for images and method "unfold"
 patches   products of matrices over patches of images, where windows do not overlap and are few
-half      gradients of images in bfloat16, by products of matrices
+half      images in bfloat16, by products of matrices where those kernels are wrong in it
 native    PyTorch's convolution kernels, for all else
 
 A signal (N, C, L) is convolved as an image (N, C, 1, L), whose kernels are faster.
@@ -62,6 +62,6 @@ def implementation(
         return unfold
     if window.cuts_patches and x.ndim == 4 and patches.are_faster(x, weight, window, backward):
         return patches
-    if backward and half.is_faster(x, window):
+    if half.serves(x, window):
         return half
     return native

@@ -1,42 +1,68 @@
-"""Gradients of an image's convolution in bfloat16, by what is right in it on every processor.
+"""Convolutions of images in bfloat16, by what is right in it on every processor.
 
-PyTorch's own kernels for these gradients return wrong numbers for some images (`native.py`). But
-its convolutions with stride 1 are right, and so are products of matrices. With the kh·kw·C numbers
-that a window sees as a row of X, and grad's O numbers there as a row of dY,
+Of PyTorch's own kernels in bfloat16, those with a stride or a dilation and all gradients return
+wrong numbers for some images (`native.py`). But plain convolutions are right, and so are products
+of matrices. With the kh·kw·C numbers that a window sees as a row of X, the kernel as K
+(O, kh·kw·C), and y's and grad's O numbers there as rows of Y and dY,
 
-    dK = dYᵀ·X,    dx[a, b] = Σ weight[o, c, t, r] · grad[o, a − t + p, b − r + p]:
+    Y = X·Kᵀ + bias,    dK = dYᵀ·X.
 
-with stride 1, dx is a convolution of grad by the kernel turned round, with padding k − 1 − p.
+dx is made of plain convolutions. In one dimension, with stride s and padding p, the taps that see
+pixel a = s·i + ρ are t = s·j + τ, for τ = (ρ + p) mod s and the J numbers j from which t < k. With
+q = ⌊(ρ + p)/s⌋,
+
+    dx[s·i + ρ] = Σ_j w[s·j + τ] · grad[i + q − j]:
+
+every s-th pixel from ρ is a convolution of grad by every s-th tap from τ, turned round, with
+padding J − 1 − q before. Where no tap sees them, J = 0, they are zero.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from funcnet.ops import inplace, native, patches, pixelwise
+from funcnet.ops.accumulation import widened
 from funcnet.ops.need import Need
-from funcnet.ops.window import Window
+from funcnet.ops.window import Pair, Window
 
-_CHUNK_ENTRIES = 2**22
-"""Entries of X made at a time."""
+_CHUNK_ENTRIES = 2**20
+"""Entries of X made at a time: few enough for a cache."""
 
-_MANY = 32
-"""From how many channels of x this takes less time than gradients in float32: half as much on an
-AMD EPYC (Zen 4)."""
+_MANY = 24
+"""From how many channels, of x and of y, products take less time than kernels in float32."""
+
+_MUCH, _MUCH_STRIDED = 2**22, 2**25
+"""From how many multiplications plain convolutions for dx do. All three were measured on an AMD
+EPYC (Zen 4), which multiplies 2.4 times as fast in bfloat16."""
 
 
-def is_faster(x: Tensor, window: Window) -> bool:
-    """Whether this is faster than gradients in float32."""
+def serves(x: Tensor, window: Window) -> bool:
+    """Whether x is images in bfloat16, and the processor multiplies in it."""
     return (
         x.ndim == 4
-        and x.shape[1] >= _MANY
         and pixelwise.is_multiplied(x)
         and window.groups == 1
+        and not window.is_dilated
         and not inplace.has_open_sizes(x)
         and x.numel() > 0
     )
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
+    """y (N, O, H′, W′) of x (N, C, H, W) and weight (O, C, kh, kw)."""
+    if not (window.is_strided and _has_many(weight)):
+        return native.convolve(x, weight, bias, window)
+    kernel = patches.matrix(weight)
+    parts = [pixelwise.convolve(seen, kernel, bias) for _, seen in _windows(x, window)]
+    return parts[0] if len(parts) == 1 else native.layout(torch.cat(parts))
 
 
 def gradients(
@@ -44,36 +70,76 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dx), None where it is not needed."""
     grad = native.layout(grad)
-    dweight = _dweight(x, weight, grad, window) if need.params else None
-    if not need.input:
-        return dweight, None
-    if _is_turned(window):
-        return dweight, _dx(weight, grad, window)
-    return dweight, native.gradients(x, weight, grad, window, need._replace(params=False))[1]
+    much = _MUCH_STRIDED if window.is_strided else _MUCH
+    multiplications = len(grad) * math.prod(grad.shape[2:]) * weight.numel()
+    own = Need(need.params and _has_many(weight), need.input and multiplications >= much)
+    others = Need(need.params and not own.params, need.input and not own.input)
+    dweight, dx = None, None
+    if others.params or others.input:
+        dweight, dx = native.gradients(x, weight, grad, window, others)
+    if own.params:
+        dweight = _dweight(x, weight, grad, window)
+    return dweight, _dx(x, weight, grad, window) if own.input else dx
+
+
+def _has_many(weight: Tensor) -> bool:
+    return min(weight.shape[:2]) >= _MANY
+
+
+def _windows(x: Tensor, window: Window) -> Iterator[tuple[slice, Tensor]]:
+    """Yield a few examples at a time, and what each window sees of them, (n, kh·kw·C, H′, W′)."""
+    x = native.layout(native.pad(x, window.flat_sides))
+    plain = replace(window, sides=())
+    entries = math.prod((*plain.count(x.shape[2:]), *window.kernel_size, x.shape[1]))
+    examples = math.ceil(len(x) / math.ceil(len(x) * entries / _CHUNK_ENTRIES))
+    for start in range(0, len(x), examples):
+        part = slice(start, start + examples)
+        yield part, patches.windows(x[part], plain)
 
 
 def _dweight(x: Tensor, weight: Tensor, grad: Tensor, window: Window) -> Tensor:
+    total: Tensor | None = None
+    for part, seen in _windows(x, window):
+        dkernel = pixelwise.dkernel(seen, grad[part])
+        total = dkernel if total is None else widened(total).add_(dkernel)
+    assert total is not None
     out_channels, channels, *taps = weight.shape
-    x = native.layout(native.pad(x, window.flat_sides))
-    examples = max(1, _CHUNK_ENTRIES // (math.prod(taps) * channels * math.prod(grad.shape[2:])))
-    dkernel: Tensor | None = None
-    for start in range(0, len(x), examples):
-        part = slice(start, start + examples)
-        dk = native.upcast(pixelwise.dkernel(patches.windows(x[part], window), grad[part]))
-        dkernel = dk if dkernel is None else dkernel.add_(dk)
-    assert dkernel is not None
-    dweight = dkernel.to(x.dtype).reshape(out_channels, *taps, channels).permute(0, 3, 1, 2)
+    dweight = total.to(x.dtype).reshape(out_channels, *taps, channels).permute(0, 3, 1, 2)
     return native.like(weight, dweight)
 
 
-def _is_turned(window: Window) -> bool:
-    """Whether dx is a convolution of grad."""
-    pads = zip(window.kernel_size, window.before, strict=True)
-    plain = not (window.is_strided or window.is_dilated) and window.is_even
-    return plain and all(0 <= p < k for k, p in pads)
+class _Phase(NamedTuple):
+    """Every s-th pixel of an axis: which they are, their taps, and the padding of grad."""
+
+    pixels: slice
+    taps: slice
+    sides: Pair
 
 
-def _dx(weight: Tensor, grad: Tensor, window: Window) -> Tensor:
-    turned = native.layout(weight.flip(2, 3).transpose(0, 1))
-    sides = tuple((k - 1 - p,) * 2 for k, p in zip(window.kernel_size, window.before, strict=True))
-    return native.convolve(grad, turned, None, Window(window.kernel_size, sides=sides))
+def _phases(axis: int, size: int, count: int, window: Window) -> list[_Phase]:
+    """Those of an axis of `size` pixels and `count` windows that some taps see."""
+    k, s, (p, _) = window.kernel_size[axis], window.stride[axis], window.sides[axis]
+    found = []
+    for first in range(min(s, size)):
+        q, tap = divmod(first + p, s)
+        taps, pixels = len(range(tap, k, s)), len(range(first, size, s))
+        if taps:
+            sides = taps - 1 - q, pixels - count + q
+            found.append(_Phase(slice(first, None, s), slice(tap, None, s), sides))
+    return found
+
+
+def _dx(x: Tensor, weight: Tensor, grad: Tensor, window: Window) -> Tensor:
+    turned = weight.transpose(0, 1)
+    axes = enumerate(zip(x.shape[2:], grad.shape[2:], strict=True))
+    phases = [_phases(axis, size, count, window) for axis, (size, count) in axes]
+    dx = native.empty(x, x.shape).zero_() if window.is_strided else None
+    for rows, columns in product(*phases):
+        kernel = native.layout(turned[:, :, rows.taps, columns.taps].flip(2, 3))
+        own = Window(tuple(kernel.shape[2:]), sides=(rows.sides, columns.sides))
+        part = native.convolve(grad, kernel, None, own)
+        if dx is None:
+            return part
+        dx[:, :, rows.pixels, columns.pixels] = part
+    assert dx is not None
+    return dx

@@ -88,21 +88,33 @@ _HALF = in_file(
     "test_half_precision.py",
     Row(
         "kernel-not-turned",
-        "weight.flip(2, 3).transpose(0, 1)",
-        "weight.transpose(0, 1)",
+        "columns.taps].flip(2, 3))",
+        "columns.taps])",
         "dx is a convolution by the kernel turned round",
     ),
     Row(
-        "turned-with-a-stride",
-        "not (window.is_strided or window.is_dilated)",
-        "not window.is_dilated",
-        "with a stride, dx is no convolution of grad",
+        "taps-without-the-padding",
+        "q, tap = divmod(first + p, s)",
+        "q, tap = divmod(first, s)",
+        "with padding, other taps see a pixel",
+    ),
+    Row(
+        "phases-short-of-the-last-pixels",
+        "pixels - count + q\n",
+        "pixels - count\n",
+        "as many pixels come out as there are",
     ),
     Row(
         "last-examples-alone",
-        "dk if dkernel is None else dkernel.add_(dk)",
-        "dk",
+        "dkernel if total is None else widened(total).add_(dkernel)",
+        "dkernel",
         "dK is the sum over all examples",
+    ),
+    Row(
+        "examples-added-in-bfloat16",
+        "widened(total).add_(dkernel)",
+        "total.add_(dkernel)",
+        "many small terms would be lost in a sum of 16 bits",
     ),
 )
 

@@ -265,6 +265,18 @@ def test_writing_over_what_the_layer_before_made_is_not_seen(before, activation)
     assert torch.equal(grad, kept[1])
 
 
+@pytest.mark.parametrize("activation", [fn.ReLU(), fn.Sigmoid(), fn.Dropout(0.5)], ids=str)
+def test_the_first_layer_does_not_write_over_x(activation):
+    net = fn.Sequential(activation, fn.ReLU(), fn.Linear(3))
+    params = net.init(fn.key(0), (4,))
+    x, grad = fn.normal(fn.key(1), (5, 4)), fn.normal(fn.key(2), (5, 3))
+    x_before, grad_before = x.clone(), grad.clone()
+    net.apply(params, x, key=fn.key(3))
+    net.vjp(params, x, grad, key=fn.key(3))
+    assert torch.equal(x, x_before)
+    assert torch.equal(grad, grad_before)
+
+
 def test_repr_is_code():
     assert repr(fn.Sequential(fn.ReLU(), fn.Sequential())) == "Sequential(ReLU(), Sequential())"
 

@@ -54,7 +54,8 @@ def gradients(
     dweight = dx = None
     if need.input:
         dx, grad = convolution.convolve(grad, weight, None, window, "auto")
-        dx = native.crop(dx, x.shape[2:])
+        for axis, length in enumerate(x.shape[2:], 2):
+            dx = dx.narrow(axis, 0, length)
     if need.params:
         # More entries than a stride, which a dilation may allow, make more windows than x has.
         more = [n - m for n, m in zip(window.count(grad.shape[2:]), x.shape[2:], strict=True)]

@@ -202,13 +202,6 @@ def like(weight: Tensor, dweight: Tensor) -> Tensor:
     return dweight if dweight.stride() == weight.stride() else dweight.contiguous()
 
 
-def crop(x: Tensor, size: Sequence[int]) -> Tensor:
-    """The first entries of x (N, C, …) on each axis behind the channels."""
-    for axis, length in enumerate(size, 2):
-        x = x.narrow(axis, 0, length)
-    return x
-
-
 def pad(x: Tensor, sides: Sequence[int]) -> Tensor:
     """x with entries added, and then taken where a side is negative; F.pad takes them first."""
     grown = F.pad(x, [max(side, 0) for side in sides])

@@ -143,12 +143,6 @@ NATIVE = in_file(
         'the odd entry of "same" goes after the image, as in PyTorch',
     ),
     Row(
-        "odd-padding-cropped-before",
-        "x.narrow(axis, 0, length)",
-        "x.narrow(axis, x.shape[axis] - length, length)",
-        "what was padded after is what is cropped from dx",
-    ),
-    Row(
         "gradients-in-half-precision",
         "torch.float16) and x.is_cpu",
         "torch.float16) and not x.is_cpu",
@@ -271,6 +265,17 @@ TRANSPOSED = in_file(
     ),
 )
 
+CONV_TRANSPOSE = in_file(
+    "ops/conv_transpose.py",
+    "test_conv_transpose.py",
+    Row(
+        "cropped-before",
+        "dx.narrow(axis, 0, length)",
+        "dx.narrow(axis, dx.shape[axis] - length, length)",
+        "what output_padding added after y is what is cropped from dx",
+    ),
+)
+
 CONVOLUTION = (
     *GEOMETRY,
     *SIGNALS,
@@ -282,4 +287,5 @@ CONVOLUTION = (
     *UPSAMPLE_CONV,
     *IN_PLACE,
     *TRANSPOSED,
+    *CONV_TRANSPOSE,
 )

@@ -142,6 +142,14 @@ def test_large_means(layer, offset, layout):
     assert (found_dx - dx).abs().max() < 6 * rounding
 
 
+@pytest.mark.parametrize("offset", [0.0, 0.7, 1.5, 5.0])
+def test_small_means_cost_no_digit(offset):
+    x = (fn.normal(KEY, (4, 32, 32, 32)) + offset).contiguous(memory_format=torch.channels_last)
+    layer = fn.GroupNorm(2, affine=False)
+    error = (layer.apply((), x) - layer.apply((), x.double())).abs().max()
+    assert error < 4e-6
+
+
 def test_constant_sets():
     x = torch.full((2, 4, 6), 3.0, dtype=torch.float64)
     for layer in [fn.LayerNorm(), fn.GroupNorm(2), fn.InstanceNorm(), fn.BatchNorm()]:

@@ -136,9 +136,12 @@ NETS = {
 def test_what_is_cut(net, batch):
     x = fn.normal(fn.key(0), (batch, 3, 48, 32), dtype=torch.float64)
     params = net.init(fn.key(1), x.shape[1:], dtype=x.dtype)
+    y = whole(net, params, x)
+    expected = net.vjp(params, x, y)
     with small_tiles(20_000):
         assert count(net, params, x) > batch
-        torch.testing.assert_close(net.apply(params, x), whole(net, params, x))
+        torch.testing.assert_close(net.apply(params, x), y)
+        torch.testing.assert_close(net.vjp(params, x, y), expected)
 
 
 def test_small_images_are_cut_along_the_batch():

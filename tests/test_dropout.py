@@ -2,6 +2,8 @@
 
 import math
 import re
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
@@ -154,6 +156,23 @@ def test_a_compiled_training_step_takes_any_key_without_another_compilation():
         found, expected = compiled(params, x, fn.key(seed)), step(params, x, fn.key(seed))
         torch.testing.assert_close(found, expected)
     assert counted.frame_count == 1
+
+
+_COMPILED = """
+import torch, funcnet as fn
+layer, x = fn.Dropout(0.3), torch.ones(4, 36)
+compiled = torch.compile(lambda x: layer.apply((), x, key=fn.key(5)), fullgraph=True)
+for _ in range(60):
+    assert torch.equal(compiled(x), layer.apply((), x, key=fn.key(5)))
+"""
+
+
+def test_compiled_it_writes_to_no_other_memory():
+    """For sizes that are no multiple of a vector. It ended the process, so it runs in another."""
+    done = subprocess.run(
+        [sys.executable, "-c", _COMPILED], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_drawn_on_a_gpu_without_asking_it():

@@ -54,6 +54,10 @@ def _random(key: Key, size: int, chunk: int, device: torch.device) -> Iterator[T
     for start in range(0, max(size, 1), chunk):
         stop = min(start + chunk, size)
         i = torch.arange(start // 2, (stop + 1) // 2, device=device)
+        if torch.compiler.is_compiling():
+            # Inductor takes i·g for an index: its overflow is undefined in C++, and has ended in
+            # writes beyond the tensor. Behind an operation on bits i is a number.
+            i = i | 0
         yield _mix(i, low, high).view(torch.int32).narrow(0, 0, stop - start)
 
 

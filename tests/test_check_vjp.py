@@ -842,3 +842,113 @@ def test_bad_arguments():
         check_vjp(Dense(), {**params, "bias": 1.0}, x)
     with pytest.raises(ValueError, match=r"expected grad of y's shape, \(3, 4\), got \(4, 3\)"):
         check_vjp(Dense(), params, x, grad=torch.ones(4, 3, dtype=x.dtype))
+
+
+# --- Gradients that jump where a nudge by a rounding moves x or the residuals
+
+
+@dataclass(frozen=True, eq=False)
+class Jumping(fn.Layer):
+    """y = f(x), whose gradient is `factor` times too large where `is_special`."""
+
+    f: Any
+    slope: Any
+    is_special: Any = lambda x, y: torch.ones_like(x, dtype=torch.bool)
+    factor: float = 1.0
+
+    def _out_shape(self, shape):
+        return tuple(self.f(torch.zeros(1, *shape)).shape[1:])
+
+    def _fwd(self, params, x, key):
+        y = self.f(x)
+        return y, (x, y.clone())
+
+    def _bwd(self, params, residuals, dy, need):
+        x, y = residuals
+        slope = self.slope(x, y)
+        dy = dy.reshape(*dy.shape, *(1,) * (x.ndim - dy.ndim))
+        return (), dy * torch.where(self.is_special(x, y), self.factor * slope, slope)
+
+
+DRAWN = fn.normal(fn.key(1), (3, 8))
+JUMPS = {
+    "a maximum found by ==": (
+        lambda x: x.amax(-1),
+        lambda x, y: (x == y.unsqueeze(-1)).to(x),
+        Jumping.is_special,
+        DRAWN,
+    ),
+    "a clamp found by ==": (
+        lambda x: x.clamp(-0.5, 0.5),
+        lambda x, y: (x == y).to(x),
+        Jumping.is_special,
+        DRAWN,
+    ),
+    "whole numbers": (
+        torch.sin,
+        lambda x, y: x.cos(),
+        lambda x, y: x == x.round(),
+        torch.arange(1.0, 7.0).reshape(2, 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.01, 3.0, -1e6])
+@pytest.mark.parametrize("name", JUMPS)
+def test_what_jumps_is_no_rounding(name, factor):
+    *functions, x = JUMPS[name]
+    layer = Jumping(*functions, factor)
+    if factor == 1:
+        check_vjp(layer, (), x)
+        return
+    with pytest.raises(GradientMismatch, match="is wrong"):
+        check_vjp(layer, (), x)
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.5, 1.0, 5.0, -0.5, 1e9])
+def test_a_slope_at_a_kink_lies_between_its_sides(slope):
+    layer = Jumping(
+        lambda x: (x - 1).relu(), lambda x, y: torch.where(x == 1, slope, (x > 1).to(x))
+    )
+    x = torch.tensor([[1.0, 0.3, 2.0]])
+    if 0 <= slope <= 1:
+        check_vjp(layer, (), x)
+        return
+    with pytest.raises(GradientMismatch, match="is wrong"):
+        check_vjp(layer, (), x)
+
+
+def test_writes_to_x_are_seen_without_a_grad():
+    class Clipped(fn.Layer):
+        def _fwd(self, params, x, key):
+            numbers = x.detach().numpy()
+            np.maximum(numbers, 0, out=numbers)
+            return torch.from_numpy(2 * numbers), x.clone()
+
+        def _bwd(self, params, x, dy, need):
+            return (), 2 * dy * (x > 0)
+
+    with pytest.raises(GradientMismatch, match="fwd: writes to x"):
+        check_vjp(Clipped(), (), DRAWN.clone())
+
+
+def test_a_layer_that_adds_to_its_params_is_told_so():
+    class Counting(fn.Layer):
+        def _fwd(self, params, x, key):
+            params["calls"] = params.get("calls", 0) + 1
+            return x * params["weight"], x
+
+        def _bwd(self, params, x, dy, need):
+            return {"weight": (dy * x).sum()}, dy * params["weight"]
+
+        def _params(self, shape):
+            return {"weight": fn.Param((), fn.initializers.Ones())}
+
+    with pytest.raises(GradientMismatch, match="fwd: changes the tree of params"):
+        check_vjp(Counting(), {"weight": torch.tensor(2.0)}, DRAWN)
+
+
+def test_arguments_by_position():
+    check_vjp(fn.ReLU(), (), DRAWN, torch.ones_like(DRAWN))
+    with pytest.raises(ValueError, match="budget"):
+        check_vjp(fn.ReLU(), (), DRAWN, None, fn.key(0), -1.0)

@@ -68,8 +68,10 @@ class Case:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """Every tensor among the arguments, by name."""
-        return {**dict(zip(self.names, self.leaves, strict=True)), "grad": self.grad}
+        """Every tensor among the arguments, by name. A layer may have put other things there."""
+        named = zip(self.names, self.leaves, strict=True)
+        tensors = {name: leaf for name, leaf in named if isinstance(leaf, Tensor)}
+        return {**tensors, "grad": self.grad}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -217,7 +219,8 @@ def make_case(
     params, x = (optree.tree_map(lambda leaf: leaf.detach(), tree) for tree in (params, x))
     leaves = [*optree.tree_leaves(x), *optree.tree_leaves(params)]
     if grad is None:
-        y = layer.apply(params, x, key=key)
+        # Of copies: what a layer writes over its input has to show later.
+        y = layer.apply(_copied(params), _copied(x), key=key)
         if not isinstance(y, Tensor):
             raise GradientMismatch(f"apply: expected y to be a tensor, got {kind_of(y)}")
         like = next((leaf for leaf in leaves if leaf.is_floating_point()), y)
@@ -251,6 +254,10 @@ def scale_of(leaf: Tensor) -> float:
     finite = leaf[leaf.isfinite()]
     largest = float(finite.abs().max()) if finite.numel() else 0.0
     return largest * float((finite / largest).square().mean().sqrt()) if largest else 1.0
+
+
+def _copied(tree: Any) -> Any:
+    return optree.tree_map(lambda leaf: leaf.clone(), tree)
 
 
 def _double(x: Any) -> Any:

@@ -9,6 +9,7 @@ relative, so it holds at any scale.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -123,20 +124,52 @@ def gradient_moves(
     case: Case, epsilon: float, trials: int = 3, by: Callable[[Case], Leaves] = Case.gradients
 ) -> Leaves:
     """The move of each entry of the gradients when inputs and residuals are nudged."""
+    still, *found = _nudged_gradients(case, epsilon, trials, by)
+    moves = _zeros(case)
+    for leaves in found:
+        for i, leaf in enumerate(leaves):
+            move = moves[i % len(moves)]
+            torch.maximum(move, _distance(leaf, still[i]), out=move)
+    return moves
+
+
+def gradient_spread(
+    case: Case, epsilon: float, trials: int = 8, by: Callable[[Case], Leaves] = Case.gradients
+) -> Leaves:
+    """How far nudged gradients lie apart, if they do not lie in heaps, as they do at a kink.
+
+    There, and where the gradient is another one at a single number, a nudge moves it by a jump or
+    not at all: it is in one of three heaps, here and on either side. Rounding scatters it.
+    """
+    _, *found = _nudged_gradients(case, epsilon, trials, by)
+    spread = _zeros(case)
+    for i, leaves in enumerate(zip(*found, strict=True)):
+        gaps = torch.stack([_finite(leaf) for leaf in leaves]).sort(0).values.diff(dim=0)
+        within = gaps.sum(0) - gaps.topk(min(2, len(gaps)), dim=0).values.sum(0)
+        move = spread[i % len(spread)]
+        torch.maximum(move, within, out=move)
+    return spread
+
+
+def _nudged_gradients(
+    case: Case, epsilon: float, trials: int, by: Callable[[Case], Leaves]
+) -> list[Leaves]:
+    """The gradients, and those of nudged inputs and of nudged residuals, a few times."""
     residuals = case.fwd()[1] if by is Case.gradients else None
 
     def results(there: Case, kept: Any) -> Leaves:
         return [*by(there), *(case.flat(there.bwd(kept)) if by is Case.gradients else [])]
 
-    still = results(case, residuals)
-    moves = [torch.zeros(leaf.shape, dtype=case.dtype, device=leaf.device) for leaf in case.leaves]
+    found = [results(case, residuals)]
     for trial in range(trials):
         kept = _nudge_tree(residuals, epsilon, 1000 + trial)
-        found = tried(partial(results, _nudge(case, epsilon, trial), kept))
-        for i, leaf in enumerate(found or ()):
-            move = moves[i % len(moves)]
-            torch.maximum(move, _distance(leaf, still[i]), out=move)
-    return moves
+        there = tried(partial(results, _nudge(case, epsilon, trial), kept))
+        found += [] if there is None else [there]
+    return found
+
+
+def _zeros(case: Case) -> Leaves:
+    return [torch.zeros(leaf.shape, dtype=case.dtype, device=leaf.device) for leaf in case.leaves]
 
 
 def is_extreme(case: Case) -> bool:
@@ -169,8 +202,27 @@ def _nudge(case: Case, epsilon: float, trial: int) -> Case:
 
 
 def _nudge_tree(tree: Any, epsilon: float, seed: int) -> Any:
-    leaves, structure = optree.tree_flatten(tree)
-    return structure.unflatten([_nudged(x, epsilon, seed + i) for i, x in enumerate(leaves)])
+    """Nudge residuals so that equal numbers stay equal, and whole ones, which may count, whole.
+
+    `x == y` says where a maximum was, a mask of ones what was kept: such jumps are no rounding.
+    """
+    return optree.tree_map(lambda x: _nudged_alike(x, epsilon, seed), tree)
+
+
+def _nudged_alike(x: Any, epsilon: float, seed: int) -> Any:
+    if not (isinstance(x, Tensor) and x.is_floating_point()):
+        return x
+    exact = x.detach().cpu().double()
+    noise = _noise_of(exact, seed).masked_fill(exact == exact.round(), 0.0)
+    return x * (1 + epsilon * noise.to(x))
+
+
+def _noise_of(x: Tensor, seed: int) -> Tensor:
+    """A number in ±√3 for each entry that follows from its bits: of mean 0 and variance 1."""
+    bits = x.contiguous().view(torch.int64) + seed
+    for factor in (-7046029254386353131, -4658895280553007687):  # SplitMix64, which wraps around
+        bits = (bits ^ (bits >> 31)) * factor
+    return bits.double() * (math.sqrt(3) / 2.0**63)
 
 
 def _nudged(x: Any, epsilon: float, seed: int) -> Any:

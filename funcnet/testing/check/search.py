@@ -23,7 +23,7 @@ from funcnet.testing.check.comparison import Errors, excess, largest_error, unra
 from funcnet.testing.check.oracles import Line, Slope, autograd_gradients, slope, taylor_slope
 from funcnet.testing.check.rounding import (
     allowance,
-    gradient_moves,
+    gradient_spread,
     gradient_tails,
     is_extreme,
     value_noise,
@@ -161,10 +161,10 @@ class _Search:
     @cached_property
     def floors(self) -> Leaves:
         """The rounding of our gradients or autograd's, whichever is larger."""
-        moves = gradient_moves(self.case, _EPSILON)
+        moves = gradient_spread(self.case, _EPSILON)
         if self.autograd is not None:
-            theirs = gradient_moves(
-                self.case, _EPSILON, 2, lambda case: autograd_gradients(case) or case.gradients()
+            theirs = gradient_spread(
+                self.case, _EPSILON, by=lambda case: autograd_gradients(case) or case.gradients()
             )
             moves = [torch.maximum(a, b) for a, b in zip(moves, theirs, strict=True)]
         tails = gradient_tails(self.case)

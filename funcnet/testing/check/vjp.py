@@ -31,12 +31,12 @@ def check_vjp(
     layer: Layer | Loss,
     params: Any,
     x: Any,
-    *,
     grad: Tensor | float | None = None,
     key: Key | None = None,
+    budget: float | None = None,
+    *,
     rtol: float = 1e-6,
     atol: float = 0.0,
-    budget: float | None = None,
 ) -> None:
     """Check the gradient of a layer, network or loss, and the contract of both.
 

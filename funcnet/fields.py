@@ -160,12 +160,15 @@ class AfterBatch:
 
 @dataclass(frozen=True)
 class Several:
-    """A tuple of ints, each of which is at least `least`."""
+    """A tuple of ints, each of which is at least `least`, if that is given."""
 
-    least: int
+    least: int | None
 
     def convert(self, owner: type, name: str, value: Any) -> tuple[int, ...]:
-        return tuple(as_int(owner.__name__, f"every entry of {name}", v, self.least) for v in value)
+        who, entry, least = owner.__name__, f"every entry of {name}", self.least
+        if least is None:
+            return tuple(as_index(who, entry, v) for v in value)
+        return tuple(as_int(who, entry, v, least) for v in value)
 
 
 @dataclass(frozen=True)

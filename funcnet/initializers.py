@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
 import torch
@@ -114,7 +114,7 @@ class Zeros(Constant):
     tensor([0., 0.])
     """
 
-    value: Finite = 0.0
+    value: Finite = field(default=0.0, init=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Ones(Constant):
     tensor([1., 1.])
     """
 
-    value: Finite = 1.0
+    value: Finite = field(default=1.0, init=False, repr=False)
 
 
 @dataclass(frozen=True)

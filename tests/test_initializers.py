@@ -282,3 +282,9 @@ def test_the_numbers_of_a_key_stay(initializer):
     """Scripts name keys in order to get these numbers again."""
     x = initializer(fn.key(0), (3, 2), dtype=torch.float64)
     assert float(x[1, 1]) == pytest.approx(PINNED[type(initializer).__name__], abs=2e-9)
+
+
+@pytest.mark.parametrize("cls", [init.Zeros, init.Ones])
+def test_zeros_and_ones_take_no_value(cls):
+    with pytest.raises(TypeError, match="argument"):
+        cls(5.0)

@@ -279,6 +279,9 @@ def test_the_first_layer_does_not_write_over_x(activation):
 
 def test_repr_is_code():
     assert repr(fn.Sequential(fn.ReLU(), fn.Sequential())) == "Sequential(ReLU(), Sequential())"
+    for name in ("stem", "a.b", "class"):
+        net = fn.Sequential(**{name: fn.ReLU()})
+        assert eval(repr(net), vars(fn).copy()) == net
 
 
 def test_subclasses_of_layers_that_work_in_place():

@@ -22,6 +22,7 @@ FUNCTIONS = [
     (fn.Reshape(), (1, 1), lambda x: x.reshape(len(x))),
     (fn.Reshape(0, 5), (3, 0), lambda x: x.reshape(len(x), 0, 5)),
     (fn.Permute(0, 3, 1, 2), (2, 3, 4), lambda x: x.permute(0, 3, 1, 2)),
+    (fn.Permute(0, -1, -3, 2), (2, 3, 4), lambda x: x.permute(0, -1, -3, 2)),
     (fn.Permute(0, 1), (3,), lambda x: x),
     (fn.Select(1, -1), (3, 2), lambda x: x[:, -1]),
     (fn.Select(-1, 1), (3, 2, 2), lambda x: x[..., 1]),
@@ -110,7 +111,8 @@ def test_gradients(case):
         (lambda: fn.Permute(0, 2), ValueError, "the batch, got (0, 2)"),
         (lambda: fn.Permute(0, 1, 1), ValueError, "the batch, got (0, 1, 1)"),
         (lambda: fn.Permute(), ValueError, "the batch, got ()"),
-        (lambda: fn.Permute(0, -1), ValueError, "Permute: expected every entry of dims >= 0, got"),
+        (lambda: fn.Permute(0, -3), ValueError, "the batch, got (0, -3)"),
+        (lambda: fn.Permute(0, 1.5), TypeError, "Permute: expected every entry of dims to be an i"),
         (
             lambda: fn.Permute((0, 1)),
             TypeError,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from keyword import iskeyword
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -37,6 +38,9 @@ class Several(Layer):
 
     def __repr__(self) -> str:
         layers = [f"{name}={layer!r}" for name, layer in self._children()]
+        if not all(name.isidentifier() and not iskeyword(name) for name in self.names):
+            named = [f"{name!r}: {layer!r}" for name, layer in self._children()]
+            layers = [f"**{{{', '.join(named)}}}"]
         options = [
             f"{f.name}={getattr(self, f.name)!r}"
             for f in fields(self)

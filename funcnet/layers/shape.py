@@ -181,7 +181,8 @@ class Reshape(Reshaped):
 class Permute(Rearranged):
     """Axis i of y is axis dims[i] of x; `Permute(0, 2, 3, 1)` puts the channels last.
 
-    Shapes: any with as many axes, batch included, as there are dims.
+    Shapes: any with as many axes, batch included, as there are dims. Negative ones count from the
+    last.
     Raises ValueError unless dims are a permutation of 0, 1, … that starts with 0, the batch.
     https://docs.pytorch.org/docs/stable/generated/torch.permute.html
 
@@ -189,7 +190,7 @@ class Permute(Rearranged):
     torch.Size([2, 4, 5, 3])
     """
 
-    dims: Annotated[tuple[int, ...], Several(0)]
+    dims: Annotated[tuple[int, ...], Several(None)]
 
     def __init__(self, *dims: int) -> None:
         object.__setattr__(self, "dims", dims)
@@ -197,11 +198,13 @@ class Permute(Rearranged):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dims[:1] != (0,) or sorted(self.dims) != list(range(len(self.dims))):
+        dims = tuple(dim + len(self.dims) if dim < 0 else dim for dim in self.dims)
+        if dims[:1] != (0,) or sorted(dims) != list(range(len(dims))):
             raise ValueError(
                 f"Permute: expected a permutation of dims that starts with 0, the batch, "
                 f"got {self.dims}"
             )
+        object.__setattr__(self, "dims", dims)
 
     def _out_shape(self, shape: Shape) -> Shape:
         if len(self.dims) != len(shape) + 1:

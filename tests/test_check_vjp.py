@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from users_layers import RIGHT, BatchNorm, Dense, Dropout, Elementwise, Flatten, MaxPool, Plain
 
 import funcnet as fn
-from funcnet.testing import GradientMismatch, check_vjp, strategies
+from funcnet.testing import GradientMismatch, check_function, check_vjp, strategies
 
 
 def case(layer, shape=(3, 6), dtype=torch.float64, key=0):
@@ -946,6 +946,20 @@ def test_a_layer_that_adds_to_its_params_is_told_so():
 
     with pytest.raises(GradientMismatch, match="fwd: changes the tree of params"):
         check_vjp(Counting(), {"weight": torch.tensor(2.0)}, DRAWN)
+
+
+@pytest.mark.parametrize("limit", [{"rtol": -1.0}, {"atol": -1e-9}, {"budget": 0.0}], ids=str)
+def test_limits_that_nothing_can_keep(limit):
+    (name,) = limit
+    with pytest.raises(ValueError, match=f"check_vjp: expected .*{name}"):
+        check_vjp(fn.ReLU(), (), DRAWN, **limit)
+    with pytest.raises(ValueError, match=f"check_function: expected .*{name}"):
+        check_function(torch.relu, DRAWN, **limit)
+
+
+def test_nothing_that_is_infinite_can_be_checked():
+    with pytest.raises(ValueError, match="check_function: expected a gradient that can be checked"):
+        check_function(lambda x: x * math.inf, torch.ones(2))
 
 
 def test_arguments_by_position():

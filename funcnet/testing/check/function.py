@@ -21,7 +21,7 @@ from funcnet.testing.check.purity import pure
 from funcnet.testing.check.report import wrong_gradient
 from funcnet.testing.check.rounding import TRIALS, gradient_noise, value_noise
 from funcnet.testing.check.search import Budget, find_wrong, moved
-from funcnet.testing.check.vjp import expect_something
+from funcnet.testing.check.vjp import check_limits, expect_something
 from funcnet.testing.errors import GradientMismatch
 from funcnet.testing.layouts import other_layouts, row_major, same
 
@@ -70,6 +70,7 @@ def check_function(
     >>> check_function(Square, torch.tensor([1.0, -3.0]))
     >>> check_function(torch.nn.Linear(3, 2), torch.ones(4, 3))
     """
+    check_limits("check_function", rtol, atol, budget)
     name = _name(function)
     case = _make_case(function, inputs, reference, grad)
     try:
@@ -235,7 +236,7 @@ def _examine(case: FunctionCase, rtol: float, atol: float, budget: Budget) -> No
         _check_in_own_dtype(case)
         return
     y = double.apply()
-    expect_something(double, y)
+    expect_something("check_function", double, y)
     if case.plain is not None:
         with torch.no_grad():
             _expect_value(y, double.reference(), value_noise(double, torch.finfo(y.dtype).eps))
@@ -322,7 +323,7 @@ def _check_layouts(case: FunctionCase, gradients: Leaves) -> None:
 
 def _check_in_own_dtype(case: FunctionCase) -> None:
     """Check a kernel that has no float64."""
-    expect_something(case, case.apply())
+    expect_something("check_function", case, case.apply())
     if case.plain is None:
         check_own_dtype(case)
         return

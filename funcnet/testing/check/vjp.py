@@ -85,8 +85,7 @@ def inspect_vjp(
 ) -> Errors:  # fmt: skip
     """`check_vjp` that returns the worst errors it has seen."""
     _refuse(layer, params, x)
-    if budget is not None and not budget > 0:
-        raise ValueError(f"check_vjp: expected a budget of more than 0 seconds, got {budget}")
+    check_limits("check_vjp", rtol, atol, budget)
     case = make_case(layer, params, x, grad, key)
     errors, limit = Errors(), Budget(budget)
     _attempt(case, rtol, atol, errors, limit)
@@ -114,9 +113,9 @@ def _examine(case: Case, rtol: float, atol: float, errors: Errors, budget: Budge
     check_calls(case)
     double = case.double()
     y = double.apply()
+    expect_something("check_vjp", double, y)
     if y.dtype != torch.float64:
         raise GradientMismatch(f"apply: expected y to be torch.float64 as x is, got {y.dtype}")
-    expect_something(double, y)
     if case.dtype != torch.float64:
         check_calls(double)  # rounding in the dtype of x may hide differences
     check_frozen(double)
@@ -132,7 +131,7 @@ def _examine(case: Case, rtol: float, atol: float, errors: Errors, budget: Budge
         check_precision(case, double, errors)
 
 
-def expect_something(case: Case, y: Tensor) -> None:
+def expect_something(who: str, case: Case, y: Tensor) -> None:
     """Raise ValueError where any gradient would pass."""
     movable = [leaf for leaf in case.leaves if leaf.is_floating_point()]
     entries = y.numel() and sum(leaf.numel() for leaf in movable)
@@ -143,7 +142,16 @@ def expect_something(case: Case, y: Tensor) -> None:
         (entries and not any(x.isfinite().any() for x in movable), "no entry of x is finite"),
     ):
         if nothing:
-            raise ValueError(f"check_vjp: expected a gradient that can be checked, but {why}")
+            raise ValueError(f"{who}: expected a gradient that can be checked, but {why}")
+
+
+def check_limits(who: str, rtol: float, atol: float, budget: float | None) -> None:
+    """Raise ValueError unless tolerances are at least 0, and a budget is above."""
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if not value >= 0:
+            raise ValueError(f"{who}: expected {name} >= 0, got {value}")
+    if budget is not None and not budget > 0:
+        raise ValueError(f"{who}: expected a budget of more than 0 seconds, got {budget}")
 
 
 def _refuse(layer: Any, params: Any, x: Any) -> None:

@@ -199,3 +199,46 @@ def test_a_reference_of_another_value_or_gradient():
 def test_nothing_to_check():
     with pytest.raises(ValueError, match="grad is 0"):
         check_function(torch.sin, draw(3), grad=torch.zeros(3))
+
+
+def rms_norm(x):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+class Inside(torch.autograd.Function):
+    """x², computed in float32 whatever x is in."""
+
+    factor = 2.0
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return (x.float() ** 2).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return Inside.factor * x * grad
+
+
+@pytest.mark.parametrize("reference", [None, rms_norm], ids=["alone", "reference"])
+def test_what_computes_in_float32_is_held_to_its_own_dtype(reference):
+    x = fn.normal(fn.key(1), (3, 8))
+    check_function(lambda x: rms_norm(x.float()).to(x.dtype), x, reference=reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_any_dtype_inside(dtype):
+    check_function(lambda x: (x.to(dtype) * 2).to(x.dtype), fn.normal(fn.key(1), (3, 8)))
+
+
+@pytest.mark.parametrize("reference", [None, torch.square], ids=["alone", "reference"])
+@pytest.mark.parametrize("factor", [2.0, 2.2])
+def test_wrong_gradients_of_what_computes_in_float32(factor, reference, monkeypatch):
+    monkeypatch.setattr(Inside, "factor", factor)
+    x = fn.normal(fn.key(1), (3, 8))
+    if factor == 2:
+        check_function(Inside, x, reference=reference)
+        return
+    with pytest.raises(GradientMismatch, match=r"in torch\.float32, the gradient"):
+        check_function(Inside, x, reference=reference)

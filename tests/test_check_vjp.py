@@ -948,6 +948,15 @@ def test_a_layer_that_adds_to_its_params_is_told_so():
         check_vjp(Counting(), {"weight": torch.tensor(2.0)}, DRAWN)
 
 
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 1.001), (torch.bfloat16, 1.5)])
+def test_what_is_cast_is_held_to_the_dtype_inside(dtype, factor):
+    net = fn.Cast(fn.Sequential(fn.Linear(5), fn.Tanh(), fn.Linear(4)), dtype)
+    check_vjp(net, net.init(fn.key(0), (8,)), DRAWN)
+    wrong = fn.Cast(Jumping(lambda x: 2 * x, lambda x, y: torch.full_like(x, 2 * factor)), dtype)
+    with pytest.raises(GradientMismatch, match=f"in {dtype}, the gradient is wrong"):
+        check_vjp(wrong, (), DRAWN)
+
+
 @pytest.mark.parametrize("limit", [{"rtol": -1.0}, {"atol": -1e-9}, {"budget": 0.0}], ids=str)
 def test_limits_that_nothing_can_keep(limit):
     (name,) = limit

@@ -16,7 +16,12 @@ from funcnet.testing.check.case import Case, Leaves, signed
 from funcnet.testing.check.comparison import Errors, excess, worst
 from funcnet.testing.check.contract import expect_close
 from funcnet.testing.check.laws import check_linear_in_grad
-from funcnet.testing.check.precision import check_own_dtype, check_precision, expect_exact
+from funcnet.testing.check.precision import (
+    check_own_dtype,
+    check_precision,
+    computed_in,
+    expect_exact,
+)
 from funcnet.testing.check.purity import pure
 from funcnet.testing.check.report import wrong_gradient
 from funcnet.testing.check.rounding import TRIALS, gradient_noise, value_noise
@@ -229,11 +234,11 @@ def _examine(case: FunctionCase, rtol: float, atol: float, budget: Budget) -> No
     _check_layouts(case, gradients)
     double = case.double()
     try:
-        in_double = case.dtype == torch.float64 or _computes_in_double(double)
+        own = _computed_in(double)
     except Exception:  # a kernel may refuse a dtype by any exception
-        in_double = False
-    if not in_double:
-        _check_in_own_dtype(case)
+        own = torch.float64 if case.dtype == torch.float64 else case.dtype
+    if own != torch.float64:
+        _check_in_own_dtype(case, own)
         return
     y = double.apply()
     expect_something("check_function", double, y)
@@ -248,10 +253,13 @@ def _examine(case: FunctionCase, rtol: float, atol: float, budget: Budget) -> No
         check_precision(case, double, Errors())
 
 
-def _computes_in_double(double: Case) -> bool:
+def _computed_in(double: Case) -> torch.dtype:
+    """The dtype that a function of float64 computes in."""
     assert isinstance(double, FunctionCase)
     with torch.no_grad():
-        return all(y.dtype == torch.float64 for y in double.outputs())
+        dtypes = {y.dtype for y in double.outputs()}
+    narrow = dtypes - {torch.float64}
+    return narrow.pop() if narrow else computed_in(double)
 
 
 def _check_calls(case: FunctionCase) -> Leaves:
@@ -321,23 +329,23 @@ def _check_layouts(case: FunctionCase, gradients: Leaves) -> None:
             expect_close(case, f"{complaint} the gradient", there.gradients(), gradients)
 
 
-def _check_in_own_dtype(case: FunctionCase) -> None:
-    """Check a kernel that has no float64."""
+def _check_in_own_dtype(case: FunctionCase, dtype: torch.dtype) -> None:
+    """Check a function that computes in another dtype than float64."""
     expect_something("check_function", case, case.apply())
     if case.plain is None:
-        check_own_dtype(case)
+        check_own_dtype(case, dtype)
         return
     plain = case.plain
     exact = replace(case, layer=plain).double()
-    epsilon = torch.finfo(case.dtype).eps
+    epsilon = torch.finfo(dtype).eps
     with torch.no_grad():
         want = exact.reference()
-    expect_exact("the result", case.apply(), want, value_noise(exact, epsilon, TRIALS))
+    expect_exact("the result", case.apply(), want, value_noise(exact, epsilon, TRIALS), dtype)
     compared = zip(case.names, case.gradients(), exact.gradients(), strict=True)
     for (name, got, right), move in zip(
         compared, gradient_noise(exact, epsilon, TRIALS), strict=True
     ):
-        expect_exact(f"the gradient for {name}", got, right, move)
+        expect_exact(f"the gradient for {name}", got, right, move, dtype)
 
 
 def _expect_value(y: Tensor, reference: Tensor, noise: Tensor) -> None:

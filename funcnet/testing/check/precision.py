@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from funcnet.testing.check.case import Case, scale_of, signed
+from funcnet.testing.check.case import Case, scale_of, signed, tried
 from funcnet.testing.check.comparison import Errors, excess, largest_error, worst
 from funcnet.testing.check.oracles import Line, autograd_gradients, slope
 from funcnet.testing.check.rounding import (
@@ -16,6 +16,7 @@ from funcnet.testing.check.rounding import (
     gradient_moves,
     is_extreme,
     noise_in,
+    nudged,
     value_moves,
     value_noise,
 )
@@ -27,6 +28,9 @@ from funcnet.testing.check.tolerances import (
     SAFETY,
 )
 from funcnet.testing.errors import GradientMismatch
+
+_NUDGE = 2.0**-5
+"""Far enough for every dtype to notice."""
 
 
 def check_precision(case: Case, double: Case, errors: Errors) -> None:
@@ -61,9 +65,27 @@ def check_precision(case: Case, double: Case, errors: Errors) -> None:
         errors.working = max(errors.working, epsilon * largest_error(a, b, move))
 
 
-def check_own_dtype(case: Case) -> None:
-    """Hold the gradient to differences of `apply` in the same dtype: they resolve ε^(2/3) of it."""
-    noise = value_noise(case, torch.finfo(case.dtype).eps, TRIALS)
+def computed_in(double: Case) -> torch.dtype:
+    """The narrowest dtype that holds y of a float64 case: it has been computed in that.
+
+    Nudges put inputs, and so y, where no narrower dtype has a number by chance. What they do not
+    move, and whole numbers, tell nothing.
+    """
+    y, other = (tried(nudged(double, _NUDGE, trial).apply) for trial in range(2))
+    if y is None or other is None:
+        return torch.float64
+    y = y[(y != other) & (y != y.round()) & y.isfinite()]
+    narrow = (torch.bfloat16, torch.float16, torch.float32) if y.numel() else ()
+    return next((dtype for dtype in narrow if (y.to(dtype).to(y) == y).all()), torch.float64)
+
+
+def check_own_dtype(case: Case, dtype: torch.dtype | None = None) -> None:
+    """Hold the gradient to differences of `apply` in the dtype that it computes in.
+
+    They resolve ε^(2/3) of it.
+    """
+    epsilon = torch.finfo(dtype or case.dtype).eps
+    noise = value_noise(case, epsilon, TRIALS)
     moving = [x.is_floating_point() and bool(x.isfinite().all()) for x in case.leaves]
     for trial in range(3):
         directions = [
@@ -72,12 +94,13 @@ def check_own_dtype(case: Case) -> None:
         ]
         pairs = zip(case.gradients(), directions, strict=True)
         terms = torch.cat([(g.double() * v.double()).flatten() for g, v in pairs if v is not None])
-        slack = ALIKE_IN_DTYPE * torch.finfo(case.dtype).eps * float(terms.norm())
+        slack = ALIKE_IN_DTYPE * epsilon * float(terms.norm())
         found = slope(Line(case, directions, noise))
         if found.refutes(float(terms.sum()), slack):
             raise GradientMismatch(
-                f"in {case.dtype}, the gradient is wrong: along a random direction, the derivative "
-                f"of apply is about {found.value:.4g}, and the gradient's is {terms.sum():.4g}"
+                f"in {dtype or case.dtype}, the gradient is wrong: along a random direction, the "
+                f"derivative of apply is about {found.value:.4g}, and the gradient's is "
+                f"{terms.sum():.4g}"
             )
 
 
@@ -119,17 +142,22 @@ def _is_off(a: Tensor, b: Tensor, move: Tensor) -> bool:
     return _off(a, b, move) is not None or _wrong_factor(a, b, move) is not None
 
 
-def _off(a: Tensor, b: Tensor, move: Tensor) -> tuple[int, ...] | None:
+def _off(
+    a: Tensor, b: Tensor, move: Tensor, dtype: torch.dtype | None = None
+) -> tuple[int, ...] | None:
     """The index of the entry of a that is furthest from float64's b; None if none is too far."""
-    info = torch.finfo(a.dtype)
-    off = excess(a, b, allowance(move, a.dtype) + ACROSS_DTYPES * info.eps * b.abs())
+    info = torch.finfo(dtype or a.dtype)
+    off = excess(a, b, allowance(move, dtype or a.dtype) + ACROSS_DTYPES * info.eps * b.abs())
     return worst(off.masked_fill(b.abs() > OVERFLOW * info.max, 0.0))
 
 
-def expect_exact(name: str, a: Tensor, b: Tensor, move: Tensor) -> None:
-    index = _off(a, b, move)
+def expect_exact(
+    name: str, a: Tensor, b: Tensor, move: Tensor, dtype: torch.dtype | None = None
+) -> None:
+    """Raise GradientMismatch if a, computed in `dtype`, is too far from float64's b."""
+    index = _off(a, b, move, dtype)
     if index is not None:
         raise GradientMismatch(
-            f"in {a.dtype}, {name} is further from float64 than rounding explains: "
+            f"in {dtype or a.dtype}, {name} is further from float64 than rounding explains: "
             f"at {list(index)}, expected about {float(b[index]):.9g}, got {float(a[index]):.9g}"
         )

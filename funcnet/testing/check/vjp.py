@@ -21,7 +21,7 @@ from funcnet.testing.check.laws import (
     check_linear_in_grad,
     check_sum_of_examples,
 )
-from funcnet.testing.check.precision import check_precision
+from funcnet.testing.check.precision import check_own_dtype, check_precision, computed_in
 from funcnet.testing.check.report import complete, name_the_guilty, wrong_gradient
 from funcnet.testing.check.search import Budget, find_wrong, moved
 from funcnet.testing.errors import GradientMismatch
@@ -55,7 +55,8 @@ def check_vjp(
       `_bwd_each` finds where a layer writes it. Only a numeric derivative refutes a gradient. At a
       kink, any slope between those of its two sides is right. A second point, away from ties, is
       checked beside the given one.
-    - The dtype of x against float64, up to what rounding in it can do.
+    - The dtype of x against float64, up to what rounding in it can do. What computes in a narrower
+      dtype whatever x is in, as `Cast` does, is held to coarse differences of itself in that.
 
     Leaves of integers and bools, in x, params and target, are never moved; their gradient is None.
     A layer of several tensors may take a tree of them as x. A layer is checked without a key and,
@@ -116,6 +117,10 @@ def _examine(case: Case, rtol: float, atol: float, errors: Errors, budget: Budge
     expect_something("check_vjp", double, y)
     if y.dtype != torch.float64:
         raise GradientMismatch(f"apply: expected y to be torch.float64 as x is, got {y.dtype}")
+    own = computed_in(double)
+    if own != torch.float64:
+        check_own_dtype(case, own)
+        return
     if case.dtype != torch.float64:
         check_calls(double)  # rounding in the dtype of x may hide differences
     check_frozen(double)

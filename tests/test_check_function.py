@@ -223,8 +223,9 @@ class Inside(torch.autograd.Function):
 
 @pytest.mark.parametrize("reference", [None, rms_norm], ids=["alone", "reference"])
 def test_what_computes_in_float32_is_held_to_its_own_dtype(reference):
-    x = fn.normal(fn.key(1), (3, 8))
-    check_function(lambda x: rms_norm(x.float()).to(x.dtype), x, reference=reference)
+    for dtype in (torch.float32, torch.float64):
+        x = fn.normal(fn.key(1), (3, 8), dtype=dtype)
+        check_function(lambda x: rms_norm(x.float()).to(x.dtype), x, reference=reference)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

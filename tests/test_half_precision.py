@@ -83,7 +83,7 @@ def test_many_channels(layer, size):
             assert half.serves(x, layer._window)
             found = layer.apply(params, x), layer.vjp(params, x, grad)
         for ours, theirs in zip(optree.tree_leaves(found), optree.tree_leaves(exact), strict=True):
-            assert (ours.double() - theirs).norm() <= 4e-3 * theirs.norm()
+            assert (ours.double() - theirs).norm() <= 3e-3 * theirs.norm()
 
 
 def test_sums_of_many_parts_go_on_growing():

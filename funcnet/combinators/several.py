@@ -37,8 +37,9 @@ class Several(Layer):
         self.__post_init__()
 
     def __repr__(self) -> str:
-        layers = [f"{name}={layer!r}" for name, layer in self._children()]
-        if not all(name.isidentifier() and not iskeyword(name) for name in self.names):
+        if all(name.isidentifier() and not iskeyword(name) for name in self.names):
+            layers = [f"{name}={layer!r}" for name, layer in self._children()]
+        else:
             named = [f"{name!r}: {layer!r}" for name, layer in self._children()]
             layers = [f"**{{{', '.join(named)}}}"]
         options = [

@@ -21,7 +21,6 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import optree
-import torch
 from torch import Tensor
 
 from funcnet.combinators.cropped import cropped
@@ -114,7 +113,7 @@ def _joined(
     y: Tensor | None = None
     for tile in tiles:
         part = make(tile, cropped(x, tile.source, tile.examples))
-        y = _like(part, shape) if y is None else y
+        y = native.empty(part, shape) if y is None else y
         cropped(y, tile.part, tile.examples).copy_(part)
     return y
 
@@ -149,10 +148,3 @@ def _cut(n: int, most: int) -> list[slice]:
     length = math.ceil(n / math.ceil(n / max(most, _STEP)))
     length = math.ceil(length / _STEP) * _STEP
     return [slice(start, min(start + length, n)) for start in range(0, n, length)]
-
-
-def _like(y: Tensor, shape: Sequence[int]) -> Tensor:
-    """New memory in y's memory format."""
-    is_last = y.shape[1] > 1 and y.is_contiguous(memory_format=torch.channels_last)
-    memory_format = torch.channels_last if is_last else torch.contiguous_format
-    return torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=memory_format)

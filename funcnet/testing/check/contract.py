@@ -24,6 +24,7 @@ from funcnet.keys import key as make_key
 from funcnet.testing.check.case import Case, Leaves, LossCase, kind_of, signed, tried
 from funcnet.testing.check.comparison import excess, worst
 from funcnet.testing.check.oracles import autograd_gradients
+from funcnet.testing.check.precision import computed_in
 from funcnet.testing.check.purity import expect_own, expect_unshared, pure, under_two_seeds
 from funcnet.testing.check.rounding import (
     allowance,
@@ -418,7 +419,9 @@ def expect_close(
     """Raise GradientMismatch where a difference is more than rounding explains."""
     if all(map(same, got, want)):
         return
-    double, dtype = case.double(), case.dtype
+    double = case.double()
+    inside = computed_in(double, double.apply())
+    dtype = max(case.dtype, inside, key=lambda narrow: torch.finfo(narrow).eps)
     info, extreme = torch.finfo(dtype), is_extreme(case)
     epsilon, limit = info.eps, OVERFLOW * info.max
     names = [""] if of_value else [f" for {name}" for name in case.names]

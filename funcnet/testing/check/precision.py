@@ -16,7 +16,7 @@ from funcnet.testing.check.rounding import (
     gradient_moves,
     is_extreme,
     noise_in,
-    nudged,
+    nudge,
     value_moves,
     value_noise,
 )
@@ -46,7 +46,9 @@ def check_precision(case: Case, double: Case, errors: Errors) -> None:
     if _off(y, exact, value_moves(double, epsilon, 1)) is not None:
         (blur,) = noise_in(case, double, of_value=True)
         if case.key is not None and _off(y, exact, blur) is not None:
-            check_own_dtype(case)  # a layer may draw other numbers from the key in another dtype
+            check_own_dtype(
+                case, case.dtype
+            )  # a layer may draw other numbers from the key in another dtype
             return
         expect_exact("y", y, exact, blur)
     compared = list(zip(case.gradients(), double.gradients(), strict=True))
@@ -65,26 +67,32 @@ def check_precision(case: Case, double: Case, errors: Errors) -> None:
         errors.working = max(errors.working, epsilon * largest_error(a, b, move))
 
 
-def computed_in(double: Case) -> torch.dtype:
+def computed_in(double: Case, y: Tensor) -> torch.dtype:
     """The narrowest dtype that holds y of a float64 case: it has been computed in that.
 
     Nudges put inputs, and so y, where no narrower dtype has a number by chance. What they do not
     move, and whole numbers, tell nothing.
     """
-    y, other = (tried(nudged(double, _NUDGE, trial).apply) for trial in range(2))
-    if y is None or other is None:
+    if not _holds(torch.float32, y[y.isfinite()]):
         return torch.float64
-    y = y[(y != other) & (y != y.round()) & y.isfinite()]
-    narrow = (torch.bfloat16, torch.float16, torch.float32) if y.numel() else ()
-    return next((dtype for dtype in narrow if (y.to(dtype).to(y) == y).all()), torch.float64)
+    there, other = (tried(nudge(double, _NUDGE, trial).apply) for trial in range(2))
+    if there is None or other is None:
+        return torch.float64
+    telling = there[(there != other) & (there != there.round()) & there.isfinite()]
+    narrow = (torch.bfloat16, torch.float16, torch.float32) if telling.numel() else ()
+    return next((dtype for dtype in narrow if _holds(dtype, telling)), torch.float64)
 
 
-def check_own_dtype(case: Case, dtype: torch.dtype | None = None) -> None:
+def _holds(dtype: torch.dtype, y: Tensor) -> bool:
+    return bool((y.to(dtype).to(y) == y).all())
+
+
+def check_own_dtype(case: Case, dtype: torch.dtype) -> None:
     """Hold the gradient to differences of `apply` in the dtype that it computes in.
 
     They resolve ε^(2/3) of it.
     """
-    epsilon = torch.finfo(dtype or case.dtype).eps
+    epsilon = torch.finfo(dtype).eps
     noise = value_noise(case, epsilon, TRIALS)
     moving = [x.is_floating_point() and bool(x.isfinite().all()) for x in case.leaves]
     for trial in range(3):
@@ -98,7 +106,7 @@ def check_own_dtype(case: Case, dtype: torch.dtype | None = None) -> None:
         found = slope(Line(case, directions, noise))
         if found.refutes(float(terms.sum()), slack):
             raise GradientMismatch(
-                f"in {dtype or case.dtype}, the gradient is wrong: along a random direction, the "
+                f"in {dtype}, the gradient is wrong: along a random direction, the "
                 f"derivative of apply is about {found.value:.4g}, and the gradient's is "
                 f"{terms.sum():.4g}"
             )

@@ -31,7 +31,7 @@ def value_moves(case: Case, epsilon: float, trials: int = 2) -> Tensor:
     y = case.apply()
     moves = torch.zeros_like(y)
     for trial in range(trials):
-        there = tried(nudged(case, epsilon, trial).apply)
+        there = tried(nudge(case, epsilon, trial).apply)
         if there is not None:
             moves = torch.maximum(moves, _distance(there, y))
     return torch.maximum(moves, epsilon * _finite(y).abs())
@@ -79,7 +79,7 @@ def noise_in(case: Case, double: Case, of_value: bool) -> Leaves:
     still = results(case)
     for seed in range(TRIALS):
         with _Rounding(epsilon, seed):
-            found = tried(partial(results, nudged(case, epsilon, seed)))
+            found = tried(partial(results, nudge(case, epsilon, seed)))
         for i, leaf in enumerate(found or ()):
             noise[i] = torch.maximum(noise[i], _distance(leaf, still[i]).to(noise[i]))
     return noise
@@ -163,7 +163,7 @@ def _nudged_gradients(
     found = [results(case, residuals)]
     for trial in range(trials):
         kept = _nudge_tree(residuals, epsilon, 1000 + trial)
-        there = tried(partial(results, nudged(case, epsilon, trial), kept))
+        there = tried(partial(results, nudge(case, epsilon, trial), kept))
         found += [] if there is None else [there]
     return found
 
@@ -194,7 +194,7 @@ def allowance(moves: Tensor, dtype: torch.dtype) -> Tensor:
     return SAFETY[dtype] * (moves + LEAF_SHARE * largest) + SMALLEST * torch.finfo(dtype).tiny
 
 
-def nudged(case: Case, epsilon: float, trial: int) -> Case:
+def nudge(case: Case, epsilon: float, trial: int) -> Case:
     """Move every entry of params, x and grad by about a relative `epsilon`."""
     tensors = [*case.leaves, case.grad]
     *leaves, grad = [_nudged(x, epsilon, 100 * trial + i) for i, x in enumerate(tensors)]

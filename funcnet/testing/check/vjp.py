@@ -117,9 +117,10 @@ def _examine(case: Case, rtol: float, atol: float, errors: Errors, budget: Budge
     expect_something("check_vjp", double, y)
     if y.dtype != torch.float64:
         raise GradientMismatch(f"apply: expected y to be torch.float64 as x is, got {y.dtype}")
-    own = computed_in(double)
+    own = computed_in(double, y)
     if own != torch.float64:
         check_own_dtype(case, own)
+        check_surroundings(case)
         return
     if case.dtype != torch.float64:
         check_calls(double)  # rounding in the dtype of x may hide differences

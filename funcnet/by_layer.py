@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -86,14 +86,14 @@ class Passes:
 
     def __init__(self, net: Layer) -> None:
         self._net = net
+        self._gradients = _Gradients()
         self._watched = mapped(
             net,
-            lambda path, layer, _: layer if declares_none(layer) else _Handing(layer, path, self),
+            lambda path, layer, _: (
+                layer if declares_none(layer) else _Handing(layer, path, self._gradients)
+            ),
             _enters,
         )
-        self._put: Put = print
-        self.left: dict[str, tuple[Layer, Tree]] = {}
-        """The layers whose gradients have not been handed over, (layer, params) by path."""
 
     def fwd(self, params: Tree, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
         """(y, residuals)."""
@@ -101,10 +101,31 @@ class Passes:
 
     def bwd(self, params: Tree, residuals: Any, dy: Tensor, put: Put) -> None:
         """`put((path, dparams))` for each layer with parameters, from the last to the first."""
-        self._put = put
-        self.left = {path: (layer, own) for path, layer, own in places(self._net, params, _enters)}
+        self._gradients.expect(places(self._net, params, _enters), put)
         need = Need(params=True, input=False, consume=True)
         self._watched._checked_bwd(params, residuals, dy, need)
+        self._gradients.hand_over_zeros()
+
+
+class _Gradients:
+    """The gradients of a network's layers, of which each is handed over once.
+
+    It is a value of its own, which holds no layer that holds it: a cycle would keep gradients, and
+    the group that `put` sends them to, until the garbage collector comes.
+    """
+
+    def __init__(self) -> None:
+        self._put: Put = print
+        self.left: dict[str, tuple[Layer, Tree]] = {}
+        """The layers whose gradients have not been handed over, (layer, params) by path."""
+
+    def expect(self, layers: Iterable[tuple[str, Layer, Tree]], put: Put) -> None:
+        """Begin with the layers (path, layer, params) of a network, in order."""
+        self._put = put
+        self.left = {path: (layer, own) for path, layer, own in layers}
+
+    def hand_over_zeros(self) -> None:
+        """Put zeros for the layers that the backward pass has left out."""
         if self.left:
             first = next(iter(self.left))
             self.hand_over(first, zeros_like(self.left[first][1]))
@@ -126,13 +147,13 @@ class Passes:
 
 @dataclass(frozen=True)
 class _Handing(Watched):
-    passes: Passes = field(compare=False)
+    gradients: _Gradients = field(compare=False)
 
     def _bwd(self, params: Tree, residuals: Any, dy: Tensor, need: Need) -> tuple[Tree, Any]:
         dparams, dx = run_bwd(self.layer, params, residuals, dy, need)
-        if not need.params or self.path not in self.passes.left:
+        if not need.params or self.path not in self.gradients.left:
             return dparams, dx
-        self.passes.hand_over(self.path, dparams)
+        self.gradients.hand_over(self.path, dparams)
         return nothing_like(params), dx
 
 

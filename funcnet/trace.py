@@ -50,13 +50,7 @@ def trace(
     if not isinstance(net, Layer):
         raise TypeError(f"trace: expected net to be a Layer, got {type(net).__name__}")
     notes = _Notes()
-
-    def traced(path: str, layer: Layer, way: Way = ()) -> Layer:
-        if joins(layer) == "zeros":  # y is its layer's, whose backward pass it might leave out
-            return mapped(layer._children()[0][1], traced, _enters, path)
-        return _Traced(layer, path, notes)
-
-    watched = mapped(net, traced, _enters)
+    watched = mapped(net, notes.traced, _enters)
     _, residuals = watched.fwd(params, x, key=key)
     notes.are_open = False
     if grad is not None:
@@ -75,6 +69,12 @@ class _Notes:
     records: list[Record] = field(default_factory=list)
     grads: dict[int, Tensor] = field(default_factory=dict)  # by the record
     are_open: bool = True  # a backward pass may run layers again, which are no new records
+
+    def traced(self, path: str, layer: Layer, way: Way = ()) -> Layer:
+        """The layer, whose runs are noted here."""
+        if joins(layer) == "zeros":  # y is its layer's, whose backward pass it might leave out
+            return mapped(layer._children()[0][1], self.traced, _enters, path)
+        return _Traced(layer, path, self)
 
     def add(self, record: Record) -> int | None:
         if not self.are_open:

@@ -1,9 +1,11 @@
 """Many processes: what every rank of a group of 2, and of 3, checks (`tests/ranks.py`)."""
 
+import gc
 import json
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,49 @@ def test_the_last_rank_died_in_the_last_check(found):
 
 
 # --- One process
+
+
+@pytest.fixture
+def alone():
+    """A group of this process alone; what is in it, held by nobody else."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    gc.collect()
+    gc.disable()
+    yield weakref.ref(dist.group.WORLD)
+    gc.enable()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def take_gradients(net, params, x):
+    fn.distributed.value_and_grad(net, fn.MSE())(params, x, torch.zeros(5, 3))
+
+
+def take_steps(net, params, x):
+    optimizer = fn.distributed.Sharded(fn.Adam(0.1))
+    params, state = optimizer.step(params, params, optimizer.init(params))
+    optimizer.step_(params, params, state)
+
+
+def take_means(net, params, x):
+    fn.distributed.mean(params)
+    batch_norm = fn.BatchNorm()
+    own = fn.moments(batch_norm, batch_norm.init(fn.key(0), (4,)), x, key=fn.key(2))
+    fn.distributed.merge_moments(own)
+
+
+def fail(net, params, x):
+    with pytest.raises(ValueError, match="Linear"):
+        fn.distributed.value_and_grad(net, fn.MSE())(params, x[:, 1:], torch.zeros(5, 3))
+
+
+@pytest.mark.parametrize("use", [take_gradients, take_steps, take_means, fail])
+def test_a_group_ends_when_it_is_destroyed(alone, use):
+    """A group that is kept alive keeps gloo's threads: they abort Python if it ends before them."""
+    net = fn.Sequential(fn.Linear(8), fn.Tanh(), fn.Linear(3))
+    use(net, net.init(fn.key(0), (4,)), fn.normal(fn.key(1), (5, 4)))
+    dist.destroy_process_group()
+    assert alone() is None
 
 
 def test_without_a_group_it_says_what_to_call():

@@ -376,3 +376,34 @@ def test_refusals_and_values():
     params, x, target = make(net, (3,))
     with pytest.raises(ValueError, match="expected target of shape"):  # before anything is asked
         made(params, x, target[:1])
+
+
+# --- Memory
+
+
+USES = {
+    "trace": lambda net, params, x, target: fn.trace(net, params, x, grad=torch.ones(2, 4)),
+    "by_layer": lambda net, *given: list(fn.gradients_by_layer(net, fn.MSE())(*given)),
+    "in part": lambda net, *given: next(fn.gradients_by_layer(net, fn.MSE())(*given)),
+    "per_example": lambda net, *given: fn.per_example(net, fn.MSE())(*given),
+    "norms": lambda net, *given: fn.gradient_norms(net, fn.MSE())(*given),
+    "clipped": lambda net, *given: fn.clipped_value_and_grad(net, fn.MSE(), 1.0)(*given),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_no_tensor_waits_for_the_garbage_collector(use):
+    net = fn.Sequential(fn.Linear(4), fn.Residual(fn.Sequential(fn.Linear(4), fn.ReLU())))
+    given = make(net, (3,))
+    gc.collect()
+    gc.disable()
+    try:
+        use(net, *given)
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        kept = [x for x in gc.garbage if isinstance(x, torch.Tensor)]
+        assert kept == []
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()

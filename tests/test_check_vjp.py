@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from users_layers import RIGHT, BatchNorm, Dense, Dropout, Elementwise, Flatten, MaxPool, Plain
 
@@ -251,6 +251,22 @@ def test_one_entry_off_by_a_ten_thousandth_at_any_scale(i, j, key, opaque, expon
     assert caught.value.relative_error == pytest.approx(1e-4, rel=1e-3)
     if not opaque:
         assert caught.value.wrong_fraction == 1 / 24
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 7), st.integers(0, 99))
+def test_one_entry_of_one_of_many_leaves(place, key):
+    """Leaves are moved together: right ones do not hide a wrong one."""
+
+    def spoil(dw, db, dx, x, g):
+        return off(dw, divmod(int(dw.abs().argmax()), len(dw.T))), db, dx
+
+    layers = [Spoilt(4, lambda dw, db, dx, x, g: (dw, db, dx), opaque=True) for _ in range(8)]
+    layers[place] = Spoilt(4, spoil, opaque=True)
+    net = fn.Sequential(*[part for layer in layers for part in (layer, fn.SiLU())])
+    with pytest.raises(GradientMismatch) as caught:
+        check_vjp(net, *case(net, key=key))
+    assert caught.value.leaf.startswith(f"params[{2 * place}]['weight']")
 
 
 def test_rtol_and_atol_decide_what_is_wrong():

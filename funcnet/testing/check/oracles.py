@@ -30,6 +30,7 @@ from funcnet.testing.check.tolerances import (
 )
 
 _LEVELS = 9
+_HALVINGS = 32  # of a step: by the last, 1e-7 of the slope is more than the curvature
 _FINEST = 2.0**-17
 _EPSILON = torch.finfo(torch.float64).eps
 _TINY = torch.finfo(torch.float64).tiny
@@ -225,7 +226,7 @@ def taylor_slope(line: Line, derivative: float) -> float | None:
     None where the remainder is nothing but rounding.
     """
     sizes: list[float] = []
-    for level in range(2 * _LEVELS):
+    for level in range(_HALVINGS):
         h = 2.0**-level
         size = abs(line.remainder(h, derivative))
         rounding = h * line.length * (line.rounding(h) + _EPSILON * abs(derivative))

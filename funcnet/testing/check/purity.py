@@ -104,24 +104,33 @@ def _same_state(old: Any, new: Any) -> bool:
 
 def expect_unshared(name: str, result: Tensor, others: Mapping[str, Any], why: str = "") -> None:
     """Raise GradientMismatch if a result shares storage with one of the other tensors."""
-    for other, x in _tensors(others).items():
-        if x.numel() and result.numel() and _storage(x) == _storage(result):
-            raise GradientMismatch(
-                f"{name} shares memory with {other}{why}: whoever writes to one changes the other. "
-                "The remedy is a clone()"
-            )
+    _expect_outside(name, result, _owners(others), why)
 
 
 def expect_own(case: Case, gradients: Leaves) -> None:
     """Raise GradientMismatch if a gradient shares memory with an input or another gradient."""
+    names, owners = case.names, _owners(case.inputs)
     found: dict[int, str] = {}
-    for name, gradient in zip(case.names, gradients, strict=True):
-        expect_unshared(f"the gradient for {name}", gradient, case.inputs)
+    for name, gradient in zip(names, gradients, strict=True):
+        _expect_outside(f"the gradient for {name}", gradient, owners)
         if gradient.numel() and found.setdefault(gradient.data_ptr(), name) != name:
             raise GradientMismatch(
                 f"the gradients for {found[gradient.data_ptr()]} and {name} share memory: "
                 "whoever writes to one changes the other"
             )
+
+
+def _expect_outside(name: str, result: Tensor, owners: Mapping[int, str], why: str = "") -> None:
+    if result.numel() and (owner := owners.get(_storage(result))) is not None:
+        raise GradientMismatch(
+            f"{name} shares memory with {owner}{why}: whoever writes to one changes the other. "
+            "The remedy is a clone()"
+        )
+
+
+def _owners(tensors: Mapping[str, Any]) -> dict[int, str]:
+    """The names of tensors by their storage."""
+    return {_storage(x): name for name, x in _tensors(tensors).items() if x.numel()}
 
 
 def _storage(x: Tensor) -> int:

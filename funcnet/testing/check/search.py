@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,8 +30,11 @@ from funcnet.testing.check.rounding import (
     value_noise,
 )
 from funcnet.testing.check.tolerances import (
+    ALONE,
+    ESTIMATE,
     IN_TAILS,
     KINKED,
+    NEARLY,
     NEGLIGIBLE,
     SCORED,
     SMALLEST,
@@ -42,7 +46,11 @@ _SUSPECTS = 12
 _CALM, _SUSPICIOUS = 100, 20000  # evaluations of apply that single entries may cost
 _WORK = 2**24  # entries that all those evaluations may compute
 _LONGER = 2.0**20  # times an entry's own step
+_TOGETHER, _ALIKE = 16, 16.0  # leaves that move at once, and the ratio of their derivatives
 _SHORTEST = 2.0**-960  # parts of a shorter step would drown in the smallest numbers
+
+Way: TypeAlias = tuple[int, Tensor]
+"""The number of a leaf, and a direction to move it in."""
 
 
 @dataclass(frozen=True)
@@ -243,14 +251,54 @@ class _Search:
         return False
 
     def _along_directions(self, trials: int) -> Finding | None:
-        for trial, i in itertools.product(range(trials), self.examined):
-            if trial and self.budget.is_spent(0, 1):
-                break
-            v = self._direction(i, 31 * i + trial, relative=trial != 1)
-            taylor = self._refuted(self._only(i, v), record=True)
-            if taylor is not None and (found := self._halve(i, v, taylor)):
-                return found
+        for trial in range(trials):
+            ways = [
+                (i, self._direction(i, 31 * i + trial, relative=trial != 1)) for i in self.examined
+            ]
+            for group in self._of_one_size(ways):
+                if trial and self.budget.is_spent(0, 1):
+                    break
+                if (found := self._wrong_among(group)) is not None:
+                    return found
         return None if self.autograd is not None else self._along_ties(set(self.examined))
+
+    def _wrong_among(self, group: list[Way]) -> Finding | None:
+        """A wrong entry of one of the leaves: of all together, of halves, of each alone."""
+        if len(group) > 1:
+            if self._agree(group):
+                return None
+            half = len(group) // 2
+            return self._wrong_among(group[:half]) or self._wrong_among(group[half:])
+        ((i, v),) = group
+        taylor = self._refuted(self._only((i, v)), record=True)
+        return None if taylor is None else self._halve(i, v, taylor)
+
+    def _of_one_size(self, ways: list[Way]) -> Iterator[list[Way]]:
+        """Groups of leaves whose derivatives along their directions are about as large."""
+        sizes = {i: float((self.gradients[i] * v).norm()) for i, v in ways}
+        group: list[Way] = []
+        for i, v in sorted(ways, key=lambda way: sizes[way[0]]):
+            if group and not (len(group) < _TOGETHER and sizes[i] <= _ALIKE * sizes[group[0][0]]):
+                yield group
+                group = []
+            group.append((i, v))
+        if group:
+            yield group
+
+    def _agree(self, group: list[Way]) -> bool:
+        """Whether a step along all directions at once shows that each gradient is right.
+
+        It has to resolve what counts in the smallest of them, or nearly what steps of each alone
+        could: all of them have y's rounding.
+        """
+        line = self._line(self._only(*group))
+        numeric = slope(line)
+        terms = [self.gradients[i] * v for i, v in group]
+        derivative = math.fsum(float(x.sum()) for x in terms)
+        least = ALONE * self.rtol * min(float(x.norm()) for x in terms)
+        resolved = max(least, NEARLY * line.rounding(1.0))
+        off = abs(derivative - numeric.value)
+        return not numeric.jump and off + ESTIMATE * numeric.error <= resolved
 
     def _along_ties(self, leaves: set[int]) -> Finding | None:
         """Move equal entries alike: at a tie, each entry alone may claim the whole slope."""
@@ -264,7 +312,7 @@ class _Search:
             else:
                 v = torch.full_like(leaf, max(scale_of(leaf), _SHORTEST))
             v = v.masked_fill(self.frozen[i], 0.0)
-            directions = self._only(i, v)
+            directions = self._only((i, v))
             taylor = self._refuted(directions, at_ties=True)
             if taylor is not None:
                 numeric = slope(self._line(directions)).value
@@ -330,7 +378,7 @@ class _Search:
             for half in positions.tensor_split(2):
                 part = torch.zeros_like(v).flatten()
                 part[half] = v.flatten()[half]
-                if self._refuted(self._only(i, part.reshape(v.shape))) is not None:
+                if self._refuted(self._only((i, part.reshape(v.shape)))) is not None:
                     positions = half
                     break
             else:
@@ -395,15 +443,16 @@ class _Search:
     def _slope_by(self, i: int, position: int, size: float) -> Slope:
         v = torch.zeros_like(self.case.leaves[i]).flatten()
         v[position] = size
-        line = self._line(self._only(i, v.reshape(self.case.leaves[i].shape)), size)
+        line = self._line(self._only((i, v.reshape(self.case.leaves[i].shape))), size)
         found = slope(line)
         self.evaluations += line.evaluations
         return found
 
-    def _only(self, i: int, v: Tensor) -> list[Tensor | None]:
-        """The direction that moves one leaf alone."""
+    def _only(self, *ways: Way) -> list[Tensor | None]:
+        """The direction that moves these leaves alone."""
         directions: list[Tensor | None] = [None] * len(self.case.leaves)
-        directions[i] = v
+        for i, v in ways:
+            directions[i] = v
         return directions
 
     def _line(self, directions: list[Tensor | None], length: float = 1.0) -> Line:

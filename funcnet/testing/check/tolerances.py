@@ -52,6 +52,11 @@ LAW_ROUNDING = 16.0
 # Share of rtol that is negligible: a numeric derivative that exact needs no second one. No more is
 # forgiven along a direction, where the right entries dilute a wrong one.
 NEGLIGIBLE = 1e-3
+# Share of rtol that many leaves together may be off, of the smallest derivative among them; what is
+# wrong in one leaf is not diluted by the others.
+ALONE = 0.1
+# Roundings of y that they may be off where its rounding hides more than that.
+NEARLY = 128.0
 # Moves of y in a central difference: two values, and a move that is known from two trials only.
 CENTRAL_ROUNDING = 4.0
 # Roundings that derivatives by different steps may differ by where f is affine: one of each.

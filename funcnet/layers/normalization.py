@@ -46,7 +46,28 @@ _CHANNELS = "C…"
 
 
 @dataclass(frozen=True)
-class LayerNorm(Layer):
+class OverLastAxes(Layer):
+    """A normalisation over the last `num_dims` axes."""
+
+    num_dims: Size = 1
+
+    _fresh = True
+
+    def _check_x(self, x: Spec) -> None:
+        super()._check_x(x)
+        self._out_shape(x.shape)
+
+    def _out_shape(self, shape: Shape) -> Shape:
+        if len(shape) < self.num_dims:
+            raise ValueError(
+                f"{name_of(self)}: expected the shape of one example to have at least "
+                f"{self.num_dims} axes, got {shape}"
+            )
+        return shape
+
+
+@dataclass(frozen=True)
+class LayerNorm(OverLastAxes):
     """y = weight ∘ (x − μ)/√(σ² + ε) + bias, with μ and σ² over the last `num_dims` axes.
 
     The gradients stand at the head of this module. `eps` is ε.
@@ -67,23 +88,13 @@ class LayerNorm(Layer):
             [ 1., -1.]])
     """
 
-    num_dims: Size = 1
     eps: NonNegative = 1e-5
     elementwise_affine: Flag = True
     bias: Flag = True
 
-    _fresh = True
-
     def _params(self, shape: Shape) -> dict[str, Param]:
         sizes = shape[-self.num_dims :]
         return _weight_and_bias(sizes, self.elementwise_affine, self.bias)
-
-    def _check_x(self, x: Spec) -> None:
-        super()._check_x(x)
-        self._out_shape(x.shape)
-
-    def _out_shape(self, shape: Shape) -> Shape:
-        return _with_axes(self, self.num_dims, shape)
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
         weight, bias = _opened(params)
@@ -106,7 +117,7 @@ class LayerNorm(Layer):
 
 
 @dataclass(frozen=True)
-class RMSNorm(Layer):
+class RMSNorm(OverLastAxes):
     """y = weight ∘ x·r, with r = 1/√(mean(x²) + ε) over the last `num_dims` axes. Then
 
         dweight = Σ dy ∘ x·r,    dx = r·(dx̂ − x·r² · mean(dx̂ ∘ x)),  dx̂ = weight ∘ dy.
@@ -127,21 +138,11 @@ class RMSNorm(Layer):
     tensor([[ 0.2000, -1.4000]])
     """
 
-    num_dims: Size = 1
     eps: Epsilon = None
     elementwise_affine: Flag = True
 
-    _fresh = True
-
     def _params(self, shape: Shape) -> dict[str, Param]:
         return _weight_and_bias(shape[-self.num_dims :], self.elementwise_affine, bias=False)
-
-    def _check_x(self, x: Spec) -> None:
-        super()._check_x(x)
-        self._out_shape(x.shape)
-
-    def _out_shape(self, shape: Shape) -> Shape:
-        return _with_axes(self, self.num_dims, shape)
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
         weight, _ = _opened(params)
@@ -161,7 +162,38 @@ class RMSNorm(Layer):
 
 
 @dataclass(frozen=True)
-class GroupNorm(Layer):
+class OverGroups(Layer):
+    """A normalisation over groups of channels of an example, and all positions."""
+
+    _axes = _CHANNELS
+    _fresh = True
+
+    def _groups(self, x: Tensor) -> int:
+        """The number of groups."""
+        raise NotImplementedError
+
+    def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
+        layer: Any = self  # whose field eps is
+        weight, bias = _opened(params)
+        y, mean, rstd = normalization.group_norm(x, self._groups(x), weight, bias, layer.eps)
+        return y, (x, mean, rstd)
+
+    def _bwd(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
+        (x, mean, rstd), (weight, _) = residuals, _opened(params)
+        dx, dweight, dbias = normalization.group_norm_gradients(
+            dy, x, mean, rstd, weight, self._groups(x), need
+        )
+        return _gradients(params, dweight, dbias), dx
+
+    def _bwd_each(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
+        x, mean, rstd = residuals
+        normalised = normalization.group_normalised(x, mean, rstd, self._groups(x))
+        dweight, dbias = over_positions(dy * normalised), over_positions(dy)
+        return _gradients(params, dweight, dbias), dx_alone(self, params, residuals, dy, need)
+
+
+@dataclass(frozen=True)
+class GroupNorm(OverGroups):
     """y = weight ∘ (x − μ)/√(σ² + ε) + bias, with μ and σ² over a group of channels of an example.
 
     The C channels are cut into `num_groups` groups of neighbours. The gradients stand at the head
@@ -185,9 +217,6 @@ class GroupNorm(Layer):
     eps: NonNegative = 1e-5
     affine: Flag = True
 
-    _axes = _CHANNELS
-    _fresh = True
-
     def _params(self, shape: Shape) -> dict[str, Param]:
         return _weight_and_bias(shape[:1], self.affine)
 
@@ -199,27 +228,12 @@ class GroupNorm(Layer):
             )
         return shape
 
-    def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
-        weight, bias = _opened(params)
-        y, mean, rstd = normalization.group_norm(x, self.num_groups, weight, bias, self.eps)
-        return y, (x, mean, rstd)
-
-    def _bwd(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
-        (x, mean, rstd), (weight, _) = residuals, _opened(params)
-        dx, dweight, dbias = normalization.group_norm_gradients(
-            dy, x, mean, rstd, weight, self.num_groups, need
-        )
-        return _gradients(params, dweight, dbias), dx
-
-    def _bwd_each(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
-        x, mean, rstd = residuals
-        normalised = normalization.group_normalised(x, mean, rstd, self.num_groups)
-        dweight, dbias = over_positions(dy * normalised), over_positions(dy)
-        return _gradients(params, dweight, dbias), dx_alone(self, params, residuals, dy, need)
+    def _groups(self, x: Tensor) -> int:
+        return self.num_groups
 
 
 @dataclass(frozen=True)
-class InstanceNorm(Layer):
+class InstanceNorm(OverGroups):
     """y = weight ∘ (x − μ)/√(σ² + ε) + bias, with μ and σ² over one channel of one example.
 
     It is `GroupNorm` with a group for each channel. `eps` is ε.
@@ -240,9 +254,6 @@ class InstanceNorm(Layer):
     eps: NonNegative = 1e-5
     affine: Flag = False
 
-    _axes = _CHANNELS
-    _fresh = True
-
     def _params(self, shape: Shape) -> dict[str, Param]:
         return _weight_and_bias(shape[:1], self.affine)
 
@@ -254,23 +265,8 @@ class InstanceNorm(Layer):
             )
         return shape
 
-    def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
-        weight, bias = _opened(params)
-        y, mean, rstd = normalization.group_norm(x, x.shape[1], weight, bias, self.eps)
-        return y, (x, mean, rstd)
-
-    def _bwd(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
-        (x, mean, rstd), (weight, _) = residuals, _opened(params)
-        dx, dweight, dbias = normalization.group_norm_gradients(
-            dy, x, mean, rstd, weight, x.shape[1], need
-        )
-        return _gradients(params, dweight, dbias), dx
-
-    def _bwd_each(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
-        x, mean, rstd = residuals
-        normalised = normalization.group_normalised(x, mean, rstd, x.shape[1])
-        dweight, dbias = over_positions(dy * normalised), over_positions(dy)
-        return _gradients(params, dweight, dbias), dx_alone(self, params, residuals, dy, need)
+    def _groups(self, x: Tensor) -> int:
+        return x.shape[1]
 
 
 @dataclass(frozen=True)
@@ -391,13 +387,3 @@ def _gradients(params: Any, dweight: Tensor | None, dbias: Tensor | None = None)
     if dweight is None:
         return None
     return {"weight": dweight} if dbias is None else {"weight": dweight, "bias": dbias}
-
-
-def _with_axes(layer: Layer, count: int, shape: Shape) -> Shape:
-    """The shape, if it has so many axes. Raises ValueError if it has not."""
-    if len(shape) < count:
-        raise ValueError(
-            f"{name_of(layer)}: expected the shape of one example to have at least {count} axes, "
-            f"got {shape}"
-        )
-    return shape

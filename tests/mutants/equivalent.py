@@ -21,7 +21,7 @@ EQUIVALENT: dict[str, str] = {
     "layers.conv_transpose.ConvTranspose:flip-flag:5": _IN_PLACE,
     "layers.conv_transpose.ConvTranspose.__post_init__:flip-flag:1": _STRICT,
     "layers.linear.Linear._bwd:drop-need:2": _NOT_NEEDED,
-    "layers.normalization.InstanceNorm:flip-flag:2": _IN_PLACE,
+    "layers.normalization.OverGroups:flip-flag:1": _IN_PLACE,
     "layers.pooling.MaxPool:flip-flag:4": _DERIVED,
     "layers.pooling.MaxPool._out_shape:drop-call:2": "a list of sizes is read like a tuple",
     "layers.pooling.Adaptive:flip-flag:1": _IN_PLACE,

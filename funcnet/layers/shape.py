@@ -17,7 +17,7 @@ from funcnet.checks import as_axis, name_of
 from funcnet.fields import Axis, Index, Several
 from funcnet.keys import Key
 from funcnet.layer import Layer, Shape, same_part
-from funcnet.ops.inplace import is_eager
+from funcnet.ops import native
 from funcnet.ops.need import Need
 
 _select_backward = torch.ops.aten.select_backward
@@ -65,7 +65,7 @@ class Reshaped(Rearranged):
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
         y = self._view(x.clone(memory_format=torch.contiguous_format))
-        return y, (x.new_empty((0, *x.shape)), _memory_format(x))
+        return y, (x.new_empty((0, *x.shape)), native.memory_format(x))
 
     def _bwd(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
         if not need.input:
@@ -74,7 +74,7 @@ class Reshaped(Rearranged):
         return (), self._view_back(like.shape[1:], dy).clone(memory_format=memory_format)
 
     def _fwd_(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
-        return self._view(x), (x.new_empty((0, *x.shape)), _memory_format(x))
+        return self._view(x), (x.new_empty((0, *x.shape)), native.memory_format(x))
 
     def _bwd_(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
         if not need.input:
@@ -255,12 +255,3 @@ class Select(Layer):
         if not need.input:
             return (), None
         return (), _select_backward(dy, like.shape[1:], self.dim, self.index)
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    """channels_last for images or volumes that are laid out so, else row-major."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    if not is_eager() or x.ndim not in formats or x.is_contiguous():
-        return torch.contiguous_format
-    last = formats[x.ndim]
-    return last if x.is_contiguous(memory_format=last) else torch.contiguous_format

@@ -35,7 +35,7 @@ def layout(x: Tensor) -> Tensor:
     channels = x.shape[1]
     if inplace.has_open_sizes(x):
         return x.clone(memory_format=torch.contiguous_format) if channels == 1 else x
-    if channels > 1 and x.ndim == 4:  # what `_strides` says, without a call
+    if channels > 1 and x.ndim == 4:  # what `strides` says, without a call
         _, _, height, width = x.shape
         if x.stride() == (channels * height * width, 1, width * channels, channels):
             return x
@@ -58,30 +58,40 @@ def _canonical(x: Tensor, memory_format: torch.memory_format = torch.contiguous_
     same: they read past the end of one-channel images and kernels in channels_last, and return
     wrong numbers.
     """
-    if 1 not in x.shape or x.stride() == _strides(x.shape, torch.contiguous_format):
+    if 1 not in x.shape or x.stride() == strides(x.shape, torch.contiguous_format):
         return x
-    if x.shape[1] > 1 and x.stride() == _strides(x.shape, _CHANNELS_LAST[x.ndim]):
+    if x.shape[1] > 1 and x.stride() == strides(x.shape, _CHANNELS_LAST[x.ndim]):
         return x
     return x.clone(memory_format=memory_format)
 
 
-def _strides(shape: Sequence[int], memory_format: torch.memory_format) -> Ints:
-    """The strides of a new tensor of a shape (N, C, H, W) or (N, C, D, H, W)."""
+def memory_format(x: Tensor) -> torch.memory_format:
+    """channels_last for images or volumes that are laid out so, else row-major."""
+    # torch.func.vmap knows no memory formats.
+    if x.ndim in _CHANNELS_LAST and inplace.is_eager() and not x.is_contiguous():
+        last = _CHANNELS_LAST[x.ndim]
+        if x.is_contiguous(memory_format=last):
+            return last
+    return torch.contiguous_format
+
+
+def strides(shape: Sequence[int], memory_format: torch.memory_format) -> Ints:
+    """The strides of a new tensor of a shape (N, C, …)."""
     _, *inner = shape
     if memory_format != torch.contiguous_format:
         inner = [*inner[1:], inner[0]]
-    strides = [1]
+    steps = [1]
     for size in reversed(inner):
-        strides.insert(0, strides[0] * size)
+        steps.insert(0, steps[0] * size)
     if memory_format != torch.contiguous_format:
-        strides.insert(1, strides.pop())
-    return tuple(strides)
+        steps.insert(1, steps.pop())
+    return tuple(steps)
 
 
 def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     """New memory for images, in the memory format of `layout`."""
     memory_format = torch.channels_last if shape[1] > 1 else torch.contiguous_format
-    return like.new_empty_strided(tuple(shape), _strides(shape, memory_format))
+    return like.new_empty_strided(tuple(shape), strides(shape, memory_format))
 
 
 _MANY_CHANNELS, _MANY_PIXELS = 16, 4096

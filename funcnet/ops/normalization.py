@@ -15,8 +15,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from funcnet.ops import inplace
-from funcnet.ops.accumulation import accumulator_dtype
+from funcnet.ops import inplace, native
+from funcnet.ops.accumulation import accumulator_dtype, widened
 from funcnet.ops.need import Need
 
 _layer_norm = torch.ops.aten.native_layer_norm.default
@@ -66,7 +66,7 @@ def rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """(y, rstd (…, 1)), over the last `num_dims` axes."""
     # PyTorch takes ε of the dtype in which it computes.
-    rows = _upcast(x).flatten(-num_dims)
+    rows = widened(x).flatten(-num_dims)
     eps = torch.finfo(rows.dtype).eps if eps is None else eps
     rstd = torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps)
     y = rows * rstd
@@ -79,7 +79,7 @@ def rms_norm_gradients(
     dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None, num_dims: int, need: Need
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dweight), None where it is not needed."""
-    rows, grad = _upcast(x).flatten(-num_dims), _upcast(dy).flatten(-num_dims)
+    rows, grad = widened(x).flatten(-num_dims), widened(dy).flatten(-num_dims)
     products = (grad * rows).flatten(0, -2)  # (rows, entries of a set), for products of matrices
     dx = dweight = None
     if need.params and weight is not None:
@@ -99,7 +99,7 @@ def rms_norm_gradients(
 
 def rms_normalised(x: Tensor, rstd: Tensor, num_dims: int) -> Tensor:
     """x̂, in float32 for half precision."""
-    return (_upcast(x).flatten(-num_dims) * rstd).reshape(x.shape)
+    return (widened(x).flatten(-num_dims) * rstd).reshape(x.shape)
 
 
 _SMALL_MEAN = 1.0
@@ -251,12 +251,12 @@ def _of_channels(of_groups: Tensor, x: Tensor) -> Tensor:
 
 def layer_normalised(x: Tensor, mean: Tensor, rstd: Tensor, num_dims: int) -> Tensor:
     """x̂, in float32 for half precision."""
-    return (_upcast(_exact(x, math.prod(x.shape[-num_dims:]))) - mean) * rstd
+    return (widened(_exact(x, math.prod(x.shape[-num_dims:]))) - mean) * rstd
 
 
 def group_normalised(x: Tensor, mean: Tensor, rstd: Tensor, groups: int) -> Tensor:
     """x̂, in float32 for half precision."""
-    grouped = torch.unflatten(_upcast(x).unsqueeze(2).flatten(2), 1, (groups, -1)).flatten(2)
+    grouped = torch.unflatten(widened(x).unsqueeze(2).flatten(2), 1, (groups, -1)).flatten(2)
     grouped = (_exact(grouped, grouped.shape[2]) - mean.unsqueeze(2)) * rstd.unsqueeze(2)
     return grouped.reshape(x.shape)
 
@@ -296,7 +296,7 @@ def channel_affine_gradients(dy: Tensor, x: Tensor, weight: Tensor, need: Need) 
     if not need.params:
         return dx, None, None
     axes = (0, *range(2, x.ndim))
-    dweight = (_upcast(x) * dy).sum(axes).to(weight.dtype)
+    dweight = (widened(x) * dy).sum(axes).to(weight.dtype)
     return dx, dweight, dy.sum(axes)
 
 
@@ -330,10 +330,6 @@ def _is_half(x: Tensor) -> bool:
     return x.dtype in (torch.bfloat16, torch.float16)
 
 
-def _upcast(x: Tensor) -> Tensor:
-    return x.float() if _is_half(x) else x
-
-
 def _asked(
     grads: Sequence[Tensor | None], mask: tuple[bool, bool, bool], dtype: torch.dtype
 ) -> Gradients:
@@ -355,29 +351,15 @@ def _spatial(channels: Tensor, x: Tensor) -> Tensor:
     return channels.reshape((*channels.shape, *(1,) * (x.ndim - 2)))
 
 
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
 def _memory_format(x: Tensor) -> torch.memory_format:
     """The memory format that the kernels should see x in."""
-    # torch.func.vmap knows no other.
-    if x.is_cpu and x.ndim in _CHANNELS_LAST and inplace.is_eager():
-        channels_last = _CHANNELS_LAST[x.ndim]
-        if x.is_contiguous(memory_format=channels_last) and not x.is_contiguous():
-            return channels_last
-    return torch.contiguous_format
+    return native.memory_format(x) if x.is_cpu else torch.contiguous_format
 
 
 def _dense(x: Tensor, memory_format: torch.memory_format) -> Tensor:
     """x in the memory format, with the strides of a new tensor."""
     if not inplace.is_eager():
         return x.clone(memory_format=memory_format)  # vmap may hide an expanded axis
-    laid_out = x if memory_format == torch.contiguous_format else x.movedim(1, -1)
-    # Strides of axes of size 1 can be anything, and kernels have taken them at their word.
-    is_dense = laid_out.stride() == _strides(laid_out.shape)
+    # Strides of axes of size 1 can be anything, and kernels have relied on them.
+    is_dense = x.stride() == native.strides(x.shape, memory_format)
     return x if is_dense else x.clone(memory_format=memory_format)
-
-
-def _strides(shape: torch.Size) -> tuple[int, ...]:
-    """The strides of a new contiguous tensor."""
-    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))

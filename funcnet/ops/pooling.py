@@ -7,18 +7,15 @@ its shape and memory format alone: they are handed new memory, which nobody read
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcnet import compat
 from funcnet.ops import native
-from funcnet.ops.inplace import is_eager
 from funcnet.ops.window import Ints, Window
 
 _aten = torch.ops.aten
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _MAX = {4: _aten.max_pool2d_with_indices.default, 5: _aten.max_pool3d_with_indices.default}
 _MAX_BACKWARD = {
     4: _aten.max_pool2d_with_indices_backward.default,
@@ -159,16 +156,12 @@ def _layout(x: Tensor) -> Tensor:
 
 def _for_averages(x: Tensor) -> Tensor:
     """x as the kernels for averages want it: of volumes, the CPU has none in half precision."""
-    if x.ndim == 4:
-        return _layout(x)
-    is_half = x.dtype in (torch.bfloat16, torch.float16)
-    return x.float() if is_half and x.is_cpu else x
+    return _layout(x) if x.ndim == 4 else native.upcast(x)
 
 
 def _like(dy: Tensor, shape: Ints) -> Tensor:
     """A tensor of x's shape, in dy's memory format, for a kernel that will not read it."""
-    # torch.func.vmap knows no memory formats.
-    last: Any = _CHANNELS_LAST[dy.ndim]
-    if is_eager() and not dy.is_contiguous() and dy.is_contiguous(memory_format=last):
-        return torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=last)
-    return dy.new_empty(shape)
+    memory_format = native.memory_format(dy)
+    if memory_format == torch.contiguous_format:
+        return dy.new_empty(shape)
+    return torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=memory_format)

@@ -120,13 +120,13 @@ NATIVE = in_file(
     ),
     Row(
         "one-channel-in-channels-last",
-        "if x.shape[1] > 1 and x.stride() == _strides(x.shape, _CHANNELS_LAST[x.ndim]):",
-        "if x.stride() == _strides(x.shape, _CHANNELS_LAST[x.ndim]):",
+        "if x.shape[1] > 1 and x.stride() == strides(x.shape, _CHANNELS_LAST[x.ndim]):",
+        "if x.stride() == strides(x.shape, _CHANNELS_LAST[x.ndim]):",
         "images of one channel are not read past their end",
     ),
     Row(
         "strides-of-single-entries-trusted",
-        "x.stride() == _strides(x.shape, torch.contiguous_format):",
+        "x.stride() == strides(x.shape, torch.contiguous_format):",
         "x.is_contiguous():",
         "axes of size 1 may have any stride, and PyTorch's kernels believe it",
     ),

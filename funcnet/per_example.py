@@ -17,7 +17,6 @@ sum of theirs, so the gradients are formed and added up before the norm is taken
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import optree
@@ -32,6 +31,7 @@ from funcnet.losses.loss import Loss
 from funcnet.ops import products
 from funcnet.ops.accumulation import accumulator_dtype
 from funcnet.ops.need import Need
+from funcnet.optimizers.norms import check_max_norm
 
 
 def per_example(net: Layer, loss: Loss) -> PerExample:
@@ -164,12 +164,7 @@ class ClippedValueAndGrad(_OfExamples):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.max_norm, bool) or not isinstance(self.max_norm, Real):
-            raise TypeError(
-                f"{self._name}: expected max_norm to be a number, got {self.max_norm!r}"
-            )
-        if not self.max_norm >= 0:
-            raise ValueError(f"{self._name}: expected max_norm >= 0, got {self.max_norm}")
+        check_max_norm(self._name, self.max_norm)
 
     def __repr__(self) -> str:
         return f"{self._name}({self.net!r}, {self.loss!r}, {self.max_norm!r})"

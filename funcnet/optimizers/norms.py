@@ -43,16 +43,21 @@ def clip_by_global_norm(grads: Tree, max_norm: float) -> tuple[Tree, Tensor]:
     >>> clip_by_global_norm({"w": torch.tensor([3.0, 4.0])}, 1.0)
     ({'w': tensor([0.6000, 0.8000])}, tensor(5.))
     """
-    if isinstance(max_norm, bool) or not isinstance(max_norm, Real):
-        raise TypeError(f"clip_by_global_norm: expected max_norm to be a number, got {max_norm!r}")
-    if not max_norm >= 0:
-        raise ValueError(f"clip_by_global_norm: expected max_norm >= 0, got {max_norm}")
+    check_max_norm("clip_by_global_norm", max_norm)
     gs, structure = flatten("clip_by_global_norm", "grads", grads)
     norm = _norm(gs)
     fits, one = norm <= float(max_norm), torch.ones_like(norm)
     # Autograd multiplies the derivative of what is not chosen by 0: that of 1 / 0 would be NaN.
     scale = torch.where(fits, one, float(max_norm) / torch.where(fits, one, norm))
     return structure.unflatten([(g * scale.to(g.device)).to(g.dtype) for g in gs]), norm
+
+
+def check_max_norm(who: str, max_norm: float) -> None:
+    """Raise unless max_norm is a number ≥ 0, which may be infinite."""
+    if isinstance(max_norm, bool) or not isinstance(max_norm, Real):
+        raise TypeError(f"{who}: expected max_norm to be a number, got {max_norm!r}")
+    if not max_norm >= 0:
+        raise ValueError(f"{who}: expected max_norm >= 0, got {max_norm}")
 
 
 def _norm(xs: list[Tensor]) -> Tensor:

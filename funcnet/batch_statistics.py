@@ -29,7 +29,7 @@ from torch import Tensor
 from funcnet.checks import name_of
 from funcnet.combinators import Sequential
 from funcnet.keys import Key
-from funcnet.layer import Layer, Shape, Spec, Tree, check, run_fwd
+from funcnet.layer import Layer, Shape, Spec, Tree, check, check_net, run_fwd
 from funcnet.layers import (
     BatchNorm,
     ChannelAffine,
@@ -73,7 +73,7 @@ def moments(net: Layer, params: Tree, x: Tensor, *, key: Key) -> Tree:
     >>> m[0], [float(moment) for moment in m[1]]
     ((), [2.0, 2.0, 2.0])
     """
-    _check_net("moments", net)
+    check_net("moments", net)
     observed = mapped(net, _observed)
     observed.apply(params, x, key=key)
     return _collected(observed, params, (), "")
@@ -116,7 +116,7 @@ def for_inference(net: Layer, params: Tree, m: Tree, fold: bool = True) -> tuple
     >>> fn.for_inference(net, params, m, fold=False)[0]
     Sequential(Conv2d(8, kernel_size=3, bias=False), ChannelAffine(), ReLU())
     """
-    _check_net("for_inference", net)
+    check_net("for_inference", net)
     if not isinstance(fold, bool):
         raise TypeError(f"for_inference: expected fold to be True or False, got {fold!r}")
     learned = (leaf for leaf in optree.tree_leaves(params) if isinstance(leaf, Tensor))
@@ -359,11 +359,6 @@ def _folded(
 
 
 # --- Trees of moments, and the way to a layer
-
-
-def _check_net(who: str, net: Any) -> None:
-    if not isinstance(net, Layer):
-        raise TypeError(f"{who}: expected net to be a Layer, got {type(net).__name__}")
 
 
 def _is_moments(m: Tree) -> bool:

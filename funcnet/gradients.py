@@ -12,7 +12,7 @@ from torch import Tensor
 
 from funcnet.checks import as_int
 from funcnet.keys import Key, fold_in
-from funcnet.layer import Layer, Tree, coupling, is_private
+from funcnet.layer import Layer, Tree, check_net, coupling, is_private
 from funcnet.losses.loss import Loss
 from funcnet.ops.accumulation import accumulator_dtype
 from funcnet.ops.need import Need
@@ -149,8 +149,7 @@ def value_and_grad(net: Layer, loss: Loss, micro_batch: int | None = None) -> Va
 
 def check_net_and_loss(who: str, net: Any, loss: Any) -> None:
     """Raise TypeError unless these are a layer and a loss."""
-    if not isinstance(net, Layer):
-        raise TypeError(f"{who}: expected net to be a Layer, got {type(net).__name__}")
+    check_net(who, net)
     if isinstance(loss, type | Layer) or not (hasattr(loss, "fwd") and hasattr(loss, "bwd")):
         raise TypeError(f"{who}: expected a loss, such as MSE(), got {loss!r}")
 

@@ -604,6 +604,12 @@ def check_no_params(layer: object, params: Tree) -> None:
         raise ValueError(f"{name_of(layer)}: expected no parameters, (), got {got}")
 
 
+def check_net(who: str, net: Any) -> None:
+    """Raise TypeError unless net is a Layer."""
+    if not isinstance(net, Layer):
+        raise TypeError(f"{who}: expected net to be a Layer, got {type(net).__name__}")
+
+
 def _spec(layer: Layer, x: Any, shape: Shape) -> Spec:
     if not isinstance(x, Tensor):
         check_tensor(layer, "x", x)

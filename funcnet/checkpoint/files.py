@@ -27,7 +27,7 @@ from funcnet.checkpoint.inspection import Inspection
 from funcnet.checkpoint.memory_format import all_laid_out_like, lay_out_as_init
 from funcnet.checkpoint.storable import check_metadata, check_storable
 from funcnet.checkpoint.structure import CheckpointError, Json, decode, encode
-from funcnet.layer import Layer, Tree
+from funcnet.layer import Layer, Tree, check_net
 
 _Path: TypeAlias = "str | os.PathLike[str]"
 
@@ -77,8 +77,7 @@ def save_model(
     >>> load_model(path)
     (ReLU(), ())
     """
-    if not isinstance(net, Layer):
-        raise TypeError(f"save_model: expected net to be a Layer, got {type(net).__name__}")
+    check_net("save_model", net)
     architecture, tensors = encode(net)
     if tensors:
         raise TypeError(f"save_model: expected a net without tensors, got {next(iter(tensors))}")

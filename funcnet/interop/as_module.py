@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from funcnet.checks import name_of
 from funcnet.interop.state_dict import names_of, state_dict
 from funcnet.keys import Key
-from funcnet.layer import Layer, Tree, public_bwd
+from funcnet.layer import Layer, Tree, check_net, public_bwd
 from funcnet.ops.inplace import is_eager
 from funcnet.ops.need import Need
 
@@ -46,8 +46,7 @@ def as_module(net: Layer, params: Tree) -> nn.Module:
     ['0.weight', '0.bias', '2.weight', '2.bias']
     >>> params = fn.interop.load_state_dict(net, (3,), module.state_dict())
     """
-    if not isinstance(net, Layer):
-        raise TypeError(f"as_module: expected net to be a Layer, got {type(net).__name__}")
+    check_net("as_module", net)
     for name, leaf in state_dict(params).items():
         if not leaf.is_floating_point():
             raise TypeError(f"as_module: expected {name} to be floating-point, got {leaf.dtype}")

@@ -13,7 +13,7 @@ from funcnet.checkpoint.memory_format import lay_out_as_init
 from funcnet.checks import name_of, sizes
 from funcnet.interop.report import refusal
 from funcnet.keys import key
-from funcnet.layer import Layer, Tree
+from funcnet.layer import Layer, Tree, check_net
 from funcnet.tree import child_names, children, leaf_names
 
 
@@ -60,8 +60,7 @@ def load_state_dict(net: Layer, shape: Sequence[int], state: Mapping[str, Tensor
       2.bias: missing, expected shape (2,)
       head: unexpected, of shape (1,)
     """
-    if not isinstance(net, Layer):
-        raise TypeError(f"load_state_dict: expected net to be a Layer, got {type(net).__name__}")
+    check_net("load_state_dict", net)
     if not isinstance(state, Mapping):
         raise TypeError(
             f"load_state_dict: expected state to be a dict of tensors, got {type(state).__name__}"

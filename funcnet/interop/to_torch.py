@@ -33,7 +33,7 @@ from funcnet.interop.report import refusal
 from funcnet.interop.state_dict import state_dict
 from funcnet.interop.twins import MODULES
 from funcnet.interop.wrap import Wrapped
-from funcnet.layer import Layer, Shape, Tree, check
+from funcnet.layer import Layer, Shape, Tree, check, check_net
 from funcnet.layers import (
     GRU,
     LSTM,
@@ -93,8 +93,7 @@ def to_torch(net: Layer, params: Tree, shape: Sequence[int] | None = None) -> nn
     >>> torch.allclose(module(x), net.apply(params, x), atol=1e-6)
     True
     """
-    if not isinstance(net, Layer):
-        raise TypeError(f"to_torch: expected net to be a Layer, got {type(net).__name__}")
+    check_net("to_torch", net)
     state_dict(params)  # which refuses what is not a tree of tensors
     known = None if shape is None else as_shape(net, shape)
     if known is not None:

@@ -88,15 +88,15 @@ class Convolution(Kernels):
         # No weight fits an x that cannot be divided into groups.
         channels = 0 if shape[0] % self.groups else shape[0] // self.groups
         weight_shape = (self.out_channels, channels, *self._window.kernel_size)
-        return kernel_params(self, weight_shape, self.out_channels)
+        return kernel_params(self, weight_shape)
 
     def _layout(self, name: str) -> Layout | None:
         return convolution.layout if name == "weight" and self.method == "auto" else None
 
     def _out_shape(self, shape: Shape) -> Shape:
         channels, *size = shape
-        check_channels(self, channels, self.groups)
-        return self.out_channels, *count_windows(self, self._window, size)
+        check_channels(self, channels)
+        return self.out_channels, *count_windows(self, size)
 
     def _tile(self, shape: Shape, part: Part) -> tuple[Part, Layer] | None:
         return windowed_tile(self, shape, part)
@@ -199,7 +199,7 @@ class Conv3d(Convolution):
     _axes = "CDHW"
 
 
-def kernel_params(layer: Any, weight_shape: Shape, out_channels: int) -> dict[str, Param]:
+def kernel_params(layer: Any, weight_shape: Shape) -> dict[str, Param]:
     """Weight and bias by the layer's initialisers.
 
     Without one, from U(−√q, √q), q = 1/(entries of the kernel of the weight's first axis).
@@ -208,7 +208,7 @@ def kernel_params(layer: Any, weight_shape: Shape, out_channels: int) -> dict[st
     default: Initializer = Uniform(-bound, bound)
     params = {"weight": Param(weight_shape, layer.weight_init or default)}
     if layer.bias:
-        params["bias"] = Param((out_channels,), layer.bias_init or default)
+        params["bias"] = Param((layer.out_channels,), layer.bias_init or default)
     return params
 
 
@@ -252,10 +252,12 @@ def check_groups(layer: Any) -> None:
         )
 
 
-def check_channels(layer: Layer, channels: int, groups: int) -> None:
+def check_channels(layer: Any, channels: int) -> None:
     """Raise ValueError unless there are channels, and groups divides them."""
-    if channels < 1 or channels % groups:
-        raise ValueError(f"{layer}: expected channels that groups={groups} divides, got {channels}")
+    if channels < 1 or channels % layer.groups:
+        raise ValueError(
+            f"{layer}: expected channels that groups={layer.groups} divides, got {channels}"
+        )
 
 
 def check_size(who: object, size: Any) -> None:
@@ -267,16 +269,24 @@ def check_size(who: object, size: Any) -> None:
         )
 
 
-def count_windows(who: object, window: Window, size: Any, after: str = "") -> Ints:
+def check_entries(layer: Layer, channels: int, size: Any) -> None:
+    """Raise ValueError unless x has at least one channel, and one entry on each axis."""
+    if channels < 1:
+        raise ValueError(f"{layer}: expected at least 1 channel, got {channels}")
+    check_size(layer, size)
+
+
+def count_windows(layer: Any, size: Any, after: str = "") -> Ints:
     """How many windows fit on each axis. Raises ValueError where not even one does.
 
     `after` tells what x has gone through before.
     """
-    check_size(who, size)
+    check_size(layer, size)
+    window: Window = layer._window
     count = window.count(size)
     if min(count) < 1:
         raise ValueError(
-            f"{name_of(who)}{after}: expected {_EXAMPLES[len(size)]} at least as large as the "
+            f"{name_of(layer)}{after}: expected {_EXAMPLES[len(size)]} at least as large as the "
             f"kernel's reach {window.reach}, got size {tuple(size)}, "
             f"{window.padded(size)} with padding"
         )

@@ -74,14 +74,14 @@ class ConvTranspose(Kernels):
     def _params(self, shape: Shape) -> dict[str, Param]:
         own = self.out_channels // self.groups
         weight_shape = (shape[0], own, *self._window.kernel_size)
-        return kernel_params(self, weight_shape, self.out_channels)
+        return kernel_params(self, weight_shape)
 
     def _layout(self, name: str) -> Layout | None:
         return convolution.layout if name == "weight" else None
 
     def _out_shape(self, shape: Shape) -> Shape:
         channels, *size = shape
-        check_channels(self, channels, self.groups)
+        check_channels(self, channels)
         check_size(self, size)
         window, extra = self._window, self._extra
         steps = zip(size, window.stride, window.sides, window.reach, extra, strict=True)

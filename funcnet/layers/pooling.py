@@ -27,7 +27,7 @@ from funcnet.checks import name_of
 from funcnet.fields import Flag, Margins, Sizes, SizesOrNone, SizesWithNone
 from funcnet.keys import Key
 from funcnet.layer import Layer, Part, Shape
-from funcnet.layers.conv import check_size
+from funcnet.layers.conv import check_entries
 from funcnet.ops import pooling, tiles
 from funcnet.ops.need import Need
 from funcnet.ops.window import Ints, Window, padding_sides
@@ -61,7 +61,7 @@ class MaxPool(Layer):
 
     def _out_shape(self, shape: Shape) -> Shape:
         channels, *size = shape
-        count = _count_windows(self, self._window, channels, tuple(size), self.ceil_mode)
+        count = _count_windows(self, channels, tuple(size))
         if pooling.some_see_nothing(self._window, tuple(size), count):
             raise ValueError(
                 f"{self}: expected a size of which every window sees an entry, got {tuple(size)}, "
@@ -156,7 +156,7 @@ class AvgPool(Layer):
 
     def _out_shape(self, shape: Shape) -> Shape:
         channels, *size = shape
-        return channels, *_count_windows(self, self._window, channels, tuple(size), self.ceil_mode)
+        return channels, *_count_windows(self, channels, tuple(size))
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor]:
         y = pooling.average(x, self._window, self.ceil_mode, self.count_include_pad)
@@ -244,7 +244,7 @@ class Adaptive(Layer):
 
     def _out_shape(self, shape: Shape) -> Shape:
         channels, *size = shape
-        _check_entries(self, channels, size)
+        check_entries(self, channels, size)
         return channels, *self._size(size)
 
     def _size(self, size: Any) -> Ints:
@@ -390,22 +390,14 @@ def _window_of(layer: Any, dilation: Any) -> Window:
     return Window(kernel_size, stride, padding_sides(padding, kernel_size), dilation)
 
 
-def _count_windows(
-    layer: Layer, window: Window, channels: int, size: Ints, ceil_mode: bool
-) -> Ints:
+def _count_windows(layer: Any, channels: int, size: Ints) -> Ints:
     """How many windows there are on each axis. Raises ValueError where there are none."""
-    _check_entries(layer, channels, size)
-    count = pooling.count(window, size, ceil_mode)
+    check_entries(layer, channels, size)
+    window: Window = layer._window
+    count = pooling.count(window, size, layer.ceil_mode)
     if min(count) < 1:
         raise ValueError(
             f"{name_of(layer)}: expected a size of at least the kernel's reach {window.reach}, "
             f"got size {size}, {window.padded(size)} with padding"
         )
     return count
-
-
-def _check_entries(layer: Layer, channels: int, size: Any) -> None:
-    """Raise ValueError unless x has at least one channel, and one entry on each axis."""
-    if channels < 1:
-        raise ValueError(f"{layer}: expected at least 1 channel, got {channels}")
-    check_size(layer, size)

@@ -14,7 +14,7 @@ from funcnet.layer import Layer, Layout, Param, Part, Shape
 from funcnet.layers.conv import (
     Conv2d,
     Kernels,
-    check_size,
+    check_entries,
     count_windows,
     kernel_gradients,
     kernel_gradients_each,
@@ -137,20 +137,17 @@ class UpsampleConv2d(Kernels):
 
     def _params(self, shape: Shape) -> dict[str, Param]:
         weight_shape = (self.out_channels, shape[0], *self._window.kernel_size)
-        return kernel_params(self, weight_shape, self.out_channels)
+        return kernel_params(self, weight_shape)
 
     def _layout(self, name: str) -> Layout | None:
         return low_resolution.layout if name == "weight" and self.method != "unfold" else None
 
     def _out_shape(self, shape: Shape) -> Shape:
         channels, height, width = shape
-        if channels < 1:
-            raise ValueError(f"{self}: expected at least 1 channel, got {channels}")
-        check_size(self, (height, width))
+        check_entries(self, channels, (height, width))
         rows, columns = _pair(self.scale)
         upsampled = (rows * height, columns * width)
-        count = count_windows(self, self._window, upsampled, ", after upsampling")
-        return self.out_channels, *count
+        return self.out_channels, *count_windows(self, upsampled, ", after upsampling")
 
     def _tile(self, shape: Shape, part: Part) -> tuple[Part, Layer] | None:
         return windowed_tile(self, shape, part, _pair(self.scale))

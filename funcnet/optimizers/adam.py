@@ -83,7 +83,21 @@ class Adam(Elementwise[AdamState]):
         self, each: Each, lr: Scalar, n: Scalar, p: Tensors, g: Tensors, *kept: Tensors
     ) -> tuple[Tensors, ...]:
         if fused.fits_adam(each, lr, p, g, *kept):
-            return self._update_fused(each, lr, n, p, g, *kept)
+            return fused.adam(
+                each,
+                float(lr),
+                int(n),
+                p,
+                g,
+                *kept,
+                is_adamw=self._decouples_weight_decay,
+                amsgrad=self.amsgrad,
+                beta1=self.betas[0],
+                beta2=self.betas[1],
+                weight_decay=self.weight_decay,
+                eps=self.eps,
+                maximize=self.maximize,
+            )
         (m, v, largest), (beta1, beta2) = kept, self.betas
         if self.maximize:
             g = each.neg(g)
@@ -97,26 +111,6 @@ class Adam(Elementwise[AdamState]):
         root = each.div_(each.sqrt(largest if self.amsgrad else v), (1 - beta2**n) ** 0.5)
         p = each.addcdiv_(p, m, each.shift_(root, self.eps), -lr / (1 - beta1**n))
         return p, m, v, largest
-
-    def _update_fused(
-        self, each: Each, lr: Scalar, n: Scalar, p: Tensors, g: Tensors, *kept: Tensors
-    ) -> tuple[Tensors, ...]:
-        """The same formula, by one call of PyTorch's kernel."""
-        return fused.adam(
-            each,
-            float(lr),
-            int(n),
-            p,
-            g,
-            *kept,
-            is_adamw=self._decouples_weight_decay,
-            amsgrad=self.amsgrad,
-            beta1=self.betas[0],
-            beta2=self.betas[1],
-            weight_decay=self.weight_decay,
-            eps=self.eps,
-            maximize=self.maximize,
-        )
 
 
 @dataclass(frozen=True)

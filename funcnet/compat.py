@@ -13,6 +13,7 @@ needed: torch's own autograd calls them on every device.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from operator import attrgetter
 from typing import Any
 
@@ -268,17 +269,7 @@ forward_hooks: Callable[[nn.Module], tuple[Mapping[int, Any], ...]] = _attribute
 # --- Watching operations, and trees
 
 
-class _Unwatched:
-    """A context that does nothing."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-
-TorchDispatchMode: Any = named("utils._python_dispatch.TorchDispatchMode", _Unwatched)
+TorchDispatchMode: Any = named("utils._python_dispatch.TorchDispatchMode", nullcontext)
 """Without it, `testing.check.rounding` nudges inputs and residuals alone."""
 
 

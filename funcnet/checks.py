@@ -27,10 +27,10 @@ def as_index(who: object, name: str, value: Any) -> int:
     return number
 
 
-def as_int(who: object, name: str, value: Any, least: int) -> int:
-    """`value` as an int. Raises ValueError if it is less than `least`."""
+def as_int(who: object, name: str, value: Any, least: int | None) -> int:
+    """`value` as an int. Raises ValueError if it is less than `least`, unless that is None."""
     number = as_index(who, name, value)
-    if number < least:
+    if least is not None and number < least:
         raise ValueError(f"{name_of(who)}: expected {name} >= {least}, got {number}")
     return number
 
@@ -78,8 +78,7 @@ def check_tensor(who: object, name: str, x: Any) -> None:
 def check_like(who: object, name: str, tensor: Any, like_name: str, like: Any) -> None:
     """Raise TypeError unless a tensor has the dtype and device of `like`."""
     if not isinstance(tensor, Tensor):
-        got = type(tensor).__name__
-        raise TypeError(f"{name_of(who)}: expected {name} to be a tensor, got {got}")
+        check_tensor(who, name, tensor)
     if tensor.dtype != like.dtype or tensor.device != like.device:
         raise TypeError(
             f"{name_of(who)}: expected {name} to have the dtype and device of {like_name}, "

@@ -142,8 +142,6 @@ class Whole:
     def convert(self, owner: type, name: str, value: Any) -> int | None:
         if value is None and self.may_be_none:
             return None
-        if self.least is None:
-            return as_index(owner.__name__, name, value)
         return as_int(owner.__name__, name, value, self.least)
 
 
@@ -165,10 +163,7 @@ class Several:
     least: int | None
 
     def convert(self, owner: type, name: str, value: Any) -> tuple[int, ...]:
-        who, entry, least = owner.__name__, f"every entry of {name}", self.least
-        if least is None:
-            return tuple(as_index(who, entry, v) for v in value)
-        return tuple(as_int(who, entry, v, least) for v in value)
+        return tuple(as_int(owner.__name__, f"every entry of {name}", v, self.least) for v in value)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ from funcnet.fields import Hyperparameters
 from funcnet.initializers import Initializer
 from funcnet.keys import Key, check_draw, check_key, split
 from funcnet.ops.autocast import without_autocast
-from funcnet.ops.inplace import is_eager, is_tracing
+from funcnet.ops.inplace import add_over, is_eager, is_tracing
 from funcnet.ops.need import Need
 
 Tree: TypeAlias = Any
@@ -335,8 +335,8 @@ class Layer(Hyperparameters):
         y = self._admit(params, like, like.shape[1:])
         if not isinstance(grad, Tensor) or grad.dtype != y.dtype or grad.device != y.device:
             check_like(self._describe_last(), "grad", grad, "x", y)
-        if grad.shape != (*like.shape[1:2], *y.shape):
-            expected = (*like.shape[1:2], *y.shape)
+        expected = (*like.shape[1:2], *y.shape)
+        if grad.shape != expected:
             raise ValueError(
                 f"{self._describe_last()}: expected grad of shape {expected}, "
                 f"got {tuple(grad.shape)}"
@@ -476,6 +476,11 @@ def is_private(layer: Layer) -> bool:
 def is_fresh(layer: Layer) -> bool:
     """Whether a layer makes and keeps the promise `_fresh`."""
     return layer._fresh and is_private(layer)
+
+
+def added(layer: Layer, made: Tensor, given: Tensor) -> Tensor:
+    """The sum of what a layer has made and what was handed in, written over the former if new."""
+    return add_over(made, given) if is_fresh(layer) else made + given
 
 
 def run_apply(layer: Layer, params: Tree, x: Tensor, key: Key | None) -> Tensor:
@@ -627,16 +632,15 @@ def _opened(layer: Layer, residuals: Any) -> tuple[Tensor, Any]:
 def _layer_fields(layer: Layer) -> list[tuple[str, Any]]:
     """(name, value) of each field that is a layer, or a tuple of layers."""
     found = [(field.name, getattr(layer, field.name)) for field in fields(layer) if field.init]
-    return [(name, value) for name, value in found if _all_layers(_as_tuple(value))]
+    return [
+        (name, value)
+        for name, value in found
+        if (layers := _as_tuple(value)) and all(isinstance(each, Layer) for each in layers)
+    ]
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
-
-
-def _all_layers(values: Sequence[Any]) -> bool:
-    """Whether these are layers, and at least one."""
-    return len(values) > 0 and all(isinstance(value, Layer) for value in values)
 
 
 def count_of(layers: Sequence[Any]) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funcnet.combinators.wrapper import Wrapper
 from funcnet.keys import Key
-from funcnet.layer import Tree, run_apply, run_bwd, run_fwd, zeros_like
+from funcnet.layer import Tree, dx_alone, run_apply, run_fwd, zeros_like
 from funcnet.ops.need import Need
 
 
@@ -50,10 +50,7 @@ class Frozen(Wrapper):
 
     def _bwd(self, params: Tree, residuals: Any, dy: Tensor, need: Need) -> tuple[Tree, Any]:
         dparams = zeros_like(params) if need.params else None
-        if not need.input:
-            return dparams, None
-        alone = need._replace(params=False)
-        return dparams, run_bwd(self.layer, _detached(params), residuals, dy, alone)[1]
+        return dparams, dx_alone(self.layer, _detached(params), residuals, dy, need)
 
 
 def _detached(params: Tree) -> Tree:

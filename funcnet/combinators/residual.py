@@ -15,13 +15,12 @@ from funcnet.layer import (
     Part,
     Shape,
     Tree,
-    is_fresh,
+    added,
     run_apply,
     run_bwd,
     run_fwd,
     tile_of,
 )
-from funcnet.ops.inplace import add_over
 from funcnet.ops.need import Need
 
 
@@ -53,19 +52,15 @@ class Residual(SameShape):
         return source, _Tile(layer, within(part, source))
 
     def _apply(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
-        return self._sum(run_apply(self.layer, params, x, key), x)
+        return added(self.layer, run_apply(self.layer, params, x, key), x)
 
     def _fwd(self, params: Tree, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
         y, residuals = run_fwd(self.layer, params, x, key)
-        return self._sum(y, x), residuals
+        return added(self.layer, y, x), residuals
 
     def _bwd(self, params: Tree, residuals: Any, dy: Tensor, need: Need) -> tuple[Tree, Any]:
         dparams, dx = run_bwd(self.layer, params, residuals, dy, need)
-        return dparams, None if dx is None else self._sum(dx, dy)
-
-    def _sum(self, made: Tensor, given: Tensor) -> Tensor:
-        """The sum of what f has made and what was handed in."""
-        return add_over(made, given) if is_fresh(self.layer) else made + given
+        return dparams, None if dx is None else added(self.layer, dx, dy)
 
 
 @dataclass(frozen=True)
@@ -75,13 +70,13 @@ class _Tile(Residual):
     part: Part
 
     def _apply(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
-        return self._sum(run_apply(self.layer, params, x, key), cropped(x, self.part))
+        return added(self.layer, run_apply(self.layer, params, x, key), cropped(x, self.part))
 
     def _fwd(self, params: Tree, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
         y, kept = run_fwd(self.layer, params, x, key)
-        return self._sum(y, cropped(x, self.part)), (kept, tuple(x.shape[2:]))
+        return added(self.layer, y, cropped(x, self.part)), (kept, tuple(x.shape[2:]))
 
     def _bwd(self, params: Tree, residuals: Any, dy: Tensor, need: Need) -> tuple[Tree, Any]:
         kept, size = residuals
         dparams, dx = run_bwd(self.layer, params, kept, dy, need)
-        return dparams, None if dx is None else self._sum(dx, placed(dy, self.part, size))
+        return dparams, None if dx is None else added(self.layer, dx, placed(dy, self.part, size))

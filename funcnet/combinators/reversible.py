@@ -16,14 +16,13 @@ from funcnet.layer import (
     Shape,
     Spec,
     Tree,
+    added,
     check,
-    is_fresh,
     run_apply,
     run_bwd,
     run_fwd,
     zeros_like,
 )
-from funcnet.ops.inplace import add_over
 from funcnet.ops.need import Need
 
 
@@ -96,7 +95,7 @@ class Reversible(Several):
         with self._position() as at:
             for at.i, (layer, own) in enumerate(zip(self.layers, params, strict=True)):
                 # One layer adds to one half. Then the halves change places.
-                a, b = b, _sum(layer, run_apply(layer, own, b, key_of(key, at.i)), a)
+                a, b = b, added(layer, run_apply(layer, own, b, key_of(key, at.i)), a)
         y = torch.cat([a, b], 1)
         return y, (y, key)
 
@@ -116,18 +115,13 @@ class Reversible(Several):
                 if at.i > first:
                     a, b = b - made, a
                 if da_of_layer is not None:
-                    da, db = db, _sum(layer, da_of_layer, da)
+                    da, db = db, added(layer, da_of_layer, da)
         return self._packed(dparams, params), torch.cat([da, db], 1) if need.input else None
 
     def _first_to_learn(self, params: Tree) -> int:
         """The first layer that learns: below it no gradient is needed."""
         learns = (layer._learns(own) for layer, own in zip(self.layers, params, strict=True))
         return next((i for i, does in enumerate(learns) if does), len(self))
-
-
-def _sum(layer: Layer, made: Tensor, given: Tensor) -> Tensor:
-    """The sum of what a layer has made and what was handed in."""
-    return add_over(made, given) if is_fresh(layer) else made + given
 
 
 def _expect_kept(layer: Layer, half: Shape, out_shape: Shape) -> None:

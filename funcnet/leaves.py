@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any, TypeAlias
 
 import optree
@@ -65,8 +66,7 @@ def places(
 
 def same(layers: Sequence[Layer], before: Sequence[Layer]) -> bool:
     """Whether these are the very same layers."""
-    pairs = zip(layers, before, strict=False)
-    return len(layers) == len(before) and all(new is old for new, old in pairs)
+    return len(layers) == len(before) and all(map(is_, layers, before))
 
 
 def joined(path: str, name: str) -> str:

@@ -13,6 +13,7 @@ from funcnet.checks import as_shape, name_of
 from funcnet.compat import storage_id
 from funcnet.keys import key
 from funcnet.layer import Layer, Shape, Tree
+from funcnet.leaves import joined
 
 _META = torch.device("meta")
 
@@ -86,7 +87,8 @@ def _rows(layer: Layer, shape: Shape | None, path: str, depth: int) -> Iterator[
     if shape is not None:
         try:
             output = tuple(layer.out_shape(shape))
-            params = _on_meta(layer.init(key(0), shape, device=_META))
+            params = layer.init(key(0), shape, device=_META)
+            params = optree.tree_map(lambda leaf: leaf.to(_META), params)
             shapes = layer._child_shapes(shape)
         except (ValueError, TypeError, IndexError):
             # A combinator of one's own may hand something else to its layers than x.
@@ -98,12 +100,8 @@ def _rows(layer: Layer, shape: Shape | None, path: str, depth: int) -> Iterator[
     name = name_of(layer) if children else repr(layer)
     yield Row(path, depth, name, output, count, kept)
     for i, (child_name, child) in enumerate(children):
-        below = ".".join(filter(None, (path, child_name)))
-        yield from _rows(child, shapes[i] if shapes else None, below, depth + 1)
-
-
-def _on_meta(params: Tree) -> Tree:
-    return optree.tree_map(lambda leaf: leaf.to(_META), params)
+        below = shapes[i] if shapes else None
+        yield from _rows(child, below, joined(path, child_name), depth + 1)
 
 
 def _residual_bytes(layer: Layer, params: Tree, shape: Shape) -> int | None:

@@ -29,6 +29,7 @@ from funcnet.layers import (
     Upsample2d,
 )
 from funcnet.layers.pooling import AvgPool, MaxPool
+from funcnet.leaves import joined
 from funcnet.tree import build
 
 Translation: TypeAlias = tuple[Layer, Tree]
@@ -119,7 +120,7 @@ class _Translator:
         names, made, owns, outs = [*children], [], [], []
         before = (shape[0] // 2, *shape[1:]) if cls is Reversible and shape else shape
         for name, child in children.items():
-            layer, params, out = self.of(child, before, _joined(path, name))
+            layer, params, out = self.of(child, before, joined(path, name))
             made.append(layer)
             owns.append(params)
             outs.append(out)
@@ -137,10 +138,6 @@ class _Translator:
 
 def _dim(module: nn.Module) -> dict[str, Any]:
     return {"dim": module.dim} if isinstance(module, blocks.Concat) else {}
-
-
-def _joined(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def _kind_of(module: nn.Module) -> type[nn.Module]:

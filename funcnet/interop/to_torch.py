@@ -55,6 +55,7 @@ from funcnet.layers import (
 from funcnet.layers.conv import Convolution
 from funcnet.layers.conv_transpose import ConvTranspose
 from funcnet.layers.recurrent import Recurrent
+from funcnet.leaves import joined
 
 
 def to_torch(net: Layer, params: Tree, shape: Sequence[int] | None = None) -> nn.Module:
@@ -136,13 +137,9 @@ class _Translator:
         shapes = (None,) * len(children) if shape is None else layer._child_shapes(shape)
         parts = zip(children, layer._child_params(params), shapes, strict=True)
         return OrderedDict(
-            (name, self.of(child, own, its_shape, _joined(path, name)))
+            (name, self.of(child, own, its_shape, joined(path, name)))
             for (name, child), own, its_shape in parts
         )
-
-
-def _joined(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 # --- Layers

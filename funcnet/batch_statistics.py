@@ -29,7 +29,7 @@ from torch import Tensor
 from funcnet.checks import name_of
 from funcnet.combinators import Sequential
 from funcnet.keys import Key
-from funcnet.layer import Layer, Shape, Spec, Tree, check, check_net, run_fwd
+from funcnet.layer import Layer, Shape, Spec, Tree, check, check_net, run_fwd, step
 from funcnet.layers import (
     BatchNorm,
     ChannelAffine,
@@ -169,7 +169,7 @@ def _collected(layer: Layer, params: Tree, copies: Shape, path: str) -> Tree:
     names = [name for name, _ in children]
     copies = (*copies, *layer._copied())
     parts = [
-        _collected(child, own, copies, path + _step(name))
+        _collected(child, own, copies, path + step(name))
         for (name, child), own in zip(children, layer._child_params(params), strict=True)
     ]
     return _whole(params, names, parts)
@@ -208,7 +208,7 @@ def _merged(m: Tree, other: Tree, path: str) -> Tree:
             f"{_description(m)}, got {_description(other)}"
         )
     pairs = zip(names, _parts(m, names), _parts(other, names), strict=True)
-    return _whole(m, names, [_merged(a, b, path + _step(name)) for name, a, b in pairs])
+    return _whole(m, names, [_merged(a, b, path + step(name)) for name, a, b in pairs])
 
 
 def _merged_moments(m: Moments, other: Moments) -> Moments:
@@ -257,7 +257,7 @@ class _Inference:
         made: list[tuple[str, Layer, Tree]] = []
         parts = zip(children, _parts(params, names), _parts(m, names), strict=True)
         for (name, child), own, found in parts:
-            way = path + _step(name)
+            way = path + step(name)
             if (
                 isinstance(child, BatchNorm)
                 and made
@@ -391,13 +391,6 @@ def _whole(like: Tree, names: Sequence[str], parts: Sequence[Tree]) -> Tree:
     if isinstance(like, Mapping):
         return dict(zip(names, parts, strict=True))
     return tuple(parts)
-
-
-def _step(name: str) -> str:
-    """A child in the way to a layer, as errors give it."""
-    if not name:
-        return ""
-    return f"layer {name}: " if name.isdigit() else f"{name}: "
 
 
 def _description(tree: Tree) -> str:

@@ -582,12 +582,18 @@ def check(layer: Layer, params: Tree, x: Spec) -> Spec:
     return Spec(x.batch, tuple(layer.out_shape(x.shape)), like.dtype, like.device)
 
 
+def step(name: str) -> str:
+    """A child in the way to a layer, as errors give it: `layer 1: `, `stem: `."""
+    if not name:
+        return ""
+    return f"layer {name}: " if name.isdecimal() else f"{name}: "
+
+
 def coupling(layer: Layer) -> str:
     """The way to the first layer that couples examples, and its name: `layer 1: BatchNorm()`."""
     for name, child in layer._children():
         if child.couples_examples:
-            where = f"layer {name}: " if name.isdecimal() else f"{name}: " if name else ""
-            return where + coupling(child)
+            return step(name) + coupling(child)
     return name_of(layer)
 
 

@@ -27,7 +27,7 @@ from funcnet.keys import Key
 from funcnet.layer import Layer, Param, Shape
 from funcnet.ops import attention, counter
 from funcnet.ops.need import Need
-from funcnet.ops.products import Products
+from funcnet.ops.products import Products, product_of_rows
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ class MultiheadAttention(Layer):
         dparams: Any = None
         if need.params:
             dparams = {
-                "in_proj_weight": _product(dqkv, x),
-                "out_proj": {"weight": _product(grad, o)},
+                "in_proj_weight": product_of_rows(dqkv, x),
+                "out_proj": {"weight": product_of_rows(grad, o)},
             }
             if self.bias:
                 dparams["in_proj_bias"] = dqkv.sum((0, 1))
@@ -134,8 +134,3 @@ class MultiheadAttention(Layer):
         examples, steps, _ = x.shape
         shape = (examples, self.num_heads, steps, steps)
         return counter.bernoulli(key, 1.0 - self.dropout, shape, x.device)
-
-
-def _product(dy: Tensor, x: Tensor) -> Tensor:
-    """Σ dyᵀ·x over examples and steps, the gradient of a weight."""
-    return dy.flatten(0, 1).mT @ x.flatten(0, 1)

@@ -93,6 +93,11 @@ def rows(x: Tensor, axes: int = 1) -> Tensor:
     return x.unsqueeze(1).flatten(1, x.ndim - axes)
 
 
+def product_of_rows(dy: Tensor, x: Tensor) -> Tensor:
+    """Σ dyᵀ·x over all axes but the last, the gradient of a weight."""
+    return dy.flatten(0, -2).mT @ x.flatten(0, -2)
+
+
 def over_positions(x: Tensor) -> Tensor:
     """Σ x (N, C, …) over all axes behind the channels, (N, C)."""
     return x.unsqueeze(2).flatten(2).sum(2)

@@ -30,7 +30,7 @@ from funcnet.compat import is_mkldnn_enabled, mkldnn_rnn, mkldnn_rnn_backward
 from funcnet.ops.accumulation import widened
 from funcnet.ops.inplace import is_untracked
 from funcnet.ops.need import Need
-from funcnet.ops.products import Products
+from funcnet.ops.products import Products, product_of_rows
 
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.default
 _tanh_backward = torch.ops.aten.tanh_backward.default
@@ -361,14 +361,9 @@ def _products(
         after, before = du.narrow(0, 1 - first, count), h.narrow(0, first, count)
         summed = 0 if need.each else (0, 1)
         biases: Any = () if weights.bias_ih is None else (da.sum(summed), du.sum(summed))
-        product = _product_each if need.each else _product
+        product = _product_each if need.each else product_of_rows
         dweights = Weights(product(da, x), product(after, before), *biases)
     return dweights, da @ weights.ih if need.input else None
-
-
-def _product(dy: Tensor, x: Tensor) -> Tensor:
-    """Σ dyᵀ·x over steps and examples."""
-    return dy.flatten(0, 1).mT @ x.flatten(0, 1)
 
 
 def _product_each(dy: Tensor, x: Tensor) -> Products:

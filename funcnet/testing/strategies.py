@@ -463,29 +463,22 @@ def _invalid() -> Iterator[Invalid]:
     """One hyperparameter after the other with each value that its kind refuses."""
     for cls, row in REGISTRY.items():
         good = row.draw(lambda some: some[0])
-        names = [f.name for f in fields(cls) if f.init]
+        required = [f.name for f in fields(cls) if f.init and f.default is MISSING]
         for name, kind in kinds(cls).items():
             for value, error, complaint in _refused(cls, kind):
-                others = {n: getattr(good, n) for n in names if _is_required(cls, n)}
+                settings = {n: getattr(good, n) for n in required} | {name: value}
                 message = f"{cls.__name__}: expected {name}{complaint}"
-                yield Invalid(partial(cls, **{**others, name: value}), error, message)
-
-
-def _is_required(cls: type[Layer], name: str) -> bool:
-    return next(f.default for f in fields(cls) if f.name == name) is MISSING
+                yield Invalid(partial(cls, **settings), error, message)
 
 
 def _refused(cls: type[Layer], kind: Any) -> Iterator[tuple[Any, type[Exception], str]]:
     """(value, error, complaint) of what a kind of hyperparameter refuses."""
-    if isinstance(kind, Whole):
+    if isinstance(kind, (Whole, PerAxis)):
         yield from ((wrong, TypeError, f" to be an int, got {wrong}") for wrong in (1.5, True))
         if kind.least is not None:
             small = kind.least - 1
             yield small, ValueError, f" >= {kind.least}, got {small}"
-    elif isinstance(kind, PerAxis):
-        yield from ((wrong, TypeError, f" to be an int, got {wrong}") for wrong in (1.5, True))
-        small = kind.least - 1
-        yield small, ValueError, f" >= {kind.least}, got {small}"
+    if isinstance(kind, PerAxis):
         count = len(cls._axes or "") - 1
         yield (kind.least,) * (count - 1) + (small,), ValueError, f" >= {kind.least}, got {small}"
         many = (1,) * (count + 1)

@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from torch import nn
 
-from torch import Tensor, nn
-
+from funcnet.interop import blocks
 from funcnet.layers import Embedding, PositionalEmbedding
 from funcnet.testing.registry.row import Row
-
-
-class _Positions(nn.Module):
-    """The embedding of positions, from a table as torch.nn has it."""
-
-    def __init__(self, layer: Any, embedding_dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Embedding(layer.max_length, embedding_dim).weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.weight[: x.shape[1]]
-
 
 ROWS = (
     Row(
@@ -40,6 +27,6 @@ ROWS = (
         PositionalEmbedding,
         ((PositionalEmbedding(6), (4, 3)), (PositionalEmbedding(4), (4, 2))),
         settings={"max_length": [1, 2, 4, 7]},
-        twin=lambda layer, shape: _Positions(layer, shape[1]),
+        twin=lambda layer, shape: blocks.PositionalEmbedding(layer.max_length, shape[1]),
     ),
 )

@@ -2,40 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from torch import nn
 
-from torch import Tensor, nn
-
+from funcnet.interop import blocks
 from funcnet.layer import Layer
 from funcnet.layers import Flatten, Identity, Permute, Reshape, Select
 from funcnet.testing.registry.row import Choose, Row
-
-
-class _Reshape(nn.Module):
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.shape = layer.shape
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.reshape(len(x), *self.shape)
-
-
-class _Permute(nn.Module):
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.dims = layer.dims
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.permute(self.dims)
-
-
-class _Select(nn.Module):
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.dim, self.index = layer.dim, layer.index
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.select(self.dim, self.index)
 
 
 def _reshape(choose: Choose) -> Layer:
@@ -58,18 +30,18 @@ ROWS = (
         Reshape,
         ((Reshape(3, -1), (6, 4)), (Reshape(4), (2, 2)), (Reshape(), (1,)), (Reshape(-1, 1), (2,))),
         build=_reshape,
-        twin=lambda layer, _: _Reshape(layer),
+        twin=lambda layer, _: blocks.Reshape(layer.shape),
     ),
     Row(
         Permute,
         ((Permute(0, 2, 3, 1), (3, 4, 5)), (Permute(0, 2, 1), (2, 3)), (Permute(0), ())),
         build=_permute,
-        twin=lambda layer, _: _Permute(layer),
+        twin=lambda layer, _: blocks.Permute(layer.dims),
     ),
     Row(
         Select,
         ((Select(1, -1), (3, 4)), (Select(-1, 0), (2, 3, 4)), (Select(1, 2), (3,))),
         settings={"dim": [1, -1, 2], "index": [0, -1, 1]},
-        twin=lambda layer, _: _Select(layer),
+        twin=lambda layer, _: blocks.Select(layer.dim, layer.index),
     ),
 )

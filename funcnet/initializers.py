@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -230,6 +230,21 @@ Mode: TypeAlias = Annotated[Literal["fan_in", "fan_out"], OneOf(("fan_in", "fan_
 Nonlinearity: TypeAlias = Annotated[str, OneOf(("leaky_relu", *_GAINS))]
 
 
+def _scaled_uniform(
+    self: Any, key: Key, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str
+) -> Tensor:
+    """`_draw` of U(−√3·σ, √3·σ), whose standard deviation is σ."""
+    bound = math.sqrt(3) * self._std(shape)
+    return uniform(key, shape, -bound, bound, dtype, device)
+
+
+def _scaled_normal(
+    self: Any, key: Key, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str
+) -> Tensor:
+    """`_draw` of N(0, σ²)."""
+    return normal(key, shape, 0.0, self._std(shape), dtype, device)
+
+
 @dataclass(frozen=True)
 class _Kaiming(Initializer):
     _first_axes = "OI"
@@ -260,11 +275,7 @@ class KaimingUniform(_Kaiming):
     True
     """
 
-    def _draw(
-        self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
-    ) -> Tensor:
-        bound = math.sqrt(3) * self._std(shape)
-        return uniform(key, shape, -bound, bound, dtype, device)
+    _draw = _scaled_uniform
 
 
 @dataclass(frozen=True)
@@ -280,10 +291,7 @@ class KaimingNormal(_Kaiming):
     torch.Size([8, 4, 3, 3])
     """
 
-    def _draw(
-        self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
-    ) -> Tensor:
-        return normal(key, shape, 0.0, self._std(shape), dtype, device)
+    _draw = _scaled_normal
 
 
 @dataclass(frozen=True)
@@ -309,11 +317,7 @@ class XavierUniform(_Xavier):
     True
     """
 
-    def _draw(
-        self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
-    ) -> Tensor:
-        bound = math.sqrt(3) * self._std(shape)
-        return uniform(key, shape, -bound, bound, dtype, device)
+    _draw = _scaled_uniform
 
 
 @dataclass(frozen=True)
@@ -329,10 +333,7 @@ class XavierNormal(_Xavier):
     torch.Size([3, 5])
     """
 
-    def _draw(
-        self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
-    ) -> Tensor:
-        return normal(key, shape, 0.0, self._std(shape), dtype, device)
+    _draw = _scaled_normal
 
 
 @dataclass(frozen=True)

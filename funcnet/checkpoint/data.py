@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from torch import Tensor
 from funcnet.checkpoint.container import ALIGNMENT, BLOCK, Entry, Header, as_bytes, block_count
 from funcnet.checkpoint.storable import check_memory
 from funcnet.checkpoint.structure import CheckpointError, label
+
+_Item = TypeVar("_Item")
 
 _THREADS = min(8, os.cpu_count() or 1)
 
@@ -39,8 +41,8 @@ def write_data(
     checksums = dict.fromkeys(entries, "")
     with ThreadPoolExecutor(_THREADS) as pool:
         copied = (
-            (names, _in_threads(_copy_and_sum, blocks, pool))
-            for names, blocks in _blocks_of(tensors, entries)
+            ([name for name, _ in group], _in_threads(_copy_and_sum, [b for _, b in group], pool))
+            for group in _grouped(_blocks_of(tensors, entries), lambda item: len(item[1]))
         )
         for names, copies in _one_ahead(copied):
             for name, (copy, checksum) in zip(names, copies, strict=True):
@@ -74,35 +76,27 @@ def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
         data = data[count:]
 
 
-def _groups(entries: Mapping[str, Entry]) -> Iterator[list[tuple[str, Entry]]]:
-    """Yield names and entries in the order of the data, some at a time."""
-    group, size = [], 0
-    for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
-        group.append((name, entry))
-        size += entry.size
+def _blocks_of(
+    tensors: Mapping[str, Tensor], entries: Mapping[str, Entry]
+) -> Iterator[tuple[str, memoryview]]:
+    """Yield the blocks of the data in their order, each behind the name of its tensor."""
+    for name in sorted(entries, key=lambda name: entries[name].start):
+        check_memory(name, tensors[name])
+        for block in _cut(as_bytes(tensors[name])):
+            yield name, block
+
+
+def _grouped(items: Iterable[_Item], size_of: Callable[[_Item], int]) -> Iterator[list[_Item]]:
+    """Yield items some at a time, about `_GROUP` bytes."""
+    group: list[_Item] = []
+    size = 0
+    for item in items:
+        group.append(item)
+        size += size_of(item)
         if size >= _GROUP:
             yield group
             group, size = [], 0
     yield group
-
-
-def _blocks_of(
-    tensors: Mapping[str, Tensor], entries: Mapping[str, Entry]
-) -> Iterator[tuple[list[str], list[memoryview]]]:
-    """Yield the blocks of the data in their order, some at a time, and whose they are."""
-    names: list[str] = []
-    blocks: list[memoryview] = []
-    size = 0
-    for name in sorted(entries, key=lambda name: entries[name].start):
-        check_memory(name, tensors[name])
-        for block in _cut(as_bytes(tensors[name])):
-            names.append(name)
-            blocks.append(block)
-            size += len(block)
-            if size >= _GROUP:
-                yield names, blocks
-                names, blocks, size = [], [], 0
-    yield names, blocks
 
 
 def _cut(data: memoryview) -> Iterator[memoryview]:
@@ -121,7 +115,8 @@ def _read_groups(
     file: BinaryIO, header: Header, view: memoryview | None, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[list[tuple[str, Tensor, memoryview]], Iterator[str]]]:
     """Yield names, tensors and their bytes, with checksums that threads may still compute."""
-    for entries in _groups(header.entries):
+    in_order = sorted(header.entries.items(), key=lambda item: item[1].start)
+    for entries in _grouped(in_order, lambda item: item[1].size):
         group = [(name, *_read(name, entry, file, header, view)) for name, entry in entries]
         yield group, _digits([data for _, _, data in group], pool)
 

@@ -14,6 +14,7 @@ with sums over examples and steps. `ops/attention.py` derives d(qkv) from do.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,8 @@ from funcnet.keys import Key
 from funcnet.layer import Layer, Param, Shape
 from funcnet.ops import attention, counter
 from funcnet.ops.need import Need
-from funcnet.ops.products import Products, product_of_rows
+from funcnet.ops.products import Each, Products, product_of_rows
+from funcnet.ops.window import Ints
 
 
 @dataclass(frozen=True)
@@ -92,35 +94,31 @@ class MultiheadAttention(Layer):
         return F.linear(o, out["weight"], out.get("bias")), (x, qkv, o, kept)
 
     def _bwd(self, params: Any, residuals: Any, grad: Tensor, need: Need) -> Any:
-        x, _, o, _ = residuals
-        dqkv = self._dqkv(params, residuals, grad)
-        dparams: Any = None
-        if need.params:
-            dparams = {
-                "in_proj_weight": product_of_rows(dqkv, x),
-                "out_proj": {"weight": product_of_rows(grad, o)},
-            }
-            if self.bias:
-                dparams["in_proj_bias"] = dqkv.sum((0, 1))
-                dparams["out_proj"]["bias"] = grad.sum((0, 1))
-        return dparams, dqkv @ params["in_proj_weight"] if need.input else None
+        return self._gradients(params, residuals, grad, need, product_of_rows, (0, 1))
 
     def _bwd_each(self, params: Any, residuals: Any, grad: Tensor, need: Need) -> Any:
-        x, _, o, _ = residuals
-        dqkv = self._dqkv(params, residuals, grad)
-        each: Any = {
-            "in_proj_weight": Products(dqkv, x),
-            "out_proj": {"weight": Products(grad, o)},
-        }
-        if self.bias:
-            each["in_proj_bias"] = dqkv.sum(1)
-            each["out_proj"]["bias"] = grad.sum(1)
-        return each, dqkv @ params["in_proj_weight"] if need.input else None
+        return self._gradients(params, residuals, grad, need, Products, (1,))
 
-    def _dqkv(self, params: Any, residuals: Any, grad: Tensor) -> Tensor:
-        _, qkv, o, kept = residuals
+    def _gradients(
+        self,
+        params: Any,
+        residuals: Any,
+        grad: Tensor,
+        need: Need,
+        product: Callable[[Tensor, Tensor], Each],
+        summed: Ints,
+    ) -> Any:
+        """(dparams, dx), where weights get a product of rows, and biases sums over some axes."""
+        x, qkv, o, kept = residuals
         do = grad @ params["out_proj"]["weight"]
-        return attention.gradients(qkv, o, kept, do, self.num_heads, self.causal, self._scale)
+        dqkv = attention.gradients(qkv, o, kept, do, self.num_heads, self.causal, self._scale)
+        dparams: Any = None
+        if need.params:
+            dparams = {"in_proj_weight": product(dqkv, x), "out_proj": {"weight": product(grad, o)}}
+            if self.bias:
+                dparams["in_proj_bias"] = dqkv.sum(summed)
+                dparams["out_proj"]["bias"] = grad.sum(summed)
+        return dparams, dqkv @ params["in_proj_weight"] if need.input else None
 
     @property
     def _scale(self) -> float:

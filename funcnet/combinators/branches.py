@@ -133,6 +133,3 @@ class Branches(Several):
                 elif more is not None:
                     dx, is_own = (add_over(dx, more) if is_own else dx + more), True
         return self._packed(dparams, params), dx
-
-    def _pairs(self, params: Tree) -> Any:
-        return zip(self.layers, self._child_params(params), strict=True)

@@ -86,14 +86,14 @@ class Reversible(Several):
         self._check_x(x)
         half = x._replace(shape=self._half(x.shape))
         with self._position() as at:
-            for at.i, (layer, own) in enumerate(zip(self.layers, params, strict=True)):
+            for at.i, (layer, own) in enumerate(self._pairs(params)):
                 _expect_kept(layer, half.shape, check(layer, own, half).shape)
         return x
 
     def _fwd(self, params: Tree, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
         a, b = x.tensor_split(2, 1)
         with self._position() as at:
-            for at.i, (layer, own) in enumerate(zip(self.layers, params, strict=True)):
+            for at.i, (layer, own) in enumerate(self._pairs(params)):
                 # One layer adds to one half. Then the halves change places.
                 a, b = b, added(layer, run_apply(layer, own, b, key_of(key, at.i)), a)
         y = torch.cat([a, b], 1)
@@ -120,7 +120,7 @@ class Reversible(Several):
 
     def _first_to_learn(self, params: Tree) -> int:
         """The first layer that learns: below it no gradient is needed."""
-        learns = (layer._learns(own) for layer, own in zip(self.layers, params, strict=True))
+        learns = (layer._learns(own) for layer, own in self._pairs(params))
         return next((i for i, does in enumerate(learns) if does), len(self))
 
 

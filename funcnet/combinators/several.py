@@ -94,6 +94,10 @@ class Several(Layer):
         )
         return children
 
+    def _pairs(self, params: Tree) -> Any:
+        """Each layer with its parameters."""
+        return zip(self.layers, self._child_params(params), strict=True)
+
     def _packed(self, values: Sequence[Any], params: Tree = ()) -> Tree:
         """A tuple of what belongs to each layer, of params' kind; a dict for layers with names."""
         if self.names:
@@ -111,8 +115,7 @@ class Several(Layer):
         return self._packed(params)
 
     def _learns(self, params: Tree) -> bool:
-        owns = self._child_params(params)
-        return any(layer._learns(own) for layer, own in zip(self.layers, owns, strict=True))
+        return any(layer._learns(own) for layer, own in self._pairs(params))
 
     def _check_tree(self, params: Tree) -> None:
         """Raise unless params have one entry a layer."""

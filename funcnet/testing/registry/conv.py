@@ -17,7 +17,7 @@ from funcnet.layers import (
     ConvTranspose2d,
     ConvTranspose3d,
 )
-from funcnet.testing.registry.row import Choose, Row, per_axis
+from funcnet.testing.registry.row import Choose, Row, per_axis, same_name
 
 
 def _conv(cls: type[Conv1d | Conv2d | Conv3d], axes: int) -> Callable[[Choose], Layer]:
@@ -65,19 +65,7 @@ def _conv_transpose(
 
 
 def _twin(layer: Any, shape: Shape) -> nn.Module:
-    module = getattr(nn, type(layer).__name__)
-    options = (layer.stride, layer.padding, layer.dilation, layer.groups, layer.bias)
-    twin: nn.Module = module(shape[0], layer.out_channels, layer.kernel_size, *options)
-    return twin
-
-
-def _twin_transpose(layer: Any, shape: Shape) -> nn.Module:
-    module = getattr(nn, type(layer).__name__)
-    options = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.bias)
-    twin: nn.Module = module(
-        shape[0], layer.out_channels, layer.kernel_size, *options, layer.dilation
-    )
-    return twin
+    return same_name(layer, shape, shape[0])
 
 
 ROWS = (
@@ -125,7 +113,7 @@ ROWS = (
             (ConvTranspose1d(2, 2, output_padding=2, dilation=3, padding=1), (1, 2)),
         ),
         build=_conv_transpose(ConvTranspose1d, 1),
-        twin=_twin_transpose,
+        twin=_twin,
     ),
     Row(
         ConvTranspose2d,
@@ -136,7 +124,7 @@ ROWS = (
             (ConvTranspose2d(1, 2, dilation=(3, 2), output_padding=(2, 1)), (1, 1, 2)),
         ),
         build=_conv_transpose(ConvTranspose2d, 2),
-        twin=_twin_transpose,
+        twin=_twin,
     ),
     Row(
         ConvTranspose3d,
@@ -156,6 +144,6 @@ ROWS = (
             (ConvTranspose3d(1, 2, dilation=2, output_padding=1, bias=False), (1, 1, 2, 2)),
         ),
         build=_conv_transpose(ConvTranspose3d, 3),
-        twin=_twin_transpose,
+        twin=_twin,
     ),
 )

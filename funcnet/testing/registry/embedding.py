@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from funcnet.interop import blocks
 from funcnet.layers import Embedding, PositionalEmbedding
-from funcnet.testing.registry.row import Row
+from funcnet.testing.registry.row import Row, same_name
 
 ROWS = (
     Row(
@@ -18,9 +16,7 @@ ROWS = (
             (Embedding(4, 3), ()),
         ),
         settings={"padding_idx": [None, 0, -1, 1]},
-        twin=lambda layer, _: nn.Embedding(
-            layer.num_embeddings, layer.embedding_dim, layer.padding_idx
-        ),
+        twin=same_name,
         classes=lambda layer: int(layer.num_embeddings),
     ),
     Row(

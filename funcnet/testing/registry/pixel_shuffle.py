@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from funcnet.layers import PixelShuffle, PixelUnshuffle
-from funcnet.testing.registry.row import Row
+from funcnet.testing.registry.row import Row, same_name
 
 ROWS = (
     Row(
@@ -16,7 +14,7 @@ ROWS = (
             (PixelShuffle(1), (2, 2, 3)),  # where a reshaping would return x
         ),
         settings={"upscale_factor": [1, 2, 3]},
-        twin=lambda layer, _: nn.PixelShuffle(layer.upscale_factor),
+        twin=same_name,
     ),
     Row(
         PixelUnshuffle,
@@ -26,6 +24,6 @@ ROWS = (
             (PixelUnshuffle(1), (2, 2, 3)),
         ),
         settings={"downscale_factor": [1, 2, 3]},
-        twin=lambda layer, _: nn.PixelUnshuffle(layer.downscale_factor),
+        twin=same_name,
     ),
 )

@@ -22,7 +22,7 @@ from funcnet.layers import (
     MaxPool2d,
     MaxPool3d,
 )
-from funcnet.testing.registry.row import Choose, Row, per_axis
+from funcnet.testing.registry.row import Choose, Row, per_axis, same_name
 
 
 def _windows(cls: Any, axes: int, **settings: list[Any]) -> Callable[[Choose], Layer]:
@@ -40,16 +40,6 @@ def _windows(cls: Any, axes: int, **settings: list[Any]) -> Callable[[Choose], L
         return layer
 
     return build
-
-
-def _twin(layer: Any, _: Shape) -> nn.Module:
-    module = getattr(nn, type(layer).__name__)
-    last = layer.dilation if hasattr(layer, "dilation") else layer.ceil_mode
-    behind = {"ceil_mode": layer.ceil_mode} if hasattr(layer, "dilation") else {}
-    if not behind:
-        behind = {"count_include_pad": layer.count_include_pad}
-    twin: nn.Module = module(layer.kernel_size, layer.stride, layer.padding, last, **behind)
-    return twin
 
 
 def _adaptive_twin(layer: Any, shape: Shape) -> nn.Module:
@@ -74,7 +64,7 @@ ROWS = (
             (MaxPool1d(2, 1, 1, dilation=2), (2, 3)),
         ),
         build=_windows(MaxPool1d, 1, dilation=per_axis(1, 3, 1)),
-        twin=_twin,
+        twin=same_name,
     ),
     Row(
         MaxPool2d,
@@ -85,7 +75,7 @@ ROWS = (
             (MaxPool2d(2, 1, dilation=(1, 2)), (3, 3, 4)),
         ),
         build=_windows(MaxPool2d, 2, dilation=per_axis(1, 3, 2)),
-        twin=_twin,
+        twin=same_name,
     ),
     Row(
         MaxPool3d,
@@ -94,7 +84,7 @@ ROWS = (
             (MaxPool3d((1, 2, 3), 2, (0, 1, 1), ceil_mode=True), (1, 3, 4, 4)),
         ),
         build=_windows(MaxPool3d, 3, dilation=per_axis(1, 2, 3)),
-        twin=_twin,
+        twin=same_name,
     ),
     Row(
         AvgPool1d,
@@ -104,7 +94,7 @@ ROWS = (
             (AvgPool1d(4, 3, 2, count_include_pad=False), (2, 7)),
         ),
         build=_windows(AvgPool1d, 1, count_include_pad=_FLAGS),
-        twin=_twin,
+        twin=same_name,
     ),
     Row(
         AvgPool2d,
@@ -115,7 +105,7 @@ ROWS = (
             (AvgPool2d((2, 3), (2, 1), (1, 0), True, False), (2, 6, 4)),
         ),
         build=_windows(AvgPool2d, 2, count_include_pad=_FLAGS),
-        twin=_twin,
+        twin=same_name,
     ),
     Row(
         AvgPool3d,
@@ -124,7 +114,7 @@ ROWS = (
             (AvgPool3d((1, 2, 3), 2, (0, 1, 1), True, False), (1, 3, 4, 4)),
         ),
         build=_windows(AvgPool3d, 3, count_include_pad=_FLAGS),
-        twin=_twin,
+        twin=same_name,
     ),
     Row(
         AdaptiveAvgPool1d,

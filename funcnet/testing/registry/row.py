@@ -47,6 +47,18 @@ class Row:
         return self.layer(**choose_settings(self.layer, self.settings, choose))
 
 
+_OURS = {"method", "weight_init", "bias_init"}
+"""The fields that torch.nn does not know."""
+
+
+def same_name(layer: Any, _: Shape, *sizes: int) -> nn.Module:
+    """The torch.nn module of the layer's name and settings, which come behind the sizes of x."""
+    names = [f.name for f in fields(layer) if f.init and f.name not in _OURS]
+    cls: Any = getattr(nn, type(layer).__name__)
+    module: nn.Module = cls(*sizes, **{name: getattr(layer, name) for name in names})
+    return module
+
+
 def choose_settings(
     cls: type[Hyperparameters], settings: Mapping[str, Sequence[Any]], choose: Choose
 ) -> dict[str, Any]:

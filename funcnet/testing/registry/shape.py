@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from funcnet.interop import blocks
 from funcnet.layer import Layer
 from funcnet.layers import Flatten, Identity, Permute, Reshape, Select
-from funcnet.testing.registry.row import Choose, Row
+from funcnet.testing.registry.row import Choose, Row, same_name
 
 
 def _reshape(choose: Choose) -> Layer:
@@ -19,12 +17,12 @@ def _permute(choose: Choose) -> Layer:
 
 
 ROWS = (
-    Row(Identity, ((Identity(), (3, 4)), (Identity(), ())), twin=lambda *_: nn.Identity()),
+    Row(Identity, ((Identity(), (3, 4)), (Identity(), ())), twin=same_name),
     Row(
         Flatten,
         ((Flatten(), (3, 4, 5)), (Flatten(2, -2), (2, 3, 2, 4)), (Flatten(-1), (3,))),
         settings={"start_dim": [1, 2, -2], "end_dim": [-1, 2, -2]},
-        twin=lambda layer, _: nn.Flatten(layer.start_dim, layer.end_dim),
+        twin=same_name,
     ),
     Row(
         Reshape,

@@ -111,8 +111,8 @@ def uniform(
     """Numbers drawn evenly from [low, high); float32 on the CPU unless told otherwise.
 
     Raises ValueError unless low ≤ high, both within the range of the dtype, and high − low within
-    that of the dtype they are drawn in, float64 or else float32; TypeError for a dtype that is none
-    of float16, bfloat16, float32 and float64, or what is no number, key or shape.
+    that of the dtype they are drawn in, float64 or else float32; TypeError for another
+    dtype than float16, bfloat16, float32 and float64, or what is not a number, key or shape.
 
     >>> bool((uniform(key(0), (1000,), -1.0, 1.0).abs() <= 1).all())
     True
@@ -139,8 +139,8 @@ def normal(
 ) -> Tensor:
     """Numbers from the normal distribution N(mean, std²); float32 on the CPU unless told otherwise.
 
-    Raises ValueError unless std ≥ 0, TypeError for a dtype that is none of float16, bfloat16,
-    float32 and float64, or what is no number, key or shape.
+    Raises ValueError unless std ≥ 0, TypeError for another dtype than float16, bfloat16,
+    float32 and float64, or what is not a number, key or shape.
 
     >>> normal(key(0), (2, 3), dtype=torch.float64).dtype
     torch.float64
@@ -159,7 +159,7 @@ def bernoulli(
 ) -> Tensor:
     """A bool tensor, each entry True with probability p.
 
-    Raises ValueError unless 0 ≤ p ≤ 1, TypeError for what is no key, number or shape.
+    Raises ValueError unless 0 ≤ p ≤ 1, TypeError for what is not a key, number or shape.
 
     >>> bernoulli(key(0), 1.0, (3,))
     tensor([True, True, True])
@@ -185,13 +185,13 @@ def permutation(key: Key, n: int) -> Tensor:
 
 
 def check_draw(who: object, key: Key, dtype: torch.dtype | None) -> None:
-    """Refuse what no numbers can be drawn with."""
+    """Raise TypeError unless numbers can be drawn with this key, in this dtype."""
     check_key(who, key)
     _dtypes(who, dtype)
 
 
 def check_key(who: object, key: Key) -> None:
-    """Refuse what is no key."""
+    """Raise TypeError unless this is a key."""
     if not isinstance(key, Key):
         raise TypeError(f"{name_of(who)}: expected a key made by funcnet.key(seed), got {key!r}")
 

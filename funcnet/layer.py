@@ -1,4 +1,4 @@
-"""What a layer is: a frozen dataclass of hyperparameters with pure functions on parameter trees.
+"""The layer: a frozen dataclass of hyperparameters with pure functions on parameter trees.
 
 Callers call `init`, `out_shape`, `apply`, `vjp`, `fwd` and `bwd`, which check their arguments.
 Authors write the mathematics, and are handed nothing unchecked:
@@ -78,7 +78,7 @@ class Param:
 
 
 class Spec(NamedTuple):
-    """What is known of a tensor before it is computed: batch (N,), shape of one example, dtype.
+    """A tensor before it is computed: its batch (N,), shape of one example, dtype and device.
 
     The batch is () for a tensor without axes.
     """
@@ -117,9 +117,9 @@ class Layer(Hyperparameters):
     """
 
     _joins: ClassVar[Joins | None] = None
-    """How a combinator makes dparams of its children's: a part for each child ("apart"), those of
-    its copies stacked along a new first axis ("stacked"), those of several runs added up ("added"),
-    or zeros ("zeros"). None says nothing: such a layer counts as a whole, as one without children.
+    """The way in which a combinator joins its children's dparams: a part for each child ("apart"),
+    those of its copies stacked along a new first axis ("stacked"), those of several runs added up
+    ("added"), or zeros ("zeros"). A layer with None counts as one without children.
     """
 
     couples_examples: ClassVar[bool] = _TrueOfChildren()  # type: ignore[assignment]
@@ -394,7 +394,7 @@ class Layer(Hyperparameters):
         return sizes_of_one
 
     def _check_params(self, params: Tree, x: Spec) -> Any:
-        """What x's successor is like: a parameter for x of integers, else x."""
+        """A tensor or spec with y's dtype and device: a parameter for x of integers, else x."""
         declared = self._params(x.shape)
         if not declared:
             check_no_params(self, params)
@@ -628,7 +628,7 @@ def _spec(layer: Layer, x: Any, shape: Shape) -> Spec:
 
 
 def _opened(layer: Layer, residuals: Any) -> tuple[Tensor, Any]:
-    """What `fwd` has wrapped up: (a tensor without entries for x, the layer's residuals)."""
+    """(a tensor without entries for x, the layer's residuals), which `fwd` has wrapped up."""
     if isinstance(residuals, tuple) and len(residuals) == 2 and isinstance(residuals[0], Tensor):
         return residuals
     got = type(residuals).__name__

@@ -23,7 +23,7 @@ Way: TypeAlias = tuple[Layer, ...]
 
 
 def joins(layer: Layer) -> Joins | None:
-    """How a combinator makes dparams of its children's; None for anything else."""
+    """A combinator's `_joins`; None for anything else."""
     return layer._joins if writes(layer, "_joins") else None
 
 

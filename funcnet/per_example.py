@@ -184,7 +184,7 @@ class ClippedValueAndGrad(_OfExamples):
 
 @dataclass
 class _Found:
-    """What the layers are to find in a backward pass, and the squared norms that they found."""
+    """A note of what layers are to find in a backward pass, and of the squared norms they found."""
 
     wanted: Literal["gradients", "squares"] | None = None  # beyond what `_bwd` finds
     squares: list[Tensor] = field(default_factory=list)

@@ -19,7 +19,7 @@ _META = torch.device("meta")
 
 
 class Row(NamedTuple):
-    """What the table says of a layer; None for what cannot be found out."""
+    """A line of the table, of one layer; None for what cannot be found out."""
 
     path: str
     depth: int

@@ -1,4 +1,4 @@
-"""What Sum, Product and Concat share: every layer sees x, and the results are joined."""
+"""The base of Sum, Product and Concat: every layer sees x, and the results are joined."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Branches(Several):
 
     @property
     def _fresh(self) -> Any:  # type: ignore[override]
-        """Of several layers, y and dx are new tensors."""
+        """Whether y and dx are new tensors, as those of several layers are."""
         return len(self) > 1 or is_fresh(self.layers[0])
 
     def _out_shape(self, shape: Shape) -> Shape:

@@ -1,4 +1,4 @@
-"""What layers side by side see of x, where each sees another part."""
+"""Parts of x, for layers side by side that each see another one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where in a network an error was raised: `layer 2: stem: …`."""
+"""The place in a network where an error was raised: `layer 2: stem: …`."""
 
 from __future__ import annotations
 

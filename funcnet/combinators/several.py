@@ -1,4 +1,4 @@
-"""What combinators of several layers share: layers by position or by name, and their parameters."""
+"""The base of combinators of several layers: layers by position or name, and their parameters."""
 
 from __future__ import annotations
 

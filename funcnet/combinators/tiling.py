@@ -62,7 +62,7 @@ class Tiles(NamedTuple):
 
     residuals: list[tuple[Tile, Any]]
     shape: Shape
-    """That of x."""
+    """x's shape."""
 
 
 def apply(net: Sequential, params: Tree, x: Tensor) -> Tensor | None:

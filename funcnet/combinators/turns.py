@@ -1,4 +1,4 @@
-"""What Repeat and Loop share: a layer several times, one after the other."""
+"""The base of Repeat and Loop: a layer several times, one after the other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What combinators of one layer share."""
+"""The base of combinators of one layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What torch.nn lacks: modules that compute what a layer or combinator of the same name does.
+"""Modules that torch.nn lacks: each computes what the layer or combinator of its name does.
 
 Their names, fields and parameters are the layer's. They branch on nothing but their own settings,
 so that torch.fx, torch.export and ONNX can trace them.

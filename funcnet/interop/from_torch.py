@@ -236,7 +236,7 @@ _RANKS: dict[type[nn.Module], tuple[int, ...]] = {
     nn.InstanceNorm2d: (3,),
     nn.InstanceNorm3d: (4,),
 }
-"""How many axes one example has."""
+"""The number of axes that one example has."""
 
 
 def _norm(module: Any, shape: Shape | None) -> Translation:

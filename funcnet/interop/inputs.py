@@ -1,4 +1,4 @@
-"""What x a layer takes."""
+"""The kind of x that a layer takes."""
 
 from __future__ import annotations
 

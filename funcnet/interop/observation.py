@@ -1,4 +1,4 @@
-"""What a torch.nn.Module does with a batch, found out by running it on random numbers."""
+"""The traits of a torch.nn.Module, found out by running it on random numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from funcnet.layer import Shape
 
 
 class Traits(NamedTuple):
-    """What a module was seen to do with a batch of examples of `shape`."""
+    """The traits of a module that has seen a batch of examples of `shape`."""
 
     shape: Shape
     out_shape: Shape

@@ -47,4 +47,4 @@ UNROLLED: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     nn.TransformerEncoder: _encoder,
     nn.TransformerEncoderLayer: _encoder_layer,
 }
-"""How to unroll a module, without a mask."""
+"""The function that unrolls a module, without a mask."""

@@ -126,7 +126,7 @@ class MultiheadAttention(Layer):
         return 1.0 / (1.0 - self.dropout) if self.dropout < 1.0 else 0.0
 
     def _keep(self, x: Tensor, key: Key | None) -> Tensor | None:
-        """Which attention weights are kept, (N, num_heads, T, T); None for all of them."""
+        """The mask of attention weights to keep, (N, num_heads, T, T); None to keep all."""
         if key is None or self.dropout == 0.0:
             return None
         examples, steps, _ = x.shape

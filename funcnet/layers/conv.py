@@ -277,7 +277,7 @@ def check_entries(layer: Layer, channels: int, size: Any) -> None:
 
 
 def count_windows(layer: Any, size: Any, after: str = "") -> Ints:
-    """How many windows fit on each axis. Raises ValueError where not even one does.
+    """The number of windows that fit on each axis. Raises ValueError where not even one does.
 
     `after` tells what x has gone through before.
     """
@@ -297,7 +297,7 @@ _EXAMPLES = {1: "signals", 2: "images", 3: "volumes"}
 
 
 def _advice(cls: type[Kernels], arguments: tuple[Any, ...]) -> str:
-    """What is wrong with so many arguments by position, and what was probably meant."""
+    """The message that refuses so many arguments by position, and suggests what was meant."""
     names = [field.name for field in fields(cls) if field.init]
     meant = [repr(value) for value in arguments[1:3]]
     # Behind x's channels, torch.nn has the same order.

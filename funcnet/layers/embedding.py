@@ -109,7 +109,7 @@ class Embedding(Layer):
 
 @dataclass(frozen=True)
 class _WithZeroRow(Initializer):
-    """What another initialiser draws, with zeros in one row."""
+    """Another initialiser's numbers, with zeros in one row."""
 
     initializer: Initializer
     row: int

@@ -391,7 +391,7 @@ def _window_of(layer: Any, dilation: Any) -> Window:
 
 
 def _count_windows(layer: Any, channels: int, size: Ints) -> Ints:
-    """How many windows there are on each axis. Raises ValueError where there are none."""
+    """The number of windows on each axis. Raises ValueError where there are none."""
     check_entries(layer, channels, size)
     window: Window = layer._window
     count = pooling.count(window, size, layer.ceil_mode)

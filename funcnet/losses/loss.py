@@ -1,4 +1,4 @@
-"""What a loss is: a function of x and a target to a scalar, with its gradient by x."""
+"""The loss: a function of x and a target to a scalar, with its gradient by x."""
 
 from __future__ import annotations
 
@@ -94,5 +94,5 @@ def scaled(x: Tensor, factor: Tensor | float) -> Tensor:
 
 
 def share(reduction: str, count: int) -> float:
-    """What each of `count` entries contributes to the mean, or to the sum."""
+    """The factor of each of `count` entries in the mean, or in the sum."""
     return 1 / max(count, 1) if reduction == "mean" else 1.0

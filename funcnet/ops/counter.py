@@ -31,7 +31,7 @@ _FIRST = 0xBF58476D1CE4E5B9 - 2**64
 _SECOND = 0x94D049BB133111EB - 2**64
 
 _CHUNK = 2**17
-"""How many entries are drawn at a time on the CPU: their z should stay in the cache."""
+"""Entries drawn at a time on the CPU: their z should stay in the cache."""
 
 
 def bernoulli(key: Key, p: float, shape: Sequence[int], device: torch.device) -> Tensor:

@@ -117,7 +117,7 @@ class _Phase(NamedTuple):
 
 
 def _phases(axis: int, size: int, count: int, window: Window) -> list[_Phase]:
-    """Those of an axis of `size` pixels and `count` windows that some taps see."""
+    """The phases of an axis of `size` pixels and `count` windows that some taps see."""
     k, s, (p, _) = window.kernel_size[axis], window.stride[axis], window.sides[axis]
     found = []
     for first in range(min(s, size)):

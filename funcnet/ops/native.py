@@ -224,6 +224,6 @@ def _evened(x: Tensor, window: Window) -> Tensor:
 
 
 def _uneven_sides(window: Window) -> list[int]:
-    """What each side of an image is padded by beyond the other, in the order of F.pad."""
+    """The padding of each side beyond what both sides have, in the order of F.pad."""
     axes = zip(window.sides, window.both, strict=True)
     return [side - both for sides, both in reversed([*axes]) for side in sides]

@@ -1,4 +1,4 @@
-"""What is asked of a backward pass: what is not asked for is not computed."""
+"""The gradients that a backward pass is asked for: it computes no others."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from funcnet.ops.need import Need
 
 
 def _processor() -> str:
-    """What Linux says of the processor; of other systems nothing is known."""
+    """Linux's description of the processor; "" on other systems."""
     try:
         return Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -63,7 +63,7 @@ def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.conv2d(x, kernel[:, :, None, None], bias)
     rows, transposed = _rows(x), kernel.t()
     y = torch.mm(rows, transposed) if bias is None else torch.addmm(bias, rows, transposed)
-    return _pictures(y, x)
+    return _images(y, x)
 
 
 def convolve_to_planes(x: Tensor, kernel: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def gradients(
         weight = kernel[:, :, None, None]
         dweight, dx = native.kernel_gradients(x, weight, grad, need)
         return None if dweight is None else dweight.flatten(1), dx
-    dx = _pictures(torch.mm(_rows(grad), kernel), x) if need.input else None
+    dx = _images(torch.mm(_rows(grad), kernel), x) if need.input else None
     return dkernel(x, grad) if need.params else None, dx
 
 
@@ -100,7 +100,7 @@ def _rows(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def _pictures(rows: Tensor, like: Tensor) -> Tensor:
+def _images(rows: Tensor, like: Tensor) -> Tensor:
     """The inverse of `_rows`, with N, H and W as `like` has them."""
     batch, _, height, width = like.shape
     return torch.unflatten(rows, 0, (batch, height, width)).permute(0, 3, 1, 2)

@@ -35,7 +35,7 @@ _LANES = 16
 
 
 def count(window: Window, size: Ints, ceil_mode: bool) -> Ints:
-    """How many windows there are on each axis, whole ones, or any that start before x's end."""
+    """The number of windows on each axis: whole ones, or all that start before x's end."""
     if not ceil_mode:
         return window.count(size)
     counts = []

@@ -272,7 +272,7 @@ _KIND = 2  # the kernel's number for an LSTM
 
 
 class Workspace(NamedTuple):
-    """What the kernel keeps between the passes, in a form of its own."""
+    """The kernel's residuals, in a form of its own."""
 
     entries: Tensor
     last_c: Tensor

@@ -104,7 +104,7 @@ def put(dtile: Tensor | None, dx: Tensor | None, tile: Tile, x: Tensor) -> Tenso
 
 
 _SLACK = 4
-"""How many times `most` entries an image may have that is not cut.
+"""The multiple of `most` entries up to which an image is not cut.
 
 The denoiser's images of 256×256 pixels are faster whole: measured on an AMD EPYC (Zen 4)."""
 

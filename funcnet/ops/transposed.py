@@ -58,7 +58,7 @@ def _tap_sums(weight: Tensor, axis: int, scale: Pair) -> Tensor:
 
 
 def _crop(window: Window) -> tuple[int, int, int, int]:
-    """What padding p adds to each side of the whole result, k−1 entries too large on either."""
+    """The entries that padding p adds to each side of the whole result, which has k−1 too many."""
     height, width = window.kernel_size
     left, right, top, bottom = window.flat_sides
     return left - width + 1, right - width + 1, top - height + 1, bottom - height + 1

@@ -23,7 +23,7 @@ Pair: TypeAlias = tuple[int, int]
 
 @dataclass(frozen=True)
 class Window:
-    """How a kernel slides over an image: one entry, or pair (before, after), for each axis.
+    """A kernel that slides over an image: one entry, or pair (before, after), for each axis.
 
     Stride and dilation are 1 and the sides (0, 0) where they are not given.
     """
@@ -86,7 +86,7 @@ class Window:
         return tuple(n + padding for n, padding in zip(size, self._padding, strict=True))
 
     def count(self, size: Sequence[int]) -> Ints:
-        """How many windows fit on each axis; less than 1 where none does."""
+        """The number of windows that fit on each axis; less than 1 where none does."""
         counts = []  # a loop, which costs no Python call: this runs in a training step
         for n, padding, reach, stride in zip(
             size, self._padding, self.reach, self.stride, strict=True

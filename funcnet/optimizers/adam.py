@@ -15,7 +15,7 @@ from funcnet.optimizers.optimizer import Elementwise, Rate
 
 
 class AdamState(NamedTuple):
-    """What `Adam` and `AdamW` carry from step to step.
+    """The state of `Adam` and `AdamW` between two steps.
 
     The number of steps taken; the running means of g and of g²; the largest of the latter so far,
     or () without amsgrad.

@@ -28,7 +28,7 @@ def flatten(who: object, name: str, tree: Tree) -> tuple[list[Tensor], optree.Py
 
 
 def flatten_up_to(who: object, name: str, tree: Tree, structure: optree.PyTreeSpec) -> list[Any]:
-    """What a tree has where params have leaves. Raises ValueError for another structure."""
+    """The parts of a tree where params have leaves. Raises ValueError for another structure."""
     try:
         return structure.flatten_up_to(tree)
     except ValueError:

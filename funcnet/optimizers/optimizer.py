@@ -1,4 +1,4 @@
-"""What an optimiser is: pure steps on parameter trees. A new one is its formula."""
+"""The optimiser: pure steps on parameter trees. A new one is its formula."""
 
 from __future__ import annotations
 

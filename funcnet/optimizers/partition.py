@@ -21,7 +21,7 @@ Label: TypeAlias = Callable[[str, Tensor], str]
 
 
 class PartitionState(NamedTuple):
-    """What `Partition` carries from step to step: by name, the state of each part's optimiser."""
+    """The state of `Partition`: by name, the state of each part's optimiser."""
 
     parts: dict[str, Any]
 

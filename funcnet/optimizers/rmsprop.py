@@ -14,7 +14,7 @@ from funcnet.optimizers.optimizer import Elementwise, Rate
 
 
 class RMSpropState(NamedTuple):
-    """What `RMSprop` carries from step to step.
+    """The state of `RMSprop` between two steps.
 
     The number of steps taken; the running means of g² and of g; the velocities. The running mean of
     g is () unless centered, the velocities are () without momentum.

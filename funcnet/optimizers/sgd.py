@@ -14,7 +14,7 @@ from funcnet.optimizers.optimizer import Elementwise, Rate
 
 
 class SGDState(NamedTuple):
-    """What `SGD` carries from step to step: the number of steps taken, and the velocities."""
+    """The state of `SGD` between two steps: the number of steps taken, and the velocities."""
 
     step: Tensor
     momentum: Tree

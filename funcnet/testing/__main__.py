@@ -46,7 +46,7 @@ _HEADER = ("layer", "dtype", "cases", "autograd", "differences", "taylor", "roun
 
 @dataclass
 class Score:
-    """What came of the random cases of one layer in one dtype."""
+    """The outcome of the random cases of one layer in one dtype."""
 
     cases: int = 0
     errors: Errors = field(default_factory=Errors)

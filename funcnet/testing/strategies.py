@@ -86,9 +86,9 @@ _LEAVES = tuple(
 """The layers that are drawn where no class is asked for, behind any other: they evaluate without a
 key, and take floating-point x."""
 _DRAWS = 8
-"""How many layers are drawn for a place in a network until one fits."""
+"""The most layers drawn for a place in a network until one fits."""
 _LARGEST = 4096
-"""How many entries an example may have that a random network makes."""
+"""The most entries of an example in a random network."""
 
 
 # --- Layers

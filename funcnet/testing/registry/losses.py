@@ -15,7 +15,7 @@ from funcnet.testing.registry.row import Choose, choose_settings
 
 @dataclass(frozen=True)
 class LossRow:
-    """What the registry says of a loss.
+    """The registry's entry for a loss.
 
     `twin` makes the torch.nn module that computes the same. `targets` tells the kinds of target
     that a loss takes, names in `TARGETS`; `rank` is the number of axes that x has at least.

@@ -1,4 +1,4 @@
-"""What the registry says of a layer."""
+"""The registry's entry for a layer."""
 
 from __future__ import annotations
 

@@ -14,7 +14,9 @@ from funcnet.compat import innermost_transformation
 
 def is_eager() -> bool:
     """Whether torch runs eagerly: not inside torch.func, torch.compile, torch.export or a trace."""
-    return not (torch.compiler.is_compiling() or is_tracing() or _is_transforming())
+    if torch.compiler.is_compiling() or is_tracing():
+        return False
+    return innermost_transformation() is None
 
 
 def is_tracing() -> bool:
@@ -37,10 +39,6 @@ def has_open_sizes(x: Tensor) -> bool:
 
 
 _INT = frozenset((int,))
-
-
-def _is_transforming() -> bool:
-    return innermost_transformation() is not None
 
 
 def has_values(x: Tensor) -> bool:

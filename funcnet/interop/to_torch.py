@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -232,10 +232,6 @@ _SIZES: dict[type[Layer], Callable[[Any, Tree, Shape | None], dict[str, Any]]] =
 """The arguments that torch.nn wants beside the layer's own."""
 
 
-def _recurrent(layer: Layer, params: Tree, shape: Shape | None) -> nn.Module:
-    return blocks.First(_twin(layer, params, shape))
-
-
 def _batch_norm(layer: Any, params: Tree, shape: Shape | None) -> nn.Module:
     """Return a module without running statistics, which normalises by the batch in any mode."""
     ranked = {1: nn.BatchNorm1d, 2: nn.BatchNorm1d, 3: nn.BatchNorm2d, 4: nn.BatchNorm3d}
@@ -276,7 +272,7 @@ def _wrapped(layer: Any, params: Tree, shape: Shape | None) -> nn.Module:
 
 
 _SPECIAL: dict[type[Layer], Callable[[Any, Tree, Shape | None], nn.Module]] = {
-    **dict.fromkeys([RNN, LSTM, GRU], _recurrent),
+    **dict.fromkeys([RNN, LSTM, GRU], lambda *of: blocks.First(_twin(*of))),
     **dict.fromkeys([AdaptiveAvgPool1d, AdaptiveMaxPool1d], _adaptive_1d),
     BatchNorm: _batch_norm,
     InstanceNorm: _instance_norm,
@@ -289,16 +285,8 @@ _SPECIAL: dict[type[Layer], Callable[[Any, Tree, Shape | None], nn.Module]] = {
 # --- Combinators
 
 
-def _sequential(to: _Translator, layer: Layer, *rest: Any) -> nn.Module:
-    return nn.Sequential(to.children(layer, *rest))
-
-
 def _only(to: _Translator, layer: Any, *rest: Any) -> nn.Module:
     return to.of(layer.layer, *rest)
-
-
-def _frozen(to: _Translator, layer: Any, *rest: Any) -> nn.Module:
-    return _only(to, layer, *rest).requires_grad_(False)
 
 
 def _cast(to: _Translator, layer: Cast, params: Tree, *rest: Any) -> nn.Module:
@@ -315,20 +303,20 @@ def _repeat(to: _Translator, layer: Repeat, params: Tree, *rest: Any) -> nn.Modu
     return nn.Sequential(*(_only(to, layer, own, *rest) for own in copies))
 
 
-def _branches(cls: Callable[[Mapping[str, nn.Module]], nn.Module]) -> Any:
+def _several(cls: Callable[[OrderedDict[str, nn.Module]], nn.Module]) -> Any:
     return lambda to, layer, *rest: cls(to.children(layer, *rest))
 
 
 _COMBINATORS: dict[type[Layer], Callable[..., nn.Module]] = {
-    Sequential: _sequential,
+    Sequential: _several(nn.Sequential),
     Residual: lambda to, layer, *rest: blocks.Residual(_only(to, layer, *rest)),
     Recompute: _only,
-    Frozen: _frozen,
+    Frozen: lambda to, layer, *rest: _only(to, layer, *rest).requires_grad_(False),
     Cast: _cast,
     Repeat: _repeat,
     Loop: lambda to, layer, *rest: blocks.Loop(_only(to, layer, *rest), layer.n),
-    Sum: _branches(blocks.Sum),
-    Product: _branches(blocks.Product),
-    Reversible: _branches(blocks.Reversible),
+    Sum: _several(blocks.Sum),
+    Product: _several(blocks.Product),
+    Reversible: _several(blocks.Reversible),
     Concat: lambda to, layer, *rest: blocks.Concat(to.children(layer, *rest), layer.dim),
 }

@@ -29,11 +29,7 @@ _HALF = Conv2d(1, (1, 3), padding="same")
 
 def _sequential(choose: Choose) -> Layer:
     part = [ReLU(), Sigmoid(), Upsample2d(2), Conv2d(2, 1), UpsampleConv2d(2), Sequential(ReLU())]
-    return Sequential(*_layers(choose, choose([0, 1, 2, 3]), part))
-
-
-def _layers(choose: Choose, count: int, parts: list[Layer]) -> list[Layer]:
-    return [choose(parts) for _ in range(count)]
+    return Sequential(*(choose(part) for _ in range(choose([0, 1, 2, 3]))))
 
 
 def _same_shape(choose: Choose, channels: int = 2) -> Layer:

@@ -533,13 +533,12 @@ def writes(layer: Layer, name: str) -> bool:
 
     A subclass that writes one of these anew has to write the attribute, too.
     """
-    cls = type(layer)
-    owners = [_owner(cls, attribute) for attribute in (name, "_fwd", "_bwd")]
-    return is_private(layer) and all(issubclass(owners[0], owner) for owner in owners[1:])
-
-
-def _owner(cls: type, name: str) -> type:
-    return next(base for base in cls.__mro__ if name in vars(base))
+    bases = type(layer).__mro__
+    owner, *others = (
+        next(base for base in bases if attribute in vars(base))
+        for attribute in (name, "_fwd", "_bwd")
+    )
+    return is_private(layer) and all(issubclass(owner, other) for other in others)
 
 
 def asks(layer: Layer, params: Tree, need: Need) -> bool:

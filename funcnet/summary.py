@@ -114,17 +114,13 @@ def _residual_bytes(layer: Layer, params: Tree, shape: Shape) -> int | None:
                 _, residuals = layer.fwd(params, x, key=key(0))
         except Exception:  # a layer of one's own may raise anything
             continue
-        return _bytes(residuals, besides=params) // batch
+        own = _storages(residuals)
+        return sum(own[address] for address in own.keys() - _storages(params).keys()) // batch
     return None
 
 
-def _bytes(tree: Any, besides: Tree) -> int:
-    """The memory of the tensors in a tree, each storage counted once."""
-    own = _storages(tree)
-    return sum(own[address] for address in own.keys() - _storages(besides).keys())
-
-
 def _storages(tree: Any) -> dict[int, int]:
+    """The bytes of each storage of the tensors in a tree, by `storage_id`."""
     tensors = [leaf for leaf in optree.tree_leaves(tree) if isinstance(leaf, Tensor)]
     storages = [tensor.untyped_storage() for tensor in tensors]
     return {storage_id(storage): storage.nbytes() for storage in storages}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -22,24 +21,31 @@ from funcnet.layers import (
     MaxPool2d,
     MaxPool3d,
 )
+from funcnet.layers.pooling import MaxPool
 from funcnet.testing.registry.row import Choose, Row, per_axis, same_name
 
 
-def _windows(cls: Any, axes: int, **settings: list[Any]) -> Callable[[Choose], Layer]:
-    """A layer with any padding that its kernel allows; `settings` gives the other choices."""
+def _windowed(cls: Any, *examples: tuple[Layer, Shape]) -> Row:
+    """The row of a layer with any padding that its kernel allows."""
+    axes = len(cls._axes) - 1
+    most = 4 if axes < 3 else 3
 
     def build(choose: Choose) -> Layer:
-        kernel_size = choose(per_axis(1, 4 if axes < 3 else 3, axes))
+        kernel_size = choose(per_axis(1, most, axes))
         layer: Layer = cls(
             kernel_size,
             stride=choose([None, *per_axis(1, 3, axes)]),
             padding=tuple(choose([*range(k // 2 + 1)]) for k in kernel_size),
             ceil_mode=choose([False, True]),
-            **{name: choose(choices) for name, choices in settings.items()},
+            **(
+                {"dilation": choose(per_axis(1, most - 1, axes))}
+                if issubclass(cls, MaxPool)
+                else {"count_include_pad": choose([False, True])}
+            ),
         )
         return layer
 
-    return build
+    return Row(cls, examples, build=build, twin=same_name)
 
 
 def _adaptive_twin(layer: Any, shape: Shape) -> nn.Module:
@@ -49,115 +55,72 @@ def _adaptive_twin(layer: Any, shape: Shape) -> nn.Module:
     return twin
 
 
-def _sizes(axes: int) -> list[Any]:
-    return [*per_axis(1, 4, axes), None, *([(2, *[None] * (axes - 1))] if axes > 1 else [])]
+def _adaptive(cls: Any, *examples: tuple[Layer, Shape]) -> Row:
+    axes = len(cls._axes) - 1
+    some_kept = [(2, *[None] * (axes - 1))] if axes > 1 else []
+    sizes = [*per_axis(1, 4, axes), None, *some_kept]
+    return Row(cls, examples, settings={"output_size": sizes}, twin=_adaptive_twin)
 
-
-_FLAGS = [False, True]
 
 ROWS = (
-    Row(
+    _windowed(
         MaxPool1d,
-        (
-            (MaxPool1d(2), (2, 5)),
-            (MaxPool1d(3, 2, 1, ceil_mode=True), (1, 6)),
-            (MaxPool1d(2, 1, 1, dilation=2), (2, 3)),
-        ),
-        build=_windows(MaxPool1d, 1, dilation=per_axis(1, 3, 1)),
-        twin=same_name,
+        (MaxPool1d(2), (2, 5)),
+        (MaxPool1d(3, 2, 1, ceil_mode=True), (1, 6)),
+        (MaxPool1d(2, 1, 1, dilation=2), (2, 3)),
     ),
-    Row(
+    _windowed(
         MaxPool2d,
-        (
-            (MaxPool2d(2), (2, 4, 6)),
-            (MaxPool2d(3, 2, 1), (1, 5, 4)),
-            (MaxPool2d((2, 3), (3, 1), (1, 0), ceil_mode=True), (2, 6, 4)),
-            (MaxPool2d(2, 1, dilation=(1, 2)), (3, 3, 4)),
-        ),
-        build=_windows(MaxPool2d, 2, dilation=per_axis(1, 3, 2)),
-        twin=same_name,
+        (MaxPool2d(2), (2, 4, 6)),
+        (MaxPool2d(3, 2, 1), (1, 5, 4)),
+        (MaxPool2d((2, 3), (3, 1), (1, 0), ceil_mode=True), (2, 6, 4)),
+        (MaxPool2d(2, 1, dilation=(1, 2)), (3, 3, 4)),
     ),
-    Row(
+    _windowed(
         MaxPool3d,
-        (
-            (MaxPool3d(2), (2, 2, 3, 4)),
-            (MaxPool3d((1, 2, 3), 2, (0, 1, 1), ceil_mode=True), (1, 3, 4, 4)),
-        ),
-        build=_windows(MaxPool3d, 3, dilation=per_axis(1, 2, 3)),
-        twin=same_name,
+        (MaxPool3d(2), (2, 2, 3, 4)),
+        (MaxPool3d((1, 2, 3), 2, (0, 1, 1), ceil_mode=True), (1, 3, 4, 4)),
     ),
-    Row(
+    _windowed(
         AvgPool1d,
-        (
-            (AvgPool1d(2), (2, 5)),
-            (AvgPool1d(3, 2, 1, ceil_mode=True), (1, 6)),
-            (AvgPool1d(4, 3, 2, count_include_pad=False), (2, 7)),
-        ),
-        build=_windows(AvgPool1d, 1, count_include_pad=_FLAGS),
-        twin=same_name,
+        (AvgPool1d(2), (2, 5)),
+        (AvgPool1d(3, 2, 1, ceil_mode=True), (1, 6)),
+        (AvgPool1d(4, 3, 2, count_include_pad=False), (2, 7)),
     ),
-    Row(
+    _windowed(
         AvgPool2d,
-        (
-            (AvgPool2d(2), (2, 4, 6)),
-            (AvgPool2d(3, 2, 1), (1, 5, 4)),
-            (AvgPool2d(3, 2, 1, ceil_mode=True), (2, 6, 4)),
-            (AvgPool2d((2, 3), (2, 1), (1, 0), True, False), (2, 6, 4)),
-        ),
-        build=_windows(AvgPool2d, 2, count_include_pad=_FLAGS),
-        twin=same_name,
+        (AvgPool2d(2), (2, 4, 6)),
+        (AvgPool2d(3, 2, 1), (1, 5, 4)),
+        (AvgPool2d(3, 2, 1, ceil_mode=True), (2, 6, 4)),
+        (AvgPool2d((2, 3), (2, 1), (1, 0), True, False), (2, 6, 4)),
     ),
-    Row(
+    _windowed(
         AvgPool3d,
-        (
-            (AvgPool3d(2), (2, 2, 3, 4)),
-            (AvgPool3d((1, 2, 3), 2, (0, 1, 1), True, False), (1, 3, 4, 4)),
-        ),
-        build=_windows(AvgPool3d, 3, count_include_pad=_FLAGS),
-        twin=same_name,
+        (AvgPool3d(2), (2, 2, 3, 4)),
+        (AvgPool3d((1, 2, 3), 2, (0, 1, 1), True, False), (1, 3, 4, 4)),
     ),
-    Row(
-        AdaptiveAvgPool1d,
-        ((AdaptiveAvgPool1d(2), (2, 5)), (AdaptiveAvgPool1d(4), (1, 3))),
-        settings={"output_size": _sizes(1)},
-        twin=_adaptive_twin,
-    ),
-    Row(
+    _adaptive(AdaptiveAvgPool1d, (AdaptiveAvgPool1d(2), (2, 5)), (AdaptiveAvgPool1d(4), (1, 3))),
+    _adaptive(
         AdaptiveAvgPool2d,
-        (
-            (AdaptiveAvgPool2d(1), (2, 4, 3)),
-            (AdaptiveAvgPool2d((3, 2)), (2, 5, 4)),  # windows that overlap
-            (AdaptiveAvgPool2d((None, 5)), (1, 2, 3)),  # larger than x
-        ),
-        settings={"output_size": _sizes(2)},
-        twin=_adaptive_twin,
+        (AdaptiveAvgPool2d(1), (2, 4, 3)),
+        (AdaptiveAvgPool2d((3, 2)), (2, 5, 4)),  # windows that overlap
+        (AdaptiveAvgPool2d((None, 5)), (1, 2, 3)),  # larger than x
     ),
-    Row(
+    _adaptive(
         AdaptiveAvgPool3d,
-        ((AdaptiveAvgPool3d((1, 2, 3)), (2, 2, 3, 4)), (AdaptiveAvgPool3d(2), (1, 1, 3, 2))),
-        settings={"output_size": _sizes(3)},
-        twin=_adaptive_twin,
+        (AdaptiveAvgPool3d((1, 2, 3)), (2, 2, 3, 4)),
+        (AdaptiveAvgPool3d(2), (1, 1, 3, 2)),
     ),
-    Row(
-        AdaptiveMaxPool1d,
-        ((AdaptiveMaxPool1d(2), (2, 5)), (AdaptiveMaxPool1d(4), (1, 3))),
-        settings={"output_size": _sizes(1)},
-        twin=_adaptive_twin,
-    ),
-    Row(
+    _adaptive(AdaptiveMaxPool1d, (AdaptiveMaxPool1d(2), (2, 5)), (AdaptiveMaxPool1d(4), (1, 3))),
+    _adaptive(
         AdaptiveMaxPool2d,
-        (
-            (AdaptiveMaxPool2d(1), (2, 4, 3)),
-            (AdaptiveMaxPool2d((3, 2)), (2, 5, 4)),
-            (AdaptiveMaxPool2d((None, 5)), (1, 2, 3)),
-        ),
-        settings={"output_size": _sizes(2)},
-        twin=_adaptive_twin,
+        (AdaptiveMaxPool2d(1), (2, 4, 3)),
+        (AdaptiveMaxPool2d((3, 2)), (2, 5, 4)),
+        (AdaptiveMaxPool2d((None, 5)), (1, 2, 3)),
     ),
-    Row(
+    _adaptive(
         AdaptiveMaxPool3d,
-        ((AdaptiveMaxPool3d((1, 2, 3)), (2, 2, 3, 4)), (AdaptiveMaxPool3d(2), (1, 1, 3, 2))),
-        settings={"output_size": _sizes(3)},
-        twin=_adaptive_twin,
+        (AdaptiveMaxPool3d((1, 2, 3)), (2, 2, 3, 4)),
+        (AdaptiveMaxPool3d(2), (1, 1, 3, 2)),
     ),
 )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from funcnet.layer import Shape
+from funcnet.layer import Layer, Shape
 from funcnet.layers import GRU, LSTM, RNN
 from funcnet.testing.registry.row import Row
 
@@ -45,37 +44,27 @@ def _twin(layer: Any, shape: Shape) -> nn.Module:
     return twin
 
 
-_FEW_LAYERS: dict[str, Sequence[Any]] = {"num_layers": [1, 2]}
+def _row(cls: type[Layer], *examples: tuple[Layer, Shape]) -> Row:
+    return Row(cls, examples, settings={"num_layers": [1, 2]}, twin=_twin)
+
 
 ROWS = (
-    Row(
+    _row(
         RNN,
-        (
-            (RNN(3), (4, 2)),
-            (RNN(2, nonlinearity="relu", bidirectional=True), (3, 3)),
-            (RNN(2, num_layers=2, bias=False), (1, 2)),  # a sequence of one step
-        ),
-        settings=_FEW_LAYERS,
-        twin=_twin,
+        (RNN(3), (4, 2)),
+        (RNN(2, nonlinearity="relu", bidirectional=True), (3, 3)),
+        (RNN(2, num_layers=2, bias=False), (1, 2)),  # a sequence of one step
     ),
-    Row(
+    _row(
         LSTM,
-        (
-            (LSTM(3), (4, 2)),
-            (LSTM(2, num_layers=2, bidirectional=True), (3, 3)),
-            (LSTM(2, bias=False), (1, 2)),
-        ),
-        settings=_FEW_LAYERS,
-        twin=_twin,
+        (LSTM(3), (4, 2)),
+        (LSTM(2, num_layers=2, bidirectional=True), (3, 3)),
+        (LSTM(2, bias=False), (1, 2)),
     ),
-    Row(
+    _row(
         GRU,
-        (
-            (GRU(3), (4, 2)),
-            (GRU(2, num_layers=2, bidirectional=True), (3, 3)),
-            (GRU(2, bias=False), (1, 2)),
-        ),
-        settings=_FEW_LAYERS,
-        twin=_twin,
+        (GRU(3), (4, 2)),
+        (GRU(2, num_layers=2, bidirectional=True), (3, 3)),
+        (GRU(2, bias=False), (1, 2)),
     ),
 )

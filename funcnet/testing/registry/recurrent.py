@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,17 +31,9 @@ class _GRU(nn.GRU):
 
 
 def _twin(layer: Any, shape: Shape) -> nn.Module:
-    options = {"nonlinearity": layer.nonlinearity} if isinstance(layer, RNN) else {}
     cls: Any = {RNN: _RNN, LSTM: _LSTM, GRU: _GRU}[type(layer)]
-    twin: nn.Module = cls(
-        shape[1],
-        layer.hidden_size,
-        layer.num_layers,
-        bias=layer.bias,
-        batch_first=True,
-        bidirectional=layer.bidirectional,
-        **options,
-    )
+    settings = {f.name: getattr(layer, f.name) for f in fields(layer)}
+    twin: nn.Module = cls(shape[1], batch_first=True, **settings)
     return twin
 
 

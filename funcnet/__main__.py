@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _print(text: str) -> None:
-    """Print a text, of which the reader of a pipe, such as `head`, may want only the beginning."""
+    """Print a str. The reader of a pipe, such as `head`, may close it before the end."""
     try:
         print(text, flush=True)
     except OSError as error:

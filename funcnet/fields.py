@@ -158,7 +158,7 @@ class AfterBatch:
 
 @dataclass(frozen=True)
 class Several:
-    """A tuple of ints, each of which is at least `least`, if that is given."""
+    """A tuple of ints that are at least `least`, any ints if that is None."""
 
     least: int | None
 

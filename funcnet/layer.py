@@ -165,7 +165,7 @@ class Layer(Hyperparameters):
     def _tile(self, shape: Shape, part: Part) -> tuple[Part, Layer] | None:
         """(source, layer): a part of y is what `layer` makes of a part of x, its source.
 
-        `shape` is that of one example of x. None where the part may depend on all of x.
+        `shape` is the shape of one example of x. None where the part may depend on all of x.
         `combinators/tiling.py` works through large images so.
         """
         return None
@@ -187,7 +187,7 @@ class Layer(Hyperparameters):
         return self._init(key, shape, dtype, device)
 
     def out_shape(self, shape: Sequence[int]) -> Shape:
-        """The shape of one example of y, given that of x. No tensor is made."""
+        """The shape of one example of y, given x's. No tensor is made."""
         return self._out_shape(self._as_shape(shape))
 
     def apply(self, params: Tree, x: Tensor, *, key: Key | None = None) -> Tensor:
@@ -513,7 +513,7 @@ def _as_promised(layer: Layer, x: Tensor, y: Tensor) -> Tensor:
 def run_bwd(
     layer: Layer, params: Tree, residuals: Any, grad: Tensor, need: Need
 ) -> tuple[Tree, Tensor | None]:
-    """(dparams, dx) from the residuals of `run_fwd`; a layer of which neither is needed rests."""
+    """(dparams, dx) from the residuals of `run_fwd`; a layer runs only if one is needed."""
     if not need.input and not asks(layer, params, need):
         return zeros_like(params), None
     cls = type(layer)

@@ -1,7 +1,7 @@
 """The layers at the leaves of a network, by their paths; and networks with others in their places.
 
 The path of a layer joins the names that lead to it by dots: `2`, `stem.0`. The only layer of a
-combinator has its path; that of a network is "".
+combinator has its path; a network's is "".
 """
 
 from __future__ import annotations

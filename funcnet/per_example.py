@@ -299,7 +299,7 @@ class _Apart(Watched):
 def _one_by_one(
     layer: Layer, params: Tree, kept: Any, x: Tensor, key: Key | None, dy: Tensor
 ) -> Tree:
-    """The gradients of each example, of a layer that knows those of a batch."""
+    """The gradients of each example, from a layer's gradients of a batch."""
     if not len(x):
         return optree.tree_map(lambda leaf: leaf.new_empty((0, *leaf.shape)), params)
     structure = optree.tree_structure(params)

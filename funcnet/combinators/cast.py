@@ -83,7 +83,7 @@ class Cast(Wrapper):
 
 
 def _dtype_of(params: Tree, x: Tensor) -> torch.dtype:
-    """The dtype of y outside: x's, or that of params for x of integers."""
+    """y's dtype outside: x's, or the parameters' for x of integers."""
     if x.is_floating_point():
         return x.dtype
     leaves = optree.tree_leaves(params)

@@ -96,7 +96,7 @@ class Sequential(Several):
         return self._check_from(0, self._child_params(params), x)
 
     def _check_from(self, first: int, params: tuple[Tree, ...], x: Spec) -> Spec:
-        """The spec of y, given that of the x of layer `first`."""
+        """The spec of y, given the spec of layer `first`'s x."""
         with self._position() as at:
             for at.i in range(first, len(self.layers)):
                 x = check(self.layers[at.i], params[at.i], x)

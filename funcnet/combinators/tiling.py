@@ -37,7 +37,7 @@ _MOST = 2**25 - 2**12
 """Bytes up to which glibc's malloc hands out the same memory again."""
 
 _LARGE = 2**20
-"""Bytes of x from which it is worth a question."""
+"""Bytes of x from which cutting it is considered."""
 
 _STEP = 16
 """Sides of tiles are multiples of it, so that most tiles are alike, and strides divide them."""

@@ -133,7 +133,7 @@ def _kind(value: Tensor) -> str:
 
 
 def _shaped(net: Layer, shape: Sequence[int]) -> Tree:
-    """Return parameters of which only the shapes count; no number is drawn if that can be."""
+    """Return parameters whose shapes alone count. No number is drawn if `init` allows it."""
     try:
         return net.init(key(0), shape, device="meta")
     except RuntimeError:  # the `init` of a layer of one's own may look at its numbers

@@ -44,7 +44,7 @@ class Loss(Hyperparameters):
         raise NotImplementedError(f"{type(self).__name__} writes neither _bwd nor bwd")
 
     def _count(self, target: Any) -> int | Tensor:
-        """The weight of these examples in a mean: their number, or that of the terms that count."""
+        """The weight of a batch in a mean: its number of examples, or of terms that count."""
         return len(optree.tree_leaves(target)[0])
 
     def _reduced(self, values: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ class Each:
 
 
 class _New(list[Tensor]):
-    """Tensors that only `Each` has seen, in plain eager mode."""
+    """Tensors that `Each` has made eagerly and nobody else has seen."""
 
 
 def _need_autograd(*operands: Any) -> bool:

@@ -1,13 +1,13 @@
 """Convolutions of images in bfloat16, by what is right in it on every processor.
 
 Of PyTorch's own kernels in bfloat16, those with a stride or a dilation and all gradients return
-wrong numbers for some images (`native.py`). But plain convolutions are right, and so are products
-of matrices. With the kh·kw·C numbers that a window sees as a row of X, the kernel as K
+wrong numbers for some images (`native.py`). Convolutions without either are right, and so are
+products of matrices. With the kh·kw·C numbers that a window sees as a row of X, the kernel as K
 (O, kh·kw·C), and y's and grad's O numbers there as rows of Y and dY,
 
     Y = X·Kᵀ + bias,    dK = dYᵀ·X.
 
-dx is made of plain convolutions. In one dimension, with stride s and padding p, the taps that see
+dx is made of such convolutions. In one dimension, with stride s and padding p, the taps that see
 pixel a = s·i + ρ are t = s·j + τ, for τ = (ρ + p) mod s and the J numbers j from which t < k. With
 q = ⌊(ρ + p)/s⌋,
 
@@ -40,7 +40,7 @@ _MANY = 24
 """From how many channels, of x and of y, products take less time than kernels in float32."""
 
 _MUCH, _MUCH_STRIDED = 2**22, 2**25
-"""From how many multiplications plain convolutions for dx do. All three were measured on an AMD
+"""From how many multiplications convolutions for dx do. All three were measured on an AMD
 EPYC (Zen 4), which multiplies 2.4 times as fast in bfloat16."""
 
 
@@ -89,12 +89,12 @@ def _has_many(weight: Tensor) -> bool:
 def _windows(x: Tensor, window: Window) -> Iterator[tuple[slice, Tensor]]:
     """Yield a few examples at a time, and what each window sees of them, (n, kh·kw·C, H′, W′)."""
     x = native.layout(native.pad(x, window.flat_sides))
-    plain = replace(window, sides=())
-    entries = math.prod((*plain.count(x.shape[2:]), *window.kernel_size, x.shape[1]))
+    unpadded = replace(window, sides=())
+    entries = math.prod((*unpadded.count(x.shape[2:]), *window.kernel_size, x.shape[1]))
     examples = math.ceil(len(x) / math.ceil(len(x) * entries / _CHUNK_ENTRIES))
     for start in range(0, len(x), examples):
         part = slice(start, start + examples)
-        yield part, patches.windows(x[part], plain)
+        yield part, patches.windows(x[part], unpadded)
 
 
 def _dweight(x: Tensor, weight: Tensor, grad: Tensor, window: Window) -> Tensor:

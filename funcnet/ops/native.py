@@ -95,7 +95,7 @@ def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 _MANY_CHANNELS, _MANY_PIXELS = 16, 4096
-"""From how many channels of y, and pixels, a second channel of x is worth its making."""
+"""The channels of y, and the pixels, from which a second channel of x saves time."""
 
 
 def _needs_second_channel(x: Tensor) -> bool:

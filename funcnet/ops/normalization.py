@@ -304,7 +304,7 @@ def channel_affine_gradients(dy: Tensor, x: Tensor, weight: Tensor, need: Need) 
 
 
 def _in_dtype(normalised: Normalised, dtype: torch.dtype) -> Normalised:
-    """y in the dtype of x: under vmap, the kernels return it in that of the weight."""
+    """y in x's dtype: under vmap, the kernels return it in the weight's."""
     y, mean, rstd = normalised
     return y.to(dtype), mean, rstd
 

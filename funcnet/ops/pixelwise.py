@@ -67,7 +67,7 @@ def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def convolve_to_planes(x: Tensor, kernel: Tensor) -> Tensor:
-    """y (N, O, H, W), of which each image's channels are planes."""
+    """y (N, O, H, W), where each channel of an image is a plane in memory."""
     if not are_faster(_pixels(x), kernel):
         return convolve(x, kernel).contiguous()
     planes = torch.unflatten(torch.mm(kernel, _rows(x).t()), 1, (len(x), *x.shape[2:]))

@@ -47,7 +47,7 @@ def count(window: Window, size: Ints, ceil_mode: bool) -> Ints:
 
 
 def some_see_nothing(window: Window, size: Ints, counts: Ints) -> bool:
-    """Whether the taps of some window are all beside x, as those of dilated ones may be.
+    """Whether all taps of some window are beside x, as may be where they are dilated.
 
     Such a window starts in the padding before x, and steps over all of x.
     """

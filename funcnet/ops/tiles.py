@@ -81,7 +81,7 @@ def behind(
 ) -> tuple[tuple[slice, ...], Window]:
     """(source, window): what a part of y sees of x, whose axes have `size`, and the window there.
 
-    y is that of a window over x, or over x upsampled by `scale`.
+    y is what the window makes of x, or of x upsampled by `scale`.
     """
     axes = zip(part, size, scale or (1,) * len(part), strict=True)
     found = [_seen(axis, own, n, window, s) for axis, (own, n, s) in enumerate(axes)]

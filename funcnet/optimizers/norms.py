@@ -47,7 +47,7 @@ def clip_by_global_norm(grads: Tree, max_norm: float) -> tuple[Tree, Tensor]:
     gs, structure = flatten("clip_by_global_norm", "grads", grads)
     norm = _norm(gs)
     fits, one = norm <= float(max_norm), torch.ones_like(norm)
-    # Autograd multiplies the derivative of what is not chosen by 0: that of 1 / 0 would be NaN.
+    # Autograd multiplies the derivative of what is not chosen by 0, and 0 · ∞ would be NaN.
     scale = torch.where(fits, one, float(max_norm) / torch.where(fits, one, norm))
     return structure.unflatten([(g * scale.to(g.device)).to(g.dtype) for g in gs]), norm
 

@@ -132,11 +132,9 @@ mkldnn_rnn, mkldnn_rnn_backward = _together(
 fused_adam, fused_adamw = _together("_fused_adam_", "_fused_adamw_")
 
 
-def _is_mkldnn_enabled() -> bool:
-    return bool(torch.backends.mkldnn.enabled)
-
-
-is_mkldnn_enabled: Callable[[], bool] = named("_C._get_mkldnn_enabled", _is_mkldnn_enabled)
+is_mkldnn_enabled: Callable[[], bool] = named(
+    "_C._get_mkldnn_enabled", lambda: bool(torch.backends.mkldnn.enabled)
+)
 
 
 # --- One operation on every tensor of a list
@@ -277,12 +275,8 @@ def _returns_old_memory(operator: Any) -> bool:
     return any(returned.alias_info is not None for returned in operator._schema.returns)
 
 
-def _may_return_old_memory(operator: Any) -> bool:
-    return True
-
-
 returns_old_memory: Callable[[Any], bool] = (
-    _returns_old_memory if named("ops.aten.add.Tensor._schema") else _may_return_old_memory
+    _returns_old_memory if named("ops.aten.add.Tensor._schema") else lambda operator: True
 )
 """Whether what an operator returns may be a view, or memory that it was handed."""
 

@@ -39,9 +39,8 @@ def gradients(
     if window.of_height_1 is not None:
         image, kernel, dy = x.unsqueeze(2), weight.unsqueeze(2), grad.unsqueeze(2)
         dweight, dx = gradients(image, kernel, dy, window.of_height_1, method, need)
-        return None if dweight is None else dweight.squeeze(2), None if dx is None else dx.squeeze(
-            2
-        )
+        dweight = None if dweight is None else dweight.squeeze(2)
+        return dweight, None if dx is None else dx.squeeze(2)
     chosen = implementation(x, weight, window, method, backward=True)
     dweight, dx = chosen.gradients(x, weight, grad, window, need)
     return dweight, dx
@@ -49,9 +48,9 @@ def gradients(
 
 def layout(weight: Tensor) -> Tensor:
     """The same weights in the memory format that their kernels want."""
-    return (
-        native.layout(weight.unsqueeze(2)).squeeze(2) if weight.ndim == 3 else native.layout(weight)
-    )
+    if weight.ndim == 3:
+        return native.layout(weight.unsqueeze(2)).squeeze(2)
+    return native.layout(weight)
 
 
 def implementation(

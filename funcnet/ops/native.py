@@ -149,16 +149,8 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dx), None where it is not needed."""
     padded = _evened(x, window)
-    dweight, dx = kernel_gradients(
-        padded,
-        weight,
-        grad,
-        need,
-        window.stride,
-        window.both,
-        window.dilation,
-        window.groups,
-    )
+    sizes = window.stride, window.both, window.dilation, window.groups
+    dweight, dx = kernel_gradients(padded, weight, grad, need, *sizes)
     if dx is not None and padded is not x:
         dx = pad(dx, [-side for side in _uneven_sides(window)])
     return dweight, dx

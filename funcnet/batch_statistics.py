@@ -293,7 +293,7 @@ def _scale_and_shift(layer: BatchNorm, params: Tree, m: Tree, path: str) -> tupl
             f"got count {count.min().item():g}"
         )
     variance = m2 / count.reshape(*mean.shape[:-1], 1)
-    # Kernels take 1/√0 for 0.
+    # For the kernels, 1/√0 is 0.
     spread = variance + layer.eps
     scale = torch.where(spread == 0, 0.0, spread.rsqrt())
     if not layer.affine:

@@ -173,7 +173,7 @@ class OverGroups(Layer):
         raise NotImplementedError
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
-        layer: Any = self  # whose field eps is
+        layer: Any = self  # eps is a field of each subclass
         weight, bias = _opened(params)
         y, mean, rstd = normalization.group_norm(x, self._groups(x), weight, bias, layer.eps)
         return y, (x, mean, rstd)

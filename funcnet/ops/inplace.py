@@ -30,7 +30,7 @@ def has_open_sizes(x: Tensor) -> bool:
     What Python decides by a size there, or counts in a loop, holds for one size alone.
     """
     if torch.compiler.is_compiling():
-        # Imported by whoever compiles: it takes half a second.
+        # The import takes half a second; who compiles has made it already.
         from torch.fx.experimental.symbolic_shapes import has_static_value
 
         is_exporting = torch.compiler.is_exporting()

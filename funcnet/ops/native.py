@@ -47,7 +47,7 @@ def layout(x: Tensor) -> Tensor:
             pass
     if channels == 1:
         return x.clone(memory_format=memory_format)
-    # torch.func.vmap knows no memory formats, but the same by another name.
+    # torch.func.vmap refuses memory formats; a permuted tensor has the same strides.
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
@@ -135,9 +135,9 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> 
     stride, padding, dilation, groups = window.stride, window.both, window.dilation, window.groups
     if not window.is_dilated and not (_is_narrow(x) and (window.is_strided or x.ndim == 5)):
         return conv(x, _canonical(weight), bias, stride, padding, dilation, groups)
-    # oneDNN 3.x has been seen to crash where dilated windows see nothing but padding: on a bias,
-    # and in bfloat16; in which, with a stride, it also returns wrong numbers on some processors,
-    # and for volumes with one channel a group.
+    # oneDNN 3.x has crashed where dilated windows see nothing but padding, with a bias or in
+    # bfloat16. In bfloat16 it returns wrong numbers on some processors, with a stride or for
+    # volumes with one channel a group.
     y = conv(upcast(x), _canonical(upcast(weight)), None, stride, padding, dilation, groups)
     if bias is not None:
         y = inplace.add(y, bias.reshape(-1, *(1,) * (y.ndim - 2)))

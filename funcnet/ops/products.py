@@ -110,7 +110,7 @@ def over_examples(function: Callable[..., tuple[Tensor, ...]], *batches: Tensor)
     """
     try:
         return torch.func.vmap(function)(*batches)
-    except Exception:  # a user's layer may raise anything; what is no fault of vmap comes again
+    except Exception:  # a user's layer may raise anything; if vmap is not the cause, it comes again
         each = [function(*examples) for examples in zip(*batches, strict=True)]
         return tuple(map(torch.stack, zip(*each, strict=True)))
 

@@ -129,7 +129,7 @@ class Elementwise(Optimizer[State]):
         """`_update` of the real and imaginary parts of complex numbers."""
         if True not in [p.is_complex() for p in ps]:
             return self._update(each, lr, n, ps, gs, *kept)
-        gs = [g.resolve_conj() for g in gs]  # autograd makes such
+        gs = [g.resolve_conj() for g in gs]  # autograd conjugates lazily
         new = self._update(each, lr, n, *([_as_pairs(x) for x in xs] for xs in (ps, gs, *kept)))
         return tuple(
             [torch.view_as_complex(x) if p.is_complex() else x for x, p in zip(xs, ps, strict=True)]

@@ -236,12 +236,12 @@ def _rows(x: Tensor) -> Tensor:
 
 def _images(rows: Tensor, x: Tensor) -> Tensor:
     """(N, C, …) in channels_last of (N, P, C), with the same memory."""
-    return rows.unflatten(1, x.shape[2:]).movedim(-1, 1)
+    return torch.unflatten(rows, 1, x.shape[2:]).movedim(-1, 1)
 
 
 def _group_means(channels: Tensor, groups: int) -> Tensor:
     """(N, groups) of (N, C)."""
-    return channels.unflatten(1, (groups, -1)).mean(2)
+    return torch.unflatten(channels, 1, (groups, -1)).mean(2)
 
 
 def _of_channels(of_groups: Tensor, x: Tensor) -> Tensor:

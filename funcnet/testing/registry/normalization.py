@@ -17,7 +17,7 @@ from funcnet.layers import (
     LayerNorm,
     RMSNorm,
 )
-from funcnet.testing.registry.row import Row
+from funcnet.testing.registry.row import Row, same_name
 
 _EPS = [1e-5, 0.1, 2.0]  # not 0, with which a constant set gives NaN
 
@@ -35,13 +35,8 @@ class _Affine(nn.Module):
         return self.weight.view(shape) * x + self.bias.view(shape)
 
 
-def _layer_norm(layer: Any, shape: Shape) -> nn.Module:
-    sizes = shape[-layer.num_dims :]
-    return nn.LayerNorm(sizes, layer.eps, layer.elementwise_affine, layer.bias)
-
-
-def _rms_norm(layer: Any, shape: Shape) -> nn.Module:
-    return nn.RMSNorm(shape[-layer.num_dims :], layer.eps, layer.elementwise_affine)
+def _over_last_axes(layer: Any, shape: Shape) -> nn.Module:
+    return same_name(layer, shape, shape[-layer.num_dims :])
 
 
 class _GroupNorm(nn.GroupNorm):
@@ -81,7 +76,7 @@ _LAYER_NORMS: tuple[tuple[Layer, Shape], ...] = (
 )
 
 ROWS = (
-    Row(LayerNorm, _LAYER_NORMS, {"num_dims": [1, 2], "eps": _EPS}, twin=_layer_norm),
+    Row(LayerNorm, _LAYER_NORMS, {"num_dims": [1, 2], "eps": _EPS}, twin=_over_last_axes),
     Row(
         RMSNorm,
         (
@@ -90,7 +85,7 @@ ROWS = (
             (RMSNorm(elementwise_affine=False), (2, 3)),
         ),
         {"num_dims": [1, 2], "eps": _EPS},
-        twin=_rms_norm,
+        twin=_over_last_axes,
     ),
     Row(
         GroupNorm,

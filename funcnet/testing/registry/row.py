@@ -47,11 +47,11 @@ class Row:
         return self.layer(**choose_settings(self.layer, self.settings, choose))
 
 
-_OURS = {"method", "weight_init", "bias_init"}
+_OURS = {"method", "weight_init", "bias_init", "num_dims"}
 """The fields that torch.nn does not know."""
 
 
-def same_name(layer: Any, _: Shape, *sizes: int) -> nn.Module:
+def same_name(layer: Any, _: Shape, *sizes: Any) -> nn.Module:
     """The torch.nn module of the layer's name and settings, which come behind the sizes of x."""
     names = [f.name for f in fields(layer) if f.init and f.name not in _OURS]
     cls: Any = getattr(nn, type(layer).__name__)

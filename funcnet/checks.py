@@ -35,7 +35,7 @@ def as_int(who: object, name: str, value: Any, least: int | None) -> int:
     return number
 
 
-def as_number(who: object, name: str, value: Any, least: float = float("-inf")) -> float:
+def as_number(who: object, name: str, value: Any, least: float) -> float:
     """`value` as it came. Raises unless it is a finite number and at least `least`."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name_of(who)}: expected {name} to be a number, got {value!r}")
@@ -75,14 +75,14 @@ def check_tensor(who: object, name: str, x: Any) -> None:
         raise TypeError(f"{name_of(who)}: expected {name} to be floating-point, got {x.dtype}")
 
 
-def check_like(who: object, name: str, tensor: Any, like_name: str, like: Any) -> None:
-    """Raise TypeError unless a tensor has the dtype and device of `like`."""
+def check_like(who: object, name: str, tensor: Any, x: Any) -> None:
+    """Raise TypeError unless a tensor has x's dtype and device."""
     if not isinstance(tensor, Tensor):
         check_tensor(who, name, tensor)
-    if tensor.dtype != like.dtype or tensor.device != like.device:
+    if tensor.dtype != x.dtype or tensor.device != x.device:
         raise TypeError(
-            f"{name_of(who)}: expected {name} to have the dtype and device of {like_name}, "
-            f"{like.dtype} on {like.device}, got {tensor.dtype} on {tensor.device}"
+            f"{name_of(who)}: expected {name} to have the dtype and device of x, "
+            f"{x.dtype} on {x.device}, got {tensor.dtype} on {tensor.device}"
         )
 
 

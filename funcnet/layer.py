@@ -334,7 +334,7 @@ class Layer(Hyperparameters):
         like, kept = _opened(self, residuals)
         y = self._admit(params, like, like.shape[1:])
         if not isinstance(grad, Tensor) or grad.dtype != y.dtype or grad.device != y.device:
-            check_like(self._describe_last(), "grad", grad, "x", y)
+            check_like(self._describe_last(), "grad", grad, y)
         expected = (*like.shape[1:2], *y.shape)
         if grad.shape != expected:
             raise ValueError(
@@ -697,7 +697,7 @@ def _misshapen(
         if isinstance(param, Mapping):
             wrong = wrong or _misshapen(layer, param, params[name], like, f"{prefix}{name}.")
             continue
-        check_like(layer, prefix + name, params[name], "x", like)
+        check_like(layer, prefix + name, params[name], like)
         if params[name].shape != param.shape:
             wrong = wrong or (prefix + name, param, params[name].shape)
     return wrong

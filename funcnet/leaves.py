@@ -50,7 +50,7 @@ def mapped(
 
 
 def places(
-    net: Layer, params: Tree, enters: Callable[[Layer], bool] = has_children, path: str = ""
+    net: Layer, params: Tree, enters: Callable[[Layer], bool], path: str = ""
 ) -> Iterator[tuple[str, Layer, Tree]]:
     """(path, layer, params) of each layer that is not entered, in order, if it has parameters.
 

@@ -28,7 +28,7 @@ class Loss(Hyperparameters):
 
     def _check(self, x: Tensor, target: Any) -> None:
         """Raise unless x and target fit each other."""
-        check_like(self, "target", target, "x", x)
+        check_like(self, "target", target, x)
         if x.shape != target.shape:
             raise ValueError(
                 f"{name_of(self)}: expected target of shape {tuple(x.shape)}, x's shape, "
@@ -65,7 +65,7 @@ class Loss(Hyperparameters):
         if isinstance(grad, Real):
             grad = float(grad)  # a number of NumPy's would make arrays of tensors
         else:
-            check_like(self, "grad", grad, "x", like)
+            check_like(self, "grad", grad, like)
             assert isinstance(grad, Tensor)
             if grad.ndim != 0:
                 raise ValueError(

@@ -29,7 +29,7 @@ from funcnet.ops.inplace import is_untracked
 
 
 def attend(
-    qkv: Tensor, heads: int, causal: bool, keep: Tensor | None = None, scale: float = 1.0
+    qkv: Tensor, heads: int, causal: bool, keep: Tensor | None, scale: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(o, residuals): o (N, T, E) of q, k and v side by side, (N, T, 3E).
 
@@ -53,7 +53,7 @@ def gradients(
     do: Tensor,
     heads: int,
     causal: bool,
-    scale: float = 1.0,
+    scale: float,
 ) -> Tensor:
     """∂L/∂qkv (N, T, 3E), given o and the residuals of `attend`."""
     q, k, v = _split(qkv, heads)

@@ -67,9 +67,7 @@ def choose_settings(
     return {name: choose(choices(cls, name, settings.get(name))) for name in names}
 
 
-def choices(
-    cls: type[Hyperparameters], name: str, given: Sequence[Any] | None = None
-) -> Sequence[Any]:
+def choices(cls: type[Hyperparameters], name: str, given: Sequence[Any] | None) -> Sequence[Any]:
     """The choices for a hyperparameter: those given, or what the kind of its field suggests."""
     if given is not None:
         return given

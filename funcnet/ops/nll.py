@@ -8,6 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_aten = torch.ops.aten
+_FORWARD = {2: _aten.nll_loss_forward.default, 4: _aten.nll_loss2d_forward.default}
+_BACKWARD = {2: _aten.nll_loss_backward.default, 4: _aten.nll_loss2d_backward.default}
+"""By the number of axes of log_p."""
+
 _REDUCTIONS = {"mean": 1, "sum": 2}
 """PyTorch's numbers for them."""
 
@@ -15,10 +20,8 @@ _REDUCTIONS = {"mean": 1, "sum": 2}
 def forward(log_p: Tensor, classes: Tensor, reduction: str, ignored: int) -> tuple[Tensor, Tensor]:
     """(the sum, or the mean over all places that count; the number of these)."""
     log_p, classes = _as_images(log_p, classes)
-    kernel = (
-        torch.ops.aten.nll_loss_forward if log_p.ndim == 2 else torch.ops.aten.nll_loss2d_forward
-    )
-    value, count = kernel.default(log_p, classes, None, _REDUCTIONS[reduction], ignored)
+    kernel = _FORWARD[log_p.ndim]
+    value, count = kernel(log_p, classes, None, _REDUCTIONS[reduction], ignored)
     return value, count
 
 
@@ -26,11 +29,9 @@ def backward(grad: Tensor, log_p: Tensor, classes: Tensor, ignored: int) -> Tens
     """The gradient of grad times the sum: −grad at each place's class, and 0 elsewhere."""
     shape = log_p.shape
     log_p, classes = _as_images(log_p, classes)
-    kernel = (
-        torch.ops.aten.nll_loss_backward if log_p.ndim == 2 else torch.ops.aten.nll_loss2d_backward
-    )
     # The last argument, the number of places, does not matter for a sum.
-    dlog_p: Tensor = kernel.default(grad, log_p, classes, None, _REDUCTIONS["sum"], ignored, grad)
+    kernel = _BACKWARD[log_p.ndim]
+    dlog_p: Tensor = kernel(grad, log_p, classes, None, _REDUCTIONS["sum"], ignored, grad)
     return dlog_p.reshape(shape)
 
 

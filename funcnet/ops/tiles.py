@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import NamedTuple
 
 from torch import Tensor
@@ -64,16 +65,14 @@ def cut(x: Tensor, scale: Pair, window: Window, entries: int, most: int) -> Iter
         for axis, length in enumerate(lengths)
     ]
     every = slice(None)
-    for example in range(batch):
+    for example, rows, across in product(range(batch), *spans):
         part = slice(example, example + 1)
-        for rows in spans[0]:
-            for across in spans[1]:
-                yield Tile(
-                    (part, every, rows.source, across.source),
-                    (part, every, rows.target, across.target),
-                    Window(window.kernel_size, sides=(rows.sides, across.sides)),
-                    overlaps=True,
-                )
+        yield Tile(
+            (part, every, rows.source, across.source),
+            (part, every, rows.target, across.target),
+            Window(window.kernel_size, sides=(rows.sides, across.sides)),
+            overlaps=True,
+        )
 
 
 def behind(

@@ -125,11 +125,14 @@ def test_rms_norms_eps_is_torchs(dtype):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("size", [16, 32])
 @pytest.mark.parametrize("offset", [1e2, 1e4])
-@pytest.mark.parametrize("layer", [fn.LayerNorm(3), fn.GroupNorm(4), fn.InstanceNorm()], ids=repr)
-def test_large_means(layer, offset, layout):
+@pytest.mark.parametrize(
+    "layer", [fn.LayerNorm(3), fn.GroupNorm(4), fn.GroupNorm(8), fn.InstanceNorm()], ids=repr
+)
+def test_large_means(layer, offset, size, layout):
     """In channels_last, torch's group_norm is off by 1000 here; a rounding of x moves y by 1e-3."""
-    x = fn.normal(KEY, (8, 32, 16, 16)) + offset
+    x = fn.normal(KEY, (8, 32, size, size)) + offset
     params = layer.init(KEY, x.shape[1:])
     double = optree.tree_map(torch.Tensor.double, params)
     grad = fn.normal(fn.key(1), x.shape)
@@ -410,9 +413,25 @@ def test_vmap_over_expanded_inputs(layer, dtype):
         torch.testing.assert_close(found[1], y)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(5, 7), (32, 32), (2, 16, 32)], ids=str)
+@pytest.mark.parametrize("groups", [1, 2, 4, 8, 16, 32])
+def test_few_channels_a_group(groups, size, dtype):
+    """By rows or by groups, results are off the formula in float64 by rounding alone."""
+    layer, shape = fn.GroupNorm(groups), (2, 32, *size)
+    params = random_params(layer, shape[1:], dtype)
+    x, grad = (fn.normal(key, shape).to(dtype) for key in fn.split(KEY))
+    last = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    want = by_autograd(layer, *optree.tree_map(torch.Tensor.double, (params, x, grad)))
+    found = ours(layer, params, *(t.contiguous(memory_format=last) for t in (x, grad)))
+    tolerance = 30 * torch.finfo(dtype).eps
+    for got, exact in zip(optree.tree_leaves(found), optree.tree_leaves(want), strict=True):
+        assert got.dtype == dtype
+        assert (got - exact).abs().max() <= tolerance * exact.abs().max().clamp(min=1)
+
+
 @pytest.mark.parametrize("stride", [1, 77])
 def test_channels_last_with_any_stride_along_an_axis_of_size_1(stride):
-    """Groups of at least 4 channels are normalised in channels_last."""
     layer, shape = fn.GroupNorm(2), (2, 8, 1, 4)
     params = random_params(layer, shape[1:], torch.float64)
     x, grad = (fn.normal(key, shape, dtype=torch.float64) for key in fn.split(KEY))

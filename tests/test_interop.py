@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from registry import EVERY_LAYER, EXAMPLE_IDS, EXAMPLES, budget, draw_x, key_for, make
 from test_properties import close, same
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from users_layers import Dense
 
 import funcnet as fn
@@ -271,6 +272,24 @@ def test_norms_with_running_statistics(norm, shape):
     net, params = from_torch(norm.train(), shape)
     assert type(net) in (fn.BatchNorm, fn.InstanceNorm)
     assert agree(net.apply(params, x, key=KEY), norm(x))
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.GroupNorm(2, 4), nn.BatchNorm1d(4), nn.InstanceNorm1d(4, affine=True)]
+)
+def test_norms_without_bias(norm):
+    norm.bias = None  # as by bias=False, which new versions of torch.nn have
+    with pytest.raises(ValueError, match="1: .*Norm.*: expected bias=True"):
+        from_torch(nn.Sequential(nn.CELU(), norm), (4, 3))
+
+
+def test_running_statistics_without_bias():
+    norm = nn.BatchNorm1d(4)
+    norm.bias = None
+    norm.running_mean.uniform_()
+    net, params = from_torch(norm.eval(), (4, 3))
+    x = fn.normal(KEY, (2, 4, 3))
+    torch.testing.assert_close(net.apply(params, x), norm(x))
 
 
 def test_settings_are_kept():
@@ -607,6 +626,17 @@ def test_a_backward_pass_may_be_run_twice_but_not_differentiated():
     for wanted in (x, module.get_parameter("conv.weight")):
         with pytest.raises(RuntimeError, match="expected a first derivative of Sequential of"):
             torch.autograd.grad(module(x).sum() + again.sum(), wanted)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_as_module_under_checkpoint(use_reentrant):
+    net = denoiser()
+    module = as_module(net, net.init(fn.key(0), (3, 6, 6)))
+    x = fn.uniform(KEY, (2, 3, 6, 6)).requires_grad_()
+    y = checkpoint(module, x, use_reentrant=use_reentrant)
+    y.sum().backward()
+    (expected,) = torch.autograd.grad(module(x).sum(), x)
+    assert torch.equal(x.grad, expected)
 
 
 @pytest.mark.parametrize("what", ["x", "y", "parameter"])

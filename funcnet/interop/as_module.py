@@ -123,7 +123,8 @@ class _Network(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         count = ctx.structure.num_leaves
-        leaves, tensors = ctx.saved_tensors[:count], iter(ctx.saved_tensors[count:])
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint computes them for one asking
+        leaves, tensors = saved[:count], iter(saved[count:])
         kept = [next(tensors).detach() if other is None else other[0] for other in ctx.kept]
         params, residuals = ctx.structure.unflatten(leaves), ctx.of_residuals.unflatten(kept)
         _, _, _, of_x, *of_leaves = ctx.needs_input_grad

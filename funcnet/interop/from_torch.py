@@ -181,6 +181,9 @@ def _check_settings(module: nn.Module) -> None:
     is_attention = isinstance(module, nn.MultiheadAttention)
     if is_attention and not module.kdim == module.vdim == module.embed_dim:
         wrong.append("expected kdim and vdim to be embed_dim")
+    lacks_bias = getattr(module, "affine", False) and module.bias is None
+    if lacks_bias and not _has_statistics(module):
+        wrong.append("expected bias=True")
     between = module.dropout if isinstance(module, nn.RNNBase) and module.num_layers > 1 else 0.0
     if module.training and between > 0:
         wrong.append(f"expected dropout=0.0 in train mode, got {between}")
@@ -245,13 +248,18 @@ def _norm(module: Any, shape: Shape | None) -> Translation:
     if shape is not None and kind in _RANKS and len(shape) not in _RANKS[kind]:
         ranks = " or ".join(map(str, _RANKS[kind]))
         raise ValueError(f"{name}: expected one example to have {ranks} axes, got shape {shape}")
-    if not module.training and module.running_mean is not None:
+    if _has_statistics(module):
         return ChannelAffine(), _affine(module)
     if isinstance(module, nn.SyncBatchNorm):
         raise ValueError(f"{name}: expected eval mode, got train mode")
     is_instance = isinstance(module, (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d))
     layer = (InstanceNorm if is_instance else BatchNorm)(module.eps, module.affine)
     return layer, _learned(layer._params((module.num_features,)), module) or ()
+
+
+def _has_statistics(module: Any) -> bool:
+    """Whether a norm evaluates by running statistics."""
+    return not module.training and getattr(module, "running_mean", None) is not None
 
 
 def _affine(module: Any) -> dict[str, Tensor]:

@@ -279,7 +279,7 @@ def test_norms_with_running_statistics(norm, shape):
 )
 def test_norms_without_bias(norm):
     norm.bias = None  # as by bias=False, which new versions of torch.nn have
-    with pytest.raises(ValueError, match="1: .*Norm.*: expected bias=True"):
+    with pytest.raises(ValueError, match=r"1: .*Norm.*: expected bias=True"):
         from_torch(nn.Sequential(nn.CELU(), norm), (4, 3))
 
 
@@ -728,6 +728,62 @@ class Steps(nn.Module):
         return self.lstm(x)[0]
 
 
+class Tied(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode, self.decode = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.decode.weight = self.encode.weight
+
+    def forward(self, x):
+        return self.decode(self.encode(x).tanh())
+
+
+class Checkpointed(nn.Module):
+    """Runs again in its backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+    def forward(self, x):
+        return checkpoint(self.layers, x, use_reentrant=False)
+
+
+class Viewing(nn.Module):
+    """Takes x without gaps alone, and writes to it."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.linear = size, nn.Linear(size, 2)
+
+    def forward(self, x):
+        return self.linear(x.relu_().view(x.shape[0], self.size))
+
+
+def twice():
+    """One layer in two places."""
+    layer = nn.Linear(3, 3)
+    return nn.Sequential(layer, nn.Tanh(), layer)
+
+
+class Calling(nn.Module):
+    """y = function(self, x)."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.calls = function, 0
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def calls_times(self, x):
+    self.calls += 1
+    return self.calls * x
+
+
 WRAPPED = [
     (lambda: nn.Linear(4, 3), (4,)),
     (lambda: Block(2).eval(), (2, 4, 3)),
@@ -738,6 +794,9 @@ WRAPPED = [
     (lambda: nn.TransformerEncoderLayer(4, 2, 6, batch_first=True).eval(), (3, 4)),
     (lambda: Steps(), (4, 3)),
     (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), (3,)),
+    (lambda: Tied(), (3,)),
+    (lambda: Viewing(8), (2, 2, 2)),
+    (twice, (3,)),
 ]
 wrapped = pytest.mark.parametrize(("build", "shape"), WRAPPED)
 
@@ -819,6 +878,59 @@ def test_what_is_not_a_function_of_params_and_x_is_refused():
         wrap(nn.Flatten(0), (5,))
     with pytest.raises(TypeError, match=r"expected module to be a torch\.nn\.Module, got ReLU"):
         wrap(fn.ReLU(), (3,))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated", "ignore:.*weight_norm.*")
+def test_modules_that_others_parameters_cannot_be_put_into_are_refused():
+    scripted = nn.Sequential(nn.ReLU(), torch.jit.script(nn.Linear(3, 3)))
+    with pytest.raises(ValueError, match=r"a plain .*, got 1 \(RecursiveScriptModule\)"):
+        wrap(scripted, (3,))
+    with pytest.raises(ValueError, match=r"got the module itself \(DataParallel\)"):
+        wrap(nn.DataParallel(nn.Linear(3, 3)), (3,))
+    with pytest.raises(
+        ValueError, match=r"real parameters, got weight \(torch\.complex64\), bias "
+    ):
+        wrap(nn.Linear(3, 3, dtype=torch.complex64), (3,))
+    with pytest.raises(ValueError, match="a module that can be copied, got Linear: Only Tensors"):
+        wrap(nn.utils.weight_norm(nn.Linear(3, 3)), (3,))
+    with pytest.raises(ValueError, match="got Calling, which gave another y the second time"):
+        wrap(Calling(calls_times), (3,))
+
+
+@pytest.mark.parametrize("build", [twice, Tied])
+def test_tied_parameters_stay_the_modules_own(build):
+    module = build()
+    layer, params = wrap(module, (3,))
+    others = optree.tree_map(lambda leaf: leaf + 1, params)
+    x = fn.normal(KEY, (2, 3))
+    layer.vjp(others, x, torch.ones(2, 3))
+    assert layer.out_shape((2, 3)) == (2, 3)
+    assert same(layer.init(KEY, (3,)), params)
+    for own in (params, others, optree.tree_map(torch.Tensor.double, others)):
+        back = to_torch(layer, own)
+        x = x.to(optree.tree_leaves(own)[0].dtype)
+        torch.testing.assert_close(back(x), layer.apply(own, x))
+        assert len([*back.parameters()]) == len([*module.parameters()])
+
+
+def test_a_module_that_runs_again_in_its_backward_pass():
+    module = Checkpointed()
+    layer, params = wrap(module, (3,))
+    others = optree.tree_map(lambda leaf: leaf.double() + 1, params)
+    x, grad = (fn.normal(KEY, (4, size), dtype=torch.float64) for size in (3, 2))
+    dparams, dx = layer.vjp(others, x, grad)
+    module.double().load_state_dict(state_dict(others))
+    module(x.requires_grad_()).backward(grad)
+    close(state_dict(dparams), {name: p.grad for name, p in module.named_parameters()})
+    close(dx, x.grad)
+
+
+def test_a_module_that_views_x_behind_a_convolution():
+    net = fn.Sequential(fn.Conv2d(4, 3), fn.ReLU(), wrap(Viewing(36), (4, 3, 3))[0])
+    params = net.init(KEY, (2, 5, 5))
+    x = fn.normal(KEY, (3, 2, 5, 5))
+    check_vjp(net, params, x)
+    torch.testing.assert_close(to_torch(net, params)(x), net.apply(params, x))
 
 
 def test_a_wrapped_layer_is_a_value():

@@ -21,6 +21,7 @@ class Traits(NamedTuple):
     out_shape: Shape
     takes_integers: bool
     writes_x: bool
+    needs_row_major: bool
     couples_examples: bool
 
 
@@ -31,8 +32,17 @@ def observe(module: nn.Module, shape: Shape) -> Traits:
     with torch.no_grad(), torch.random.fork_rng(cuda), _purity(module):
         x, y, writes_x = _first_run(module, shape, like)
         out_shape = shape_of_one(f"wrap: {type(module).__name__}", y)
+        x = x if not x.is_floating_point() else _numbers(0, shape, like)
+        needs_row_major = not _runs(module, _column_major(x))
+        is_pure = _is_close(y, module(x.clone()))
         couples = x.is_floating_point() and _couples(module, shape, like)
-    return Traits(shape, out_shape, not x.is_floating_point(), writes_x, couples)
+    if not is_pure:
+        raise ValueError(
+            f"wrap: expected a module whose y depends on x and its parameters alone, got "
+            f"{type(module).__name__}, which gave another y the second time"
+        )
+    takes_integers = not x.is_floating_point()
+    return Traits(shape, out_shape, takes_integers, writes_x, needs_row_major, couples)
 
 
 def tensor_like(module: nn.Module) -> Tensor:
@@ -80,8 +90,26 @@ def _couples(module: nn.Module, shape: Shape, like: Tensor) -> bool:
     """Whether the first example's y depends on the second example."""
     x = _numbers(0, shape, like)
     other = torch.cat([x[:1], _numbers(1, shape, like)[1:]])
-    y, beside_other = module(x)[:1], module(other)[:1]
-    return not torch.allclose(y, beside_other, rtol=1e-2, atol=1e-4, equal_nan=True)
+    return not _is_close(module(x)[:1], module(other)[:1])
+
+
+def _runs(module: nn.Module, x: Tensor) -> bool:
+    """Whether the module takes x."""
+    try:
+        module(x)
+    except Exception:  # a module may raise anything
+        return False
+    return True
+
+
+def _column_major(x: Tensor) -> Tensor:
+    """Return a copy whose axes lie in memory in the opposite order."""
+    order = [*reversed(range(x.ndim))]
+    return x.permute(order).clone(memory_format=torch.contiguous_format).permute(order)
+
+
+def _is_close(y: Tensor, other: Tensor) -> bool:
+    return torch.allclose(y, other, rtol=1e-2, atol=1e-4, equal_nan=True)
 
 
 def _numbers(seed: int, shape: Shape, like: Tensor) -> Tensor:

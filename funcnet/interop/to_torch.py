@@ -265,10 +265,19 @@ def _upsample_conv(layer: Any, params: Tree, shape: Shape | None) -> nn.Module:
 
 def _wrapped(layer: Any, params: Tree, shape: Shape | None) -> nn.Module:
     """Return a copy of the module that `wrap` has wrapped."""
+    copies = optree.tree_map(lambda leaf: nn.Parameter(leaf.detach().clone()), params)
     module: nn.Module = copy.deepcopy(layer.module)
-    copies = {name: leaf.detach().clone() for name, leaf in state_dict(params).items()}
-    module.load_state_dict(copies, strict=False, assign=True)
+    for name, tensor in layer.tensors(copies, torch.empty(0)).items():
+        owner, _, last = name.rpartition(".")
+        setattr(module.get_submodule(owner), last, tensor)
+    if layer.traits.needs_row_major:
+        module.register_forward_pre_hook(_without_gaps)
     return module
+
+
+def _without_gaps(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    """Return x in row-major order; convolutions with such weights as ours return channels_last."""
+    return (args[0].contiguous(),)
 
 
 _SPECIAL: dict[type[Layer], Callable[[Any, Tree, Shape | None], nn.Module]] = {

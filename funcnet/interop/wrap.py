@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import partial, reduce
 from operator import getitem
 from typing import Any
 
@@ -35,13 +35,16 @@ def wrap(module: nn.Module, shape: Sequence[int]) -> tuple[Layer, Tree]:
     are equal if they hold the same copy. A file cannot hold one. Under torch.func.vmap it works as
     far as PyTorch's kernels do: those of torch.nn.LSTM do not. One thread at a time may use it.
 
-    The module runs once on random numbers. What is not a function of params and x is refused, with
-    the name of the module that is not: one that changes its buffers, as BatchNorm does in train
-    mode, and one that draws numbers, as Dropout does in train mode, since keys decide nothing
-    there. Call `module.eval()`, or use `BatchNorm` and `Dropout` of this package in its place.
+    The module runs a few times on random numbers. What is not a function of params and x is
+    refused, with the name of the module that is not: one that changes its buffers, as BatchNorm
+    does in train mode, and one that draws numbers, as Dropout does in train mode, since keys decide
+    nothing there. Call `module.eval()`, or use `BatchNorm` and `Dropout` of this package in its
+    place. A module that takes only x without gaps in memory, by `x.view`, gets such an x.
 
-    Raises ValueError for such modules, for examples that the module does not take, and unless y is
-    one floating-point tensor (N, …); TypeError unless `module` is a torch.nn.Module.
+    Raises ValueError for such modules, for those whose parameters cannot be handed over (complex
+    ones, TorchScript, DataParallel) or that cannot be copied, for examples that the module does not
+    take, and unless y is one floating-point tensor (N, …); TypeError unless `module` is a
+    torch.nn.Module.
 
     >>> import funcnet as fn
     >>> from torch import nn
@@ -61,10 +64,30 @@ def wrap(module: nn.Module, shape: Sequence[int]) -> tuple[Layer, Tree]:
         raise TypeError(
             f"wrap: expected module to be a torch.nn.Module, got {type(module).__name__}"
         )
-    own, like = copy.deepcopy(module), tensor_like(module)
+    _check_parts(module)
+    try:
+        own, like = copy.deepcopy(module), tensor_like(module)
+    except Exception as error:  # a module may raise anything
+        raise ValueError(
+            f"wrap: expected a module that can be copied, got {type(module).__name__}: {error}"
+        ) from error
     layer = Wrapped(own, observe(own, as_shape("wrap", shape)))
     params = layer.init(key(0), shape, dtype=like.dtype, device=like.device)
     return layer, params
+
+
+def _check_parts(module: nn.Module) -> None:
+    """Raise ValueError for modules and parameters that functional_call cannot put others into."""
+    wrong = [
+        f"{name or 'the module itself'} ({type(part).__name__})"
+        for name, part in module.named_modules()
+        if isinstance(part, (torch.jit.ScriptModule, nn.DataParallel))
+    ]
+    if wrong:
+        raise ValueError(f"wrap: expected a plain torch.nn.Module, got {', '.join(wrong)}")
+    wrong = [f"{name} ({p.dtype})" for name, p in module.named_parameters() if p.is_complex()]
+    if wrong:
+        raise ValueError(f"wrap: expected real parameters, got {', '.join(wrong)}")
 
 
 @dataclass(frozen=True)
@@ -74,14 +97,16 @@ class Wrapped(Layer):
     module: nn.Module
     traits: Traits
     _paths: dict[str, list[str]] = field(init=False, repr=False, compare=False)
-    """The keys that lead to each parameter, by its name."""
+    """The keys that lead to each parameter, by its name in each module that has it."""
 
     _unstorable = "a torch.nn.Module is code, which a file does not hold; save params alone"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = (name for name, _ in self._own_parameters())
-        object.__setattr__(self, "_paths", {name: name.split(".") for name in names})
+        keys = {id(p): name.split(".") for name, p in self._own_parameters()}
+        places = places_of(self.module, nn.Module.named_parameters)
+        paths = {name: keys[id(p)] for name, p in places if id(p) in keys}
+        object.__setattr__(self, "_paths", paths)
 
     def __repr__(self) -> str:
         return f"Wrapped({type(self.module).__name__}, vjp from autograd)"
@@ -107,10 +132,11 @@ class Wrapped(Layer):
             return self.traits.out_shape
         dtype = torch.int64 if self.traits.takes_integers else tensor_like(self.module).dtype
         x = torch.empty((2, *shape), dtype=dtype, device="meta")
-        tensors = (*self.module.named_parameters(), *self.module.named_buffers())
+        kinds = (nn.Module.named_parameters, nn.Module.named_buffers)
+        tensors = {n: t.to("meta") for kind in kinds for n, t in places_of(self.module, kind)}
         try:
             with torch.no_grad():
-                y = functional_call(self.module, {n: t.to("meta") for n, t in tensors}, (x,))
+                y = functional_call(self.module, tensors, (x,), tie_weights=False)
         except Exception as error:  # a module may raise anything
             raise ValueError(
                 f"{self}: expected the shape of an example that it takes, got {shape}: {error}"
@@ -124,7 +150,7 @@ class Wrapped(Layer):
             raise TypeError(f"{self}: expected x to be int32 or int64, got {x.dtype}")
 
     def _apply(self, params: Any, x: Tensor, key: Key | None) -> Tensor:
-        return self._unshared(self._called(params, x), params, x)
+        return self._unshared(self._called(self.tensors(params, x), x), params, x)
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
         if not is_eager():  # autograd of one's own does not work there
@@ -132,8 +158,9 @@ class Wrapped(Layer):
         leaves, structure = optree.tree_flatten(params)
         with torch.inference_mode(False), torch.enable_grad():
             starts = [_start(tensor) for tensor in (*leaves, x)]
-            y = self._called(structure.unflatten(starts[:-1]), starts[-1])
-        return self._unshared(y.detach(), params, x), _Graph(starts, y)
+            tensors = self.tensors(structure.unflatten(starts[:-1]), starts[-1])
+            y = self._called(tensors, starts[-1])
+        return self._unshared(y.detach(), params, x), _Graph(starts, y, self.module, tensors)
 
     def _bwd(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
         if isinstance(residuals, Tensor):
@@ -150,17 +177,27 @@ class Wrapped(Layer):
             return torch.func.vjp(lambda p: self._apply(p, x, None), params)[1](dy)[0], None
         return torch.func.vjp(lambda p, x: self._apply(p, x, None), params, x)[1](dy)
 
-    def _called(self, params: Any, x: Tensor) -> Tensor:
-        """The module's y, which may share memory with params and x."""
+    def _called(self, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
+        """The module's y, which may share memory with its tensors and x."""
+        given = x.contiguous() if self.traits.needs_row_major else x
+        given = given.clone() if self.traits.writes_x else given
+        y: Tensor = functional_call(self.module, tensors, (given,), tie_weights=False)
+        return y
+
+    def tensors(self, params: Any, x: Tensor) -> dict[str, Tensor]:
+        """Return what the module is to compute with, by its names: tied parameters by all of them.
+
+        functional_call ties them itself, but where one module is in two places it would leave them
+        in the module.
+        """
         tensors = {n: _row_major(reduce(getitem, way, params)) for n, way in self._paths.items()}
         like, home = next(iter(tensors.values()), x), tensor_like(self.module)
-        moves = (like.dtype, like.device) != (home.dtype, home.device)
-        for name, buffer in self.module.named_buffers() if moves else ():
+        if (like.dtype, like.device) == (home.dtype, home.device):
+            return tensors
+        for name, buffer in places_of(self.module, nn.Module.named_buffers):
             dtype = like.dtype if buffer.is_floating_point() else buffer.dtype
             tensors[name] = buffer.to(like.device, dtype)
-        given = x.clone() if self.traits.writes_x else x
-        y: Tensor = functional_call(self.module, tensors, (given,))
-        return y
+        return tensors
 
     def _unshared(self, y: Tensor, params: Any, x: Tensor) -> Tensor:
         return _unshared(y, [x, *optree.tree_leaves(params), *self.module.buffers()])
@@ -168,16 +205,22 @@ class Wrapped(Layer):
 
 @dataclass(frozen=True, eq=False)
 class _Graph:
-    """Autograd's graph from its starts, copies of params and x, to y."""
+    """Autograd's graph from its starts, copies of params and x, to y.
+
+    A module has made it from `tensors`, by their names in it.
+    """
 
     starts: list[Tensor]
     y: Tensor
+    module: nn.Module
+    tensors: dict[str, Tensor]
 
     def gradients(self, wanted: list[Tensor], dy: Tensor, need: Need) -> Sequence[Tensor]:
         """Return the gradients of Σ dy ∘ y by some of the starts."""
         if not self.y.requires_grad:
             return [torch.zeros_like(start) for start in wanted]
-        return torch.autograd.grad(
+        run = partial(
+            torch.autograd.grad,
             self.y,
             wanted,
             dy,
@@ -185,6 +228,32 @@ class _Graph:
             allow_unused=True,
             materialize_grads=True,
         )
+        # The backward pass may run the module again, as torch.utils.checkpoint does.
+        tensors = {f"module.{name}": tensor for name, tensor in self.tensors.items()}
+        found: Sequence[Tensor] = functional_call(
+            _Within(self.module), tensors, (run,), tie_weights=False
+        )
+        return found
+
+
+class _Within(nn.Module):
+    """Calls a function while functional_call has put other tensors into a module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, function: Callable[[], Any]) -> Any:
+        """Return what the function returns."""
+        return function()
+
+
+def places_of(
+    module: nn.Module, kind: Callable[..., Iterator[tuple[str, Any]]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters or buffers that each module has, (name, tensor), each module once."""
+    for prefix, part in module.named_modules():
+        yield from kind(part, prefix, recurse=False, remove_duplicate=False)
 
 
 @dataclass(frozen=True, eq=False)

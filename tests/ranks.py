@@ -245,6 +245,9 @@ def mean(rank, size):
     assert same_everywhere(found)
     torch.testing.assert_close(fn.distributed.mean(tree)["c"], torch.tensor((size - 1) / 2))
     assert fn.distributed.mean(()) == ()
+    for dtype in (torch.float16, torch.bfloat16):
+        alike = torch.tensor([2.0**-24, 2.0**-133, 1.0, 3.0], dtype=dtype)  # two are the smallest
+        assert torch.equal(fn.distributed.mean(alike), alike)
 
 
 @check

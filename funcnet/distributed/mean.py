@@ -10,6 +10,7 @@ from funcnet.checks import as_number
 from funcnet.distributed.call import signature, together
 from funcnet.distributed.sums import Sums
 from funcnet.layer import Tree
+from funcnet.ops.accumulation import widened
 from funcnet.optimizers.leaves import flatten
 from funcnet.tree import leaf_names
 
@@ -36,7 +37,8 @@ def mean(tree: Tree, group: Any = None, weight: float | None = None) -> Tree:
             raise ValueError(f"mean: expected a weight above 0 on one of {call.size} ranks")
         sums = Sums(call)
         for i, leaf in enumerate(leaves):
-            sums.add(i, leaf * (own / total) if own else torch.zeros_like(leaf))
+            # In 16 bits a share of a small number would be 0.
+            sums.add(i, widened(leaf) * (own / total) if own else torch.zeros_like(leaf))
         found = sums.wait()
-        mean: Tree = structure.unflatten(found[i] for i in range(len(leaves)))
+        mean: Tree = structure.unflatten(found[i].to(leaf.dtype) for i, leaf in enumerate(leaves))
         return mean

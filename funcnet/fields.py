@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
+from textwrap import indent
 from types import SimpleNamespace
 from typing import Annotated, Any, ClassVar, Protocol, TypeAlias, get_args, get_type_hints
 
@@ -95,8 +96,10 @@ def _hint(cls: type, name: str) -> Any:
 # --- The code of a value
 
 
-def source(value: Any) -> str:
+def source(value: Any, in_lines: bool = False) -> str:
     """The code that builds a value of hyperparameters, defaults left out.
+
+    `in_lines` is for what is made of layers: if it is too long for a line, each gets its own.
 
     What may be given by position without a default comes first, `Conv2d(8, kernel_size=3)`; a
     constructor with a variable number of arguments gets them all: `Sequential(ReLU(), Sigmoid())`.
@@ -110,11 +113,28 @@ def source(value: Any) -> str:
             continue
         kind = kinds(type(value)).get(field.name)
         shown, default = _short(kind, argument), _short(kind, field.default)
+        code = call("", [*map(repr, shown)]) if in_lines and type(shown) is tuple else repr(shown)
         if position == 0 and field.default is MISSING:
-            arguments.append(repr(shown))
+            arguments.append(code)
         elif shown != default:
-            arguments.append(f"{field.name}={shown!r}")
-    return f"{type(value).__name__}({', '.join(arguments)})"
+            arguments.append(f"{field.name}={code}")
+    return call(type(value).__name__, arguments, in_lines)
+
+
+def call(name: str, arguments: Sequence[str], in_lines: bool = True, brackets: str = "()") -> str:
+    """The code of a call, or of a tuple without a name: on one line if it fits, else a line an
+    argument. Arguments that have lines themselves are indented.
+    """
+    left, right = tuple(brackets)
+    is_single = not name and brackets == "()" and len(arguments) == 1
+    code = f"{name}{left}{', '.join(arguments)}{',' * is_single}{right}"
+    if not in_lines or (len(code) <= _MOST_CHARACTERS and "\n" not in code):
+        return code
+    lines = "".join(f"{indent(argument, '    ')},\n" for argument in arguments)
+    return f"{name}{left}\n{lines}{right}"
+
+
+_MOST_CHARACTERS = 100
 
 
 def _variable(cls: Any) -> str | None:

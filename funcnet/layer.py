@@ -50,7 +50,7 @@ import torch
 from torch import Tensor
 
 from funcnet.checks import as_shape, check_like, check_tensor, name_of, sizes
-from funcnet.fields import Hyperparameters
+from funcnet.fields import Hyperparameters, source
 from funcnet.initializers import Initializer
 from funcnet.keys import Key, check_draw, check_key, split
 from funcnet.ops.autocast import without_autocast
@@ -277,6 +277,9 @@ class Layer(Hyperparameters):
     def _learns(self, params: Tree) -> bool:
         """Whether there are parameters to compute gradients for."""
         return bool(optree.tree_leaves(params))
+
+    def __repr__(self) -> str:
+        return source(self, in_lines=bool(self._children()))
 
     def _children(self) -> tuple[tuple[str, Layer], ...]:
         """(name, layer) of each layer among the fields, as paths name it; an only one has no name.

@@ -35,6 +35,29 @@ class Noise(fn.Layer):
         return (), grad.clone() if input_grad else None
 
 
+@fn.register_node
+@dataclass(frozen=True)
+class Pair(fn.Layer):
+    """A combinator of one's own: two layers in a tuple, one after the other."""
+
+    layers: tuple[fn.Layer, ...]
+
+    def _pair(self):
+        return fn.Sequential(*self.layers)
+
+    def init(self, key, shape, *, dtype=None, device=None):
+        return self._pair().init(key, shape, dtype=dtype, device=device)
+
+    def out_shape(self, shape):
+        return self._pair().out_shape(shape)
+
+    def fwd(self, params, x, *, key=None):
+        return self._pair().fwd(params, x, key=key)
+
+    def bwd(self, params, residuals, grad, *, input_grad=True):
+        return self._pair().bwd(params, residuals, grad, input_grad=input_grad)
+
+
 @dataclass(frozen=True)
 class Spy(Noise):
     """Counts how often dx is asked of it."""
@@ -190,7 +213,7 @@ def test_params_of_layers_by_name(tmp_path):
     assert (net, list(loaded)) == (NAMED, list(params))
     info = fn.inspect(path)
     assert sorted(info.shapes)[-2:] == ["stem.bias", "stem.weight"]
-    assert "Sequential(stem=Conv2d(" in str(info)
+    assert "Sequential(\n    stem=Conv2d(" in str(info)
 
 
 def test_other_layers_in_the_same_place():
@@ -275,6 +298,31 @@ def test_the_first_layer_does_not_write_over_x(activation):
     net.vjp(params, x, grad, key=fn.key(3))
     assert torch.equal(x, x_before)
     assert torch.equal(grad, grad_before)
+
+
+def test_a_long_repr_has_a_line_a_layer(tmp_path):
+    block = fn.Sequential(*[fn.Conv2d(8, 1), fn.ReLU()] * 2)
+    net = fn.Sequential(block, fn.Residual(block), Pair((block, block)), fn.Linear(4))
+    inner = "Sequential(Conv2d(8, kernel_size=1), ReLU(), Conv2d(8, kernel_size=1), ReLU())"
+    assert [line.strip() for line in repr(net).splitlines()] == [
+        "Sequential(",
+        f"{inner},",
+        f"Residual({inner}),",
+        "Pair(", "(",
+        f"{inner},", f"{inner},",
+        "),", "),",
+        "Linear(4),",
+        ")",
+    ]  # fmt: skip
+    assert "\n" not in repr(block)
+    named = fn.Sequential(**{"a-b": net, "c": fn.Repeat(net, 2)})
+    for code in (net, named, fn.value_and_grad(named, fn.MSE())):
+        assert eval(repr(code), {**vars(fn), "Pair": Pair}) == code
+    fn.save_model(tmp_path / "net", named, named.init(fn.key(0), (8, 4, 4)))
+    shown = str(fn.inspect(tmp_path / "net")).split("architecture:")[1]
+    assert max(line.count("Conv2d(") for line in shown.splitlines()) == 1
+    assert shown.count("Conv2d(") == 16
+    assert repr(named).count("Conv2d(") == 16
 
 
 def test_repr_is_code():

@@ -11,6 +11,7 @@ import torch
 
 from funcnet.checkpoint.container import Header
 from funcnet.checkpoint.structure import CheckpointError, Node, decode, walk
+from funcnet.fields import call
 from funcnet.layer import Layer
 
 
@@ -90,21 +91,32 @@ def _notes(header: Header) -> list[str]:
         notes += ["", "values:", *values[:20]]
         notes += [f"… and {len(values) - 20:,} more"] if len(values) > 20 else []
     if header.architecture is not None:
-        notes += ["", "architecture:", _printable(_source(header.architecture))]
+        lines = _source(header.architecture).split("\n")
+        notes += ["", "architecture:", *map(_printable, lines)]
     if header.metadata is not None:
         notes += ["", "metadata:", json.dumps(header.metadata, indent=2)]
     return notes
 
 
 def _source(node: Node) -> str:
-    """Return code that builds a network. Its classes need not be known."""
+    """Return code that builds a network, a line a layer. Its classes need not be known."""
     if node.children is None:
         return repr(node.json)
     if node.kind == "class":
-        return f"{node.json['class']}({', '.join(_arguments(node.json['class'], node.children))})"
+        arguments = _arguments(node.json["class"], node.children)
+        return call(
+            _printable(node.json["class"]), arguments, any(map(_holds_layers, node.children))
+        )
     if node.kind == "tuple":
-        return f"({', '.join(map(_source, node.children))}{',' * (len(node.children) == 1)})"
+        return call("", [*map(_source, node.children)], _holds_layers(node))
     return json.dumps(node.json)
+
+
+def _holds_layers(node: Node) -> bool:
+    """Whether a field is a layer or a container of layers, and not an initialiser."""
+    if node.kind == "class":
+        return not node.json["class"].startswith("initializers.")
+    return any(map(_holds_layers, node.children or []))
 
 
 _OF_SEVERAL = ("Sequential", "Sum", "Product", "Concat", "Reversible")
@@ -117,12 +129,13 @@ def _arguments(cls: str, fields: list[Node]) -> list[str]:
         if cls in _OF_SEVERAL and name == "layers" and layers is not None:
             shown = [_source(layer) for layer in layers]
             if field.kind != "tuple":
-                shown = [f"{layers[i].path[-1]}={code}" for i, code in enumerate(shown)]
+                names = [_printable(str(layer.path[-1])) for layer in layers]
+                shown = [f"{name}={code}" for name, code in zip(names, shown, strict=True)]
             arguments.extend(shown)
         elif cls == "Cast" and name == "dtype":
             arguments.append(f"dtype=torch.{field.json}")
         else:
-            arguments.append(f"{name}={_source(field)}")
+            arguments.append(f"{_printable(str(name))}={_source(field)}")
     return arguments
 
 

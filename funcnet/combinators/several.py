@@ -11,6 +11,7 @@ import torch
 
 from funcnet.checks import name_of
 from funcnet.combinators.position import Position
+from funcnet.fields import call
 from funcnet.keys import Key, fold_in
 from funcnet.layer import Layer, Shape, Tree, count_of
 
@@ -41,14 +42,14 @@ class Several(Layer):
             layers = [f"{name}={layer!r}" for name, layer in self._children()]
         else:
             named = [f"{name!r}: {layer!r}" for name, layer in self._children()]
-            layers = [f"**{{{', '.join(named)}}}"]
+            layers = [call("**", named, brackets="{}")]
         options = [
             f"{f.name}={getattr(self, f.name)!r}"
             for f in fields(self)
             if f.init and f.name not in ("layers", "names") and getattr(self, f.name) != f.default
         ]
         shown = layers if self.names else map(repr, self.layers)
-        return f"{type(self).__name__}({', '.join([*shown, *options])})"
+        return call(type(self).__name__, [*shown, *options])
 
     # --- A sequence of layers
 

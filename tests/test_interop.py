@@ -161,6 +161,16 @@ def test_to_torch_refuses_what_does_not_fit():
         to_torch(net, (params[0], {"bias": params[1]["bias"]}))
     with pytest.raises(ValueError, match=r"0: Linear\(3\): expected params that fit"):
         to_torch(net, ({**params[0], "more": params[0]["bias"]}, params[1]))
+    for layer, own, message in (
+        (fn.MultiheadAttention(3), fn.MultiheadAttention(2).init(KEY, (5, 8)), "embed_dim must be"),
+        (fn.GroupNorm(3), fn.GroupNorm(2).init(KEY, (4,)), "num_channels"),
+    ):
+        with pytest.raises(ValueError, match=rf"\(3\): expected params that fit, got .*{message}"):
+            to_torch(layer, own)
+    with pytest.raises(ValueError, match=r"expected weight of 2 axes or more, got shape \(3,\)"):
+        to_torch(fn.Linear(3), {"weight": torch.ones(3), "bias": torch.ones(3)})
+    with pytest.raises(TypeError, match="to_torch: expected params to be a tensor, or a tuple"):
+        to_torch(fn.Linear(3), None)
     with pytest.raises(ValueError, match="expected params with a leading axis of 3"):
         to_torch(fn.Repeat(fn.Linear(4), 3), fn.Repeat(fn.Linear(4), 2).init(fn.key(0), (4,)))
     with pytest.raises(ValueError, match=r"Sequential of 1 layers has a name .* 'train'"):
@@ -628,6 +638,22 @@ def test_a_backward_pass_may_be_run_twice_but_not_differentiated():
             torch.autograd.grad(module(x).sum() + again.sum(), wanted)
 
 
+def test_as_module_under_autocast():
+    net = fn.Sequential(fn.Linear(4), fn.Tanh())
+    inner = as_module(net, net.init(fn.key(0), (3,)))
+    module = nn.Sequential(nn.Linear(5, 3), inner, nn.Linear(4, 2))
+    x = fn.normal(KEY, (6, 5))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+        between = module[0](x)
+        assert between.dtype == y.dtype == torch.bfloat16
+        assert torch.equal(inner(between), inner(between.float()))
+        with pytest.raises(TypeError, match="expected weight to have the dtype and device of x"):
+            inner(between.double())
+    y.float().sum().backward()
+    assert all(p.grad.any() for p in module.parameters())
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_as_module_under_checkpoint(use_reentrant):
     net = denoiser()
@@ -688,6 +714,8 @@ def test_as_module_refuses():
     params = net.init(fn.key(0), (3,))
     with pytest.raises(TypeError, match="as_module: expected net to be a Layer, got Linear"):
         as_module(nn.Linear(2, 2), ())
+    with pytest.raises(TypeError, match="as_module: expected params to be a tensor, or a tuple"):
+        as_module(net, None)
     with pytest.raises(ValueError, match="expected params of Sequential of 2 layers to be differ"):
         as_module(net, (params[0], params[0]))
     with pytest.raises(TypeError, match=r"expected 0\.w to be floating-point, got torch\.int64"):

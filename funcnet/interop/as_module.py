@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from funcnet.checks import name_of
-from funcnet.interop.state_dict import names_of, state_dict
+from funcnet.interop.state_dict import names_of, state_dict, tensors_of
 from funcnet.keys import Key
 from funcnet.layer import Layer, Tree, check_net, public_bwd
 from funcnet.ops.inplace import is_eager
@@ -24,6 +24,8 @@ def as_module(net: Layer, params: Tree) -> nn.Module:
     registered under PyTorch's names, so `load_state_dict(net, shape, module.state_dict())` gives
     the tree of parameters after training. Only the gradients that autograd needs are computed.
     Changing in place what the backward pass needs is an error there, as it is for torch.nn's.
+    Under torch.autocast the network computes in its parameters' dtype, to which x of autocast's is
+    cast; `Cast` computes in another.
 
     There is no second derivative: asking autograd for one raises a RuntimeError. Under torch.func,
     torch.compile and torch.export, autograd goes through `net.apply` instead.
@@ -47,7 +49,7 @@ def as_module(net: Layer, params: Tree) -> nn.Module:
     >>> params = fn.interop.load_state_dict(net, (3,), module.state_dict())
     """
     check_net("as_module", net)
-    for name, leaf in state_dict(params).items():
+    for name, leaf in tensors_of("as_module", params).items():
         if not leaf.is_floating_point():
             raise TypeError(f"as_module: expected {name} to be floating-point, got {leaf.dtype}")
     return NetworkModule(net, params)
@@ -91,6 +93,8 @@ class NetworkModule(nn.Module):
     def forward(self, x: Tensor, key: Key | None = None) -> Tensor:
         """Return y; `key` is for layers that draw numbers, and without one they evaluate."""
         leaves = [getattr(holder, name) for holder, name in self._places]
+        if leaves and isinstance(x, Tensor) and _has_autocast_dtype(x):
+            x = x.to(leaves[0].dtype)
         tensors = [x, *leaves] if isinstance(x, Tensor) else []
         learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         params = optree.tree_map(leaves.__getitem__, self._positions)
@@ -103,6 +107,14 @@ class NetworkModule(nn.Module):
     def extra_repr(self) -> str:
         """Return the network's name."""
         return name_of(self._net)
+
+
+def _has_autocast_dtype(x: Tensor) -> bool:
+    """Whether x has the dtype that modules return under torch.autocast, whatever theirs is."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return False
+    return x.dtype == torch.get_autocast_dtype(device)
 
 
 class _Network(torch.autograd.Function):

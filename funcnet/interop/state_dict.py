@@ -32,7 +32,12 @@ def state_dict(params: Tree) -> dict[str, Tensor]:
     >>> list(fn.interop.state_dict(params))
     ['stem.weight', 'stem.bias', 'body.1.weight', 'body.1.bias']
     """
-    return dict(_named(params, ""))
+    return tensors_of("state_dict", params)
+
+
+def tensors_of(who: str, params: Tree) -> dict[str, Tensor]:
+    """Return the tensors by name. `who` speaks in errors."""
+    return dict(_named(who, params, ""))
 
 
 def load_state_dict(net: Layer, shape: Sequence[int], state: Mapping[str, Tensor]) -> Tree:
@@ -86,19 +91,19 @@ _ONLY = "%"
 """The name of the only tensor of a tree that is this tensor, as in files."""
 
 
-def _named(node: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+def _named(who: str, node: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     items = children(node)
     if items is None:
         if not isinstance(node, Tensor):
             raise TypeError(
-                f"state_dict: expected {name or 'params'} to be a tensor, or a tuple, list or dict "
+                f"{who}: expected {name or 'params'} to be a tensor, or a tuple, list or dict "
                 f"of such, got {type(node).__name__}"
             )
         yield name or _ONLY, node
         return
     names = child_names(name, [child_key for child_key, _ in items])
     for child_name, (_, child) in zip(names, items, strict=True):
-        yield from _named(child, child_name)
+        yield from _named(who, child, child_name)
 
 
 def _differences(expected: Mapping[str, Tensor], state: Mapping[str, Any]) -> Iterator[str]:

@@ -12,7 +12,7 @@ import optree
 import torch
 from torch import Tensor, nn
 
-from funcnet.checks import as_shape, name_of
+from funcnet.checks import as_shape, name_of, sizes
 from funcnet.combinators import (
     Cast,
     Concat,
@@ -30,7 +30,7 @@ from funcnet.combinators.several import Several
 from funcnet.interop import blocks
 from funcnet.interop.inputs import spec_of, takes_integers
 from funcnet.interop.report import refusal
-from funcnet.interop.state_dict import state_dict
+from funcnet.interop.state_dict import state_dict, tensors_of
 from funcnet.interop.twins import MODULES
 from funcnet.interop.wrap import Wrapped
 from funcnet.layer import Layer, Shape, Tree, check, check_net
@@ -95,7 +95,7 @@ def to_torch(net: Layer, params: Tree, shape: Sequence[int] | None = None) -> nn
     True
     """
     check_net("to_torch", net)
-    state_dict(params)  # which refuses what is not a tree of tensors
+    tensors_of("to_torch", params)  # which refuses what is not a tree of tensors
     known = None if shape is None else as_shape(net, shape)
     if known is not None:
         check(net, params, spec_of(net, params, known))
@@ -155,20 +155,20 @@ def _twin(layer: Layer, params: Tree, shape: Shape | None) -> nn.Module:
         raise ValueError(f"{name_of(layer)} has no form in torch.nn")
     settings = {f.name: getattr(layer, f.name) for f in fields(layer) if f.init}
     options = {name: value for name, value in settings.items() if name not in _OURS}
-    for cls, sizes in _SIZES.items():
+    for cls, arguments in _SIZES.items():
         if isinstance(layer, cls):
-            options |= sizes(layer, params, shape)
+            options |= arguments(layer, params, shape)
     return _loaded(layer, params, MODULES[type(layer)], **options)
 
 
 def _loaded(layer: Layer, params: Tree, cls: Any, *arguments: Any, **options: Any) -> nn.Module:
     """Return a module with copies of params."""
-    with torch.device("meta"):  # nothing is drawn
-        module: nn.Module = cls(*arguments, **options)
     copies = {name: leaf.detach().clone() for name, leaf in state_dict(params).items()}
     try:
+        with torch.device("meta"):  # nothing is drawn
+            module: nn.Module = cls(*arguments, **options)
         module.load_state_dict(copies, assign=True)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, AssertionError) as error:
         raise ValueError(f"{name_of(layer)}: expected params that fit, got {error}") from error
     return module
 
@@ -176,9 +176,14 @@ def _loaded(layer: Layer, params: Tree, cls: Any, *arguments: Any, **options: An
 def _size(layer: Layer, params: Tree, name: str, axis: int) -> int:
     """Return a size of a parameter."""
     leaf = params.get(name) if isinstance(params, dict) else None
-    if not isinstance(leaf, Tensor) or leaf.ndim <= axis:
+    if not isinstance(leaf, Tensor):
         raise ValueError(
             f"{name_of(layer)}: expected params with {name!r}, got {_described(params)}"
+        )
+    if leaf.ndim <= axis:
+        raise ValueError(
+            f"{name_of(layer)}: expected {name} of {axis + 1} axes or more, got shape "
+            f"{sizes(leaf.shape)}"
         )
     return leaf.shape[axis]
 

@@ -927,7 +927,7 @@ def test_modules_that_others_parameters_cannot_be_put_into_are_refused():
 
 @pytest.mark.parametrize("build", [twice, Tied])
 def test_tied_parameters_stay_the_modules_own(build):
-    module = build()
+    module = build().requires_grad_(False)
     layer, params = wrap(module, (3,))
     others = optree.tree_map(lambda leaf: leaf + 1, params)
     x = fn.normal(KEY, (2, 3))
@@ -939,6 +939,14 @@ def test_tied_parameters_stay_the_modules_own(build):
         x = x.to(optree.tree_leaves(own)[0].dtype)
         torch.testing.assert_close(back(x), layer.apply(own, x))
         assert len([*back.parameters()]) == len([*module.parameters()])
+        assert not any(p.requires_grad for p in back.parameters())
+
+
+def test_a_module_of_buffers_alone_keeps_their_dtype():
+    module = Calling(lambda self, x: x * self.scale)
+    module.register_buffer("scale", torch.ones(3, dtype=torch.float64))
+    layer, params = wrap(module, (3,))
+    assert to_torch(layer, params).scale.dtype == torch.float64
 
 
 def test_a_module_that_runs_again_in_its_backward_pass():

@@ -32,7 +32,7 @@ def observe(module: nn.Module, shape: Shape) -> Traits:
     with torch.no_grad(), torch.random.fork_rng(cuda), _purity(module):
         x, y, writes_x = _first_run(module, shape, like)
         out_shape = shape_of_one(f"wrap: {type(module).__name__}", y)
-        x = x if not x.is_floating_point() else _numbers(0, shape, like)
+        x = _numbers(0, shape, like) if x.is_floating_point() else x
         needs_row_major = not _runs(module, _column_major(x))
         is_pure = _is_close(y, module(x.clone()))
         couples = x.is_floating_point() and _couples(module, shape, like)

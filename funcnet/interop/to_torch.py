@@ -29,6 +29,7 @@ from funcnet.combinators import (
 from funcnet.combinators.several import Several
 from funcnet.interop import blocks
 from funcnet.interop.inputs import spec_of, takes_integers
+from funcnet.interop.observation import tensor_like
 from funcnet.interop.report import refusal
 from funcnet.interop.state_dict import state_dict, tensors_of
 from funcnet.interop.twins import MODULES
@@ -272,9 +273,10 @@ def _wrapped(layer: Any, params: Tree, shape: Shape | None) -> nn.Module:
     """Return a copy of the module that `wrap` has wrapped."""
     copies = optree.tree_map(lambda leaf: nn.Parameter(leaf.detach().clone()), params)
     module: nn.Module = copy.deepcopy(layer.module)
-    for name, tensor in layer.tensors(copies, torch.empty(0)).items():
-        owner, _, last = name.rpartition(".")
-        setattr(module.get_submodule(owner), last, tensor)
+    for name, tensor in layer.tensors(copies, tensor_like(module)).items():
+        path, _, last = name.rpartition(".")
+        owner = module.get_submodule(path)
+        setattr(owner, last, tensor.requires_grad_(getattr(owner, last).requires_grad))
     if layer.traits.needs_row_major:
         module.register_forward_pre_hook(_without_gaps)
     return module

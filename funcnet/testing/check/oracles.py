@@ -30,7 +30,6 @@ from funcnet.testing.check.tolerances import (
 )
 
 _LEVELS = 9
-_HALVINGS = 32  # of a step: by the last, 1e-7 of the slope is more than the curvature
 _FINEST = 2.0**-17
 _EPSILON = torch.finfo(torch.float64).eps
 _TINY = torch.finfo(torch.float64).tiny
@@ -220,13 +219,14 @@ def _ridders(line: Line) -> tuple[float, float]:
     return best, least
 
 
-def taylor_slope(line: Line, derivative: float) -> float | None:
+def taylor_slope(line: Line, derivative: float, halvings: int = 2 * _LEVELS) -> float | None:
     """The power of h that Taylor's remainder falls by: 2 if the derivative is right, 1 if wrong.
 
-    None where the remainder is nothing but rounding.
+    It is read off the last of so many halvings of h, from 1 on. A derivative's error shows there if
+    it is larger than h times the curvature of f. None where the remainder is nothing but rounding.
     """
     sizes: list[float] = []
-    for level in range(_HALVINGS):
+    for level in range(halvings):
         h = 2.0**-level
         size = abs(line.remainder(h, derivative))
         rounding = h * line.length * (line.rounding(h) + _EPSILON * abs(derivative))

@@ -46,6 +46,7 @@ _SUSPECTS = 12
 _CALM, _SUSPICIOUS = 100, 20000  # evaluations of apply that single entries may cost
 _WORK = 2**24  # entries that all those evaluations may compute
 _LONGER = 2.0**20  # times an entry's own step
+_MANY_HALVINGS = 32  # a derivative that is off by 1e-7 shows by the last
 _TOGETHER, _ALIKE = 16, 16.0  # leaves that move at once, and the ratio of their derivatives
 _SHORTEST = 2.0**-960  # parts of a shorter step would drown in the smallest numbers
 
@@ -364,11 +365,12 @@ class _Search:
             return None
         if refuted and not by_taylor:
             return 0.0
-        taylor = taylor_slope(line, derivative)
         if not refuted:
+            taylor = taylor_slope(line, derivative)
             self.errors.taylor = min(self.errors.taylor, math.inf if taylor is None else taylor)
             return None
         # Away from kinks a wrong derivative shows in Taylor's remainder too.
+        taylor = taylor_slope(line, derivative, _MANY_HALVINGS)
         return taylor if taylor is not None and taylor < WRONG_POWER else None
 
     def _halve(self, i: int, v: Tensor, taylor: float) -> Finding | None:

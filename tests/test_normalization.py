@@ -24,6 +24,7 @@ every = pytest.mark.parametrize(
         (fn.RMSNorm(2), (6, 4, 3)),
         (fn.GroupNorm(3), (6, 4, 3)),
         (fn.GroupNorm(3), (6,)),
+        (fn.GroupNorm(2), (16, 4, 3)),  # many channels a group
         (fn.GroupNorm(2, affine=False), (6, 2, 4, 3)),
         (fn.InstanceNorm(affine=True), (6, 4, 3)),
         (fn.InstanceNorm(), (6, 2, 4, 3)),

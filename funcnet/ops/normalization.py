@@ -200,7 +200,7 @@ def _group_norm_by_channels(
     scale = _of_channels(rstd, x)
     if weight is not None:
         scale = scale * weight
-    y = centred * scale if bias is None else torch.addcmul(bias.to(scale.dtype), centred, scale)
+    y = centred * scale if bias is None else torch.addcmul(bias, centred, scale)
     return _images(y.to(x.dtype), x), mean, rstd
 
 
@@ -224,8 +224,8 @@ def _group_norm_gradients_by_channels(
             _of_channels(_group_means((own * sums).squeeze(1), groups) / -grad.shape[1], x)
             for sums in (total, along)
         )
-        dx = torch.addcmul(shift, grad, own)
-        dx = _images(dx.addcmul_(centred, slope * scale).to(x.dtype), x)
+        dx = torch.addcmul(shift, grad, own).addcmul_(centred, slope * scale)
+        dx = _images(dx, x)
     return dx, along.sum((0, 1)), total.sum((0, 1))
 
 

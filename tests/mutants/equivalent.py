@@ -11,6 +11,9 @@ _COPY = "a copy costs memory alone"
 _DERIVED = "what is derived from equal fields is equal"
 _STRICT = "the lengths have been checked"
 _REMEMBERED = "how many shapes are remembered costs time and changes no answer"
+_EITHER_WAY = "rows and PyTorch's kernels give the same numbers"
+_COMMUTES = "factors may change places"
+_EMPTY = "without entries, nothing is there to differ"
 
 EQUIVALENT: dict[str, str] = {
     "layer.Layer._admit:off-by-one:3": _REMEMBERED,
@@ -34,6 +37,23 @@ EQUIVALENT: dict[str, str] = {
     "ops.counter._random:drop-term:8": "what is drawn beyond the size is cut off",
     "ops.counter.bernoulli:drop-term:1": "for p = 0 no int32 is below the bound",
     "ops.normalization._dense:drop-call:1": "kernels mind such strides in channels_last alone",
+    "ops.normalization._has_few:condition:1": _EITHER_WAY,
+    "ops.normalization._has_few:condition:2": _EITHER_WAY,
+    "ops.normalization._has_few:drop-term:2": _EITHER_WAY,
+    "ops.normalization._has_few:compare:2": _EITHER_WAY,
+    "ops.normalization._has_few:off-by-one:1": _EITHER_WAY,
+    "ops.normalization._has_few:off-by-one:2": _EITHER_WAY,
+    "ops.normalization._has_few:drop-term:3": _EITHER_WAY,
+    "ops.normalization._has_few:drop-term:4": _EITHER_WAY,
+    "ops.normalization._has_few:flip-sign:1": _EITHER_WAY,
+    "ops.normalization.group_norm_gradients:condition:4": _EITHER_WAY,
+    "ops.normalization.group_norm_gradients:drop-term:3": _NOT_NEEDED,
+    "ops.normalization.group_norm_gradients:swap-elements:4": _EMPTY,
+    "ops.normalization.group_norm_gradients:sibling:2": _EMPTY,
+    "ops.normalization.group_norm_gradients:drop-call:1": _EMPTY,
+    "ops.normalization._group_norm_by_channels:swap-arguments:2": _COMMUTES,
+    "ops.normalization._group_norm_gradients_by_channels:swap-arguments:2": _COMMUTES,
+    "ops.normalization._group_norm_gradients_by_channels:condition:1": _NOT_NEEDED,
     "ops.normalization.batch_norm:off-by-one:2": "the kernel reads the first C of the ones",
     "ops.stacking.stack:drop-call:1": "torch.stack takes a list like a tuple",
     "combinators.branches.Branches._fresh:off-by-one:1": _IN_PLACE,

@@ -112,7 +112,7 @@ def test_transforms(out_channels):
         close(over_x[i], layer.apply(each[0], x[i]))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("out_channels", [2, 17])
 def test_autograd_goes_through(out_channels):
     layer = fn.UpsampleConv2d(out_channels, bias=False, method="karatsuba")

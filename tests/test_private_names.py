@@ -250,7 +250,8 @@ TRANSFORMATIONS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # forward mode compiles by torch.jit
+# Forward mode compiles by torch.jit.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_questions_about_transformations(name):
     answers = []

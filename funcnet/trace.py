@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from funcnet.keys import Key
-from funcnet.layer import Layer, Tree, run_bwd, run_fwd
+from funcnet.layer import Layer, Tree, check_net, run_bwd, run_fwd
 from funcnet.leaves import Watched, Way, has_children, joins, mapped
 from funcnet.ops.need import Need
 
@@ -47,8 +47,7 @@ def trace(
     >>> records[0].x is x, records[2].grad
     (True, tensor([[1., 1.]]))
     """
-    if not isinstance(net, Layer):
-        raise TypeError(f"trace: expected net to be a Layer, got {type(net).__name__}")
+    check_net("trace", net)
     notes = _Notes()
     watched = mapped(net, notes.traced, _enters)
     _, residuals = watched.fwd(params, x, key=key)

@@ -46,9 +46,8 @@ def check_precision(case: Case, double: Case, errors: Errors) -> None:
     if _off(y, exact, value_moves(double, epsilon, 1)) is not None:
         (blur,) = noise_in(case, double, of_value=True)
         if case.key is not None and _off(y, exact, blur) is not None:
-            check_own_dtype(
-                case, case.dtype
-            )  # a layer may draw other numbers from the key in another dtype
+            # A layer may draw other numbers from the key in another dtype.
+            check_own_dtype(case, case.dtype)
             return
         expect_exact("y", y, exact, blur)
     compared = list(zip(case.gradients(), double.gradients(), strict=True))

@@ -70,6 +70,13 @@ FUNCTIONS = {
     "sigmoid": (torch.sigmoid, lambda x: torch.sigmoid(x) * torch.sigmoid(-x)),
     "softplus": (F.softplus, torch.sigmoid),
     "exp": (torch.exp, torch.exp),
+    "1 - cos": (lambda x: 1 - torch.cos(x), torch.sin),
+    "pseudo-Huber": (lambda x: torch.sqrt(1 + x * x) - 1, lambda x: x / torch.sqrt(1 + x * x)),
+    "log cosh": (lambda x: torch.log(torch.cosh(x)), torch.tanh),
+    "sign": (
+        lambda x: x / torch.sqrt(x * x + torch.finfo(x.dtype).eps),
+        lambda x: torch.finfo(x.dtype).eps * (x * x + torch.finfo(x.dtype).eps) ** -1.5,
+    ),
 }
 TAILS = ["gelu", "cdf", "slope of tanh", "sigmoid", "softplus", "exp"]
 
@@ -90,6 +97,23 @@ def test_right_slopes_in_tails(name, opaque, x):
 def test_gelu_is_a_staircase_far_from_zero(opaque):
     check_vjp(Function("gelu", opaque), (), torch.tensor([[7.0, -8.0]], dtype=torch.float64))
     check_vjp(Function("gelu", opaque), (), torch.tensor([[-5.5, -6.0]]))
+
+
+@pytest.mark.parametrize("opaque", [False, True], ids=["autograd", "opaque"])
+@pytest.mark.parametrize("name", ["1 - cos", "pseudo-Huber", "log cosh"])
+@budget(8)
+@given(exponent=st.floats(-12, 0), factors=st.lists(st.floats(-3, 3), max_size=2))
+def test_functions_whose_terms_cancel_near_zero(name, opaque, exponent, factors):
+    x = [10**exponent * factor for factor in (1.0, *factors)]
+    for dtype in (torch.float64, torch.float32):
+        check_vjp(Function(name, opaque), (), torch.tensor([x], dtype=dtype))
+
+
+def test_autograd_does_not_decide_where_its_own_terms_cancel():
+    x = torch.linspace(0.1, 2, 7, dtype=torch.float64)
+    check_vjp(Function("sign"), (), x)  # slopes of 1e-13 to 1e-17, between terms of 1 / x
+    with pytest.raises(GradientMismatch):
+        check_vjp(Function("sign", factor=1.01), (), x * 1e-7)
 
 
 DEEP = {
@@ -316,6 +340,26 @@ def test_the_resolution_of_each_dtype(dtype, factor):
     check_vjp(Dense(), params, draw((3, 6), dtype))
     with pytest.raises(GradientMismatch, match="in torch"):
         check_vjp(Off(), params, draw((3, 6), dtype))
+
+
+@pytest.mark.parametrize("scale", [1, 1e-2, 1e-3, 1e-4, 1e-5])
+def test_a_layer_whose_epsilon_is_that_of_the_dtype(scale):
+    layer = fn.RMSNorm()
+    check_vjp(layer, layer.init(fn.key(0), (5,)), scale * draw((3, 5), torch.float32))
+
+
+def test_a_gradient_that_is_wrong_in_the_dtype_whose_epsilon_a_layer_takes():
+    @dataclass(frozen=True)
+    class Off(Function):
+        def bwd(self, params, x, grad, *, input_grad=True):
+            _, dx = super().bwd(params, x, grad, input_grad=input_grad)
+            return (), dx if dx is None else dx * (1.001 if x.dtype == torch.float32 else 1)
+
+    for scale in (1e-3, 1e-5):
+        x = scale * torch.linspace(0.1, 1, 5)
+        check_vjp(Function("sign"), (), x)
+        with pytest.raises(GradientMismatch, match=r"in torch\.float32"):
+            check_vjp(Off("sign"), (), x)
 
 
 def test_a_gradient_that_is_wrong_in_the_dtype_in_which_the_layer_draws():

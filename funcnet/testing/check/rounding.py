@@ -53,6 +53,21 @@ def value_noise(case: Case, epsilon: float, trials: int = 2) -> Tensor:
     return noise + torch.finfo(y.dtype).tiny
 
 
+def staircase_noise(case: Case, epsilon: float, trials: int) -> Tensor:
+    """`value_noise`; where no nudge moves y, what the operations on the way leave, if it is more.
+
+    1 − cos(x) is 0 for all small x.
+    """
+    y = case.apply()
+    noise = value_noise(case, epsilon, trials)
+    still = torch.ones_like(y, dtype=torch.bool)
+    for trial in range(trials):
+        there = tried(nudge(case, epsilon, trial).apply)
+        still &= there is None or there == y
+    (on_the_way,) = noise_on_the_way(case, epsilon, lambda there: [there.apply()], trials)
+    return torch.where(still, torch.maximum(noise, on_the_way), noise)
+
+
 def gradient_noise(case: Case, epsilon: float, trials: int) -> Leaves:
     """The rounding of each entry of the gradients, in tails too, as `value_noise`."""
     moves, tails = gradient_moves(case, epsilon, trials), gradient_tails(case)
@@ -76,12 +91,21 @@ def noise_in(case: Case, double: Case, of_value: bool) -> Leaves:
         noise = [value_noise(double, epsilon, TRIALS)]
     else:
         noise = gradient_noise(double, epsilon, TRIALS)
+    pairs = zip(noise, noise_on_the_way(case, epsilon, results), strict=True)
+    return [torch.maximum(move, other.to(move)) for move, other in pairs]
+
+
+def noise_on_the_way(
+    case: Case, epsilon: float, results: Callable[[Case], Leaves], trials: int = TRIALS
+) -> Leaves:
+    """The move of each entry of results when inputs, and what all operations return, are nudged."""
     still = results(case)
-    for seed in range(TRIALS):
+    noise = [torch.zeros_like(leaf) for leaf in still]
+    for seed in range(trials):
         with _Rounding(epsilon, seed):
             found = tried(partial(results, nudge(case, epsilon, seed)))
         for i, leaf in enumerate(found or ()):
-            noise[i] = torch.maximum(noise[i], _distance(leaf, still[i]).to(noise[i]))
+            noise[i] = torch.maximum(noise[i], _distance(leaf, still[i]))
     return noise
 
 

@@ -261,6 +261,29 @@ def test_ties_are_shared_but_not_doubled(x):
         check_vjp(RowMax("all of it to each"), (), x)
 
 
+@dataclass(frozen=True)
+class Sort(Plain):
+    """Each row, sorted. `place` moves the places that gradients come from."""
+
+    place: int = 0
+
+    def fwd(self, params, x, *, key=None):
+        y, order = x.detach().sort(dim=-1, stable=True)
+        return y, order
+
+    def bwd(self, params, order, grad, *, input_grad=True):
+        places = grad.roll(self.place, -1)
+        return (), torch.empty_like(grad).scatter_(-1, order, places) if input_grad else None
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_of_three_equal_numbers_one_goes_to_the_middle(seed):
+    x = fn.uniform(fn.key(seed), (3, 5), -3, 3, dtype=torch.float64).round()
+    check_vjp(Sort(), (), x)
+    with pytest.raises(GradientMismatch):
+        check_vjp(Sort(1), (), x)
+
+
 def test_nan_is_wrong_where_y_is_finite():
     @dataclass(frozen=True)
     class Norm(Plain):
@@ -360,6 +383,13 @@ def test_a_gradient_that_is_wrong_in_the_dtype_whose_epsilon_a_layer_takes():
         check_vjp(Function("sign"), (), x)
         with pytest.raises(GradientMismatch, match=r"in torch\.float32"):
             check_vjp(Off("sign"), (), x)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_equal_terms_all_round_to_one_side(seed):
+    layer = fn.UpsampleConv2d(2)
+    params = layer.init(fn.key(seed + 3), (4, 6, 6))
+    check_vjp(layer, params, torch.full((2, 4, 6, 6), 100.1))
 
 
 def test_a_gradient_that_is_wrong_in_the_dtype_in_which_the_layer_draws():

@@ -45,6 +45,11 @@ def worst(excesses: Tensor) -> tuple[int, ...] | None:
     return unravel(position, excesses.shape) if excesses.flatten()[position] > 1 else None
 
 
+def ravel(index: tuple[int, ...], shape: tuple[int, ...]) -> int:
+    """The position of an entry in the flattened tensor, given its index."""
+    return int(np.ravel_multi_index(index, shape)) if shape else 0
+
+
 def unravel(position: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The index of an entry, given its position in the flattened tensor."""
     return tuple(int(i) for i in np.unravel_index(position, shape)) if shape else ()

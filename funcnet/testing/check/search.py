@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from funcnet.testing.check.case import Case, Leaves, scale_of, signed, tried
-from funcnet.testing.check.comparison import Errors, excess, largest_error, unravel
+from funcnet.testing.check.comparison import Errors, excess, largest_error, ravel, unravel
 from funcnet.testing.check.oracles import Line, Slope, autograd_gradients, slope, taylor_slope
 from funcnet.testing.check.rounding import (
     allowance,
@@ -50,6 +50,7 @@ _WORK = 2**24  # entries that all those evaluations may compute
 _LONGER = 2.0**20  # times an entry's own step
 _MANY_HALVINGS = 32  # a derivative that is off by 1e-7 shows by the last
 _TOGETHER, _ALIKE = 16, 16.0  # leaves that move at once, and the ratio of their derivatives
+_AROUND, _NEAR = 12, 2.0**-26  # points around a kink, and their distance
 _SHORTEST = 2.0**-960  # parts of a shorter step would drown in the smallest numbers
 
 Way: TypeAlias = tuple[int, Tensor]
@@ -100,7 +101,8 @@ def find_wrong(
         search = _Search(there, rtol, atol, errors, budget)
         found = search.find(thorough)
         if found is not None:
-            found = search.with_more_noise().find(thorough)
+            again = search.with_more_noise()
+            found = found if again.confirms(found) else again.find(thorough)
         if found is not None:
             return found
     return None
@@ -175,6 +177,21 @@ class _Search:
     def noise(self) -> Tensor:  # of y
         return value_noise(self.case, _EPSILON)
 
+    @cached_property
+    def around(self) -> list[Leaves]:
+        """The gradients at points around this one, so near that only kinks tell them apart."""
+        found = []
+        for trial in range(_AROUND):
+            leaves = [
+                leaf + _NEAR * _direction(leaf, 100 * trial + i, relative=True)
+                if _movable(leaf)
+                else leaf
+                for i, leaf in enumerate(self.case.leaves)
+            ]
+            there = tried(self.case.at(leaves).gradients)
+            found += [] if there is None else [there]
+        return found
+
     def with_more_noise(self) -> _Search:
         """The same search from anew, which takes y for a staircase where roundings make it one."""
         budget = Budget(self.budget.seconds)
@@ -216,6 +233,13 @@ class _Search:
                 found = self._entry_by_entry(_SUSPICIOUS if suspicious else _CALM)
         return found
 
+    def confirms(self, found: Finding) -> bool:
+        """Whether this search, too, refutes the entry that another has found."""
+        if found.index is None:
+            return False
+        position = ravel(found.index, self.case.leaves[found.leaf].shape)
+        return self._refuted_entry(found.leaf, position) is not None
+
     def _not_a_number(self) -> Finding | None:
         """An entry that is NaN, though y and the entries of the leaf are finite."""
         if not (self.finite and self.case.grad.isfinite().all()):
@@ -252,6 +276,8 @@ class _Search:
             found = self._entry_slope(i, position)
             slack = self.rtol * abs(found.value) + self.atol
             if found.refutes(mine, slack):
+                if self._is_a_limit(found, i, position):
+                    continue
                 right = not found.refutes(other, slack)
                 return self._finding(i, position, other if right else found.value)
             if found.refutes(other, slack):
@@ -434,9 +460,21 @@ class _Search:
         slack = self.rtol * abs(found.value) + self.atol
         if found.refutes(ours, slack):
             slack += float(self.floors[i].flatten()[position])
-        if not found.refutes(ours, slack):
+        if not found.refutes(ours, slack) or self._is_a_limit(found, i, position):
             return None
         return self._finding(i, position, found.value, taylor)
+
+    def _is_a_limit(self, found: Slope, i: int, position: int) -> bool:
+        """Whether a slope at a kink lies between those of points around it.
+
+        Of three equal numbers that are sorted, one goes to the middle. Its gradient is that of the
+        middle place, while steps of it alone show those of the outer places.
+        """
+        if not found.jump:
+            return False
+        ours, *around = (float(g[i].flatten()[position]) for g in (self.gradients, *self.around))
+        slack = self.rtol * abs(ours) + self.atol
+        return bool(around) and min(around) - slack <= ours <= max(around) + slack
 
     def _some_entries(self) -> Iterator[tuple[int, int]]:
         """Yield (leaf, position) of all entries: the leaves in turn, each in random order."""

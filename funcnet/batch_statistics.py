@@ -42,7 +42,7 @@ from funcnet.layers import (
     Linear,
     UpsampleConv2d,
 )
-from funcnet.leaves import Way, mapped, same
+from funcnet.leaves import Ancestors, mapped, same
 from funcnet.ops.inplace import is_eager
 
 Moments: TypeAlias = tuple[Tensor, Tensor, Tensor]
@@ -82,7 +82,7 @@ def moments(net: Layer, params: Tree, x: Tensor, *, key: Key) -> Tree:
 def merge_moments(m: Tree, other: Tree) -> Tree:
     """The moments of two sets of examples together, from those of each.
 
-    Raises ValueError, with the way to the layer, for trees or channels that differ.
+    Raises ValueError, with the path to the layer, for trees or channels that differ.
 
     >>> import funcnet as fn
     >>> import torch
@@ -104,7 +104,7 @@ def for_inference(net: Layer, params: Tree, m: Tree, fold: bool = True) -> tuple
     was measured on x. New parameters have the dtype of params, of m if there are none. Layers that
     stay as they were keep their tensors, which are not copied.
 
-    Raises ValueError, with the way to the layer, for moments of another network, or of a single
+    Raises ValueError, with the path to the layer, for moments of another network, or of a single
     value per channel; TypeError if net is not a Layer.
 
     >>> import funcnet as fn
@@ -144,7 +144,7 @@ class _Observed(Layer):
         return run_fwd(self.layer, params, x, key)
 
 
-def _observed(path: str, layer: Layer, way: Way) -> Layer:
+def _observed(path: str, layer: Layer, ancestors: Ancestors) -> Layer:
     """A layer, observed if it is a `BatchNorm`."""
     return _Observed(layer) if isinstance(layer, BatchNorm) else layer
 
@@ -242,33 +242,23 @@ class _Inference:
             return ChannelAffine(), {"weight": scale.to(like), "bias": shift.to(like)}
         children = layer._children()
         names = [name for name, _ in children]
-        if names != [""] and (_is_moments(m) or not _has_names(m, names)):
-            expected = f"those of {len(names)} layers" if names else "()"
-            raise ValueError(
-                f"{path}{name_of(layer)}: expected moments m to be {expected}, "
-                f"got {_description(m)}"
-            )
-        if names not in ([], [""]) and not _has_names(params, names):
-            raise ValueError(
-                f"{path}{name_of(layer)}: expected params of {len(names)} layers, "
-                f"got {_description(params)}"
-            )
+        _check_trees(layer, names, params, m, path)
         in_sequence = self.fold and isinstance(layer, Sequential)
         made: list[tuple[str, Layer, Tree]] = []
         parts = zip(children, _parts(params, names), _parts(m, names), strict=True)
         for (name, child), own, found in parts:
-            way = path + step(name)
+            where = path + step(name)
             if (
                 isinstance(child, BatchNorm)
                 and made
                 and in_sequence
                 and _absorbs(made[-1][1], found)
             ):
-                scale, shift = _scale_and_shift(child, own, found, way)
+                scale, shift = _scale_and_shift(child, own, found, where)
                 into, last, of_last = made.pop()
-                made.append((into, *_folded(last, of_last, scale, shift, way)))
+                made.append((into, *_folded(last, of_last, scale, shift, where)))
             else:
-                made.append((name, *self.of(child, own, found, way)))
+                made.append((name, *self.of(child, own, found, where)))
         layers, kept = [child for _, child, _ in made], [name for name, _, _ in made]
         if same(layers, [child for _, child in children]):
             return layer, params
@@ -276,6 +266,20 @@ class _Inference:
         if isinstance(layer, Sequential):  # which may have become shorter
             return layer._with(tuple(layers), tuple(kept) if layer.names else ()), params
         return layer._with_children(layers), params
+
+
+def _check_trees(layer: Layer, names: Sequence[str], params: Tree, m: Tree, path: str) -> None:
+    """Raise ValueError unless params and moments have a part for each child of these names."""
+    if names != [""] and (_is_moments(m) or not _has_names(m, names)):
+        expected = f"those of {len(names)} layers" if names else "()"
+        raise ValueError(
+            f"{path}{name_of(layer)}: expected moments m to be {expected}, got {_description(m)}"
+        )
+    if names not in ([], [""]) and not _has_names(params, names):
+        raise ValueError(
+            f"{path}{name_of(layer)}: expected params of {len(names)} layers, "
+            f"got {_description(params)}"
+        )
 
 
 def _scale_and_shift(layer: BatchNorm, params: Tree, m: Tree, path: str) -> tuple[Tensor, Tensor]:
@@ -358,7 +362,7 @@ def _folded(
     return replace(layer, bias=True), {"weight": scaled.to(weight), "bias": bias.to(weight)}
 
 
-# --- Trees of moments, and the way to a layer
+# --- Trees of moments
 
 
 def _is_moments(m: Tree) -> bool:

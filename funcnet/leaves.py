@@ -18,7 +18,7 @@ from funcnet.combinators.wrapper import Wrapper
 from funcnet.keys import Key
 from funcnet.layer import Joins, Layer, Tree, is_private, run_apply, run_fwd, writes
 
-Way: TypeAlias = tuple[Layer, ...]
+Ancestors: TypeAlias = tuple[Layer, ...]
 """The combinators around a layer, the outermost first."""
 
 
@@ -34,17 +34,18 @@ def has_children(layer: Layer) -> bool:
 
 def mapped(
     net: Layer,
-    make: Callable[[str, Layer, Way], Layer],
+    make: Callable[[str, Layer, Ancestors], Layer],
     enters: Callable[[Layer], bool] = has_children,
     path: str = "",
-    way: Way = (),
+    ancestors: Ancestors = (),
 ) -> Layer:
-    """The network with `make(path, layer, way)` for each layer that is not entered."""
+    """The network with `make(path, layer, ancestors)` for each layer that is not entered."""
     if not enters(net):
-        return make(path, net, way)
+        return make(path, net, ancestors)
     children = net._children()
     made = [
-        mapped(child, make, enters, joined(path, name), (*way, net)) for name, child in children
+        mapped(child, make, enters, joined(path, name), (*ancestors, net))
+        for name, child in children
     ]
     return net if same(made, [child for _, child in children]) else net._with_children(made)
 

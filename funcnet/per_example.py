@@ -26,7 +26,7 @@ from torch import Tensor
 from funcnet.gradients import check_batch, check_net_and_loss, check_uncoupled
 from funcnet.keys import Key
 from funcnet.layer import Layer, Tree, dx_alone, run_bwd, run_fwd, writes
-from funcnet.leaves import Watched, Way, declares_none, joins, mapped, nothing_like
+from funcnet.leaves import Ancestors, Watched, declares_none, joins, mapped, nothing_like
 from funcnet.losses.loss import Loss
 from funcnet.ops import products
 from funcnet.ops.accumulation import accumulator_dtype
@@ -115,8 +115,8 @@ class _OfExamples:
         check_batch(self._name, x, target)
         found = _Found()
 
-        def watched(path: str, layer: Layer, way: Way) -> Layer:
-            is_tied = any(joins(around) == "added" for around in way)
+        def watched(path: str, layer: Layer, ancestors: Ancestors) -> Layer:
+            is_tied = any(joins(around) == "added" for around in ancestors)
             knows_how = writes(layer, "_bwd_each")
             return layer if declares_none(layer) else _Apart(layer, path, knows_how, is_tied, found)
 

@@ -1,4 +1,4 @@
-"""What passes through each layer of a network, forward and backward."""
+"""A record of what passes through each layer of a network, forward and backward."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from funcnet.keys import Key
 from funcnet.layer import Layer, Tree, check_net, run_bwd, run_fwd
-from funcnet.leaves import Watched, Way, has_children, joins, mapped
+from funcnet.leaves import Ancestors, Watched, has_children, joins, mapped
 from funcnet.ops.need import Need
 
 
@@ -63,13 +63,13 @@ def _enters(layer: Layer) -> bool:
 
 @dataclass
 class _Notes:
-    """What the layers of a network note of one forward pass, and of the gradients behind it."""
+    """The layers' records of one forward pass, and of the gradients that follow it."""
 
     records: list[Record] = field(default_factory=list)
     grads: dict[int, Tensor] = field(default_factory=dict)  # by the record
     are_open: bool = True  # a backward pass may run layers again, which are no new records
 
-    def traced(self, path: str, layer: Layer, way: Way = ()) -> Layer:
+    def traced(self, path: str, layer: Layer, ancestors: Ancestors = ()) -> Layer:
         """The layer, whose runs are noted here."""
         if joins(layer) == "zeros":  # y is its layer's, whose backward pass it might leave out
             return mapped(layer._children()[0][1], self.traced, _enters, path)

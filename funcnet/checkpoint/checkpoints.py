@@ -1,4 +1,4 @@
-"""A folder of checkpoints: the newest few, and the way back past a damaged one."""
+"""A folder of checkpoints: the newest few, of which damaged ones are passed over."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from funcnet.checkpoint.atomic import clear_abandoned, make_folder
 from funcnet.checkpoint.compare import differences, expectation, refuse
 from funcnet.checkpoint.data import read_data
-from funcnet.checkpoint.files import _named, _opened, _tensors, save
+from funcnet.checkpoint.files import named, opened, read_tensors, save
 from funcnet.checkpoint.memory_format import all_laid_out_like
 from funcnet.checkpoint.structure import CheckpointError, Node, decode
 from funcnet.checks import as_int
@@ -119,7 +119,7 @@ class Checkpoints(Hyperparameters):
                 message = f"Checkpoints: passing over a damaged file: {error}"
                 warnings.warn(message, RuntimeWarning, stacklevel=2)
             else:
-                with _named(path):
+                with named(path):
                     return step, _decoded(structure, tensors, like)
         return None
 
@@ -155,8 +155,8 @@ class Checkpoints(Hyperparameters):
 
 def _read(path: Path, device: torch.device | str | None) -> tuple[Node, dict[str, torch.Tensor]]:
     """The structure and tensors in a file, whose every bit is checked."""
-    with _opened(path) as (file, header):
-        return header.structure, _tensors(file, header, device, None, None)
+    with opened(path) as (file, header):
+        return header.structure, read_tensors(file, header, device, None, None)
 
 
 def _decoded(structure: Node, tensors: dict[str, torch.Tensor], like: Tree) -> Tree:
@@ -191,7 +191,7 @@ def _fingerprint(path: Path) -> _Fingerprint:
 def _matches_its_checksums(path: Path) -> bool:
     """Return whether every bit of a file is right. Raises OSError if it cannot be read."""
     try:
-        with _opened(path) as (file, header):
+        with opened(path) as (file, header):
             for _ in read_data(file, header, mapped=True):
                 pass
     except CheckpointError:

@@ -145,9 +145,9 @@ def load(
     _check_dtype("load", dtype)
     if like is None and not strict:
         raise ValueError("load: expected a tree `like` with strict=False, got None")
-    with _opened(path) as (file, header):
+    with opened(path) as (file, header):
         if like is None:
-            return decode(header.structure, _tensors(file, header, device, dtype, mmap))
+            return decode(header.structure, read_tensors(file, header, device, dtype, mmap))
         expected, like_tensors = expectation(like)
         entries = {
             name: entry._replace(dtype=_converted(entry.dtype, dtype))
@@ -156,7 +156,7 @@ def load(
         skipped = differences(expected, like_tensors, header.structure, entries)
         if strict:
             refuse(skipped)
-        tensors = all_laid_out_like(_tensors(file, header, device, dtype, mmap), like_tensors)
+        tensors = all_laid_out_like(read_tensors(file, header, device, dtype, mmap), like_tensors)
         if strict:
             return decode(header.structure, tensors)
         merged = merge(expected, like_tensors, header.structure, tensors, skipped)
@@ -183,11 +183,11 @@ def load_model(
     Sequential(ReLU(), Sigmoid())
     """
     _check_dtype("load_model", dtype)
-    with _opened(path) as (file, header):
+    with opened(path) as (file, header):
         net = Inspection(header).architecture
         if net is None:
             raise CheckpointError("expected a file of save_model, got one without a network")
-        params = decode(header.structure, _tensors(file, header, device, dtype, None))
+        params = decode(header.structure, read_tensors(file, header, device, dtype, None))
         lay_out_as_init(net, params)
         return net, params
 
@@ -209,7 +209,7 @@ def inspect(path: _Path) -> Inspection:
     >>> info.structure
     [tensor(..., device='meta', size=(2, 3)), 0.5]
     """
-    with _opened(path) as (_, header):
+    with opened(path) as (_, header):
         return Inspection(header)
 
 
@@ -237,13 +237,14 @@ def _save(
         write_all(file, build_header(entries, checksums, strings))
 
 
-def _tensors(
+def read_tensors(
     file: BinaryIO,
     header: Header,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
     mmap: bool | None,
 ) -> dict[str, Tensor]:
+    """The tensors in a file by name, on the device and in the dtype that are asked for."""
     mapped = header.data_size >= MAPPED_FROM if mmap is None else mmap
     tensors = read_data(file, header, mapped=mapped)
     if device is None and dtype is None:
@@ -262,9 +263,9 @@ def _converted(dtype: torch.dtype, floating: torch.dtype | None) -> torch.dtype:
 
 
 @contextmanager
-def _opened(path: _Path) -> Iterator[tuple[BinaryIO, Header]]:
+def opened(path: _Path) -> Iterator[tuple[BinaryIO, Header]]:
     """Open a file and read its header. Every CheckpointError begins with its path."""
-    with _named(path):
+    with named(path):
         if os.path.isdir(path):  # Windows cannot open a folder
             raise CheckpointError("expected a file, got a folder")
         with open(_open(path), "rb") as file, _without_collector():
@@ -274,7 +275,7 @@ def _opened(path: _Path) -> Iterator[tuple[BinaryIO, Header]]:
 
 
 @contextmanager
-def _named(path: _Path) -> Iterator[None]:
+def named(path: _Path) -> Iterator[None]:
     """Begin every CheckpointError with a file's path, and give it to every OSError."""
     try:
         yield

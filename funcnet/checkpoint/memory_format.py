@@ -46,7 +46,7 @@ def _laid_out_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _layouts(layer: Layer, params: Tree, copies: int) -> Iterator[tuple[Tensor, Layout, int]]:
-    """Yield the leaves that a network lays out in its own way, and the number of axes in front."""
+    """Yield (leaf, layout, the number of axes in front) of each leaf that its layer lays out."""
     children = layer._children()
     copies += len(layer._copied())
     if children:

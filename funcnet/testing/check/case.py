@@ -53,7 +53,7 @@ class Case:
 
     @property
     def frozen(self) -> list[Tensor]:
-        """Which entries of each leaf have gradient 0 by intention, though y depends on them."""
+        """A mask for each leaf: True where the gradient is 0 by intention, y's slope is not."""
         leaves = self.leaves
         masks = [torch.zeros(leaf.shape, dtype=torch.bool, device=leaf.device) for leaf in leaves]
         try:

@@ -53,8 +53,8 @@ def check_function(
     - A single input that requires a gradient gets the same one as among others
       (`needs_input_grad`), and a single output that is used gives its part (`materialize_grads`).
     - Inputs and gradients in any memory layout give the same numbers.
-    - In float64, central differences; autograd of `reference`, a plain function of the same
-      inputs, if there is one; linearity in grad. The dtype of the inputs is held to float64.
+    - In float64, central differences; autograd of `reference`, a function of the same inputs, if
+      there is one; linearity in grad. The dtype of the inputs is held to float64.
     - A function that refuses float64, or computes it in another dtype, is held to `reference` in
       float64, or to differences of itself in its own dtype, which are coarse.
 
@@ -96,7 +96,7 @@ class FunctionCase(Case):
     x the tensors among the inputs.
     """
 
-    plain: Callable[[Any, Any], Any] | None = None
+    by_reference: Callable[[Any, Any], Any] | None = None
     chosen: tuple[int, ...] = ()
     shapes: tuple[torch.Size, ...] = ()
 
@@ -120,9 +120,9 @@ class FunctionCase(Case):
             return _joined(self.outputs())
 
     def reference(self) -> Tensor:
-        if self.plain is None:
+        if self.by_reference is None:
             return self.apply()  # which autograd cannot follow
-        found = optree.tree_leaves(self.plain(self.params, self.x))
+        found = optree.tree_leaves(self.by_reference(self.params, self.x))
         return _joined([found[i] for i in self.chosen])
 
     def fwd(self) -> tuple[Tensor, tuple[()]]:
@@ -197,7 +197,7 @@ def _make_case(
             return torch.func.functional_call(function, {**own, **params}, arguments(x))
         return _callable(function)(*arguments(x))
 
-    def plain(params: Any, x: Any) -> Any:
+    def by_reference(params: Any, x: Any) -> Any:
         assert reference is not None
         return reference(*arguments(x), **params)
 
@@ -224,8 +224,10 @@ def _make_case(
                 f"{[tuple(shape) for shape in shapes]}, got {got}"
             )
     joined = _joined([part.detach() for part in parts]).to(floats[0])
-    follows = None if reference is None else plain
-    return FunctionCase(call, params, x, joined, plain=follows, chosen=tuple(chosen), shapes=shapes)
+    follows = None if reference is None else by_reference
+    return FunctionCase(
+        call, params, x, joined, by_reference=follows, chosen=tuple(chosen), shapes=shapes
+    )
 
 
 def _examine(case: FunctionCase, rtol: float, atol: float, budget: Budget) -> None:
@@ -242,7 +244,7 @@ def _examine(case: FunctionCase, rtol: float, atol: float, budget: Budget) -> No
         return
     y = double.apply()
     expect_something("check_function", double, y)
-    if case.plain is not None:
+    if case.by_reference is not None:
         with torch.no_grad():
             _expect_value(y, double.reference(), value_noise(double, torch.finfo(y.dtype).eps))
     found = find_wrong(double, rtol, atol, Errors(), budget)
@@ -331,11 +333,11 @@ def _check_layouts(case: FunctionCase, gradients: Leaves) -> None:
 def _check_in_own_dtype(case: FunctionCase, dtype: torch.dtype) -> None:
     """Check a function that computes in another dtype than float64."""
     expect_something("check_function", case, case.apply())
-    if case.plain is None:
+    if case.by_reference is None:
         check_own_dtype(case, dtype)
         return
-    plain = case.plain
-    exact = replace(case, layer=plain).double()
+    by_reference = case.by_reference
+    exact = replace(case, layer=by_reference).double()
     epsilon = torch.finfo(dtype).eps
     with torch.no_grad():
         want = exact.reference()

@@ -98,7 +98,7 @@ def check_sum_of_examples(case: Case) -> None:
 
 
 def check_each_example(case: Case) -> None:
-    """What `_bwd_each` finds for an example is what `bwd` finds for the grad of that one alone.
+    """Check that `_bwd_each` finds for an example what `bwd` finds for the grad of that one alone.
 
     The grad of the others is 0 then, so a mask that a key has drawn is the same on both sides. In a
     network, every layer that writes `_bwd_each` is held to it, on its own x and grad, without key.

@@ -160,7 +160,7 @@ def gradient_moves(
 def gradient_spread(
     case: Case, epsilon: float, trials: int = 8, by: Callable[[Case], Leaves] = Case.gradients
 ) -> Leaves:
-    """How far nudged gradients lie apart, if they do not lie in heaps, as they do at a kink.
+    """The distance between nudged gradients, unless they lie in heaps, as they do at a kink.
 
     There, and where the gradient is another one at a single number, a nudge moves it by a jump or
     not at all: it is in one of three heaps, here and on either side. Rounding scatters it.

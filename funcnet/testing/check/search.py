@@ -53,7 +53,7 @@ _TOGETHER, _ALIKE = 16, 16.0  # leaves that move at once, and the ratio of their
 _AROUND, _NEAR = 12, 2.0**-26  # points around a kink, and their distance
 _SHORTEST = 2.0**-960  # parts of a shorter step would drown in the smallest numbers
 
-Way: TypeAlias = tuple[int, Tensor]
+LeafDirection: TypeAlias = tuple[int, Tensor]
 """The number of a leaf, and a direction to move it in."""
 
 
@@ -82,7 +82,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Budget:
-    """What the search for wrong entries may cost: seconds, or evaluations of `apply`."""
+    """The limit of the search for wrong entries: seconds, or evaluations of `apply`."""
 
     seconds: float | None = None
     start: float = field(default_factory=time.monotonic)
@@ -304,17 +304,17 @@ class _Search:
 
     def _along_directions(self, trials: int) -> Finding | None:
         for trial in range(trials):
-            ways = [
+            pairs = [
                 (i, self._direction(i, 31 * i + trial, relative=trial != 1)) for i in self.examined
             ]
-            for group in self._of_one_size(ways):
+            for group in self._of_one_size(pairs):
                 if trial and self.budget.is_spent(0, 1):
                     break
                 if (found := self._wrong_among(group)) is not None:
                     return found
         return None if self.autograd is not None else self._along_ties(set(self.examined))
 
-    def _wrong_among(self, group: list[Way]) -> Finding | None:
+    def _wrong_among(self, group: list[LeafDirection]) -> Finding | None:
         """A wrong entry of one of the leaves: of all together, of halves, of each alone."""
         if len(group) > 1:
             if self._agree(group):
@@ -325,11 +325,11 @@ class _Search:
         taylor = self._refuted(self._only((i, v)), record=True)
         return None if taylor is None else self._halve(i, v, taylor)
 
-    def _of_one_size(self, ways: list[Way]) -> Iterator[list[Way]]:
+    def _of_one_size(self, pairs: list[LeafDirection]) -> Iterator[list[LeafDirection]]:
         """Groups of leaves whose derivatives along their directions are about as large."""
-        sizes = {i: float((self.gradients[i] * v).norm()) for i, v in ways}
-        group: list[Way] = []
-        for i, v in sorted(ways, key=lambda way: sizes[way[0]]):
+        sizes = {i: float((self.gradients[i] * v).norm()) for i, v in pairs}
+        group: list[LeafDirection] = []
+        for i, v in sorted(pairs, key=lambda pair: sizes[pair[0]]):
             if group and not (len(group) < _TOGETHER and sizes[i] <= _ALIKE * sizes[group[0][0]]):
                 yield group
                 group = []
@@ -337,7 +337,7 @@ class _Search:
         if group:
             yield group
 
-    def _agree(self, group: list[Way]) -> bool:
+    def _agree(self, group: list[LeafDirection]) -> bool:
         """Whether a step along all directions at once shows that each gradient is right.
 
         It has to resolve what counts in the smallest of them, or nearly what steps of each alone
@@ -513,10 +513,10 @@ class _Search:
         self.evaluations += line.evaluations
         return found
 
-    def _only(self, *ways: Way) -> list[Tensor | None]:
+    def _only(self, *moving: LeafDirection) -> list[Tensor | None]:
         """The direction that moves these leaves alone."""
         directions: list[Tensor | None] = [None] * len(self.case.leaves)
-        for i, v in ways:
+        for i, v in moving:
             directions[i] = v
         return directions
 

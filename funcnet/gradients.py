@@ -155,7 +155,7 @@ def check_net_and_loss(who: str, net: Any, loss: Any) -> None:
 
 
 def check_uncoupled(who: str, net: Layer, purpose: str = "") -> None:
-    """Raise ValueError if a layer couples examples, naming it and the way there."""
+    """Raise ValueError if a layer couples examples, with the path to it."""
     if net.couples_examples:
         raise ValueError(
             f"{who}: expected layers that treat every example alone{purpose}, got {coupling(net)}"

@@ -585,14 +585,14 @@ def check(layer: Layer, params: Tree, x: Spec) -> Spec:
 
 
 def step(name: str) -> str:
-    """A child in the way to a layer, as errors give it: `layer 1: `, `stem: `."""
+    """A child on the path to a layer, as errors name it: `layer 1: `, `stem: `."""
     if not name:
         return ""
     return f"layer {name}: " if name.isdecimal() else f"{name}: "
 
 
 def coupling(layer: Layer) -> str:
-    """The way to the first layer that couples examples, and its name: `layer 1: BatchNorm()`."""
+    """The path to the first layer that couples examples, and its name: `layer 1: BatchNorm()`."""
     for name, child in layer._children():
         if child.couples_examples:
             return step(name) + coupling(child)

@@ -43,7 +43,7 @@ def together(who: str, group: Any) -> Iterator[Call]:
 
 
 class Call:
-    """What one rank does in a call by all ranks of a group.
+    """One rank's part in a call by all ranks of a group.
 
     Raises RuntimeError if there is no default group, ValueError if this process is not in `group`.
     """
@@ -151,7 +151,7 @@ class Call:
             self._ask(lambda store: store.set(self._key(f"waits/{self.rank}"), ""))
 
     def _reason(self, error: Exception) -> str:
-        """Why a collective has failed, as all ranks say it."""
+        """The reason why a collective has failed, the same on all ranks."""
         told = self._told()
         if told is not None:
             return told
@@ -184,7 +184,7 @@ class Call:
         return f"funcnet/{self._number}/{name}"
 
     def _ask(self, question: Callable[[Any], Any]) -> Any:
-        """What the group's store answers; None from when the process that holds it is lost on."""
+        """The answer of the group's store; None once the process that holds the store is lost."""
         if not self._has_store:
             return None
         try:
@@ -195,7 +195,7 @@ class Call:
 
 
 def signature(paths: list[str], leaves: list[Tensor]) -> list[tuple[Any, ...]]:
-    """What ranks have to agree on: the paths, shapes and dtypes of a tree's leaves."""
+    """The paths, shapes and dtypes of a tree's leaves, on which all ranks have to agree."""
     return [(path, tuple(x.shape), x.dtype) for path, x in zip(paths, leaves, strict=True)]
 
 

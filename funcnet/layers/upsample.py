@@ -77,17 +77,20 @@ class UpsampleConv2d(Kernels):
     `kernel_size`, `scale` and `padding` are ints or pairs (height, width); `padding` may also be
     "same" (y as large as the upsampled image) or "valid" (none).
 
-    `method="unfold"` does one after the other, by the derivation's matrix products. "auto" is
-    the fastest. On the CPU that is a convolution at low resolution, with kh·kw products a source
-    pixel whatever the scale, in float32 for half precision, and one step after the other where
-    there are few channels; on other devices, where the number of calls counts most, it is a single
-    transposed convolution. Each entry of y is as exact
-    as the sum of its own products: off by at most a multiple of ε · Σ |weight|·|x|, and likewise
-    the gradients. "karatsuba" is "auto" with up to 30 % fewer products on the CPU, where there are
-    many pixels. Scale 2, 3×3 taps and padding 1 are its condition. Its errors are a multiple of
-    ε times the largest products nearby: a faint entry beside a bright one loses digits, and numbers
-    near the largest of their dtype overflow. All give the same numbers while these are finite: of
-    padding, no product with NaN is made.
+    `method="unfold"` does one after the other, by the derivation's matrix products. "auto" is the
+    fastest. On the CPU that is a convolution at low resolution, with kh·kw products a source pixel
+    whatever the scale, in float32 for half precision; where there are few channels, it is one step
+    after the other. On other devices, where the number of calls counts most, it is a single
+    transposed convolution. Each entry of y is as exact as the sum of its own products: off by at
+    most a multiple of ε · Σ |weight|·|x|, and likewise the gradients.
+
+    "karatsuba" is "auto" with up to 30 % fewer products on the CPU, where there are many pixels. It
+    takes scale 2, 3×3 taps and padding 1 alone. Its errors are a multiple of ε times the largest
+    products nearby: a faint entry beside a bright one loses digits, and numbers near the largest of
+    their dtype overflow.
+
+    All methods give the same numbers while these are finite: of padding, no product with NaN is
+    made.
 
     Shapes: x (N, C, H, W); y (N, O, H′, W′) with O = out_channels, H′ = s_h·H + 2p − kh + 1.
     Parameters: {"weight": (O, C, kh, kw), "bias": (O,)}, as for the convolution; on the CPU,

@@ -143,7 +143,7 @@ class Partition(Optimizer[PartitionState]):
     def _paths(
         self, leaves: list[Tensor], structure: optree.PyTreeSpec
     ) -> dict[str, dict[str, int]]:
-        """By name, the paths of a part's leaves and their positions."""
+        """For each part, by name, the paths of its leaves and their positions."""
         paths: dict[str, dict[str, int]] = {name: {} for name in dict(self.optimizers)}
         for i, (path, leaf) in enumerate(zip(_names(structure), leaves, strict=True)):
             name = self.label(path, leaf)

@@ -53,7 +53,7 @@ class Case:
 
     @property
     def frozen(self) -> list[Tensor]:
-        """A mask for each leaf: True where the gradient is 0 by intention, y's slope is not."""
+        """A mask for each leaf: True where the gradient is 0 on purpose, though y depends on it."""
         leaves = self.leaves
         masks = [torch.zeros(leaf.shape, dtype=torch.bool, device=leaf.device) for leaf in leaves]
         try:

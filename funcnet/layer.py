@@ -56,6 +56,7 @@ from funcnet.keys import Key, check_draw, check_key, split
 from funcnet.ops.autocast import without_autocast
 from funcnet.ops.inplace import add_over, is_eager, is_tracing
 from funcnet.ops.need import Need
+from funcnet.ops.without_entries import without_entries
 
 Tree: TypeAlias = Any
 """Nested containers of tensors, as `optree` understands them."""
@@ -203,7 +204,7 @@ class Layer(Hyperparameters):
         self._admit(params, x, getattr(x, "shape", ()), key)
         with without_autocast(x):
             y, residuals = self._fwd(params, x, key)
-        return y, (x.new_empty((0, *x.shape)), residuals)  # no entries: it tells x's shape to bwd
+        return y, (without_entries(x), residuals)
 
     def bwd(
         self,

@@ -31,6 +31,7 @@ from funcnet.layers.conv import check_entries
 from funcnet.ops import pooling, tiles
 from funcnet.ops.need import Need
 from funcnet.ops.window import Ints, Window, padding_sides
+from funcnet.ops.without_entries import without_entries
 
 
 def _tile_of_windows(layer: Any, shape: Shape, part: Part) -> tuple[Part, Layer] | None:
@@ -71,7 +72,7 @@ class MaxPool(Layer):
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
         y, indices = pooling.maximum(x, self._window, self.ceil_mode)
-        return y, (indices, x.new_empty((0, *x.shape)))
+        return y, (indices, without_entries(x))
 
     def _bwd(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
         if not need.input:
@@ -160,7 +161,7 @@ class AvgPool(Layer):
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor]:
         y = pooling.average(x, self._window, self.ceil_mode, self.count_include_pad)
-        return y, x.new_empty((0, *x.shape))
+        return y, without_entries(x)
 
     def _bwd(self, params: Any, like: Tensor, dy: Tensor, need: Need) -> Any:
         if not need.input:
@@ -257,7 +258,7 @@ class AdaptiveAvgPool(Adaptive):
     """The means of windows that cut every axis behind the channels; see `AdaptiveAvgPool2d`."""
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor]:
-        return pooling.adaptive_average(x, self._size(x.shape[2:])), x.new_empty((0, *x.shape))
+        return pooling.adaptive_average(x, self._size(x.shape[2:])), without_entries(x)
 
     def _bwd(self, params: Any, like: Tensor, dy: Tensor, need: Need) -> Any:
         return (), pooling.adaptive_average_backward(dy, like.shape[1:]) if need.input else None
@@ -320,7 +321,7 @@ class AdaptiveMaxPool(Adaptive):
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
         y, indices = pooling.adaptive_maximum(x, self._size(x.shape[2:]))
-        return y, (indices, x.new_empty((0, *x.shape)))
+        return y, (indices, without_entries(x))
 
     def _bwd(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
         if not need.input:

@@ -19,6 +19,7 @@ from funcnet.keys import Key
 from funcnet.layer import Layer, Shape, same_part
 from funcnet.ops import native
 from funcnet.ops.need import Need
+from funcnet.ops.without_entries import without_entries
 
 _select_backward = torch.ops.aten.select_backward
 
@@ -41,13 +42,13 @@ class Rearranged(Layer):
         raise NotImplementedError
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
-        return self._view(x.clone()), x.new_empty((0, *x.shape))
+        return self._view(x.clone()), without_entries(x)
 
     def _bwd(self, params: Any, like: Any, dy: Tensor, need: Need) -> Any:
         return (), self._view_back(like.shape[1:], dy.clone()) if need.input else None
 
     def _fwd_(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
-        return self._view(x), x.new_empty((0, *x.shape))
+        return self._view(x), without_entries(x)
 
     def _bwd_(self, params: Any, like: Any, dy: Tensor, need: Need) -> Any:
         return (), self._view_back(like.shape[1:], dy) if need.input else None
@@ -65,7 +66,7 @@ class Reshaped(Rearranged):
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
         y = self._view(x.clone(memory_format=torch.contiguous_format))
-        return y, (x.new_empty((0, *x.shape)), native.memory_format(x))
+        return y, (without_entries(x), native.memory_format(x))
 
     def _bwd(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
         if not need.input:
@@ -74,7 +75,7 @@ class Reshaped(Rearranged):
         return (), self._view_back(like.shape[1:], dy).clone(memory_format=memory_format)
 
     def _fwd_(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
-        return self._view(x), (x.new_empty((0, *x.shape)), native.memory_format(x))
+        return self._view(x), (without_entries(x), native.memory_format(x))
 
     def _bwd_(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
         if not need.input:
@@ -249,7 +250,7 @@ class Select(Layer):
         return (*shape[:axis], *shape[axis + 1 :])
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor]:
-        return x.select(self.dim, self.index).clone(), x.new_empty((0, *x.shape))
+        return x.select(self.dim, self.index).clone(), without_entries(x)
 
     def _bwd(self, params: Any, like: Tensor, dy: Tensor, need: Need) -> Any:
         if not need.input:

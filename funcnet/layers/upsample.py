@@ -24,6 +24,7 @@ from funcnet.layers.conv import (
 from funcnet.ops import karatsuba, kernel_products, low_resolution, two_steps, upsampling
 from funcnet.ops.need import Need
 from funcnet.ops.window import Pair, Window, padding_sides
+from funcnet.ops.without_entries import without_entries
 
 Method: TypeAlias = Annotated[
     Literal["auto", "unfold", "karatsuba"], OneOf(("auto", "unfold", "karatsuba"))
@@ -60,7 +61,7 @@ class Upsample2d(Layer):
         return channels, rows * height, columns * width
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor]:
-        return two_steps.upsample(x, _pair(self.scale)), x.new_empty((0, *x.shape))
+        return two_steps.upsample(x, _pair(self.scale)), without_entries(x)
 
     def _bwd(self, params: Any, like: Tensor, grad: Tensor, need: Need) -> Any:
         if not need.input:

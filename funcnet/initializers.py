@@ -92,6 +92,8 @@ class Initializer(Hyperparameters):
 class Constant(Initializer):
     """One number everywhere.
 
+    Raises ValueError or TypeError unless `value` is a finite number.
+
     >>> import funcnet as fn
     >>> Constant(0.25)(fn.key(0), (2,))
     tensor([0.2500, 0.2500])
@@ -158,6 +160,8 @@ class Uniform(Initializer):
 class Normal(Initializer):
     """Numbers from the normal distribution N(mean, std²).
 
+    Raises ValueError or TypeError unless both are finite numbers and std ≥ 0.
+
     >>> import funcnet as fn
     >>> Normal(std=0.02)(fn.key(0), (2, 3)).shape
     torch.Size([2, 3])
@@ -181,6 +185,8 @@ class TruncatedNormal(Initializer):
 
     `std` is the standard deviation before cutting, as in `torch.nn.init.trunc_normal_`; it is
     0.8796·std after.
+
+    Raises ValueError or TypeError unless `std` is a finite number ≥ 0.
 
     >>> import funcnet as fn
     >>> bool((TruncatedNormal(0.5)(fn.key(0), (1000,)).abs() <= 1).all())

@@ -93,6 +93,8 @@ def split(key: Key, num: int = 2) -> tuple[Key, ...]:
 def fold_in(key: Key, data: int) -> Key:
     """The key for item number `data` (a step, a layer), an int in [0, 2⁶⁴).
 
+    Raises TypeError or ValueError for anything else.
+
     >>> fold_in(key(0), 7) == fold_in(key(0), 7)
     True
     """

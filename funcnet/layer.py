@@ -108,6 +108,16 @@ class Layer(Hyperparameters):
     `fwd` returns y and the residuals, the least that `bwd` needs; `bwd` returns the gradients of
     Σ grad ∘ y with respect to params (a tree like params) and to x. Both are pure: nothing is
     written to a tensor that was handed in, and no state is kept between them.
+
+    All raise ValueError or TypeError, naming the layer, for arguments that do not fit it.
+
+    >>> import funcnet as fn
+    >>> layer = fn.Linear(2)
+    >>> params, x = layer.init(fn.key(0), (3,)), torch.ones(4, 3)
+    >>> y, residuals = layer.fwd(params, x)
+    >>> dparams, dx = layer.bwd(params, residuals, torch.ones(4, 2))
+    >>> y.shape, dparams["weight"].shape, dx.shape
+    (torch.Size([4, 2]), torch.Size([2, 3]), torch.Size([4, 3]))
     """
 
     _fresh: ClassVar[bool] = False

@@ -13,7 +13,8 @@ returns a float, or takes a tensor of counts and returns a float64 tensor of its
     >>> lr(torch.tensor([0, 9, 100]))
     tensor([0.0100, 0.1000, 0.0000], dtype=torch.float64)
 
-In the formulas t is the number of steps taken.
+In the formulas t is the number of steps taken. Learning rates are finite numbers ≥ 0, and `steps`
+is an int ≥ 1: anything else raises a ValueError or TypeError.
 """
 
 # ruff: noqa: N801 - the classes are called as functions are, and so is their repr

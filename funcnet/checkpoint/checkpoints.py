@@ -52,6 +52,8 @@ class Checkpoints(Hyperparameters):
     metadata {"step": 12}. Other files in the folder are left alone. Processes that share the folder
     do each other's files no harm.
 
+    Raises TypeError unless `folder` is a path and `keep` an int, ValueError for keep < 1.
+
     >>> import tempfile, torch
     >>> checkpoints = Checkpoints(tempfile.mkdtemp() + "/run", keep=2)
     >>> for step in (10, 20, 30):

@@ -37,6 +37,7 @@ class Sequential(Several):
     Jᵢ is the Jacobian of fᵢ at its input. Layers come by position, `Sequential(conv, relu)`, or by
     name, `Sequential(stem=conv, head=linear)`. Without layers it is the identity.
 
+    Shapes: x as the first layer takes it, y as the last one gives it.
     Parameters: a tuple with one entry a layer, so the leaf at path `2.weight` is what
     `torch.nn.Sequential` calls `2.weight`; a dict for layers with names, so a leaf is
     `stem.weight`. Layer i draws from `fold_in(key, i)`. Indexing gives a layer, slicing a

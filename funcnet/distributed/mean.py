@@ -28,6 +28,13 @@ def mean(tree: Tree, group: Any = None, weight: float | None = None) -> Tree:
     that is not a number; ValueError for a weight that is not finite or is below 0, for weights that
     are all 0, and for trees that differ between the ranks; RuntimeError if another rank raises or
     is lost.
+
+    >>> import funcnet as fn
+    >>> import torch.distributed as dist
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> fn.distributed.mean({"loss": torch.tensor(2.0)}, weight=16)
+    {'loss': tensor(2.)}
+    >>> dist.destroy_process_group()
     """
     with together("mean", group) as call:
         leaves, structure = flatten("mean", "tree", tree)

@@ -24,6 +24,14 @@ def merge_moments(m: Tree, group: Any = None) -> Tree:
     Raises TypeError for a leaf that is not a floating-point tensor; ValueError for what are not
     moments, and for trees that differ between the ranks; RuntimeError if another rank raises or is
     lost.
+
+    >>> import funcnet as fn
+    >>> import torch.distributed as dist
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> m = fn.moments(fn.BatchNorm(affine=False), (), torch.tensor([[1.0], [3.0]]), key=fn.key(0))
+    >>> [float(moment) for moment in fn.distributed.merge_moments(m)]
+    [2.0, 2.0, 2.0]
+    >>> dist.destroy_process_group()
     """
     with together("merge_moments", group) as call:
         leaves, structure = flatten("merge_moments", "m", m)

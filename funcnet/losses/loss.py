@@ -24,6 +24,22 @@ class Loss(Hyperparameters):
     `apply`, `vjp`, `fwd` and `bwd` check their arguments; an author writes `_fwd` and `_bwd`,
     `_check` where the target is not like x, and `_count` where a mean is not over all examples
     alike. An author may also write `fwd` and `bwd` alone; then the loss checks for itself.
+
+    Raises TypeError or ValueError for x and target that do not fit each other.
+
+    >>> import funcnet as fn
+    >>> from funcnet.testing import check_vjp
+    >>> @dataclass(frozen=True)
+    ... class LogCosh(fn.Loss):
+    ...     "The mean of log cosh(d) with d = x − target; dx = tanh(d) / n · grad."
+    ...
+    ...     def _fwd(self, x, target):
+    ...         d = x - target
+    ...         return d.cosh().log().mean(), d
+    ...
+    ...     def _bwd(self, d, grad):
+    ...         return d.tanh() * (grad / d.numel())
+    >>> check_vjp(LogCosh(), fn.normal(fn.key(0), (2, 3)), fn.normal(fn.key(1), (2, 3)))
     """
 
     def _check(self, x: Tensor, target: Any) -> None:

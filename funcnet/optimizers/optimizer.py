@@ -36,6 +36,25 @@ class Optimizer(Hyperparameters, Generic[State]):
     """A pure function (params, grads, state) -> (params, state), described by hyperparameters.
 
     A subclass writes `init`, and `_prepare`, which checks everything that a step needs.
+
+    >>> import optree
+    >>> @dataclass(frozen=True)
+    ... class SignDescent(Optimizer[tuple[()]]):
+    ...     "p ← p − lr · sign(g), without a state."
+    ...
+    ...     lr: float
+    ...
+    ...     def init(self, params):
+    ...         return ()
+    ...
+    ...     def _prepare(self, params, grads, state, write):
+    ...         def moved(p, g):
+    ...             new = p - self.lr * g.sign()
+    ...             return p.copy_(new) if write else new
+    ...
+    ...         return lambda: (optree.tree_map(moved, params, grads), state)
+    >>> SignDescent(0.25).step({"w": torch.tensor([1.0])}, {"w": torch.tensor([5.0])}, ())
+    ({'w': tensor([0.7500])}, ())
     """
 
     def init(self, params: Tree) -> State:

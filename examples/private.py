@@ -9,23 +9,16 @@ to the sum, and divides by B:
     g = (Σᵢ gᵢ·min(1, C/‖gᵢ‖) + σ·C·N(0, 1)) / B
 
 No example moves the sum by more than C, so the noise hides whether it was there. How well, is said
-by ε: (ε, δ)-differential privacy with δ = 10⁻⁵. Prints time and memory of the clipped sum beside
-gradients of each example by torch.func.vmap, and the held-out accuracy for several C and σ; writes
-that as `runs/private.png`.
+by ε: (ε, δ)-differential privacy with δ = 10⁻⁵. Prints the held-out accuracy for several C and σ,
+and writes it as `runs/private.png`.
 """
 
-import json
 import math
-import time
 from pathlib import Path
-from statistics import median
-from tempfile import TemporaryDirectory
 
 import torch
 from matplotlib import pyplot as plt
 from sklearn.datasets import load_digits
-from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves, tree_map
 
 import funcnet as fn
@@ -89,93 +82,14 @@ def epsilon(noise, q, steps):
     return min(steps * rho(order) - math.log(DELTA) / (order - 1) for order in range(2, 257))
 
 
-# --- Beside torch.func.vmap
-
-
-def by_vmap(shape, clip):
-    """The clipped sum as PyTorch's tutorial has it: torch.nn, torch.func.grad and vmap."""
-    channels, *_ = shape
-    module = nn.Sequential(
-        nn.Conv2d(channels, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.ReLU(),
-        nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.GroupNorm(4, 32), nn.ReLU(),
-        nn.Flatten(), nn.Linear(32 * shape[1] * shape[2] // 4, 64), nn.ReLU(), nn.Linear(64, 10),
-    )  # fmt: skip
-
-    def loss(params, x, y):
-        logits = torch.func.functional_call(module, params, (x[None],))
-        return nn.functional.cross_entropy(logits, y[None])
-
-    each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))
-
-    def clipped(params, x, y):
-        names = [f"{i}.{name}" for i, own in enumerate(params) if own for name in own]
-        grads = each(dict(zip(names, tree_leaves(params), strict=True)), x, y)
-        norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads.values()]).norm(dim=0)
-        shares = (clip / norms).clamp(max=1.0)
-        return [torch.tensordot(shares, g, dims=1) for g in grads.values()]
-
-    return clipped
-
-
-def compare(x, y, rounds, clip=1.0):
-    """Print time and memory of the clipped sum, as ratios to the gradient of the mean."""
-    net = network()
-    params = net.init(fn.key(0), x.shape[1:])
-    contenders = {
-        "value_and_grad, nothing clipped": fn.value_and_grad(net, LOSS),
-        "clipped_value_and_grad": fn.clipped_value_and_grad(net, LOSS, clip),
-        "torch.func.vmap of torch.nn": by_vmap(x.shape[1:], clip),
-    }
-    _, ours, theirs = (tree_leaves(run(params, x, y)) for run in contenders.values())
-    agree = all(
-        torch.allclose(a, b, atol=1e-4) for a, b in zip(ours[1:], theirs, strict=True)
-    )  # the first is the losses
-    seconds = {name: [] for name in contenders}
-    for _ in range(rounds):  # in turns, so that what else the machine does slows all of them
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            run(params, x, y)
-            seconds[name].append(time.perf_counter() - start)
-    memory = {name: peak(lambda run=run: run(params, x, y)) for name, run in contenders.items()}
-    first = next(iter(contenders))
-    print(
-        f"{len(x)} images of {'×'.join(map(str, x.shape[1:]))}; the two clipped sums agree: {agree}"
-    )
-    print(f"{'':<32} {'time':>6} {'memory':>7}")
-    for name in contenders:
-        ratio = median(a / b for a, b in zip(seconds[name], seconds[first], strict=True))
-        print(f"{name:<32} {ratio:>6.1f} {memory[name] / memory[first]:>7.1f}")
-    return agree
-
-
-def peak(run):
-    """Bytes that PyTorch's allocator holds at most, beyond those before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    with TemporaryDirectory() as folder:
-        trace = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    events = [event["args"] for event in events if event.get("name") == "[memory]"]
-    totals = [int(event["Total Allocated"]) for event in events]
-    return max(totals) - totals[0] + int(events[0]["Bytes"])
-
-
-# --- Accuracy
-
-
-def main(steps=STEPS, clips=CLIPS, noises=NOISES, rounds=7):
+def main(steps=STEPS, clips=CLIPS, noises=NOISES):
     digits = load_digits()
     x = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     y = torch.tensor(digits.target)
     order = fn.permutation(fn.key(0), len(x))
     held_out, rest = order[:360], order[360:]
-    compare(x[rest][:BATCH], y[rest][:BATCH], rounds)
-    large = nn.functional.interpolate(x[rest][:64], scale_factor=4)
-    compare(large, y[rest][:64], rounds)
-
     epsilons = [epsilon(noise, BATCH / len(rest), steps) for noise in noises]
-    print(f"\nheld-out accuracy\n{'σ':>24}" + "".join(f"{noise:>9g}" for noise in noises))
+    print(f"held-out accuracy\n{'σ':>24}" + "".join(f"{noise:>9g}" for noise in noises))
     print(f"{'ε':>24}" + "".join(f"{value:>9.3g}" for value in epsilons))
     net, accuracy = network(), {}
     for clip in clips:

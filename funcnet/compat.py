@@ -1,9 +1,9 @@
-"""The private names of torch that funcnet uses, and the public way that stands in for each.
+"""The private names of torch that funcnet uses, and the public fallback of each.
 
 Any release of torch may drop a private name. Each is looked up here, once, when funcnet is
-imported. If it is gone, the public way beside it is used, which gives the same numbers to rounding
-but may be slower. Where there is none, the name is None, and the module that uses it has formulas
-of its own.
+imported. If it is gone, the public fallback beside it is used, which gives the same numbers to
+rounding but may be slower. Where there is none, the name is None, and the module that uses it has
+formulas of its own.
 
 Private is a name with an underscore, and `mkldnn_rnn_layer`. Kernels of ATen without an underscore,
 like `torch.ops.aten.convolution_backward` or `torch.ops.aten.elu_backward`, are used where they are

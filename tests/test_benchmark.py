@@ -56,6 +56,15 @@ def test_writes_report_json_and_plot(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("benchmark_modules")
+def test_clipped_sums_agree(capsys: pytest.CaptureFixture[str]) -> None:
+    from clipping import compare
+
+    x, y = fn.normal(fn.key(0), (4, 1, 8, 8)), fn.permutation(fn.key(1), 4)
+    assert compare(x, y, rounds=1)
+    assert "torch.func.vmap of torch.nn" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("benchmark_modules")
 def test_recompute_and_reversible_keep_less() -> None:
     from residuals import kept
 

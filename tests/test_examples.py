@@ -52,7 +52,7 @@ def test_maml(example):
 
 @pytest.mark.parametrize("example", ["private"], indirect=True)
 def test_private(example):
-    accuracy = example.main(steps=40, clips=(1.0,), noises=(0.0, 20.0), rounds=1)
+    accuracy = example.main(steps=40, clips=(1.0,), noises=(0.0, 20.0))
     assert accuracy[1.0, 20.0] < 0.6 < 0.8 < accuracy[1.0, 0.0]
     # The numbers that Abadi et al. give with their moments accountant.
     assert example.epsilon(4.0, 0.01, 10_000) == pytest.approx(1.26, abs=0.01)

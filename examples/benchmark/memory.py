@@ -11,8 +11,10 @@ import json
 import resource
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from entries import Entry
@@ -73,15 +75,19 @@ def _live_bytes(entry: Entry, problem: Problem) -> int:
         torch.cuda.reset_peak_memory_stats()
         _two_steps(entry, problem)
         return torch.cuda.max_memory_allocated()
+    return max(total for total, _ in allocations(lambda: _two_steps(entry, problem)))
+
+
+def allocations(run: Callable[[], Any]) -> list[tuple[int, int]]:
+    """(all bytes that are held then, bytes of this one) after each allocation on the CPU."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        _two_steps(entry, problem)
+        run()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
-    return max(
-        int(event["args"]["Total Allocated"]) for event in events if event.get("name") == "[memory]"
-    )
+    found = [event["args"] for event in events if event.get("name") == "[memory]"]
+    return [(int(event["Total Allocated"]), int(event["Bytes"])) for event in found]
 
 
 def _two_steps(entry: Entry, problem: Problem) -> None:

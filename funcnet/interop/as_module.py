@@ -76,10 +76,10 @@ class NetworkModule(nn.Module):
             self._places[order[name]] = self._register(name, nn.Parameter(leaf.detach().clone()))
 
     def _register(self, name: str, parameter: nn.Parameter) -> tuple[nn.Module, str]:
-        *way, last = name.split(".")
+        *parents, last = name.split(".")
         holder: nn.Module = self
         try:
-            for step in way:
+            for step in parents:
                 if not isinstance(getattr(holder, step, None), nn.Module):
                     holder.add_module(step, nn.Module())
                 holder = holder.get_submodule(step)

@@ -122,8 +122,8 @@ class Wrapped(Layer):
     def _params(self, shape: Shape) -> dict[str, Any]:
         declared: dict[str, Any] = {}
         for name, parameter in self._own_parameters():
-            *way, last = name.split(".")
-            place = reduce(lambda place, step: place.setdefault(step, {}), way, declared)
+            *parents, last = name.split(".")
+            place = reduce(lambda place, step: place.setdefault(step, {}), parents, declared)
             place[last] = Param(tuple(parameter.shape), _AsItIs(parameter))
         return declared
 
@@ -190,7 +190,7 @@ class Wrapped(Layer):
         functional_call ties them itself, but where one module is in two places it would leave them
         in the module.
         """
-        tensors = {n: _row_major(reduce(getitem, way, params)) for n, way in self._paths.items()}
+        tensors = {n: _row_major(reduce(getitem, keys, params)) for n, keys in self._paths.items()}
         like, home = next(iter(tensors.values()), x), tensor_like(self.module)
         if (like.dtype, like.device) == (home.dtype, home.device):
             return tensors

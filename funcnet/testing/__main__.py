@@ -140,7 +140,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--examples", type=_positive, default=100, metavar="N", help="cases a layer (100)"
     )
-    parser.add_argument("--layer", action="append", choices=_LAYERS, help="only this one (all)")
+    parser.add_argument(
+        "--layer",
+        action="append",
+        choices=_LAYERS,
+        metavar="LAYER",
+        help="only this one, such as Conv2d (all)",
+    )
     parser.add_argument(
         "--dtype", action="append", choices=_DTYPES, help="only this one (float64 and float32)"
     )

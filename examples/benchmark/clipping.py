@@ -1,0 +1,101 @@
+"""Gradients clipped one by one, beside gradients of each example by torch.func.vmap of torch.nn.
+
+The unit of time and memory is `value_and_grad`, where nothing is clipped. Contenders run in turns,
+so that what else the machine does slows all of them; ratios are medians over the rounds.
+
+    python examples/benchmark/clipping.py           handwritten digits; under a minute
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from memory import allocations
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+import funcnet as fn
+
+LOSS = fn.CrossEntropy()
+NET = fn.Sequential(
+    fn.Conv2d(16, 3, padding=1), fn.GroupNorm(4), fn.ReLU(),
+    fn.Conv2d(32, 3, stride=2, padding=1), fn.GroupNorm(4), fn.ReLU(),
+    fn.Flatten(), fn.Linear(64), fn.ReLU(), fn.Linear(10),
+)  # fmt: skip
+CLIP = 1.0
+
+
+def by_vmap(params: Any) -> Callable[[Any, Tensor, Tensor], dict[str, Tensor]]:
+    """The clipped sum as PyTorch's tutorial has it: torch.nn, torch.func.grad and vmap."""
+    module = fn.interop.to_torch(NET, params)
+
+    def loss(tensors: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        logits = torch.func.functional_call(module, tensors, (x[None],))
+        return nn.functional.cross_entropy(logits, y[None])
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))
+
+    def clipped(params: Any, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        grads = each(fn.interop.state_dict(params), x, y)
+        norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads.values()]).norm(dim=0)
+        shares = (CLIP / norms).clamp(max=1.0)
+        return {name: torch.tensordot(shares, g, dims=1) for name, g in grads.items()}
+
+    return clipped
+
+
+def compare(x: Tensor, y: Tensor, rounds: int) -> bool:
+    """Print time and memory of both clipped sums. Return whether they agree."""
+    params = NET.init(fn.key(0), x.shape[1:])
+    contenders: dict[str, Callable[..., Any]] = {
+        "value_and_grad, nothing clipped": fn.value_and_grad(NET, LOSS),
+        "clipped_value_and_grad": fn.clipped_value_and_grad(NET, LOSS, CLIP),
+        "torch.func.vmap of torch.nn": by_vmap(params),
+    }
+    unit, ours, theirs = contenders
+    total = fn.interop.state_dict(contenders[ours](params, x, y)[1])
+    agree = all(
+        torch.allclose(total[name], other, atol=1e-4)
+        for name, other in contenders[theirs](params, x, y).items()
+    )
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            run(params, x, y)
+            seconds[name].append(time.perf_counter() - start)
+    memory = {name: _peak(lambda run=run: run(params, x, y)) for name, run in contenders.items()}
+    size = "×".join(map(str, x.shape[1:]))
+    print(f"{len(x)} images of {size}; the two clipped sums agree: {agree}")
+    print(f"{'':<32} {'time':>6} {'memory':>7}")
+    for name in contenders:
+        ratio = median(a / b for a, b in zip(seconds[name], seconds[unit], strict=True))
+        print(f"{name:<32} {ratio:>6.1f} {memory[name] / memory[unit]:>7.1f}")
+    return agree
+
+
+def _peak(run: Callable[[], Any]) -> int:
+    """Bytes that PyTorch's allocator holds at most, beyond those before."""
+    found = allocations(run)
+    (first, own), *_ = found
+    return max(total for total, _ in found) - first + own
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=7, help="(%(default)s)")
+    rounds = parser.parse_args().rounds
+    digits = load_digits()
+    x = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
+    y = torch.tensor(digits.target)
+    compare(x[:128], y[:128], rounds)
+    compare(nn.functional.interpolate(x[:64], scale_factor=4), y[:64], rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from numbers import Real
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def name_of(who: Any) -> str:
     """The name of a layer in a message: its code, or a combinator's kind and size."""
     describe = getattr(who, "_describe", None)
     return str(who) if describe is None else str(describe())
+
+
+def shown(value: Any) -> str:
+    """A refused value in a message: its code, or its kind and size where the code is long."""
+    if isinstance(value, nn.Module):  # torch.nn's ReLU() prints as ours
+        return f"{type(value).__name__}, a torch.nn.Module"
+    code = repr(value)
+    if len(code) <= _MOST_CHARACTERS and "\n" not in code:
+        return code
+    if isinstance(value, Tensor):
+        return f"a Tensor of shape {tuple(value.shape)}"
+    if hasattr(value, "_describe"):
+        return name_of(value)
+    return f"a {type(value).__name__} of {len(value)}" if isinstance(value, Sized) else code
+
+
+_MOST_CHARACTERS = 80
 
 
 def as_index(who: object, name: str, value: Any) -> int:
@@ -23,7 +40,7 @@ def as_index(who: object, name: str, value: Any) -> int:
     except TypeError:
         number = None
     if number is None or isinstance(value, bool):
-        raise TypeError(f"{name_of(who)}: expected {name} to be an int, got {value!r}")
+        raise TypeError(f"{name_of(who)}: expected {name} to be an int, got {shown(value)}")
     return number
 
 
@@ -38,7 +55,7 @@ def as_int(who: object, name: str, value: Any, least: int | None) -> int:
 def as_number(who: object, name: str, value: Any, least: float) -> float:
     """`value` as it came. Raises unless it is a finite number and at least `least`."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name_of(who)}: expected {name} to be a number, got {value!r}")
+        raise TypeError(f"{name_of(who)}: expected {name} to be a number, got {shown(value)}")
     number: Any = value
     if not (float("-inf") < number < float("inf") and number >= least):
         bound = "" if least == float("-inf") else f" and >= {least:g}"
@@ -49,7 +66,7 @@ def as_number(who: object, name: str, value: Any, least: float) -> float:
 def as_shape(who: object, shape: Any) -> tuple[int, ...]:
     """The shape of one example as a tuple of ints. Raises unless every size is at least 0."""
     if not isinstance(shape, Sequence) or isinstance(shape, str):
-        raise TypeError(f"{name_of(who)}: expected shape to be a tuple of ints, got {shape!r}")
+        raise TypeError(f"{name_of(who)}: expected shape to be a tuple of ints, got {shown(shape)}")
     return tuple(as_int(who, "every size in shape", size, 0) for size in shape)
 
 

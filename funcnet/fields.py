@@ -27,7 +27,7 @@ from textwrap import indent
 from types import SimpleNamespace
 from typing import Annotated, Any, ClassVar, Protocol, TypeAlias, get_args, get_type_hints
 
-from funcnet.checks import as_index, as_int, as_number
+from funcnet.checks import as_index, as_int, as_number, shown
 
 
 class Kind(Protocol):
@@ -207,12 +207,14 @@ class PerAxis:
                 return value
             words = " or ".join(f'"{word}"' for word in self.words)
             raise ValueError(
-                f"{who}: expected {name} to be an int, {_tuple_of(count)}, {words}, got {value!r}"
+                f"{who}: expected {name} to be an int, {_tuple_of(count)}, {words}, "
+                f"got {shown(value)}"
             )
         entries = tuple(value) if isinstance(value, (tuple, list)) else (value,) * count
         if len(entries) != count:
             raise ValueError(
-                f"{who}: expected {name} to be an int or {_tuple_of(count)} of ints, got {value!r}"
+                f"{who}: expected {name} to be an int or {_tuple_of(count)} of ints, "
+                f"got {shown(value)}"
             )
         return tuple(
             entry
@@ -238,7 +240,7 @@ class OneOf:
                 return choice
         expected = " or ".join(f'"{c}"' if isinstance(c, str) else repr(c) for c in self.choices)
         error = TypeError if isinstance(self.choices[0], bool) else ValueError
-        raise error(f"{owner.__name__}: expected {name} to be {expected}, got {value!r}")
+        raise error(f"{owner.__name__}: expected {name} to be {expected}, got {shown(value)}")
 
 
 @dataclass(frozen=True)
@@ -268,7 +270,7 @@ class BelowOne:
         if not isinstance(value, (tuple, list)) or len(value) != self.count:
             raise ValueError(
                 f"{owner.__name__}: expected {name} to be {_tuple_of(self.count)} of numbers, "
-                f"got {value!r}"
+                f"got {shown(value)}"
             )
         for entry in value:
             number = as_number(owner.__name__, f"every number in {name}", entry, 0.0)
@@ -301,7 +303,9 @@ class InstanceOf:
     def convert(self, owner: type, name: str, value: Any) -> Any:
         if isinstance(value, self.cls()) or (value is None and self.may_be_none):
             return value
-        raise TypeError(f"{owner.__name__}: expected {name} to be {self.expected}, got {value!r}")
+        raise TypeError(
+            f"{owner.__name__}: expected {name} to be {self.expected}, got {shown(value)}"
+        )
 
 
 # --- The types that fields are declared by

@@ -10,7 +10,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funcnet.checks import as_int
+from funcnet.checks import as_int, shown
 from funcnet.keys import Key, fold_in
 from funcnet.layer import Layer, Tree, check_net, coupling, is_private
 from funcnet.losses.loss import Loss
@@ -151,7 +151,7 @@ def check_net_and_loss(who: str, net: Any, loss: Any) -> None:
     """Raise TypeError unless these are a layer and a loss."""
     check_net(who, net)
     if isinstance(loss, type | Layer) or not (hasattr(loss, "fwd") and hasattr(loss, "bwd")):
-        raise TypeError(f"{who}: expected a loss, such as MSE(), got {loss!r}")
+        raise TypeError(f"{who}: expected a loss, such as MSE(), got {shown(loss)}")
 
 
 def check_uncoupled(who: str, net: Layer, purpose: str = "") -> None:

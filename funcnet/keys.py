@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from funcnet.checks import as_index, as_int, name_of
+from funcnet.checks import as_index, as_int, name_of, shown
 
 _KEY_BYTES = 16
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -167,7 +167,7 @@ def bernoulli(
     tensor([True, True, True])
     """
     if not isinstance(p, Real):
-        raise TypeError(f"bernoulli: expected a probability p in [0, 1], got {p!r}")
+        raise TypeError(f"bernoulli: expected a probability p in [0, 1], got {shown(p)}")
     if not 0 <= p <= 1:
         raise ValueError(f"bernoulli: expected a probability p in [0, 1], got {p}")
     unit = _generator("bernoulli", key).random(_sizes("bernoulli", shape))
@@ -195,7 +195,9 @@ def check_draw(who: object, key: Key, dtype: torch.dtype | None) -> None:
 def check_key(who: object, key: Key) -> None:
     """Raise TypeError unless this is a key."""
     if not isinstance(key, Key):
-        raise TypeError(f"{name_of(who)}: expected a key made by funcnet.key(seed), got {key!r}")
+        raise TypeError(
+            f"{name_of(who)}: expected a key made by funcnet.key(seed), got {shown(key)}"
+        )
 
 
 def halves(key: Key) -> tuple[Any, Any]:
@@ -244,7 +246,7 @@ def _number(who: str, name: str, value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"{who}: expected {name} to be a number, got {value!r}") from None
+        raise TypeError(f"{who}: expected {name} to be a number, got {shown(value)}") from None
     except OverflowError:
         raise ValueError(f"{who}: expected {name} to fit in a float, got a larger int") from None
 
@@ -258,7 +260,7 @@ def _uint64(who: str, name: str, value: int) -> int:
 
 def _sizes(who: str, shape: Sequence[int]) -> tuple[int, ...]:
     if not isinstance(shape, Sequence) or isinstance(shape, str):
-        raise TypeError(f"{who}: expected shape to be a sequence of ints, got {shape!r}")
+        raise TypeError(f"{who}: expected shape to be a sequence of ints, got {shown(shape)}")
     return tuple(_uint64(who, "every size in shape", size) for size in shape)
 
 

@@ -9,7 +9,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funcnet.checks import as_shape, name_of
+from funcnet.checks import as_shape, name_of, shown
 from funcnet.compat import storage_id
 from funcnet.keys import key
 from funcnet.layer import Layer, Shape, Tree
@@ -60,7 +60,7 @@ def summary(net: Layer, shape: Sequence[int]) -> str:
                                               total               224          69,888
     """
     if not isinstance(net, Layer):
-        raise TypeError(f"summary: expected net to be a Layer, got {net!r}")
+        raise TypeError(f"summary: expected net to be a Layer, got {shown(net)}")
     net.out_shape(shape)
     rows = list(_rows(net, as_shape(net, shape), "", 0))
     lines = [("path", "layer", "output", "parameters", "residual bytes")]

@@ -311,3 +311,31 @@ def test_nothing_is_half_done_when_a_layer_refuses():
         with refused(ValueError, "layer 2: Conv2d(1, kernel_size=1): expected bias of shape (1,)"):
             call(broken, x)
     assert same((broken, x), kept)
+
+
+TREE = ({"weight": torch.zeros(8, 3, 3, 3)}, ())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: fn.Adam(TREE), "Adam: expected lr to be a number, got a tuple of 2"),
+        (lambda: fn.Linear(TREE), "Linear: expected out_features to be an int, got a tuple of 2"),
+        (lambda: fn.split(TREE[0]), "funcnet.key(seed), got a dict of 1"),
+        (lambda: fn.MaxPool2d(torch.zeros(9, 9)), "to be an int, got a Tensor of shape (9, 9)"),
+        (lambda: fn.summary(TREE, (3,)), "expected net to be a Layer, got a tuple of 2"),
+        (
+            lambda: fn.Sequential(torch.nn.ReLU()),
+            "layer 0 to be a Layer, got ReLU, a torch.nn.Module",
+        ),
+        (lambda: fn.Residual(torch.nn.ReLU()), "layer to be a Layer, got ReLU, a torch.nn.Module"),
+        (
+            lambda: fn.value_and_grad(fn.ReLU(), torch.nn.MSELoss()),
+            "value_and_grad: expected a loss, such as MSE(), got MSELoss, a torch.nn.Module",
+        ),
+    ],
+)
+def test_what_came_is_named_by_kind_and_size_where_its_code_is_long(call, message):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call()
+    assert str(caught.value).endswith(message)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
-from funcnet.checks import name_of
+from funcnet.checks import name_of, shown
 from funcnet.combinators.position import Position
 from funcnet.fields import call
 from funcnet.keys import Key, fold_in
@@ -174,7 +174,7 @@ def _sorted_out(
     for i, layer in enumerate(layers):
         if not isinstance(layer, Layer):
             where = names[i] if names else f"layer {i}"
-            raise TypeError(f"{who}: expected {where} to be a Layer, got {layer!r}")
+            raise TypeError(f"{who}: expected {where} to be a Layer, got {shown(layer)}")
     return layers, names
 
 

@@ -7,6 +7,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from funcnet.checks import shown
 from funcnet.compat import foreach_norm, norms_in_turn
 from funcnet.layer import Tree
 from funcnet.ops.inplace import is_eager
@@ -55,7 +56,7 @@ def clip_by_global_norm(grads: Tree, max_norm: float) -> tuple[Tree, Tensor]:
 def check_max_norm(who: str, max_norm: float) -> None:
     """Raise unless max_norm is a number ≥ 0, which may be infinite."""
     if isinstance(max_norm, bool) or not isinstance(max_norm, Real):
-        raise TypeError(f"{who}: expected max_norm to be a number, got {max_norm!r}")
+        raise TypeError(f"{who}: expected max_norm to be a number, got {shown(max_norm)}")
     if not max_norm >= 0:
         raise ValueError(f"{who}: expected max_norm >= 0, got {max_norm}")
 

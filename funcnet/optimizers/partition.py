@@ -11,6 +11,7 @@ import optree
 import torch
 from torch import Tensor
 
+from funcnet.checks import shown
 from funcnet.layer import Tree
 from funcnet.optimizers.leaves import flatten_up_to
 from funcnet.optimizers.optimizer import Optimizer, Steps
@@ -31,7 +32,7 @@ class _LabelKind:
         if not callable(value):
             raise TypeError(
                 f"{owner.__name__}: expected {name} to be a function (path, leaf) -> name, "
-                f"got {value!r}"
+                f"got {shown(value)}"
             )
         return value
 
@@ -42,7 +43,7 @@ class _PartsKind:
     def convert(self, owner: type, name: str, value: Any) -> tuple[tuple[str, Any], ...]:
         if not isinstance(value, (Mapping, tuple)):
             raise TypeError(
-                f"{owner.__name__}: expected a dict of optimisers by name, got {value!r}"
+                f"{owner.__name__}: expected a dict of optimisers by name, got {shown(value)}"
             )
         parts = dict(value)
         for key, optimizer in parts.items():
@@ -51,7 +52,7 @@ class _PartsKind:
             if not (optimizer is None or isinstance(optimizer, Optimizer)):
                 raise TypeError(
                     f"{owner.__name__}: expected an optimiser or None for {key!r}, "
-                    f"got {optimizer!r}"
+                    f"got {shown(optimizer)}"
                 )
         return tuple(sorted(parts.items(), key=lambda item: item[0]))
 

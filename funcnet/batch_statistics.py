@@ -56,10 +56,10 @@ count has as many axes, of size 1, as x has behind the channels: it remembers th
 def moments(net: Layer, params: Tree, x: Tensor, *, key: Key) -> Tree:
     """The moments of what each `BatchNorm` of `net` sees when the network is applied to x.
 
-    The network runs once, as `net.apply(params, x, key=key)` does. What comes back is a tree like
-    params, with (count, mean, M2) for a `BatchNorm` and () for any other layer: for each channel
-    the number of values, their mean, and the sum of squared deviations from it, in float64. All
-    are 0 for no examples.
+    The network runs once, as `net.apply(params, x, key=key)` does. The result is a tree like
+    params, with (count, mean, M2) for a `BatchNorm` and () for any other layer. For each channel
+    these are the number of values, their mean, and the sum of squared deviations from it, in
+    float64. All are 0 for no examples.
 
     Raises what `apply` raises; ValueError if a `BatchNorm` runs more than once with the same
     parameters, as in a `Loop`, since no one pair of mean and variance describes it; TypeError if

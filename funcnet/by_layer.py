@@ -27,12 +27,12 @@ Put: TypeAlias = Callable[[Any], None]
 def gradients_by_layer(net: Layer, loss: Loss) -> GradientsByLayer:
     """The function (params, x, target, key=None) ↦ an iterator of (path, dparams), layer by layer.
 
-    It goes through the layers with parameters that hold no others, from the last to the first, and
-    gives each gradient as soon as it is there: the same that `value_and_grad` gives, at the layer's
-    place in params, `stem.0`. By then all that depends on the layer's parameters has been computed,
-    dx too, so that they may be written in place: an update needs memory for the gradient of one
-    layer, not of all. The network's forward pass has run when the function returns; the backward
-    pass stops after each layer until the next is asked for, and is given up with the iterator.
+    It goes through the layers with parameters that hold no others, from the last to the first. Each
+    gradient comes as soon as it is there, the same that `value_and_grad` gives; the path is the
+    layer's place in params, `stem.0`. By then all that depends on the layer's parameters has been
+    computed, dx too, so that they may be written in place: an update needs memory for the gradient
+    of one layer, not of all. The network's forward pass has run when the function returns. The
+    backward pass stops after each layer until the next is asked for, and ends with the iterator.
 
     A `Loop` or `Repeat`, whose gradients are sums or stacks over its turns, is done as a whole, and
     its layers follow one another; a combinator of one's own is one layer. `Frozen` layers give

@@ -1,9 +1,9 @@
 """Explicit randomness: immutable keys instead of a global generator.
 
-A key is 128 bits. New keys are derived from old ones by a cryptographic hash, so that any two keys
-reached in different ways are different for all practical purposes; numbers are drawn from a key by
-NumPy's counter-based Philox generator (Salmon et al., "Parallel random numbers: as easy as
-1, 2, 3", 2011), always on the CPU, so that a key means the same numbers on every device.
+A key is 128 bits. A cryptographic hash derives new keys from old ones, so that two keys that are
+derived differently are different for all practical purposes. NumPy's counter-based generator Philox
+draws numbers from a key (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). It
+always runs on the CPU, so that a key means the same numbers on every device.
 
     >>> import funcnet as fn
     >>> weights_key, noise_key = fn.split(fn.key(0))

@@ -3,10 +3,10 @@
 The C library of Linux hands freed memory back to the system once a threshold of it lies unused at
 the top of its heap (mallopt(3), M_TRIM_THRESHOLD). A training step frees and takes back the same
 tens of megabytes, and fetching them from the system page by page takes up to half as long again as
-the arithmetic. Where the package is imported, the threshold is set to 256 MiB, with blocks of up to
-32 MiB on the heap, unless the user has tuned the C library by its own variables (GLIBC_TUNABLES,
-MALLOC_…), or says no by FUNCNET_KEEP_MEMORY=0. It serves the whole process. Elsewhere this has no
-effect.
+the arithmetic. Importing the package sets the threshold to 256 MiB, with blocks of up to 32 MiB on
+the heap. It does not where the user has tuned the C library by its own variables (GLIBC_TUNABLES,
+MALLOC_…), or says no by FUNCNET_KEEP_MEMORY=0. It serves the whole process. Other systems are left
+alone.
 """
 
 import ctypes

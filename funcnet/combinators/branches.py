@@ -60,7 +60,7 @@ class Branches(Several):
 
     @property
     def _fresh(self) -> Any:  # type: ignore[override]
-        """Whether y and dx are new tensors, as those of several layers are."""
+        """Whether y and dx are new tensors: they are, of several layers."""
         return len(self) > 1 or is_fresh(self.layers[0])
 
     def _out_shape(self, shape: Shape) -> Shape:

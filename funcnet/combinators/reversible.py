@@ -38,8 +38,8 @@ class Reversible(Several):
     again. Each layer's x is exact up to rounding, which adds up over the layers.
 
     Shapes: any with an even number of channels; every layer keeps the shape of a half.
-    Parameters: a tuple with one entry a layer. Layer i draws from `fold_in(key, i)`: f from that of
-    0, g from that of 1.
+    Parameters: a tuple with one entry a layer. Layer i draws from `fold_in(key, i)`, so
+    f has number 0 and g number 1.
 
     Raises ValueError for an odd number of layers or of channels, and for a layer that does not keep
     the shape of a half.

@@ -35,11 +35,11 @@ def wrap(module: nn.Module, shape: Sequence[int]) -> tuple[Layer, Tree]:
     are equal if they hold the same copy. A file cannot hold one. Under torch.func.vmap it works as
     far as PyTorch's kernels do: those of torch.nn.LSTM do not. One thread at a time may use it.
 
-    The module runs a few times on random numbers. What is not a function of params and x is
-    refused, with the name of the module that is not: one that changes its buffers, as BatchNorm
-    does in train mode, and one that draws numbers, as Dropout does in train mode, since keys decide
-    nothing there. Call `module.eval()`, or use `BatchNorm` and `Dropout` of this package in its
-    place. A module that takes only x without gaps in memory, by `x.view`, gets such an x.
+    The module runs a few times on random numbers. Its y must follow from params and x alone. A
+    module in it that changes its buffers, as BatchNorm does in train mode, or draws numbers, as
+    Dropout does, is refused by name, since keys decide nothing there. Call `module.eval()`, or use
+    `BatchNorm` and `Dropout` of this package in its place. A module that takes only x without gaps
+    in memory, by `x.view`, gets such an x.
 
     Raises ValueError for such modules, for those whose parameters cannot be handed over (complex
     ones, TorchScript, DataParallel) or that cannot be copied, for examples that the module does not

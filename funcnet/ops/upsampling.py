@@ -9,9 +9,8 @@
 
 Sums of products in any order are off by at most a multiple of ε times the sum of their magnitudes.
 `karatsuba` subtracts what it has added before, so that its errors are relative to neighbouring
-products: it has to be asked for. Where it is not, overflow is no matter of the implementation,
-either: `low_resolution` adds entries of grad before it multiplies, which may give ∞ or NaN where no
-product is large, and then the gradients are computed in two steps.
+products: it has to be asked for. `low_resolution` adds entries of grad before it multiplies, which
+may give ∞ or NaN where no product is large. Then the gradients are computed in two steps.
 """
 
 from __future__ import annotations

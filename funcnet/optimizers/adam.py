@@ -42,10 +42,10 @@ class Adam(Elementwise[AdamState]):
     step is pure and differentiable; `step_` writes into the tensors of params and of the state
     instead, and returns them.
 
-    The numbers are bit for bit those of `torch.optim.Adam(fused=True)` for float32 and float64 on
-    the CPU, if all leaves are contiguous (or channels_last) and neither autograd, torch.func nor
-    torch.compile takes part, and those of `fused=False` to the last rounding. Elsewhere they are
-    those of `fused=False`.
+    For float32 and float64 on the CPU the numbers are bit for bit those of
+    `torch.optim.Adam(fused=True)`, and to the last rounding those of `fused=False`. That takes
+    leaves that are contiguous or channels_last, and no autograd, torch.func or torch.compile.
+    Elsewhere the numbers are those of `fused=False`.
 
     Raises ValueError or TypeError for numbers out of range (NaN is), and, before anything is
     changed, for trees that do not match.

@@ -87,7 +87,7 @@ class Elementwise(Optimizer[State]):
     _State: ClassVar[Any]
 
     _treats_complex_as_pairs: ClassVar[bool] = False
-    """Whether the formula is not one of complex numbers: real and imaginary parts go apart."""
+    """Whether the formula is for real numbers alone: real and imaginary parts are treated apart."""
 
     def _kept(self) -> dict[str, bool]:
         """The names of what the state keeps, in order, and whether it is needed."""

@@ -9,6 +9,7 @@ wrong, or was least sure of.
 import math
 from pathlib import Path
 
+import optree
 import torch
 from matplotlib import pyplot as plt
 from sklearn.datasets import load_digits
@@ -67,7 +68,7 @@ def main(epochs=EPOCHS):
         params, losses = train(net, x[rest], y[rest], fn.key(1), epochs)
         probabilities = net.apply(params, x[held_out]).softmax(1)
         accuracy = (probabilities.argmax(1) == y[held_out]).double().mean()
-        size = sum(leaf.numel() for leaf in torch.utils._pytree.tree_leaves(params))
+        size = sum(leaf.numel() for leaf in optree.tree_leaves(params))
         print(f"{name:<8} {size:>10,} {losses[-1]:>10.3f} {float(accuracy):>18.1%}")
     draw(x[held_out], y[held_out], probabilities)
     return float(accuracy)

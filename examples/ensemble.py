@@ -8,6 +8,7 @@ A single network is as sure where it has seen no data as where it has. An ensemb
 
 from pathlib import Path
 
+import optree
 import torch
 from matplotlib import pyplot as plt
 
@@ -34,7 +35,7 @@ def main(steps=800):
     x, y = data(fn.key(0), 60)
     keys = fn.split(fn.key(1), MEMBERS)
     members = [NET.init(key, (1,)) for key in keys]
-    params = torch.utils._pytree.tree_map(lambda *leaves: torch.stack(leaves), *members)
+    params = optree.tree_map(lambda *leaves: torch.stack(leaves), *members)
     resampled = torch.stack([(fn.uniform(key, (len(x),)) * len(x)).long() for key in keys])
     xs, ys = x[resampled], y[resampled]  # each member has seen other points
 

@@ -3,6 +3,8 @@
 import inspect
 import pydoc
 import re
+import runpy
+from pathlib import Path
 
 import funcnet as fn
 
@@ -21,3 +23,10 @@ def test_what_value_and_grad_returns_explains_itself():
     step = fn.value_and_grad(fn.ReLU(), fn.MSE())
     assert list(inspect.signature(step).parameters) == ["params", "x", "target", "key"]
     assert "(params, x, target, key=None)" in (inspect.getdoc(step) or "")
+
+
+def test_the_user_script_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = runpy.run_path(str(Path(__file__).with_name("user_script.py")))
+    assert names["loaded"] == names["net"]
+    assert names["found"] is None

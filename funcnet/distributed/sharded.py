@@ -13,12 +13,12 @@ from funcnet.distributed.call import Call, signature, together
 from funcnet.fields import InstanceOf
 from funcnet.layer import Tree
 from funcnet.optimizers.leaves import check_writable, flatten, flatten_up_to
-from funcnet.optimizers.optimizer import Optimizer, Steps
+from funcnet.optimizers.optimizer import Optimizer, State, Steps
 from funcnet.tree import leaf_names
 
 
 @dataclass(frozen=True)
-class Sharded(Optimizer[Any]):
+class Sharded(Optimizer[State]):
     """The steps of another optimiser, of which each rank does a part, and keeps that part's state.
 
     Every leaf of params belongs to one rank, which alone keeps its moments, steps it, and then
@@ -48,16 +48,16 @@ class Sharded(Optimizer[Any]):
     >>> dist.destroy_process_group()
     """
 
-    optimizer: Annotated[Optimizer[Any], InstanceOf(lambda: Optimizer, "an optimiser")]
+    optimizer: Annotated[Optimizer[State], InstanceOf(lambda: Optimizer, "an optimiser")]
     group: Any = field(default=None, compare=False)
 
-    def init(self, params: Tree) -> Any:
+    def init(self, params: Tree) -> State:
         """The state of this rank's leaves before the first step."""
         leaves, structure = flatten(self, "params", params)
         call = Call("Sharded", self.group)
         return self.optimizer.init(_own(leaves, structure, _owners(leaves, call.size), call.rank))
 
-    def _prepare(self, params: Tree, grads: Tree, state: Any, write: bool) -> Steps[Any]:
+    def _prepare(self, params: Tree, grads: Tree, state: State, write: bool) -> Steps[State]:
         with together("Sharded", self.group) as call:
             leaves, structure = flatten(self, "params", params)
             gs = flatten_up_to(self, "grads", grads, structure)
@@ -73,7 +73,7 @@ class Sharded(Optimizer[Any]):
             # No rank begins to write unless all can.
             call.agree(signature(leaf_names(structure), leaves))()
 
-        def step() -> tuple[Tree, Any]:
+        def step() -> tuple[Tree, State]:
             own, new_state = own_step()
             new = list(leaves)
             mine = [i for i, owner in enumerate(owners) if owner == call.rank]

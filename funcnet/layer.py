@@ -112,6 +112,7 @@ class Layer(Hyperparameters):
     All raise ValueError or TypeError, naming the layer, for arguments that do not fit it.
 
     >>> import funcnet as fn
+    >>> import torch
     >>> layer = fn.Linear(2)
     >>> params, x = layer.init(fn.key(0), (3,)), torch.ones(4, 3)
     >>> y, residuals = layer.fwd(params, x)

@@ -27,6 +27,7 @@ class Loss(Hyperparameters):
 
     Raises TypeError or ValueError for x and target that do not fit each other.
 
+    >>> from dataclasses import dataclass
     >>> import funcnet as fn
     >>> from funcnet.testing import check_vjp
     >>> @dataclass(frozen=True)

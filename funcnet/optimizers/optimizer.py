@@ -37,9 +37,12 @@ class Optimizer(Hyperparameters, Generic[State]):
 
     A subclass writes `init`, and `_prepare`, which checks everything that a step needs.
 
+    >>> from dataclasses import dataclass
+    >>> import funcnet as fn
     >>> import optree
+    >>> import torch
     >>> @dataclass(frozen=True)
-    ... class SignDescent(Optimizer[tuple[()]]):
+    ... class SignDescent(fn.Optimizer[tuple[()]]):
     ...     "p ← p − lr · sign(g), without a state."
     ...
     ...     lr: float

@@ -80,8 +80,10 @@ class Case:
 
     @property
     def batch(self) -> int | None:
-        """The number of examples; None for a loss, or where x's leaves disagree about it."""
+        """The number of examples; None for a loss, or where x's leaves or y disagree about it."""
         leaves = optree.tree_leaves(self.x)
+        if not isinstance(self.x, Tensor):
+            leaves.append(self.grad)  # a graph may have as many edges as nodes
         counts = {len(leaf) if leaf.ndim else None for leaf in leaves}
         return counts.pop() if len(counts) == 1 and not self.is_loss else None
 
@@ -234,6 +236,12 @@ def tried(call: Callable[[], _Result]) -> _Result | None:
         return call()
     except Exception:  # a layer may refuse its input by any exception
         return None
+
+
+def tried_y(case: Case) -> Tensor | None:
+    """y, None where the layer refuses, or where y has another shape than grad."""
+    y = tried(case.apply)
+    return y if isinstance(y, Tensor) and y.shape == case.grad.shape else None
 
 
 def kind_of(value: Any) -> str:

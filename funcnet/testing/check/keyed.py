@@ -8,7 +8,7 @@ from torch import Tensor
 
 from funcnet.keys import fold_in
 from funcnet.keys import key as make_key
-from funcnet.testing.check.case import Case, tried
+from funcnet.testing.check.case import Case, tried_y
 from funcnet.testing.errors import GradientMismatch
 from funcnet.testing.layouts import same
 
@@ -23,11 +23,11 @@ def beside_key(case: Case) -> list[Case]:
     if case.is_loss:
         return []
     key = make_key(0) if case.key is None else case.key
-    without, drawn = _y(replace(case, key=None)), _y(replace(case, key=key))
+    without, drawn = tried_y(replace(case, key=None)), tried_y(replace(case, key=key))
     if without is None or drawn is None or same(without, drawn):
         return []
     if _is_masked(drawn, without) and all(
-        (y := _y(replace(case, key=fold_in(key, i)))) is not None and same(y, drawn)
+        (y := tried_y(replace(case, key=fold_in(key, i)))) is not None and same(y, drawn)
         for i in range(_KEYS)
     ):
         raise GradientMismatch(
@@ -41,10 +41,3 @@ def _is_masked(y: Tensor, without: Tensor) -> bool:
     """Whether a key changes some entries of y to 0 and others in another way, as dropout does."""
     dropped = (y == 0) & (without != 0)
     return bool(dropped.any()) and bool(((y != 0) & (y != without)).any())
-
-
-def _y(case: Case) -> Tensor | None:
-    """y, None where the layer refuses: some need a key, and some know of none."""
-    y = tried(case.apply)
-    shaped = isinstance(y, Tensor) and y.shape == case.grad.shape
-    return y if shaped else None

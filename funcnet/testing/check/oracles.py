@@ -19,7 +19,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from funcnet.testing.check.case import Case, Leaves, tried
+from funcnet.testing.check.case import Case, Leaves, tried_y
 from funcnet.testing.check.tolerances import (
     AFFINE,
     CENTRAL_ROUNDING,
@@ -30,7 +30,9 @@ from funcnet.testing.check.tolerances import (
 )
 
 _LEVELS = 9
-_FINEST = 2.0**-17
+_FINE = 2.0**-17
+_FINEST = 2.0**-26
+"""A step within a period of what oscillates faster than longer steps can follow, as sin(1e6·x)."""
 _EPSILON = torch.finfo(torch.float64).eps
 _TINY = torch.finfo(torch.float64).tiny
 _KEPT = 2**22  # entries of y that a line keeps
@@ -77,8 +79,8 @@ def _is_handwritten(y: Tensor) -> bool:
 class Slope:
     """A numeric derivative with its estimated error.
 
-    `jump` is the difference of the two one-sided slopes at a kink. `affine` says that f is affine
-    as far as the largest step.
+    `jump` is the difference of the two one-sided slopes at a kink; a bend that the finest step does
+    not see is none. `affine` says that f is affine as far as the largest step.
     """
 
     value: float
@@ -131,8 +133,8 @@ class Line:
         return self._changes[h]
 
     def _apply(self, leaves: Leaves) -> Tensor:
-        """y, or NaN where the layer raises: it may be defined on one side only."""
-        y = tried(self.case.at(leaves).apply)
+        """y, or NaN where there is none of its shape: it may be defined on one side only."""
+        y = tried_y(self.case.at(leaves))
         return torch.full_like(self.y(0.0), math.nan) if y is None else y
 
     def central(self, h: float) -> float:
@@ -144,11 +146,13 @@ class Line:
         noise = float((self.case.grad * self._blur).norm()) + _TINY  # where squares underflow
         return CENTRAL_ROUNDING * noise / (h * self.length)
 
-    def jump(self, h: float) -> float:
-        """Σ |grad| · |jump of the slope|, over kinks within h."""
+    def jump(self, h: float) -> tuple[float, float]:
+        """Σ |grad| · |jump of the slope|, over kinks within h: the least and the most."""
         rest = (2 * self._bend(h / 2) - self._bend(h)).abs()
-        rest -= JUMP_ROUNDING * self._blur / (h * self.length)
-        return float((self.case.grad.abs() * rest.clamp(min=0)).sum())
+        rounding = JUMP_ROUNDING * self._blur / (h * self.length)
+        size = self.case.grad.abs()
+        least, most = (size * (rest - rounding).clamp(min=0), size * (rest + rounding))
+        return float(least.sum()), float(most.sum())
 
     def is_straight(self, h: float) -> bool:
         """Whether every entry of y lies on a line at −h, 0 and h, but for rounding."""
@@ -184,7 +188,7 @@ class Line:
         """y where every entry that moves is NaN."""
         pairs = zip(self.case.leaves, self.direction, strict=True)
         leaves = [leaf if v is None else leaf.masked_fill(v != 0, math.nan) for leaf, v in pairs]
-        y = tried(self.case.at(leaves).apply)
+        y = tried_y(self.case.at(leaves))
         return self.y(0.0) if y is None else y
 
 
@@ -196,9 +200,11 @@ def slope(line: Line) -> Slope:
     ):
         return Slope(coarse, rounding, affine=True)
     value, error = _ridders(line)
-    step = _FINEST
-    fine, blur = line.central(step), line.rounding(step)
-    return Slope(value, error + max(0.0, abs(value - fine) - blur), line.jump(step))
+    for step in (_FINE, _FINEST):
+        error += max(0.0, abs(value - line.central(step)) - line.rounding(step))
+    jump, _ = line.jump(_FINE)
+    _, nearer = line.jump(_FINEST)
+    return Slope(value, error, jump if nearer > jump / 2 else 0.0)
 
 
 def _ridders(line: Line) -> tuple[float, float]:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from funcnet.compat import TorchDispatchMode, returns_old_memory
-from funcnet.testing.check.case import Case, Leaves, scale_of, signed, tried
-from funcnet.testing.check.tolerances import KINKED, LEAF_SHARE, SAFETY, SMALLEST, TAIL
+from funcnet.testing.check.case import Case, Leaves, scale_of, signed, tried, tried_y
+from funcnet.testing.check.tolerances import COUNTABLE, KINKED, LEAF_SHARE, SAFETY, SMALLEST, TAIL
 
 TRIALS = 12
 """Trials that show both sides of a kink within rounding."""
@@ -31,7 +31,7 @@ def value_moves(case: Case, epsilon: float, trials: int = 2) -> Tensor:
     y = case.apply()
     moves = torch.zeros_like(y)
     for trial in range(trials):
-        there = tried(nudge(case, epsilon, trial).apply)
+        there = tried_y(nudge(case, epsilon, trial))
         if there is not None:
             moves = torch.maximum(moves, _distance(there, y))
     return torch.maximum(moves, epsilon * _finite(y).abs())
@@ -46,7 +46,7 @@ def value_noise(case: Case, epsilon: float, trials: int = 2) -> Tensor:
     y = case.apply()
     largest = _finite(y).abs()
     for there in _nearer_to_zero(case):
-        found = tried(there.apply)
+        found = tried_y(there)
         if found is not None:
             largest = torch.maximum(largest, _finite(found).abs())
     noise = torch.maximum(value_moves(case, epsilon, trials), TAIL * epsilon * largest)
@@ -110,7 +110,11 @@ def noise_on_the_way(
 
 
 class _Rounding(TorchDispatchMode):  # type: ignore[misc]
-    """Moves the result of every operation of torch by about a relative `epsilon`."""
+    """Moves the result of every operation of torch by about a relative `epsilon`.
+
+    Whole numbers stay if they are far below 1/ε, where a sum is rarely rounded to one: positions,
+    counts and what `floor` returns are exact, and one less is another index.
+    """
 
     def __init__(self, epsilon: float, seed: int) -> None:
         super().__init__()
@@ -123,7 +127,13 @@ class _Rounding(TorchDispatchMode):  # type: ignore[misc]
         if returns_old_memory(func):  # a view, or memory that somebody else has
             return result
         self.seed += 1
-        return optree.tree_map(lambda x: _nudged(x, self.epsilon, self.seed), result)
+        return optree.tree_map(self._rounded, result)
+
+    def _rounded(self, x: Any) -> Any:
+        if not (isinstance(x, Tensor) and x.is_floating_point()):
+            return x
+        exact = (x == x.round()) & (x.abs() < COUNTABLE / self.epsilon)
+        return torch.where(exact, x, _nudged(x, self.epsilon, self.seed))
 
 
 def gradient_tails(case: Case) -> Leaves:

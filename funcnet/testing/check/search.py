@@ -19,7 +19,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from funcnet.testing.check.case import Case, Leaves, scale_of, signed, tried
+from funcnet.testing.check.case import Case, Leaves, scale_of, signed, tried, tried_y
 from funcnet.testing.check.comparison import Errors, excess, largest_error, ravel, unravel
 from funcnet.testing.check.oracles import Line, Slope, autograd_gradients, slope, taylor_slope
 from funcnet.testing.check.rounding import (
@@ -125,7 +125,7 @@ def moved(case: Case) -> Case:
 
     for step, zeros in ((0.02, 0.02), (0.02, 0.0), (0.001, 0.0)):
         there = case.at([beside(leaf, 7 + i, step, zeros) for i, leaf in enumerate(case.leaves)])
-        y = tried(there.apply)
+        y = tried_y(there)
         defined = y is not None and bool(not still or y.isfinite().all())
         if defined and tried(there.vjp) is not None:
             return there

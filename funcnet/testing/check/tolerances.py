@@ -25,6 +25,9 @@ ALIKE_IN_DTYPE = 64.0
 LEAF_SHARE = 1 / 64
 # Median moves of a leaf above which a move is a kink's, and no rounding that others share.
 KINKED = 1024.0
+# Share of 1/ε below which a whole number is taken to be exact: at most as many sums come out whole
+# by chance.
+COUNTABLE = 1 / 16
 # Smallest normal numbers of the dtype: products underflow there.
 SMALLEST = 64.0
 # ε of an entry, between two computations in one dtype: they add in different orders.

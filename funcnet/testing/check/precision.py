@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from funcnet.testing.check.case import Case, scale_of, signed, tried
+from funcnet.testing.check.case import Case, scale_of, signed, tried, tried_y
 from funcnet.testing.check.comparison import Errors, excess, largest_error, worst
 from funcnet.testing.check.oracles import Line, autograd_gradients, slope
 from funcnet.testing.check.rounding import (
@@ -97,16 +98,29 @@ def computed_in(double: Case, y: Tensor) -> torch.dtype:
     """The narrowest dtype that holds y of a float64 case: it has been computed in that.
 
     Nudges put inputs, and so y, where no narrower dtype has a number by chance. What they do not
-    move, and whole numbers, tell nothing.
+    move, and whole numbers, tell nothing; where all is so, random inputs tell.
     """
     if not _holds(torch.float32, y[y.isfinite()]):
         return torch.float64
-    there, other = (tried(nudge(double, _NUDGE, trial).apply) for trial in range(2))
-    if there is None or other is None:
-        return torch.float64
-    telling = there[(there != other) & (there != there.round()) & there.isfinite()]
-    narrow = (torch.bfloat16, torch.float16, torch.float32) if telling.numel() else ()
-    return next((dtype for dtype in narrow if _holds(dtype, telling)), torch.float64)
+    for beside in (partial(nudge, epsilon=_NUDGE), _drawn):
+        there, other = (tried_y(beside(double, trial=trial)) for trial in range(2))
+        if there is None or other is None:
+            return torch.float64
+        telling = there[(there != other) & (there != there.round()) & there.isfinite()]
+        if telling.numel():
+            narrow = (torch.bfloat16, torch.float16, torch.float32)
+            return next((dtype for dtype in narrow if _holds(dtype, telling)), torch.float64)
+    return torch.float64
+
+
+def _drawn(case: Case, trial: int) -> Case:
+    """The case at random numbers: nudges do not move zeros."""
+    return case.at(
+        [
+            signed(x.shape, 100 * trial + i).to(x) * scale_of(x) if x.is_floating_point() else x
+            for i, x in enumerate(case.leaves)
+        ]
+    )
 
 
 def _holds(dtype: torch.dtype, y: Tensor) -> bool:

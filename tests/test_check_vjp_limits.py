@@ -172,6 +172,63 @@ def test_what_cancels_whatever_x_is_rounds_all_the_same():
     check_vjp(net, net.init(fn.key(0), (1, 1, 2)), torch.tensor([[[[1.0, 0.0]]]]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_oscillates_faster_than_steps_follow(dtype):
+    """Long steps skip many periods, and differences by chance agree."""
+
+    @dataclass(frozen=True)
+    class Waves(fn.Layer):
+        factor: float = 1.0
+
+        def init(self, key, shape, *, dtype=None, device=None):
+            return fn.normal(key, (shape[0], 8), dtype=dtype, device=device)
+
+        def out_shape(self, shape):
+            return (8,)
+
+        def fwd(self, params, x, *, key=None):
+            return (x @ params).sin(), x
+
+        def bwd(self, params, x, grad, *, input_grad=True):
+            dz = self.factor * grad * (x @ params).cos()
+            return x.T @ dz, dz @ params.T if input_grad else None
+
+    x = 1e6 * draw((3, 2), dtype)
+    params = Waves().init(fn.key(1), (2,), dtype=dtype)
+    check_vjp(Waves(), params, x)
+    with pytest.raises(GradientMismatch, match=r"a factor of 1\.01 is wrong"):
+        check_vjp(Waves(1.01), params, x)
+
+
+def test_saturated_attention_is_linear_in_grad():
+    """Where softmax saturates, its gradient is nothing but the rounding of larger terms."""
+    layer = fn.MultiheadAttention(2)
+    params = layer.init(fn.key(26), (4, 4), dtype=torch.float64)
+    check_vjp(layer, params, 30 * draw((2, 4, 4), key=1026))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_layer_that_computes_in_float32_at_zeros(dtype):
+    """0 is in every dtype: it does not tell in which one it has been computed."""
+
+    @dataclass(frozen=True)
+    class Single(Dense):
+        def fwd(self, params, x, *, key=None):
+            y, residuals = super().fwd(optree.tree_map(torch.Tensor.float, params), x.float())
+            return y.to(x.dtype), (residuals, x)
+
+        def bwd(self, params, residuals, grad, *, input_grad=True):
+            single = optree.tree_map(torch.Tensor.float, params)
+            dparams, dx = super().bwd(single, residuals[0], grad.float())
+            dparams = optree.tree_map(lambda leaf: leaf.to(grad.dtype), dparams)
+            return dparams, dx.to(grad.dtype) if input_grad else None
+
+    params = Single().init(fn.key(0), (3,), dtype=dtype)
+    nothing = optree.tree_map(torch.zeros_like, params)
+    check_vjp(Single(), {**params, "bias": nothing["bias"]}, torch.zeros(2, 3, dtype=dtype))
+    check_vjp(Single(), nothing, draw((2, 3), dtype))
+
+
 def test_a_single_subnormal_number():
     check_vjp(fn.ReLU(), (), torch.tensor([5e-324], dtype=torch.float64))
 
@@ -483,6 +540,26 @@ class Attend(fn.Layer):
         return self.bwd(params, self.fwd(params, x)[1], grad, input_grad=input_grad)
 
 
+def test_leaves_of_x_that_are_as_long_need_not_be_a_batch():
+    @dataclass(frozen=True)
+    class SegmentMean(Plain):
+        """The mean of x's rows in each of 3 segments, as of a graph's nodes."""
+
+        def out_shape(self, shape):
+            raise ValueError("expected a graph")
+
+        def fwd(self, params, x, *, key=None):
+            segment, values = x
+            share = 1 / segment.bincount(minlength=3).to(values)[segment][:, None]
+            return values.new_zeros(3, 2).index_add(0, segment, share * values), (segment, share)
+
+        def bwd(self, params, residuals, grad, *, input_grad=True):
+            segment, share = residuals
+            return (), (None, share * grad[segment]) if input_grad else None
+
+    check_vjp(SegmentMean(), (), (torch.tensor([0, 1, 0, 2, 1]), draw((5, 2))))
+
+
 def test_x_may_be_a_tuple():
     x = tuple(draw((2, 3, 4), key=i) for i in range(3))
     check_vjp(Attend(), (), x)
@@ -630,6 +707,73 @@ def test_layers_that_numpy_computes_are_not_asked_for_vmap():
             return (), grad * x.cos() if input_grad else None
 
     check_vjp(ByNumpy(), (), draw((3, 4)))
+
+
+# --- Positions
+
+
+@dataclass(frozen=True)
+class Interpolate(fn.Layer):
+    """Each row of x at a learned position, between its two neighbours."""
+
+    fault: str = ""
+
+    def init(self, key, shape, *, dtype=None, device=None):
+        return {"at": 0.5 + fn.uniform(key, (1,), dtype=dtype, device=device)}
+
+    def out_shape(self, shape):
+        return (*shape[:-1], 1)
+
+    def fwd(self, params, x, *, key=None):
+        left = params["at"].floor()
+        right, i = params["at"] - left, left.long()
+        y = (1 - right) * x.index_select(-1, i) + right * x.index_select(-1, i + 1)
+        return y, (x, right, i)
+
+    def bwd(self, params, residuals, grad, *, input_grad=True):
+        x, right, i = residuals
+        if self.fault == "float32" and grad.dtype == torch.float32:
+            grad = 1.01 * grad
+        if self.fault == "strides" and not grad.is_contiguous():
+            grad = 1.01 * grad
+        slope = x.index_select(-1, i + 1) - x.index_select(-1, i)
+        dx = torch.zeros_like(x).index_add(-1, i, (1 - right) * grad)
+        dx = dx.index_add(-1, i + 1, right * grad)
+        return {"at": (grad * slope).sum().reshape(1)}, dx if input_grad else None
+
+
+def test_y_of_another_shape_beside_x_is_left_out():
+    @dataclass(frozen=True)
+    class Prefix(Plain):
+        """As many rows of x as its largest entry says."""
+
+        def out_shape(self, shape):
+            raise ValueError("expected a tuple")
+
+        def fwd(self, params, x, *, key=None):
+            count = int(x[0].max())
+            return x[0][:count].square(), (x[0], count)
+
+        def bwd(self, params, residuals, grad, *, input_grad=True):
+            x, count = residuals
+            dx = torch.zeros_like(x)
+            dx[:count] = 2 * x[:count] * grad
+            return (), (dx,) if input_grad else None
+
+    check_vjp(Prefix(), (), (torch.tensor([0.5, 2.01, 1.5, -3.0], dtype=torch.float64),))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_does_not_move_positions(dtype):
+    """One less is another index: such a jump would excuse any difference."""
+    layer, x = Interpolate(), draw((3, 4, 5), dtype)
+    params = layer.init(fn.key(0), (4, 5), dtype=dtype)
+    check_vjp(layer, params, x)
+    with pytest.raises(GradientMismatch, match="grad in the memory layout"):
+        check_vjp(Interpolate("strides"), params, x)
+    if dtype == torch.float32:
+        with pytest.raises(GradientMismatch, match=r"in torch\.float32"):
+            check_vjp(Interpolate("float32"), params, x)
 
 
 # --- Time

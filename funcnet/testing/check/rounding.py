@@ -20,7 +20,7 @@ from torch import Tensor
 
 from funcnet.compat import TorchDispatchMode, returns_old_memory
 from funcnet.testing.check.case import Case, Leaves, scale_of, signed, tried, tried_y
-from funcnet.testing.check.tolerances import COUNTABLE, KINKED, LEAF_SHARE, SAFETY, SMALLEST, TAIL
+from funcnet.testing.check.tolerances import KINKED, LEAF_SHARE, SAFETY, SMALLEST, TAIL
 
 TRIALS = 12
 """Trials that show both sides of a kink within rounding."""
@@ -112,8 +112,8 @@ def noise_on_the_way(
 class _Rounding(TorchDispatchMode):  # type: ignore[misc]
     """Moves the result of every operation of torch by about a relative `epsilon`.
 
-    Whole numbers stay if they are far below 1/ε, where a sum is rarely rounded to one: positions,
-    counts and what `floor` returns are exact, and one less is another index.
+    Whole numbers below 1/ε stay if they are made of whole numbers, or by `floor` and the like: such
+    positions and counts are exact, and one less is another index.
     """
 
     def __init__(self, epsilon: float, seed: int) -> None:
@@ -127,13 +127,29 @@ class _Rounding(TorchDispatchMode):  # type: ignore[misc]
         if returns_old_memory(func):  # a view, or memory that somebody else has
             return result
         self.seed += 1
-        return optree.tree_map(self._rounded, result)
+        arguments: Any = (args, kwargs)
+        given = [x for x in optree.tree_leaves(arguments) if _is_floating(x)]
+        counts = func.overloadpacket in _WHOLE or all(bool(_whole(x).all()) for x in given)
 
-    def _rounded(self, x: Any) -> Any:
-        if not (isinstance(x, Tensor) and x.is_floating_point()):
-            return x
-        exact = (x == x.round()) & (x.abs() < COUNTABLE / self.epsilon)
-        return torch.where(exact, x, _nudged(x, self.epsilon, self.seed))
+        def rounded(x: Any) -> Any:
+            moved = _nudged(x, self.epsilon, self.seed)
+            if not (counts and _is_floating(x)):
+                return moved
+            return torch.where(_whole(x) & (x.abs() < 1 / self.epsilon), x, moved)
+
+        return optree.tree_map(rounded, result)
+
+
+_WHOLE = {getattr(torch.ops.aten, name) for name in ("floor", "ceil", "round", "trunc", "sign")}
+"""The operations that return whole numbers."""
+
+
+def _whole(x: Tensor) -> Tensor:
+    return x == x.round()
+
+
+def _is_floating(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def gradient_tails(case: Case) -> Leaves:
@@ -244,10 +260,10 @@ def _nudge_tree(tree: Any, epsilon: float, seed: int) -> Any:
 
 
 def _nudged_alike(x: Any, epsilon: float, seed: int) -> Any:
-    if not (isinstance(x, Tensor) and x.is_floating_point()):
+    if not _is_floating(x):
         return x
     exact = x.detach().cpu().double()
-    noise = _noise_of(exact, seed).masked_fill(exact == exact.round(), 0.0)
+    noise = _noise_of(exact, seed).masked_fill(_whole(exact), 0.0)
     return x * (1 + epsilon * noise.to(x))
 
 
@@ -260,7 +276,7 @@ def _noise_of(x: Tensor, seed: int) -> Tensor:
 
 
 def _nudged(x: Any, epsilon: float, seed: int) -> Any:
-    if not (isinstance(x, Tensor) and x.is_floating_point()):
+    if not _is_floating(x):
         return x
     return x * (1 + epsilon * signed(x.shape, seed).to(x))
 

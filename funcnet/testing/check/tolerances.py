@@ -25,13 +25,11 @@ ALIKE_IN_DTYPE = 64.0
 LEAF_SHARE = 1 / 64
 # Median moves of a leaf above which a move is a kink's, and no rounding that others share.
 KINKED = 1024.0
-# Share of 1/ε below which a whole number is taken to be exact: at most as many sums come out whole
-# by chance.
-COUNTABLE = 1 / 16
 # Smallest normal numbers of the dtype: products underflow there.
 SMALLEST = 64.0
-# ε of an entry, between two computations in one dtype: they add in different orders.
-SAME_DTYPE = 64.0
+# ε of an entry, between two computations in one dtype: they add in different orders. Half precision
+# adds in float32, and 64 ε are half of a number in bfloat16.
+SAME_DTYPE = {torch.float64: 64.0, torch.float32: 64.0, torch.float16: 8.0, torch.bfloat16: 8.0}
 # ε of an entry, from float64: the inputs, the intermediate results and the result are rounded.
 ACROSS_DTYPES = 8.0
 # ε of y nearer to 0 on the ray through x: two or three roundings of terms that cancel in a tail.

@@ -106,6 +106,11 @@ class Case:
         """A contiguous copy in float64, on the CPU if the device has no float64."""
         return self.at([_double(leaf) for leaf in self.leaves], _double(self.grad))
 
+    def to(self, dtype: torch.dtype) -> Case:
+        """The case with all floating-point leaves and grad in a dtype."""
+        leaves = [leaf.to(dtype) if leaf.is_floating_point() else leaf for leaf in self.leaves]
+        return self.at(leaves, self.grad.to(dtype))
+
     def fwd(self) -> Any:
         return self.layer.fwd(self.params, self.x, key=self.key)
 

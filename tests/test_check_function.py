@@ -243,3 +243,47 @@ def test_wrong_gradients_of_what_computes_in_float32(factor, reference, monkeypa
         return
     with pytest.raises(GradientMismatch, match=r"in torch\.float32, the gradient"):
         check_function(Inside, x, reference=reference)
+
+
+# --- What comes back is refused by name
+
+
+def test_complex_outputs_are_refused():
+    with pytest.raises(TypeError, match=r"outputs of real numbers, got torch\.complex128"):
+        check_function(torch.fft.rfft, torch.ones(4, dtype=torch.float64))
+
+
+def test_a_reference_that_returns_something_else_is_refused():
+    x = torch.tensor([1.0, -2.0, 3.0])
+    for reference, got in ((lambda x: x[:2], r"\[\(2,\)\]"), (lambda x: (), r"\[None\]")):
+        with pytest.raises(ValueError, match=r"of shapes \[\(3,\)\], got " + got):
+            check_function(lambda x: 2 * x, x, reference=reference)
+
+
+def test_what_writes_to_a_leaf_is_found():
+    with pytest.raises(GradientMismatch, match=r"writes to inputs\[0\]"):
+        check_function(lambda x: x.mul_(2), torch.tensor([1.0, -2.0]))
+
+
+def test_inputs_of_several_dtypes_that_float64_does_not_fit():
+    x, weight = torch.tensor([[1.0, -2.0]]), torch.tensor([[0.5, 3.0]], dtype=torch.bfloat16)
+    check_function(lambda x, w: torch.nn.functional.linear(x, w.float()), x, weight)
+
+
+def test_a_gradient_that_is_doubled_where_it_is_alone_in_bfloat16():
+    """64 ε would be half of a number."""
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, a, b):
+            ctx.save_for_backward(a, b)
+            return a * b
+
+        @staticmethod
+        def backward(ctx, grad):
+            a, b = ctx.saved_tensors
+            return grad * b * (1 if ctx.needs_input_grad[1] else 2), grad * a
+
+    a, b = (fn.normal(fn.key(i), (3,), dtype=torch.bfloat16) for i in range(2))
+    with pytest.raises(GradientMismatch, match=r"where inputs\[0\] alone requires a gradient"):
+        check_function(Product, a, b)

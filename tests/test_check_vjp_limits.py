@@ -207,22 +207,37 @@ def test_saturated_attention_is_linear_in_grad():
     check_vjp(layer, params, 30 * draw((2, 4, 4), key=1026))
 
 
+@dataclass(frozen=True)
+class Single(Dense):
+    """A Dense that computes in float32, whatever x is in."""
+
+    factor: float = 1.0
+
+    def fwd(self, params, x, *, key=None):
+        y, residuals = super().fwd(optree.tree_map(torch.Tensor.float, params), x.float())
+        return y.to(x.dtype), residuals
+
+    def bwd(self, params, residuals, grad, *, input_grad=True):
+        single = optree.tree_map(torch.Tensor.float, params)
+        dparams, dx = super().bwd(single, residuals, self.factor * grad.float())
+        dparams = optree.tree_map(lambda leaf: leaf.to(grad.dtype), dparams)
+        return dparams, dx.to(grad.dtype) if input_grad else None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_in_a_layer_that_computes_in_float32(dtype):
+    """Small steps are lost in half precision, though not in what it computes in."""
+    for seed in range(3):
+        params = Single().init(fn.key(seed), (3,), dtype=dtype)
+        x = draw((2, 3), dtype, key=seed + 10)
+        check_vjp(Single(), params, x)
+        with pytest.raises(GradientMismatch, match=r"in torch\.float32, the gradient is wrong"):
+            check_vjp(Single(factor=1.02), params, x)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_layer_that_computes_in_float32_at_zeros(dtype):
     """0 is in every dtype: it does not tell in which one it has been computed."""
-
-    @dataclass(frozen=True)
-    class Single(Dense):
-        def fwd(self, params, x, *, key=None):
-            y, residuals = super().fwd(optree.tree_map(torch.Tensor.float, params), x.float())
-            return y.to(x.dtype), (residuals, x)
-
-        def bwd(self, params, residuals, grad, *, input_grad=True):
-            single = optree.tree_map(torch.Tensor.float, params)
-            dparams, dx = super().bwd(single, residuals[0], grad.float())
-            dparams = optree.tree_map(lambda leaf: leaf.to(grad.dtype), dparams)
-            return dparams, dx.to(grad.dtype) if input_grad else None
-
     params = Single().init(fn.key(0), (3,), dtype=dtype)
     nothing = optree.tree_map(torch.zeros_like, params)
     check_vjp(Single(), {**params, "bias": nothing["bias"]}, torch.zeros(2, 3, dtype=dtype))
@@ -719,7 +734,7 @@ class Interpolate(fn.Layer):
     fault: str = ""
 
     def init(self, key, shape, *, dtype=None, device=None):
-        return {"at": 0.5 + fn.uniform(key, (1,), dtype=dtype, device=device)}
+        return {"at": 1.5 + fn.uniform(key, (1,), dtype=dtype, device=device)}
 
     def out_shape(self, shape):
         return (*shape[:-1], 1)
@@ -740,6 +755,19 @@ class Interpolate(fn.Layer):
         dx = torch.zeros_like(x).index_add(-1, i, (1 - right) * grad)
         dx = dx.index_add(-1, i + 1, right * grad)
         return {"at": (grad * slope).sum().reshape(1)}, dx if input_grad else None
+
+
+@dataclass(frozen=True)
+class Shift(Plain):
+    """A ramp's square between whole numbers, read at positions moved by x."""
+
+    def fwd(self, params, x, *, key=None):
+        at = torch.arange(x.shape[-1]).to(x) + x
+        left = at.floor()
+        return left.square() + (at - left) * (2 * left + 1), left
+
+    def bwd(self, params, left, grad, *, input_grad=True):
+        return (), grad * (2 * left + 1) if input_grad else None
 
 
 def test_y_of_another_shape_beside_x_is_left_out():
@@ -774,6 +802,11 @@ def test_rounding_does_not_move_positions(dtype):
     if dtype == torch.float32:
         with pytest.raises(GradientMismatch, match=r"in torch\.float32"):
             check_vjp(Interpolate("float32"), params, x)
+
+
+def test_half_precision_may_round_to_a_position():
+    layer = Shift()
+    check_vjp(layer, (), 1e-3 * draw((3, 5), torch.bfloat16))
 
 
 # --- Time

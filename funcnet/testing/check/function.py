@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -122,8 +122,15 @@ class FunctionCase(Case):
     def reference(self) -> Tensor:
         if self.by_reference is None:
             return self.apply()  # which autograd cannot follow
-        found = optree.tree_leaves(self.by_reference(self.params, self.x))
-        return _joined([found[i] for i in self.chosen])
+        found = dict(enumerate(optree.tree_leaves(self.by_reference(self.params, self.x))))
+        outputs: list[Any] = [found.get(i) for i in self.chosen]
+        shapes = [y.shape if isinstance(y, Tensor) else None for y in outputs]
+        if tuple(shapes) != self.shapes:
+            raise ValueError(
+                "check_function: expected reference to return what the function does, tensors of "
+                f"shapes {_tuples(self.shapes)}, got {_tuples(shapes)}"
+            )
+        return _joined(outputs)
 
     def fwd(self) -> tuple[Tensor, tuple[()]]:
         return self.apply(), ()
@@ -208,20 +215,26 @@ def _make_case(
     tracked = [leaf.clone().requires_grad_() if leaf.is_floating_point() else leaf for leaf in x]
     with torch.enable_grad():
         followed = optree.tree_map(lambda p: p.clone().requires_grad_(), params)
-        outputs = optree.tree_leaves(call(followed, tuple(tracked)))
+        # Of copies: autograd lets nobody write to a leaf, and what does so has to show later.
+        outputs = optree.tree_leaves(call(followed, tuple(leaf.clone() for leaf in tracked)))
     chosen = [i for i, y in enumerate(outputs) if isinstance(y, Tensor) and y.requires_grad]
     if not chosen:
         raise GradientMismatch(f"{_name(function)}: expected an output that has a gradient")
+    for i in chosen:
+        if outputs[i].is_complex():
+            raise TypeError(
+                f"check_function: expected outputs of real numbers, got {outputs[i].dtype}: "
+                "view_as_real makes them real"
+            )
     shapes = tuple(outputs[i].shape for i in chosen)
     if grad is None:
         parts = [signed(shape, 1 + i) for i, shape in enumerate(shapes)]
     else:
         parts = optree.tree_leaves(grad)
         if tuple(part.shape for part in parts) != shapes:
-            got = [tuple(part.shape) for part in parts]
             raise ValueError(
-                f"check_function: expected grad of the outputs' shapes, "
-                f"{[tuple(shape) for shape in shapes]}, got {got}"
+                f"check_function: expected grad of the outputs' shapes, {_tuples(shapes)}, "
+                f"got {_tuples(part.shape for part in parts)}"
             )
     joined = _joined([part.detach() for part in parts]).to(floats[0])
     follows = None if reference is None else by_reference
@@ -365,6 +378,10 @@ def _like(buffer: Tensor, like: Tensor) -> Tensor:
 
 def _joined(outputs: Sequence[Tensor]) -> Tensor:
     return torch.cat([y.reshape(-1) for y in outputs])
+
+
+def _tuples(shapes: Iterable[Sequence[int] | None]) -> list[tuple[int, ...] | None]:
+    return [None if shape is None else tuple(shape) for shape in shapes]
 
 
 def _callable(function: Any) -> Callable[..., Any]:

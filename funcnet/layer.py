@@ -550,7 +550,7 @@ def writes(layer: Layer, name: str) -> bool:
     """
     bases = type(layer).__mro__
     owner, *others = (
-        next(base for base in bases if attribute in vars(base))
+        next((base for base in bases if attribute in vars(base)), object)
         for attribute in (name, "_fwd", "_bwd")
     )
     return is_private(layer) and all(issubclass(owner, other) for other in others)

@@ -389,6 +389,48 @@ def test_subclasses_of_layers_that_work_in_place():
     torch.testing.assert_close(twice["weight"], 2 * once["weight"])
 
 
+def test_mathematics_of_a_subclass_is_not_passed_over_in_place():
+    """A layer that writes over its x or grad does so by its own formula, or not at all."""
+
+    @dataclass(frozen=True)
+    class Doubled(fn.ReLU):
+        def _fwd(self, params, x, key):
+            y, residuals = super()._fwd(params, x, key)
+            return 2 * y, residuals
+
+        def _bwd(self, params, residuals, dy, need):
+            return super()._bwd(params, residuals, 2 * dy, need)
+
+    class Negated(fn.Identity):
+        def _fwd(self, params, x, key):
+            return -x, None
+
+        def _bwd(self, params, residuals, dy, need):
+            return (), -dy
+
+    @dataclass(frozen=True)
+    class Straight(fn.Sigmoid):
+        def _bwd(self, params, y, dy, need):
+            return (), dy.clone()
+
+    @dataclass(frozen=True)
+    class Shifted(fn.ReLU):
+        def apply(self, params, x, *, key=None):
+            return super().apply(params, x, key=key) + 1
+
+    conv = fn.Conv2d(3, 3)
+    params = conv.init(fn.key(0), (3, 6, 6))
+    x, grad = fn.normal(fn.key(1), (2, 3, 6, 6)), fn.normal(fn.key(2), (2, 3, 4, 4))
+    for layer in (Doubled(), Negated(), Straight(), Shifted()):
+        net = fn.Sequential(conv, layer, fn.Identity())
+        between, kept = conv.fwd(params, x)
+        assert torch.equal(net.apply((params, (), ()), x), layer.apply((), between))
+        dparams, dx = conv.bwd(params, kept, layer.vjp((), between, grad)[1])
+        (found, *_), found_dx = net.vjp((params, (), ()), x, grad)
+        assert torch.equal(found_dx, dx)
+        assert all(torch.equal(found[name], dparams[name]) for name in dparams)
+
+
 def test_gradients_come_in_the_containers_of_params():
     class Params(NamedTuple):
         conv: Any

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence, Sized
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -53,14 +53,17 @@ def as_int(who: object, name: str, value: Any, least: int | None) -> int:
 
 
 def as_number(who: object, name: str, value: Any, least: float) -> float:
-    """`value` as it came. Raises unless it is a finite number and at least `least`."""
+    """`value` as an int or a float, which files hold and NumPy's numbers are not.
+
+    Raises unless it is a finite number and at least `least`.
+    """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name_of(who)}: expected {name} to be a number, got {shown(value)}")
     number: Any = value
     if not (float("-inf") < number < float("inf") and number >= least):
         bound = "" if least == float("-inf") else f" and >= {least:g}"
         raise ValueError(f"{name_of(who)}: expected {name} to be finite{bound}, got {value}")
-    return value  # type: ignore[return-value]
+    return int(number) if isinstance(value, Integral) else float(number)
 
 
 def as_shape(who: object, shape: Any) -> tuple[int, ...]:

@@ -204,7 +204,8 @@ class PerAxis:
             return value
         if isinstance(value, str) and self.words:
             if value in self.words:
-                return value
+                # Files hold no str of NumPy's.
+                return self.words[self.words.index(value)]
             words = " or ".join(f'"{word}"' for word in self.words)
             raise ValueError(
                 f"{who}: expected {name} to be an int, {_tuple_of(count)}, {words}, "
@@ -272,13 +273,13 @@ class BelowOne:
                 f"{owner.__name__}: expected {name} to be {_tuple_of(self.count)} of numbers, "
                 f"got {shown(value)}"
             )
-        for entry in value:
-            number = as_number(owner.__name__, f"every number in {name}", entry, 0.0)
+        numbers = [as_number(owner.__name__, f"every number in {name}", v, 0.0) for v in value]
+        for number in numbers:
             if not number < 1:
                 raise ValueError(
-                    f"{owner.__name__}: expected every number in {name} < 1, got {entry}"
+                    f"{owner.__name__}: expected every number in {name} < 1, got {number}"
                 )
-        return tuple(value)
+        return tuple(numbers)
 
 
 @dataclass(frozen=True)

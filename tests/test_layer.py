@@ -4,8 +4,10 @@ import copy
 import pickle
 import threading
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import optree
 import pytest
 import torch
@@ -17,7 +19,7 @@ from test_transforms import compile_whole
 
 import funcnet as fn
 from funcnet.fields import Flag, Sizes
-from funcnet.initializers import Ones, Uniform
+from funcnet.initializers import Normal, Ones, Uniform
 from funcnet.testing import check_vjp, strategies
 
 NET = fn.Sequential(fn.Conv2d(4, 3, padding=1), fn.ReLU(), fn.UpsampleConv2d(2))
@@ -148,6 +150,27 @@ def test_fields_convert_and_refuse():
     assert fn.Conv2d(8, 3).kernel_size == (3, 3)
     with pytest.raises(ValueError, match="Conv2d: expected kernel_size to be an int or a pair of"):
         fn.Conv2d(8, (3, 3, 3))
+
+
+@pytest.mark.parametrize(
+    ("make", "same"),
+    [
+        (lambda: fn.Dropout(np.float64(0.25)), fn.Dropout(0.25)),
+        (lambda: fn.LayerNorm(np.int64(2), eps=np.float32(0.5)), fn.LayerNorm(2, eps=0.5)),
+        (lambda: fn.Softplus(threshold=np.uint8(3)), fn.Softplus(threshold=3)),
+        (lambda: fn.ELU(Fraction(1, 2)), fn.ELU(0.5)),
+        (lambda: fn.Conv2d(2, 3, padding=np.str_("same")), fn.Conv2d(2, 3, padding="same")),
+        (
+            lambda: fn.Linear(2, weight_init=Normal(std=np.float16(2))),
+            fn.Linear(2, True, Normal(std=2.0)),
+        ),
+    ],
+)
+def test_numbers_of_numpy_are_kept_as_pythons(make, same, tmp_path):
+    net = fn.Sequential(make())
+    assert repr(net) == repr(fn.Sequential(same))
+    fn.save_model(tmp_path / "net", net, ())
+    assert fn.load_model(tmp_path / "net") == (fn.Sequential(same), ())
 
 
 def test_fields_of_a_users_layer():

@@ -337,7 +337,20 @@ def test_bad_trees_change_nothing(optimizer, method):
                 bad[i] = other
                 with pytest.raises(ValueError, match=r" with the structure of params"):
                     step(params, params, type(state)(*bad))
+    sparse = {"a": torch.ones(2), "b": torch.ones(3).to_sparse()}
+    with pytest.raises(TypeError, match=r"a dense tensor at grads\['b'\], got torch.sparse_coo"):
+        step(params, sparse, state)
+    with pytest.raises(TypeError, match=r"dense tensors, got torch.sparse_coo at params\['b'\]"):
+        step(sparse, params, state)
     assert same((params, state), kept)
+
+
+@pytest.mark.parametrize("cls", [fn.SGD, fn.Adam, fn.AdamW, fn.RMSprop])
+def test_numbers_of_numpy_are_kept_as_pythons(cls, tmp_path):
+    optimizer = cls(np.float32(0.5), weight_decay=np.float64(0.25))
+    assert repr(optimizer) == repr(cls(0.5, weight_decay=0.25))
+    fn.save(tmp_path / "optimizer", optimizer)
+    assert fn.load(tmp_path / "optimizer") == optimizer
 
 
 def test_zeros_have_no_direction():

@@ -15,13 +15,18 @@ from funcnet.layer import Tree
 
 
 def flatten(who: object, name: str, tree: Tree) -> tuple[list[Tensor], optree.PyTreeSpec]:
-    """The leaves of a tree and its structure. Raises TypeError for a leaf without gradients."""
+    """The leaves of a tree and its structure. Raises TypeError unless all can be updated."""
     leaves, structure = optree.tree_flatten(tree)
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
             raise TypeError(
                 f"{who}: expected floating-point tensors, got "
                 f"{leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__} at "
+                f"{structure.accessors()[i].codify(name)}"
+            )
+        if leaf.layout is not torch.strided:
+            raise TypeError(
+                f"{who}: expected dense tensors, got {leaf.layout} at "
                 f"{structure.accessors()[i].codify(name)}"
             )
     return leaves, structure
@@ -57,6 +62,11 @@ def flatten_like(
             raise TypeError(
                 f"{who}: expected a tensor at {structure.accessors()[i].codify(name)}, "
                 f"got {type(leaf).__name__}"
+            )
+        if leaf.layout is not p.layout:
+            raise TypeError(
+                f"{who}: expected a dense tensor at {structure.accessors()[i].codify(name)}, "
+                f"got {leaf.layout}"
             )
         if leaf.dtype is not p.dtype or leaf.shape != p.shape or leaf.device != p.device:
             is_alike = leaf.shape == p.shape and leaf.device == p.device

@@ -32,6 +32,9 @@ TRACED = [
     (fn.Conv2d(4, 2, stride=2), (2, 4, 6)),
     (fn.Conv2d(2, 2, padding="same", method="unfold"), (1, 4, 6)),
     (DENOISER, (3, 8, 8)),
+    (fn.GroupNorm(2), (4, 3, 5)),
+    (fn.GroupNorm(3, affine=False), (6,)),
+    (fn.InstanceNorm(affine=True), (2, 4, 3)),
 ]
 
 
@@ -65,6 +68,19 @@ def test_exported_for_any_batch(layer, shape):
 def test_traced_for_any_batch(layer, shape):
     params, x, _ = make(layer, shape, batch=3)
     check(torch.jit.trace(Module(layer, params), (x,)), layer, params, shape)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_gradients_of_norms_traced_for_any_batch():
+    layer = fn.GroupNorm(2)
+
+    def gradients(params, x, grad):
+        dparams, dx = layer.vjp(params, x, grad)
+        return dx, dparams["weight"], dparams["bias"]
+
+    graph = torch.jit.trace(gradients, make(layer, (4, 3, 5), batch=3), strict=False)
+    given = make(layer, (4, 3, 5), batch=7)
+    close(graph(*given), gradients(*given), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("function", ["apply", "vjp"])

@@ -116,7 +116,9 @@ def group_norm(
         return x.clone(), nothing, nothing
     memory_format = _memory_format(x)
     x = _dense(x, memory_format)
-    if _has_few(x, groups, memory_format) and math.prod(x.shape[2:]) < _FEW_POSITIONS:
+    is_small = _has_few(x, groups, memory_format) and math.prod(x.shape[2:]) < _FEW_POSITIONS
+    # A trace would hold the sizes that the kernel takes for those of any x.
+    if is_small or inplace.is_tracing():
         return _group_norm_by_channels(x, groups, weight, bias, eps)
     weight, bias = _in_float32(x, weight, x.shape[1:2]), _in_float32(x, bias)
     sizes = _sizes(x)
@@ -150,7 +152,7 @@ def group_norm_gradients(
     if not x.numel():  # the kernel divides by the size
         nothing = x.new_zeros(x.shape[1])
         return _asked((torch.zeros_like(x), nothing, nothing.clone()), mask, x.dtype)
-    if _has_few(x, groups, memory_format):
+    if _has_few(x, groups, memory_format) or inplace.is_tracing():
         grads = _group_norm_gradients_by_channels(dy, x, mean, rstd, weight, groups, mask)
         return _asked(grads, mask, x.dtype)
     weight = _in_float32(x, weight, x.shape[1:2])
@@ -231,12 +233,12 @@ def _group_norm_gradients_by_channels(
 
 def _rows(x: Tensor) -> Tensor:
     """(N, P, C) of images (N, C, …) in channels_last, with the same memory."""
-    return x.movedim(1, -1).flatten(1, -2)
+    return x.movedim(1, -1).unsqueeze(1).flatten(1, -2)
 
 
 def _images(rows: Tensor, x: Tensor) -> Tensor:
     """(N, C, …) in channels_last of (N, P, C), with the same memory."""
-    return torch.unflatten(rows, 1, x.shape[2:]).movedim(-1, 1)
+    return rows.movedim(-1, 1).reshape(x.shape)
 
 
 def _group_means(channels: Tensor, groups: int) -> Tensor:

@@ -159,6 +159,26 @@ def test_errors_of_any_kind_name_the_position(error):
         assert caught.value.__notes__ == ["raised in head", "raised in layer 1"]
 
 
+@pytest.mark.skipif(not hasattr(Exception, "add_note"), reason="Python 3.11 has notes")
+def test_errors_that_write_their_own_message_keep_it():
+    class CodedError(ValueError):
+        def __str__(self):
+            return f"code {self.args[0]}"
+
+    class Failing(Noise):
+        def fwd(self, params, x, *, key=None):
+            if self.error is CodedError:
+                raise CodedError(7)
+            b"\xff".decode()
+
+    for error, args in ((CodedError, (7,)), (UnicodeDecodeError, ("utf-8", b"\xff", 0, 1))):
+        Failing.error = error
+        with pytest.raises(error) as caught:
+            fn.Sequential(fn.ReLU(), Failing()).apply(((), ()), torch.zeros(1, 3))
+        assert caught.value.args[: len(args)] == args
+        assert caught.value.__notes__ == ["raised in layer 1"]
+
+
 def test_it_is_a_sequence():
     assert len(NET) == 5
     assert NET[1] == fn.ReLU()

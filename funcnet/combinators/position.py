@@ -22,6 +22,11 @@ class Position:
             return
         where = self.names[self.i] if self.names else f"layer {self.i}"
         if isinstance(error, (ValueError, TypeError, RuntimeError)):
-            error.args = (f"{where}: {error}",)
-        elif hasattr(error, "add_note"):  # from Python 3.11 on
+            given, message = error.args, f"{where}: {error}"
+            error.args = (message,)
+            if str(error) == message:
+                return
+            # Its class writes the message itself, from what it was given.
+            error.args = given
+        if hasattr(error, "add_note"):  # from Python 3.11 on
             error.add_note(f"raised in {where}")

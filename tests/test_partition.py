@@ -210,6 +210,7 @@ def test_they_are_values():
     [
         (lambda: fn.Partition("a", {}), "Partition: expected label to be a function"),
         (lambda: fn.Partition(len, [SGD]), "Partition: expected a dict of optimisers by name"),
+        (lambda: fn.Partition(len, (SGD, SGD)), "Partition: expected a dict of optimisers by name"),
         (lambda: fn.Partition(len, {1: SGD}), "Partition: expected names that are str, got 1"),
         (lambda: fn.Partition(len, {"a": 0.1}), "expected an optimiser or None for 'a', got 0.1"),
     ],

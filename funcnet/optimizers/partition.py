@@ -41,7 +41,10 @@ class _PartsKind:
     """A dict, kept as a sorted tuple of its items, which can be hashed."""
 
     def convert(self, owner: type, name: str, value: Any) -> tuple[tuple[str, Any], ...]:
-        if not isinstance(value, (Mapping, tuple)):
+        is_items = isinstance(value, tuple) and all(
+            isinstance(item, tuple) and len(item) == 2 for item in value
+        )
+        if not (isinstance(value, Mapping) or is_items):
             raise TypeError(
                 f"{owner.__name__}: expected a dict of optimisers by name, got {shown(value)}"
             )

@@ -63,7 +63,9 @@ class Hyperparameters:
         return {field.name: getattr(self, field.name) for field in fields(self) if field.init}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        for name, value in state.items():
+            # A user's class may keep a field in __slots__, outside of __dict__.
+            object.__setattr__(self, name, value)
         self.__post_init__()
 
 

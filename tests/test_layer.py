@@ -191,6 +191,20 @@ def test_fields_of_a_users_layer():
         Blur((3, 3))
 
 
+@dataclass(frozen=True)
+class Slotted(fn.Layer):
+    __slots__ = ("gain",)
+    gain: float
+
+    def _fwd(self, params, x, key):
+        return self.gain * x, None
+
+
+def test_fields_in_slots_are_pickled():
+    layer = Slotted(1.5)
+    assert pickle.loads(pickle.dumps(layer)).gain == copy.deepcopy(layer).gain == 1.5
+
+
 # --- What a network remembers
 
 

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -162,3 +163,13 @@ def test_refused_shapes(layer, shape, message):
     ):
         with pytest.raises(ValueError, match=expected):
             call()
+
+
+def test_replaced_fields():
+    assert replace(fn.Reshape(2, 3)) == fn.Reshape(2, 3)
+    assert replace(fn.Reshape(2, 3), shape=(-1,)) == fn.Reshape(-1)
+    assert replace(fn.Permute(0, 2, 1), dims=(0, -1, 1)) == fn.Permute(0, 2, 1)
+    with pytest.raises(TypeError, match="Reshape: expected shape to be a tuple, got 6"):
+        replace(fn.Reshape(2, 3), shape=6)
+    with pytest.raises(TypeError, match="Permute: expected ints by position, got also axes"):
+        fn.Permute(0, 1, axes=2)

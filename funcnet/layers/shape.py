@@ -152,8 +152,8 @@ class Reshape(Reshaped):
 
     shape: Annotated[tuple[int, ...], Several(-1)]
 
-    def __init__(self, *shape: int) -> None:
-        object.__setattr__(self, "shape", shape)
+    def __init__(self, *shape: int, **field: Any) -> None:
+        object.__setattr__(self, "shape", _given("Reshape", "shape", shape, field))
         self.__post_init__()
 
     def __post_init__(self) -> None:
@@ -193,8 +193,8 @@ class Permute(Rearranged):
 
     dims: Annotated[tuple[int, ...], Several(None)]
 
-    def __init__(self, *dims: int) -> None:
-        object.__setattr__(self, "dims", dims)
+    def __init__(self, *dims: int, **field: Any) -> None:
+        object.__setattr__(self, "dims", _given("Permute", "dims", dims, field))
         self.__post_init__()
 
     def __post_init__(self) -> None:
@@ -256,3 +256,10 @@ class Select(Layer):
         if not need.input:
             return (), None
         return (), _select_backward(dy, like.shape[1:], self.dim, self.index)
+
+
+def _given(who: str, name: str, ints: tuple[int, ...], field: dict[str, Any]) -> Any:
+    """The ints by position, or the field by its name, as dataclasses.replace gives it."""
+    if field and (ints or field.keys() != {name}):
+        raise TypeError(f"{who}: expected ints by position, got also {', '.join(field)}")
+    return field.get(name, ints)

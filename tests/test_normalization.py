@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import optree
 import pytest
 import torch
@@ -358,6 +359,25 @@ def test_who_couples_examples():
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: fn.BatchNorm(64),
+        lambda: fn.InstanceNorm(64),
+        lambda: fn.GroupNorm(4, 16),
+        lambda: fn.LayerNorm(1, np.int64(64)),
+        lambda: fn.RMSNorm(1, 64),
+    ],
+)
+def test_torchs_order_of_arguments_is_refused(call):
+    with pytest.raises(ValueError, match=r"Norm: expected eps to be a float or 0, got .*read off"):
+        call()
+
+
+def test_an_eps_of_0_may_be_an_int():
+    assert fn.GroupNorm(4, 0) == fn.GroupNorm(4, 0.0)
 
 
 def test_parameters_start_from_ones_and_zeros():

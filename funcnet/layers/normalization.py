@@ -31,7 +31,7 @@ from typing import Annotated, Any, TypeAlias
 from torch import Tensor
 
 from funcnet.checks import name_of
-from funcnet.fields import Flag, NonNegative, Number, Size
+from funcnet.fields import Flag, Number, Size
 from funcnet.initializers import Ones, Zeros
 from funcnet.keys import Key
 from funcnet.layer import Layer, Param, Shape, Spec, dx_alone, same_part
@@ -39,7 +39,27 @@ from funcnet.ops import normalization
 from funcnet.ops.need import Need
 from funcnet.ops.products import over_positions, rows
 
-Epsilon: TypeAlias = Annotated["float | None", Number(0.0, may_be_none=True)]
+
+@dataclass(frozen=True)
+class _Small(Number):
+    """A finite number ≥ 0, of ints 0 alone: in torch's order, the number of channels comes here."""
+
+    least: float = 0.0
+
+    def convert(self, owner: type, name: str, value: Any) -> Any:
+        number = super().convert(owner, name, value)
+        if number and isinstance(number, int):
+            raise ValueError(
+                f"{owner.__name__}: expected {name} to be a float or 0, got {number}: sizes of x "
+                "are read off the shape that init is given"
+            )
+        return number
+
+
+Epsilon: TypeAlias = Annotated[float, _Small()]
+"""A finite number ≥ 0."""
+
+EpsilonOrNone: TypeAlias = Annotated["float | None", _Small(may_be_none=True)]
 """A finite number ≥ 0, or None."""
 
 _CHANNELS = "C…"
@@ -88,7 +108,7 @@ class LayerNorm(OverLastAxes):
             [ 1., -1.]])
     """
 
-    eps: NonNegative = 1e-5
+    eps: Epsilon = 1e-5
     elementwise_affine: Flag = True
     bias: Flag = True
 
@@ -138,7 +158,7 @@ class RMSNorm(OverLastAxes):
     tensor([[ 0.2000, -1.4000]])
     """
 
-    eps: Epsilon = None
+    eps: EpsilonOrNone = None
     elementwise_affine: Flag = True
 
     def _params(self, shape: Shape) -> dict[str, Param]:
@@ -214,7 +234,7 @@ class GroupNorm(OverGroups):
     """
 
     num_groups: Size
-    eps: NonNegative = 1e-5
+    eps: Epsilon = 1e-5
     affine: Flag = True
 
     def _params(self, shape: Shape) -> dict[str, Param]:
@@ -251,7 +271,7 @@ class InstanceNorm(OverGroups):
              [ 1., -1.]]])
     """
 
-    eps: NonNegative = 1e-5
+    eps: Epsilon = 1e-5
     affine: Flag = False
 
     def _params(self, shape: Shape) -> dict[str, Param]:
@@ -295,7 +315,7 @@ class BatchNorm(Layer):
             [ 1., -1.]])
     """
 
-    eps: NonNegative = 1e-5
+    eps: Epsilon = 1e-5
     affine: Flag = True
 
     _axes = _CHANNELS

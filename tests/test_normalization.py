@@ -311,6 +311,19 @@ def test_a_single_value_per_channel_is_refused():
             fn.InstanceNorm().apply((), torch.zeros(5, *shape))
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (0, 2, 4)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_without_channels(shape, affine):
+    layer = fn.BatchNorm(affine=affine)
+    params, x = layer.init(KEY, shape), torch.zeros(3, *shape)
+    assert layer.apply(params, x, key=KEY).shape == x.shape
+    dparams, dx = layer.vjp(params, x, x, key=KEY)
+    assert dx.shape == x.shape
+    assert {name: tuple(leaf.shape) for name, leaf in dict(dparams).items()} == (
+        {"weight": (0,), "bias": (0,)} if affine else {}
+    )
+
+
 def test_who_couples_examples():
     assert fn.BatchNorm().couples_examples
     assert fn.Sequential(fn.ReLU(), fn.Sequential(fn.BatchNorm())).couples_examples

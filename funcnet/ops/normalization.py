@@ -265,6 +265,9 @@ def group_normalised(x: Tensor, mean: Tensor, rstd: Tensor, groups: int) -> Tens
 
 def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Normalised:
     """A channel at a time, over the batch and what stands behind the channels."""
+    if not x.numel():  # the kernel refuses it
+        nothing = x.new_zeros(x.shape[1], dtype=accumulator_dtype(x.dtype))
+        return x.clone(), nothing, nothing
     weight, bias = _in_float32(x, weight, x.shape[1:2]), _in_float32(x, bias)
     x = _dense(x, _memory_format(x))
     return _in_dtype(_batch_norm(x, weight, bias, None, None, True, 0.0, eps), x.dtype)
@@ -280,6 +283,9 @@ def batch_norm_gradients(
     need: Need,
 ) -> Gradients:
     mask = need.input, *(need.params and weight is not None,) * 2
+    if not x.numel():
+        nothing = x.new_zeros(x.shape[1])
+        return _asked((torch.zeros_like(x), nothing, nothing.clone()), mask, x.dtype)
     # Where the two differ in layout, or the weight is strided, the kernel returns wrong numbers.
     memory_format = _memory_format(x)
     x, dy = _dense(x, memory_format), _dense(dy, memory_format)

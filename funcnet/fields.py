@@ -186,7 +186,7 @@ class Several:
 
     def convert(self, owner: type, name: str, value: Any) -> tuple[int, ...]:
         if not isinstance(value, (tuple, list)):
-            raise TypeError(f"{owner.__name__}: expected {name} to be a tuple, got {value!r}")
+            raise TypeError(f"{owner.__name__}: expected {name} to be a tuple, got {shown(value)}")
         return tuple(as_int(owner.__name__, f"every entry of {name}", v, self.least) for v in value)
 
 

@@ -337,6 +337,11 @@ def test_bad_trees_change_nothing(optimizer, method):
                 bad[i] = other
                 with pytest.raises(ValueError, match=r" with the structure of params"):
                     step(params, params, type(state)(*bad))
+    for count, got in ((None, "NoneType"), (torch.zeros(2).long(), r"shape \(2,\)")):
+        with pytest.raises(
+            TypeError, match=f"expected state.step to be a scalar tensor, got {got}"
+        ):
+            step(params, params, state._replace(step=count))
     sparse = {"a": torch.ones(2), "b": torch.ones(3).to_sparse()}
     with pytest.raises(TypeError, match=r"a dense tensor at grads\['b'\], got torch.sparse_coo"):
         step(params, sparse, state)

@@ -129,7 +129,7 @@ class Elementwise(Optimizer[State]):
         ]
         if write:
             check_writable(self, sum(kept, ps))
-        count = _concrete(state.step)
+        count = _concrete(self, state.step)
         lr = self._lr(count)
         n = count + 1 if isinstance(count, int) else (count + 1).double()
 
@@ -173,8 +173,11 @@ class Elementwise(Optimizer[State]):
         return lr
 
 
-def _concrete(step: Tensor) -> int | Tensor:
-    """The number of steps as an int, if it is one number that is known."""
+def _concrete(who: object, step: Any) -> int | Tensor:
+    """The number of steps as an int, if it is one number that is known. Raises TypeError."""
+    if not isinstance(step, (int, Tensor)) or (isinstance(step, Tensor) and step.ndim):
+        got = f"shape {tuple(step.shape)}" if isinstance(step, Tensor) else type(step).__name__
+        raise TypeError(f"{who}: expected state.step to be a scalar tensor, got {got}")
     if torch.compiler.is_compiling():
         return step
     try:

@@ -385,12 +385,15 @@ def test_refusals(call, message):
     ],
 )
 def test_torchs_order_of_arguments_is_refused(call):
-    with pytest.raises(ValueError, match=r"Norm: expected eps to be a float or 0, got .*read off"):
+    with pytest.raises(
+        ValueError, match=r"Norm: expected eps to be a float, or at most 1, got .*read off"
+    ):
         call()
 
 
-def test_an_eps_of_0_may_be_an_int():
-    assert fn.GroupNorm(4, 0) == fn.GroupNorm(4, 0.0)
+@pytest.mark.parametrize("eps", [0, 1])
+def test_a_small_eps_may_be_an_int(eps):
+    assert fn.GroupNorm(4, eps) == fn.GroupNorm(4, float(eps))
 
 
 def test_parameters_start_from_ones_and_zeros():

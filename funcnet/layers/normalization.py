@@ -42,16 +42,16 @@ from funcnet.ops.products import over_positions, rows
 
 @dataclass(frozen=True)
 class _Small(Number):
-    """A finite number ≥ 0, of ints 0 alone: in torch's order, the number of channels comes here."""
+    """A finite number ≥ 0, of ints 0 and 1: in torch's order, the number of channels comes here."""
 
     least: float = 0.0
 
     def convert(self, owner: type, name: str, value: Any) -> Any:
         number = super().convert(owner, name, value)
-        if number and isinstance(number, int):
+        if isinstance(number, int) and number > 1:
             raise ValueError(
-                f"{owner.__name__}: expected {name} to be a float or 0, got {number}: sizes of x "
-                "are read off the shape that init is given"
+                f"{owner.__name__}: expected {name} to be a float, or at most 1, got {number}: "
+                "sizes of x are read off the shape that init is given"
             )
         return number
 

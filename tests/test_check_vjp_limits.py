@@ -417,6 +417,31 @@ def test_layers_that_draw_are_tried_with_and_without_a_key(key):
             check_vjp(Mask(fault), (), x, key=key)
 
 
+@dataclass(frozen=True)
+class DropPath(Plain):
+    """Drop whole examples."""
+
+    again: bool
+
+    def mask(self, key, x):
+        return 1.0 if key is None else 2 * fn.bernoulli(key, 0.5, (len(x), 1)).to(x.dtype)
+
+    def fwd(self, params, x, *, key=None):
+        return x * self.mask(key, x), key
+
+    def bwd(self, params, key, grad, *, input_grad=True):
+        key = None if key is None else fn.fold_in(key, 9) if self.again else key
+        return (), grad * self.mask(key, grad) if input_grad else None
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_mask_of_few_entries_that_is_drawn_again_in_bwd(seed):
+    x = draw((2, 3), key=seed)
+    check_vjp(DropPath(False), (), x, key=fn.key(seed))
+    with pytest.raises(GradientMismatch):
+        check_vjp(DropPath(True), (), x, key=fn.key(seed))
+
+
 # --- Precision
 
 

@@ -12,7 +12,7 @@ from funcnet.testing.check.case import Case, tried_y
 from funcnet.testing.errors import GradientMismatch
 from funcnet.testing.layouts import same
 
-_KEYS = 8
+_KEYS, _OTHERS = 8, 3
 
 
 def beside_key(case: Case) -> list[Case]:
@@ -35,6 +35,23 @@ def beside_key(case: Case) -> list[Case]:
             "not depend on its key"
         )
     return [replace(case, key=None if case.key is not None else key)]
+
+
+def other_keys(case: Case) -> list[Case]:
+    """The case with a few other keys, by which a layer draws other numbers.
+
+    A mask that `bwd` draws again may be the right one by chance, of one example half the time.
+    """
+    if case.is_loss:
+        return []
+    key = make_key(0) if case.key is None else case.key
+    y = tried_y(replace(case, key=key))
+    drawn = [replace(case, key=fold_in(key, i)) for i in range(_OTHERS)]
+    return [
+        there
+        for there in drawn
+        if y is not None and (other := tried_y(there)) is not None and not same(y, other)
+    ]
 
 
 def _is_masked(y: Tensor, without: Tensor) -> bool:

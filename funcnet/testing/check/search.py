@@ -97,15 +97,20 @@ def find_wrong(
     case: Case, rtol: float, atol: float, errors: Errors, budget: Budget
 ) -> Finding | None:
     """The first wrong entry at a float64 case, or at a point beside it, away from ties."""
-    for there, thorough in ((case, False), (moved(case), True)):
-        search = _Search(there, rtol, atol, errors, budget)
-        found = search.find(thorough)
-        if found is not None:
-            again = search.with_more_noise()
-            found = found if again.confirms(found) else again.find(thorough)
-        if found is not None:
-            return found
-    return None
+    here = find_wrong_at(case, rtol, atol, errors, budget, thorough=False)
+    return here or find_wrong_at(moved(case), rtol, atol, errors, budget, thorough=True)
+
+
+def find_wrong_at(
+    case: Case, rtol: float, atol: float, errors: Errors, budget: Budget, thorough: bool
+) -> Finding | None:
+    """The first wrong entry at a float64 case."""
+    search = _Search(case, rtol, atol, errors, budget)
+    found = search.find(thorough)
+    if found is None:
+        return None
+    again = search.with_more_noise()
+    return found if again.confirms(found) else again.find(thorough)
 
 
 def moved(case: Case) -> Case:

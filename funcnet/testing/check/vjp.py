@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import optree
 import torch
@@ -14,7 +15,7 @@ from funcnet.losses import Loss
 from funcnet.testing.check.case import Case, make_case
 from funcnet.testing.check.comparison import Errors
 from funcnet.testing.check.contract import check_calls, check_surroundings
-from funcnet.testing.check.keyed import beside_key
+from funcnet.testing.check.keyed import beside_key, other_keys
 from funcnet.testing.check.laws import (
     check_each_example,
     check_frozen,
@@ -23,8 +24,10 @@ from funcnet.testing.check.laws import (
 )
 from funcnet.testing.check.precision import check_own_dtype, check_precision, computed_in
 from funcnet.testing.check.report import complete, name_the_guilty, wrong_gradient
-from funcnet.testing.check.search import Budget, find_wrong, moved
+from funcnet.testing.check.search import Budget, find_wrong, find_wrong_at, moved
 from funcnet.testing.errors import GradientMismatch
+
+_Examination: TypeAlias = Callable[[Case, float, float, Errors, Budget], None]
 
 
 def check_vjp(
@@ -89,24 +92,28 @@ def inspect_vjp(
     check_limits("check_vjp", rtol, atol, budget)
     case = make_case(layer, params, x, grad, key)
     errors, limit = Errors(), Budget(budget)
-    _attempt(case, rtol, atol, errors, limit)
+    _attempt(_examine, case, rtol, atol, errors, limit)
     for there in beside_key(case):
-        _attempt(there, rtol, atol, errors, limit)
+        _attempt(_examine, there, rtol, atol, errors, limit)
+    for there in other_keys(case):
+        _attempt(_examine_gradient, there, rtol, atol, errors, limit)
     return errors
 
 
-def _attempt(case: Case, rtol: float, atol: float, errors: Errors, budget: Budget) -> None:
+def _attempt(
+    examine: _Examination, case: Case, rtol: float, atol: float, errors: Errors, budget: Budget
+) -> None:
     """Examine a case, and complete the exception that says what is wrong."""
 
-    def examine(other: Case) -> None:
-        _examine(other, rtol, atol, Errors(), budget)
+    def again(other: Case) -> None:
+        examine(other, rtol, atol, Errors(), budget)
 
     try:
-        _examine(case, rtol, atol, errors, budget)
+        examine(case, rtol, atol, errors, budget)
     except GradientMismatch as mismatch:
         if mismatch.snippet is None:  # it has one if the layer calls check_vjp itself
-            name_the_guilty(mismatch, case, examine)
-            complete(mismatch, case, examine)
+            name_the_guilty(mismatch, case, again)
+            complete(mismatch, case, again)
         raise
 
 
@@ -139,6 +146,15 @@ def _examine(case: Case, rtol: float, atol: float, errors: Errors, budget: Budge
     check_surroundings(case)
     if case.dtype != torch.float64:
         check_precision(case, double, errors)
+
+
+def _examine_gradient(case: Case, rtol: float, atol: float, errors: Errors, budget: Budget) -> None:
+    """Examine the gradient at the case alone, in float64."""
+    double = case.double()
+    if computed_in(double, double.apply()) == torch.float64:
+        found = find_wrong_at(double, rtol, atol, errors, budget, thorough=False)
+        if found is not None:
+            raise wrong_gradient(found)
 
 
 def expect_something(who: str, case: Case, y: Tensor) -> None:

@@ -203,8 +203,9 @@ def slope(line: Line) -> Slope:
     for step in (_FINE, _FINEST):
         error += max(0.0, abs(value - line.central(step)) - line.rounding(step))
     jump, _ = line.jump(_FINE)
-    _, nearer = line.jump(_FINEST)
-    return Slope(value, error, jump if nearer > jump / 2 else 0.0)
+    if jump and line.jump(_FINEST)[1] <= jump / 2:
+        jump = 0.0  # a bend, which the finest step does not see
+    return Slope(value, error, jump)
 
 
 def _ridders(line: Line) -> tuple[float, float]:

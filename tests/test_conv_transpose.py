@@ -97,6 +97,31 @@ def test_more_entries_than_a_stride(cls, output_padding, padding):
     torch.testing.assert_close((*dparams.values(), dx), expected)
 
 
+def test_without_dx_the_strides_of_grad_may_be_anything():
+    """PyTorch's kernels get float64 images of a batch of 1 wrong, by the stride of that axis."""
+    layer = fn.ConvTranspose2d(4, 3, padding=1, groups=2, bias=False)
+    params = layer.init(fn.key(0), (4, 5, 4), dtype=torch.float64)
+    x, grad = fn.normal(fn.key(1), (2, 1, 4, 5, 4), dtype=torch.float64)
+    odd = torch.empty_strided(grad.shape, (1, 1, 16, 4), dtype=torch.float64).copy_(grad)
+    dparams, _ = layer.vjp(params, x, odd, input_grad=False)
+    torch.testing.assert_close(dparams, layer.vjp(params, x, grad)[0])
+
+
+def test_an_ensemble_learns_from_one_example():
+    """torch.func.vmap hands the kernels such strides where params and x have an axis for it."""
+    layer = fn.ConvTranspose2d(4, 3, padding=1)
+    step = fn.value_and_grad(layer, fn.MSE())
+    params = layer.init(fn.key(0), (4, 5, 4), dtype=torch.float64)
+    ensemble = {name: torch.stack([leaf, 2 * leaf]) for name, leaf in params.items()}
+    x = fn.normal(fn.key(1), (2, 1, 4, 5, 4), dtype=torch.float64)
+    target = fn.normal(fn.key(2), (1, 4, 5, 4), dtype=torch.float64)
+    values, grads = torch.func.vmap(step, in_dims=(0, 0, None))(ensemble, x, target)
+    for i in range(2):
+        value, own = step({name: leaf[i] for name, leaf in ensemble.items()}, x[i], target)
+        torch.testing.assert_close(values[i], value)
+        torch.testing.assert_close({name: leaf[i] for name, leaf in grads.items()}, own)
+
+
 def refused(message):
     return pytest.raises(ValueError, match=f"^{re.escape(message)}")
 

@@ -56,6 +56,8 @@ def gradients(
         dx, grad = convolution.convolve(grad, weight, None, window, "auto")
         for axis, length in enumerate(x.shape[2:], 2):
             dx = dx.narrow(axis, 0, length)
+    else:
+        grad = convolution.layout(grad)
     if need.params:
         # More entries than a stride, which a dilation may allow, make more windows than x has.
         more = [n - m for n, m in zip(window.count(grad.shape[2:]), x.shape[2:], strict=True)]

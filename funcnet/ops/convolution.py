@@ -46,11 +46,11 @@ def gradients(
     return dweight, dx
 
 
-def layout(weight: Tensor) -> Tensor:
-    """The same weights in the memory format that their kernels want."""
-    if weight.ndim == 3:
-        return native.layout(weight.unsqueeze(2)).squeeze(2)
-    return native.layout(weight)
+def layout(x: Tensor) -> Tensor:
+    """x, images or weights, in the memory format that the kernels want."""
+    if x.ndim == 3:
+        return native.layout(x.unsqueeze(2)).squeeze(2)
+    return native.layout(x)
 
 
 def implementation(

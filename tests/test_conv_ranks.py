@@ -70,6 +70,27 @@ def test_half_precision_of_volumes_with_one_channel_a_group(dtype):
         torch.testing.assert_close(layer.apply(params, x).double(), exact, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (fn.Conv3d(2, 4, stride=(2, 2, 3), padding=(3, 0, 3), groups=2), (4, 2, 14, 10)),
+        (fn.Conv3d(2, (5, 4, 4), stride=3, padding=(4, 0, 3), groups=2), (4, 5, 8, 10)),
+        (fn.ConvTranspose3d(4, 4, stride=(2, 2, 3), padding=(3, 0, 3), groups=2), (2, 3, 6, 5)),
+    ],
+    ids=repr,
+)
+def test_windows_that_start_far_before_a_shallow_volume(layer, shape, dtype):
+    """oneDNN's gradient of their weight reads past the end of x, in float32."""
+    x = fn.normal(fn.key(0), (2, *shape), dtype=dtype)
+    params = layer.init(fn.key(1), shape, dtype=dtype)
+    grad = fn.normal(fn.key(2), (2, *layer.out_shape(shape)), dtype=dtype)
+    wide = optree.tree_map(torch.Tensor.double, (params, x, grad))
+    expected = optree.tree_map(lambda leaf: leaf.to(dtype), layer.vjp(*wide))
+    tolerance = 1e-4 if dtype is torch.float32 else 0.05
+    torch.testing.assert_close(layer.vjp(params, x, grad), expected, rtol=tolerance, atol=tolerance)
+
+
 @ranks
 @budget(20)
 @given(st.data())

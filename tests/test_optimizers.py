@@ -217,15 +217,21 @@ def test_memory_layouts_do_not_matter(optimizer, layout, other):
 
 
 @pytest.mark.parametrize("cls", [fn.Adam, fn.AdamW])
-def test_adams_numbers_are_torchs_in_channels_last_too(cls):
-    """Bit for bit, by the kernel, as for contiguous leaves."""
-    w, g = (LAYOUTS["channels_last"](fn.normal(fn.key(i), (8, 7, 3, 3))) for i in (0, 1))
-    params, optimizer = {"w": w}, cls(0.1)
+@pytest.mark.parametrize("shape", [(7, 9), (8, 7, 3, 3), (4, 3, 2, 3, 3), (2, 4, 3, 5, 3)])
+def test_adams_numbers_are_torchs_in_every_order_of_axes(cls, shape):
+    """Bit for bit, by the kernel, as for contiguous leaves: in channels_last, and in others."""
     row = next(row for row in ROWS if row.ours is cls)
-    twin, state = Twin(row, params, 0.1, {}, fused=True), optimizer.init(params)
-    for step in range(3):
-        params, state = optimizer.step(params, {"w": g * (step + 1)}, state)
-        assert same([params["w"]], twin.step({"w": g * (step + 1)}, step))
+    for axis in range(len(shape)):
+        w, g = (
+            fn.normal(fn.key(i), shape).movedim(axis, -1).contiguous().movedim(-1, axis)
+            for i in (0, 1)
+        )
+        params, optimizer = {"w": w}, cls(0.1)
+        twin, state = Twin(row, params, 0.1, {}, fused=True), optimizer.init(params)
+        for step in range(3):
+            params, state = optimizer.step(params, {"w": g * (step + 1)}, state)
+            assert params["w"].stride() == w.stride()
+            assert same([params["w"]], twin.step({"w": g * (step + 1)}, step))
 
 
 @optimizers

@@ -53,4 +53,13 @@ def adam(
 
 
 def _is_dense(x: Tensor) -> bool:
-    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+    """Whether x fills its memory once, in whatever order of its axes."""
+    if x.is_contiguous():
+        return True
+    size = 1
+    for stride, n in sorted(zip(x.stride(), x.shape, strict=True)):
+        if n > 1:
+            if stride != size:
+                return False
+            size *= n
+    return True

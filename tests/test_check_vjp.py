@@ -253,7 +253,7 @@ def test_one_entry_off_by_a_ten_thousandth_at_any_scale(i, j, key, opaque, expon
         assert caught.value.wrong_fraction == 1 / 24
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(st.integers(0, 7), st.integers(0, 99))
 def test_one_entry_of_one_of_many_leaves(place, key):
     """Leaves are moved together: right ones do not hide a wrong one."""

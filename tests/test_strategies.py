@@ -242,13 +242,11 @@ def test_a_failure_is_in_the_table(capsys, monkeypatch):
     from test_check_vjp import SPOILS, Spoilt
 
     monkeypatch.setattr(command, "_LAYERS", {"MSE": st.just(fn.MSE()), "ReLU": st.just(fn.ReLU())})
-    spoilt = st.just(fn.Sequential(Spoilt(4, SPOILS["sign"][0])))
-    monkeypatch.setitem(command._LAYERS, "ReLU", spoilt)
-    shapes = st.just((3,))
-    cases = strategies.cases
-    monkeypatch.setattr(
-        strategies, "cases", lambda *args, **kwargs: cases(*args, shapes=shapes, **kwargs)
-    )
+    spoilt = fn.Sequential(Spoilt(4, SPOILS["sign"][0]))
+    params = spoilt.init(fn.key(0), (3,), dtype=torch.float64)
+    case = spoilt, params, fn.normal(fn.key(1), (2, 3), dtype=torch.float64)
+    # One case, of which nothing shrinks.
+    monkeypatch.setattr(strategies, "cases", lambda *args, **kwargs: st.just(case))
     assert command.main(["--examples", "5", "--layer", "ReLU", "--dtype", "float64"]) == 1
     out = capsys.readouterr().out
     assert "FAILED" in out

@@ -62,9 +62,11 @@ def staircase_noise(case: Case, epsilon: float, trials: int) -> Tensor:
     noise = value_noise(case, epsilon, trials)
     still = torch.ones_like(y, dtype=torch.bool)
     for trial in range(trials):
-        there = tried(nudge(case, epsilon, trial).apply)
+        there = tried_y(nudge(case, epsilon, trial))
         still &= there is None or there == y
-    (on_the_way,) = noise_on_the_way(case, epsilon, lambda there: [there.apply()], trials)
+    if not still.any():
+        return noise
+    (on_the_way,) = noise_on_the_way(case, epsilon, lambda there: [there.apply()], 2 * trials)
     return torch.where(still, torch.maximum(noise, on_the_way), noise)
 
 

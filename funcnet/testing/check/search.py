@@ -107,10 +107,9 @@ def find_wrong_at(
     """The first wrong entry at a float64 case."""
     search = _Search(case, rtol, atol, errors, budget)
     found = search.find(thorough)
-    if found is None:
-        return None
-    again = search.with_more_noise()
-    return found if again.confirms(found) else again.find(thorough)
+    if found is None or not search.learns_more_noise() or search.confirms(found):
+        return found
+    return search.find(thorough)
 
 
 def moved(case: Case) -> Case:
@@ -197,12 +196,13 @@ class _Search:
             found += [] if there is None else [there]
         return found
 
-    def with_more_noise(self) -> _Search:
-        """The same search from anew, which takes y for a staircase where roundings make it one."""
-        budget = Budget(self.budget.seconds)
-        again = _Search(self.case, self.rtol, self.atol, self.errors, budget)
-        again.noise = staircase_noise(self.case, _EPSILON, trials=4)
-        return again
+    def learns_more_noise(self) -> bool:
+        """Whether roundings make y a staircase, which the search knows from then on."""
+        noise = staircase_noise(self.case, _EPSILON, trials=2)
+        if torch.equal(noise, self.noise):
+            return False
+        self.noise, self.budget = noise, Budget(self.budget.seconds)
+        return True
 
     @cached_property
     def extreme(self) -> bool:
@@ -239,7 +239,7 @@ class _Search:
         return found
 
     def confirms(self, found: Finding) -> bool:
-        """Whether this search, too, refutes the entry that another has found."""
+        """Whether the search still refutes the entry that it has found."""
         if found.index is None:
             return False
         position = ravel(found.index, self.case.leaves[found.leaf].shape)

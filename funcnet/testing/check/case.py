@@ -269,6 +269,11 @@ def scale_of(leaf: Tensor) -> float:
     return largest * float((finite / largest).square().mean().sqrt()) if largest else 1.0
 
 
+def drawn_like(leaf: Tensor, seed: int) -> Tensor:
+    """Draw numbers about as large as a leaf's, by the seed alone."""
+    return signed(leaf.shape, seed).to(leaf) * scale_of(leaf)
+
+
 def _copied(tree: Any) -> Any:
     return optree.tree_map(lambda leaf: leaf.clone(), tree)
 

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from funcnet.testing.check.case import Case, scale_of, signed, tried, tried_y
+from funcnet.testing.check.case import Case, drawn_like, tried, tried_y
 from funcnet.testing.check.comparison import Errors, excess, largest_error, worst
 from funcnet.testing.check.oracles import Line, autograd_gradients, slope
 from funcnet.testing.check.rounding import (
@@ -83,7 +83,7 @@ def _is_another_function(case: Case) -> bool:
     y, exact = case.apply(), case.double().apply()
     for trial in range(4):
         there = nudge(case, _NUDGE, trial)
-        moved, moved_exact = tried(there.apply), tried(there.double().apply)
+        moved, moved_exact = tried_y(there), tried_y(there.double())
         if moved is None or moved_exact is None:
             return False
         off = exact - y
@@ -117,7 +117,7 @@ def _drawn(case: Case, trial: int) -> Case:
     """The case at random numbers: nudges do not move zeros."""
     return case.at(
         [
-            signed(x.shape, 100 * trial + i).to(x) * scale_of(x) if x.is_floating_point() else x
+            drawn_like(x, 100 * trial + i) if x.is_floating_point() else x
             for i, x in enumerate(case.leaves)
         ]
     )
@@ -137,7 +137,7 @@ def check_own_dtype(case: Case, dtype: torch.dtype) -> None:
     moving = [x.is_floating_point() and bool(x.isfinite().all()) for x in case.leaves]
     for trial in range(3):
         directions = [
-            signed(x.shape, 53 * trial + i).to(x) * scale_of(x) if moves else None
+            drawn_like(x, 53 * trial + i) if moves else None
             for i, (x, moves) in enumerate(zip(case.leaves, moving, strict=True))
         ]
         pairs = zip(case.gradients(), directions, strict=True)

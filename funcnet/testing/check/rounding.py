@@ -29,12 +29,16 @@ TRIALS = 12
 def value_moves(case: Case, epsilon: float, trials: int = 2) -> Tensor:
     """The move of each entry of y when params and x are nudged by a relative `epsilon`."""
     y = case.apply()
+    return torch.maximum(_moves_of(y, case, epsilon, trials), epsilon * _finite(y).abs())
+
+
+def _moves_of(y: Tensor, case: Case, epsilon: float, trials: int) -> Tensor:
     moves = torch.zeros_like(y)
     for trial in range(trials):
         there = tried_y(nudge(case, epsilon, trial))
         if there is not None:
             moves = torch.maximum(moves, _distance(there, y))
-    return torch.maximum(moves, epsilon * _finite(y).abs())
+    return moves
 
 
 def value_noise(case: Case, epsilon: float, trials: int = 2) -> Tensor:
@@ -58,12 +62,8 @@ def staircase_noise(case: Case, epsilon: float, trials: int) -> Tensor:
 
     1 − cos(x) is 0 for all small x.
     """
-    y = case.apply()
     noise = value_noise(case, epsilon, trials)
-    still = torch.ones_like(y, dtype=torch.bool)
-    for trial in range(trials):
-        there = tried_y(nudge(case, epsilon, trial))
-        still &= there is None or there == y
+    still = _moves_of(case.apply(), case, epsilon, trials) == 0
     if not still.any():
         return noise
     (on_the_way,) = noise_on_the_way(case, epsilon, lambda there: [there.apply()], 2 * trials)
@@ -107,7 +107,8 @@ def noise_on_the_way(
         with _Rounding(epsilon, seed):
             found = tried(partial(results, nudge(case, epsilon, seed)))
         for i, leaf in enumerate(found or ()):
-            noise[i] = torch.maximum(noise[i], _distance(leaf, still[i]))
+            if leaf.shape == still[i].shape:  # which may depend on x
+                noise[i] = torch.maximum(noise[i], _distance(leaf, still[i]))
     return noise
 
 

@@ -41,7 +41,9 @@ FUNCTIONS = {
     fn.Softsign(): F.softsign,
 }
 IN_PLACE = [layer for layer in FUNCTIONS if hasattr(layer, "_fwd_")]
-functions = pytest.mark.parametrize(("layer", "function"), FUNCTIONS.items(), ids=repr)
+functions = pytest.mark.parametrize(
+    ("layer", "function"), FUNCTIONS.items(), ids=[*map(repr, FUNCTIONS)]
+)
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 3.0, -3.0, 6.0, -6.0, 2.0, -2.0, -0.25, 20.0, -20.0]
 SPECIAL += [1e-30, -1e-30, 50.0, -50.0, 1e4, -1e4]

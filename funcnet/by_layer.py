@@ -15,11 +15,12 @@ from torch import Tensor
 
 from funcnet.gradients import check_net_and_loss
 from funcnet.keys import Key
-from funcnet.layer import Layer, Tree, run_bwd, zeros_like
+from funcnet.layer import Layer, Tree, zeros_like
 from funcnet.leaves import Watched, declares_none, joins, mapped, nothing_like, places
 from funcnet.losses.loss import Loss
 from funcnet.ops.inplace import is_eager
 from funcnet.ops.need import Need
+from funcnet.running import run_bwd
 
 Put: TypeAlias = Callable[[Any], None]
 
@@ -210,11 +211,13 @@ class _GivenUpError(BaseException):
 
 
 def _modes(like: Tensor) -> Callable[[], ExitStack]:
-    """A context with the modes that torch has for each thread, as they are in this one."""
+    """A context with what torch keeps for each thread, as it is in this one."""
     inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+    threads = torch.get_num_threads()
     stream = torch.cuda.current_stream(like.device) if like.is_cuda else None
 
     def enter() -> ExitStack:
+        torch.set_num_threads(threads)  # for OpenMP, whose number is each thread's own
         stack = ExitStack()
         stack.enter_context(torch.inference_mode(inference))
         stack.enter_context(torch.set_grad_enabled(grad))

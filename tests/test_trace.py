@@ -116,7 +116,6 @@ class Probe(fn.Layer):
         lambda layer: fn.Reversible(layer, layer, fn.Recompute(layer), fn.ReLU()),
         Siamese,
     ],
-    ids=str,
 )
 def test_grads_are_autograds(around):
     """A layer's y plus a probe of zeros: autograd's gradient of the probe is the layer's grad."""
@@ -210,6 +209,17 @@ def test_together_they_are_the_gradient(case, data):
     records = fn.trace(net, params, x)
     backwards = [r.path for r in reversed(records) if optree.tree_leaves(r.params)]
     assert paths == list(dict.fromkeys(backwards))
+
+
+def test_it_computes_with_as_many_threads_as_the_caller():
+    """OpenMP's number is each thread's own, and a new one has not heard of torch's."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        net = fn.Conv1d(4, 3, padding=1)
+        check_by_layer(net, fn.MSE(), *make(net, (3, 6)))
+    finally:
+        torch.set_num_threads(threads)
 
 
 @every_example

@@ -62,7 +62,7 @@ from funcnet.combinators import (
 )
 from funcnet.gradients import value_and_grad
 from funcnet.keys import Key, bernoulli, fold_in, key, normal, permutation, split, uniform
-from funcnet.layer import Layer, Param
+from funcnet.layer import Layer
 from funcnet.layers import (
     ELU,
     GELU,
@@ -143,6 +143,7 @@ from funcnet.optimizers import (
     clip_by_global_norm,
     global_norm,
 )
+from funcnet.param import Param
 from funcnet.per_example import clipped_value_and_grad, gradient_norms, per_example
 from funcnet.summary import summary
 from funcnet.trace import trace

@@ -28,8 +28,9 @@ from torch import Tensor
 
 from funcnet.checks import name_of
 from funcnet.combinators import Sequential
+from funcnet.combinators.position import step
 from funcnet.keys import Key
-from funcnet.layer import Layer, Shape, Spec, Tree, check, check_net, run_fwd, step
+from funcnet.layer import Layer, Shape, Spec, Tree, check_net
 from funcnet.layers import (
     BatchNorm,
     ChannelAffine,
@@ -44,6 +45,7 @@ from funcnet.layers import (
 )
 from funcnet.leaves import Ancestors, mapped, same
 from funcnet.ops.inplace import is_eager
+from funcnet.running import check, run_fwd
 
 Moments: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """(count, mean, M2) of a `BatchNorm`'s x, in float64; mean and M2 (C,).

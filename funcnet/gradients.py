@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from funcnet.checks import as_int, shown
+from funcnet.combinators.position import coupling
 from funcnet.keys import Key, fold_in
-from funcnet.layer import Layer, Tree, check_net, coupling, is_private
+from funcnet.layer import Layer, Tree, check_net, is_private
 from funcnet.losses.loss import Loss
 from funcnet.ops.accumulation import accumulator_dtype
 from funcnet.ops.need import Need

@@ -41,7 +41,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
@@ -51,12 +51,12 @@ from torch import Tensor
 
 from funcnet.checks import as_shape, check_like, check_tensor, name_of, sizes
 from funcnet.fields import Hyperparameters, source
-from funcnet.initializers import Initializer
-from funcnet.keys import Key, check_draw, check_key, split
+from funcnet.keys import Key, check_draw, check_key
 from funcnet.ops.autocast import without_autocast
-from funcnet.ops.inplace import add_over, is_eager, is_tracing
+from funcnet.ops.inplace import is_eager, is_tracing
 from funcnet.ops.need import Need
 from funcnet.ops.without_entries import without_entries
+from funcnet.param import Layout, check_no_params, draw, first_tensor, misshapen, size_that_fits
 
 Tree: TypeAlias = Any
 """Nested containers of tensors, as `optree` understands them."""
@@ -66,16 +66,6 @@ Shape: TypeAlias = tuple[int, ...]
 Joins: TypeAlias = Literal["apart", "stacked", "added", "zeros"]
 Part: TypeAlias = tuple[slice, ...]
 """A part of an image, as a slice for each axis behind the channels."""
-Layout: TypeAlias = Callable[[Tensor], Tensor]
-"""A function that returns a tensor with the same values in another memory format."""
-
-
-@dataclass(frozen=True)
-class Param:
-    """A parameter as a layer declares it: its shape, and how it is drawn."""
-
-    shape: Shape
-    initializer: Initializer
 
 
 class Spec(NamedTuple):
@@ -255,19 +245,7 @@ class Layer(Hyperparameters):
         self, key: Key, shape: Shape, dtype: torch.dtype | None, device: torch.device | str | None
     ) -> Tree:
         declared = self._params(shape)
-        keys = iter(split(key, max(1, len(_flat(declared)))))
-
-        def draw(params: Mapping[str, Any], prefix: str) -> Tree:
-            return {name: draw_one(param, prefix + name) for name, param in params.items()}
-
-        def draw_one(param: Any, name: str) -> Tree:
-            if isinstance(param, Mapping):
-                return draw(param, f"{name}.")
-            value = param.initializer(next(keys), param.shape, dtype, device)
-            layout = self._layout(name)
-            return value if layout is None else layout(value)
-
-        return draw(declared, "") if declared else ()
+        return draw(declared, key, dtype, device, self._layout) if declared else ()
 
     def _apply(self, params: Any, x: Tensor, key: Key | None) -> Tensor:
         """y alone."""
@@ -415,20 +393,21 @@ class Layer(Hyperparameters):
             check_no_params(self, params)
             return x
         like = x if x.dtype.is_floating_point else self._like_integers(params, x)
-        wrong = _misshapen(self, declared, params, like, "")
+        wrong = misshapen(self, declared, params, like)
         if wrong is None:
             return like
-        fitting = self._x_that_fits(params, x)
+        factors = [v for f in fields(self) if type(v := getattr(self, f.name)) is int]
+        fitting = size_that_fits(self._params, params, x.shape, factors)
         if fitting is not None:
             raise self._unfit(x, fitting)
         name, param, got = wrong
         raise ValueError(
-            f"{name_of(self)}: expected {name} of shape {sizes(param.shape)}, got {tuple(got)}"
+            f"{name_of(self)}: expected {name} of shape {sizes(param.shape)}, got {got}"
         )
 
     def _like_integers(self, params: Tree, x: Spec) -> Any:
         """The first parameter, on x's device, whose dtype y and grad have if x is of integers."""
-        like = _first_tensor(params, x)
+        like = first_tensor(params, x)
         if like is not x:
             check_tensor(self, "params", like)
         if like.device != x.device:
@@ -437,19 +416,6 @@ class Layer(Hyperparameters):
                 f"got {x.device}"
             )
         return like
-
-    def _x_that_fits(self, params: Tree, x: Spec) -> tuple[int, int] | None:
-        """(axis, size) of the one size of x by which all of params would fit, if there is one."""
-        got = _shapes(self._params(x.shape), params)
-        numbers = {size for shape in got for size in shape if size > 0}
-        factors = {1} | {v for f in fields(self) if type(v := getattr(self, f.name)) is int}
-        candidates = sorted({size * factor for size in numbers for factor in factors})
-        for axis, size in enumerate(x.shape):
-            for other in candidates:
-                shape = (*x.shape[:axis], other, *x.shape[axis + 1 :])
-                if other != size and [p.shape for p in _flat(self._params(shape))] == got:
-                    return axis, other
-        return None
 
     def _unfit(self, x: Spec, fitting: tuple[int, int] | None = None) -> ValueError:
         """The error that x has a shape that does not fit."""
@@ -479,91 +445,15 @@ class Layer(Hyperparameters):
 _MOST_REMEMBERED = 8
 
 
-# --- Running a layer inside another, which has checked what it hands on
-
-
 def is_private(layer: Layer) -> bool:
     """Whether a layer leaves `fwd` and `bwd` to the base class, so that they may be passed by."""
     cls = type(layer)
     return cls.fwd is Layer.fwd and cls.bwd is Layer.bwd
 
 
-def is_fresh(layer: Layer) -> bool:
-    """Whether a layer makes and keeps the promise `_fresh`."""
-    return layer._fresh and is_private(layer)
-
-
-def added(layer: Layer, made: Tensor, given: Tensor) -> Tensor:
-    """The sum of what a layer has made and what was handed in, written over the former if new."""
-    return add_over(made, given) if is_fresh(layer) else made + given
-
-
-def run_apply(layer: Layer, params: Tree, x: Tensor, key: Key | None) -> Tensor:
-    """y of a layer whose params and x have been checked by `check`."""
-    if is_private(layer) and type(layer).apply is Layer.apply:
-        return layer._apply(params, x, key)
-    return _as_promised(layer, x, layer.apply(params, x, key=key))
-
-
-def run_fwd(layer: Layer, params: Tree, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
-    """(y, residuals) of a layer whose params and x have been checked by `check`."""
-    cls = type(layer)
-    if cls.fwd is Layer.fwd and cls.bwd is Layer.bwd:
-        return layer._fwd(params, x, key)
-    y, residuals = layer.fwd(params, x, key=key)
-    return _as_promised(layer, x, y), residuals
-
-
-def _as_promised(layer: Layer, x: Tensor, y: Tensor) -> Tensor:
-    """y of a layer that checks for itself. Raises ValueError unless it has its `out_shape`."""
-    expected = (*x.shape[:1], *layer.out_shape(tuple(x.shape[1:])))
-    if tuple(y.shape) != expected:
-        raise ValueError(
-            f"{name_of(layer)}: expected y of shape {expected}, as out_shape says, "
-            f"got {tuple(y.shape)}"
-        )
-    return y
-
-
-def run_bwd(
-    layer: Layer, params: Tree, residuals: Any, grad: Tensor, need: Need
-) -> tuple[Tree, Tensor | None]:
-    """(dparams, dx) from the residuals of `run_fwd`; a layer runs only if one is needed."""
-    if not need.input and not asks(layer, params, need):
-        return zeros_like(params), None
-    cls = type(layer)
-    if cls.fwd is Layer.fwd and cls.bwd is Layer.bwd:
-        return layer._bwd(params, residuals, grad, need)
-    return public_bwd(layer, params, residuals, grad, need)
-
-
-def dx_alone(layer: Layer, params: Tree, residuals: Any, grad: Tensor, need: Need) -> Tensor | None:
-    """dx from the residuals of `run_fwd`, if it is needed."""
-    need = need._replace(params=False, each=False)
-    return run_bwd(layer, params, residuals, grad, need)[1] if need.input else None
-
-
-def writes(layer: Layer, name: str) -> bool:
-    """Whether the class that writes an attribute knows the `_fwd` and `_bwd` that go with it.
-
-    A subclass that writes one of these anew has to write the attribute, too.
-    """
-    bases = type(layer).__mro__
-    owner, *others = (
-        next((base for base in bases if attribute in vars(base)), object)
-        for attribute in (name, "_fwd", "_bwd")
-    )
-    return is_private(layer) and all(issubclass(owner, other) for other in others)
-
-
 def asks(layer: Layer, params: Tree, need: Need) -> bool:
     """Whether a layer has anything to compute in a backward pass."""
     return need.input or (need.params and layer._learns(params))
-
-
-def tile_of(layer: Layer, shape: Shape, part: Part) -> tuple[Part, Layer] | None:
-    """`_tile` of a layer that has not changed what it says of."""
-    return layer._tile(shape, part) if writes(layer, "_tile") else None
 
 
 def same_part(layer: Layer, shape: Shape, part: Part) -> tuple[Part, Layer] | None:
@@ -588,29 +478,6 @@ def public_bwd(
     return None, layer.bwd(params, residuals, grad, input_grad=need.input)[1]
 
 
-def check(layer: Layer, params: Tree, x: Spec) -> Spec:
-    """The spec of y. Raises unless params and x fit; a layer with its own `fwd` checks itself."""
-    if is_private(layer):
-        return layer._check(params, x)
-    like = x if x.dtype.is_floating_point else _first_tensor(params, x)
-    return Spec(x.batch, tuple(layer.out_shape(x.shape)), like.dtype, like.device)
-
-
-def step(name: str) -> str:
-    """A child on the path to a layer, as errors name it: `layer 1: `, `stem: `."""
-    if not name:
-        return ""
-    return f"layer {name}: " if name.isdecimal() else f"{name}: "
-
-
-def coupling(layer: Layer) -> str:
-    """The path to the first layer that couples examples, and its name: `layer 1: BatchNorm()`."""
-    for name, child in layer._children():
-        if child.couples_examples:
-            return step(name) + coupling(child)
-    return name_of(layer)
-
-
 def like_params(params: Tree, dparams: Tree) -> Tree:
     """dparams in the containers of params: a dict of the same kind, in the same order."""
     if torch.compiler.is_compiling() and not optree.tree_leaves(params):
@@ -620,13 +487,6 @@ def like_params(params: Tree, dparams: Tree) -> Tree:
         return structure.unflatten(structure.flatten_up_to(dparams))
     except (ValueError, TypeError):
         return dparams  # a wrong tree, which is for `check_vjp` to find
-
-
-def check_no_params(layer: object, params: Tree) -> None:
-    """Raise ValueError unless params are ()."""
-    if not (isinstance(params, tuple) and not params):
-        got = f"a tuple of {len(params)}" if isinstance(params, tuple) else type(params).__name__
-        raise ValueError(f"{name_of(layer)}: expected no parameters, (), got {got}")
 
 
 def check_net(who: str, net: Any) -> None:
@@ -670,53 +530,3 @@ def count_of(layers: Sequence[Any]) -> str:
 
 def _has_rank(axes: str, shape: Shape) -> bool:
     return len(shape) >= len(axes) - 1 if "…" in axes else len(shape) == len(axes)
-
-
-def _flat(declared: Mapping[str, Any]) -> list[Param]:
-    params: list[Param] = []
-    for param in declared.values():
-        params.extend(_flat(param) if isinstance(param, Mapping) else [param])
-    return params
-
-
-def _shapes(declared: Mapping[str, Any], params: Tree) -> list[Shape]:
-    """The shapes of params, in the order in which they are declared."""
-    shapes: list[Shape] = []
-    for name, param in declared.items():
-        value = params[name]
-        shapes.extend(_shapes(param, value) if isinstance(param, Mapping) else [tuple(value.shape)])
-    return shapes
-
-
-def _first_tensor(params: Tree, default: Any) -> Any:
-    leaves = optree.tree_leaves(params)
-    return next((leaf for leaf in leaves if isinstance(leaf, Tensor)), default)
-
-
-def _misshapen(
-    layer: Layer, declared: Mapping[str, Any], params: Tree, like: Any, prefix: str
-) -> tuple[str, Param, Shape] | None:
-    """The first parameter of another shape. Raises for another structure, dtype or device."""
-    where = f"{prefix.rstrip('.')} " if prefix else "params "
-    if not isinstance(params, dict):
-        raise TypeError(
-            f"{name_of(layer)}: expected {where}to be a dict with {_names(declared)}, "
-            f"got {type(params).__name__}"
-        )
-    if params.keys() != declared.keys():
-        raise ValueError(
-            f"{name_of(layer)}: expected {where}with {_names(declared)}, got {_names(params)}"
-        )
-    wrong = None
-    for name, param in declared.items():
-        if isinstance(param, Mapping):
-            wrong = wrong or _misshapen(layer, param, params[name], like, f"{prefix}{name}.")
-            continue
-        check_like(layer, prefix + name, params[name], like)
-        if params[name].shape != param.shape:
-            wrong = wrong or (prefix + name, param, params[name].shape)
-    return wrong
-
-
-def _names(params: Mapping[str, Any]) -> str:
-    return "keys " + ", ".join(map(repr, sorted(map(str, params)))) if params else "no keys"

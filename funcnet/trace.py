@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from funcnet.keys import Key
-from funcnet.layer import Layer, Tree, check_net, run_bwd, run_fwd
+from funcnet.layer import Layer, Tree, check_net
 from funcnet.leaves import Ancestors, Watched, has_children, joins, mapped
 from funcnet.ops.need import Need
+from funcnet.running import run_bwd, run_fwd
 
 
 class Record(NamedTuple):

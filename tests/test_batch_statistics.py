@@ -11,7 +11,7 @@ from registry import budget
 from test_properties import close
 
 import funcnet as fn
-from funcnet.layer import run_fwd
+from funcnet.running import run_fwd
 
 KEY = fn.key(0)
 

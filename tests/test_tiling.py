@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import funcnet as fn
 from funcnet.combinators import tiling
 from funcnet.combinators.cropped import placed
-from funcnet.layer import run_bwd, run_fwd, tile_of
 from funcnet.ops.need import Need
+from funcnet.running import run_bwd, run_fwd, tile_of
 from funcnet.testing import strategies
 
 LOCAL = strategies.layers(

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from funcnet.checkpoint.container import as_integers
-from funcnet.layer import Layer, Layout, Tree
+from funcnet.layer import Layer, Tree
 from funcnet.ops.stacking import stack
+from funcnet.param import Layout
 
 
 def lay_out_as_init(net: Layer, params: Tree) -> None:

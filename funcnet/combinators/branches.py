@@ -12,23 +12,10 @@ from funcnet.checks import name_of
 from funcnet.combinators.cropped import Cropped, union, within
 from funcnet.combinators.several import Several, key_of
 from funcnet.keys import Key
-from funcnet.layer import (
-    Layer,
-    Part,
-    Shape,
-    Spec,
-    Tree,
-    asks,
-    check,
-    is_fresh,
-    run_apply,
-    run_bwd,
-    run_fwd,
-    tile_of,
-    zeros_like,
-)
+from funcnet.layer import Layer, Part, Shape, Spec, Tree, asks, zeros_like
 from funcnet.ops.inplace import add_over
 from funcnet.ops.need import Need
+from funcnet.running import check, is_fresh, run_apply, run_bwd, run_fwd, tile_of
 
 
 @dataclass(frozen=True, init=False)

@@ -12,8 +12,9 @@ from torch import Tensor
 from funcnet.checks import name_of
 from funcnet.combinators.wrapper import Wrapper
 from funcnet.keys import Key
-from funcnet.layer import Tree, run_apply, run_bwd, run_fwd
+from funcnet.layer import Tree
 from funcnet.ops.need import Need
+from funcnet.running import run_apply, run_bwd, run_fwd
 
 
 class FloatingPoint:

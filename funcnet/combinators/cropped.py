@@ -11,8 +11,9 @@ from torch import Tensor
 
 from funcnet.combinators.wrapper import Wrapper
 from funcnet.keys import Key
-from funcnet.layer import Part, Shape, Tree, run_apply, run_bwd, run_fwd
+from funcnet.layer import Part, Shape, Tree
 from funcnet.ops.need import Need
+from funcnet.running import run_apply, run_bwd, run_fwd
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from funcnet.combinators.wrapper import Wrapper
 from funcnet.keys import Key
-from funcnet.layer import Tree, dx_alone, run_apply, run_fwd, zeros_like
+from funcnet.layer import Tree, zeros_like
 from funcnet.ops.need import Need
+from funcnet.running import dx_alone, run_apply, run_fwd
 
 
 @dataclass(frozen=True)

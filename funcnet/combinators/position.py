@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from funcnet.checks import name_of
+from funcnet.layer import Layer
+
 
 class Position:
     """A block that works on one child after another: what is raised in it names child `i`."""
@@ -30,3 +33,18 @@ class Position:
             error.args = given
         if hasattr(error, "add_note"):  # from Python 3.11 on
             error.add_note(f"raised in {where}")
+
+
+def step(name: str) -> str:
+    """A child on the path to a layer, as errors name it: `layer 1: `, `stem: `."""
+    if not name:
+        return ""
+    return f"layer {name}: " if name.isdecimal() else f"{name}: "
+
+
+def coupling(layer: Layer) -> str:
+    """The path to the first layer that couples examples, and its name: `layer 1: BatchNorm()`."""
+    for name, child in layer._children():
+        if child.couples_examples:
+            return step(name) + coupling(child)
+    return name_of(layer)

@@ -10,18 +10,9 @@ from torch import Tensor
 from funcnet.combinators.cropped import Cropped, cropped, placed, union, within
 from funcnet.combinators.wrapper import SameShape
 from funcnet.keys import Key
-from funcnet.layer import (
-    Layer,
-    Part,
-    Shape,
-    Tree,
-    added,
-    run_apply,
-    run_bwd,
-    run_fwd,
-    tile_of,
-)
+from funcnet.layer import Layer, Part, Shape, Tree
 from funcnet.ops.need import Need
+from funcnet.running import added, run_apply, run_bwd, run_fwd, tile_of
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,9 @@ from torch import Tensor
 from funcnet.checks import name_of
 from funcnet.combinators.several import Several, key_of
 from funcnet.keys import Key
-from funcnet.layer import (
-    Layer,
-    Shape,
-    Spec,
-    Tree,
-    added,
-    check,
-    run_apply,
-    run_bwd,
-    run_fwd,
-    zeros_like,
-)
+from funcnet.layer import Layer, Shape, Spec, Tree, zeros_like
 from funcnet.ops.need import Need
+from funcnet.running import added, check, run_apply, run_bwd, run_fwd
 
 
 @dataclass(frozen=True, init=False)

@@ -12,23 +12,10 @@ from funcnet.checks import name_of
 from funcnet.combinators import tiling
 from funcnet.combinators.several import Several
 from funcnet.keys import Key, fold_in
-from funcnet.layer import (
-    Layer,
-    Part,
-    Shape,
-    Spec,
-    Tree,
-    check,
-    is_fresh,
-    is_private,
-    run_apply,
-    run_bwd,
-    tile_of,
-    writes,
-    zeros_like,
-)
+from funcnet.layer import Layer, Part, Shape, Spec, Tree, is_private, zeros_like
 from funcnet.ops.inplace import is_eager
 from funcnet.ops.need import Need
+from funcnet.running import check, is_fresh, run_apply, run_bwd, tile_of, writes
 
 
 @dataclass(frozen=True, init=False)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from funcnet.checks import name_of
 from funcnet.combinators.branches import Branches
-from funcnet.layer import Shape, is_fresh
+from funcnet.layer import Shape
 from funcnet.ops.inplace import add_over
+from funcnet.running import is_fresh
 
 
 @dataclass(frozen=True, init=False)

@@ -12,8 +12,9 @@ from funcnet.combinators.several import key_of
 from funcnet.combinators.wrapper import SameShape
 from funcnet.fields import Size
 from funcnet.keys import Key
-from funcnet.layer import Tree, run_apply, run_bwd, run_fwd
+from funcnet.layer import Tree
 from funcnet.ops.need import Need
+from funcnet.running import run_apply, run_bwd, run_fwd
 
 
 @dataclass(frozen=True)

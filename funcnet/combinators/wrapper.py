@@ -10,7 +10,8 @@ import torch
 from funcnet.checks import name_of
 from funcnet.fields import InstanceOf
 from funcnet.keys import Key
-from funcnet.layer import Layer, Shape, Spec, Tree, check, is_fresh
+from funcnet.layer import Layer, Shape, Spec, Tree
+from funcnet.running import check, is_fresh
 
 Child: TypeAlias = Annotated[Layer, InstanceOf(lambda: Layer, "a Layer")]
 """The only layer of a combinator."""

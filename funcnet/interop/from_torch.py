@@ -18,7 +18,7 @@ from funcnet.interop.inputs import spec_of
 from funcnet.interop.report import refusal
 from funcnet.interop.twins import LAYERS
 from funcnet.interop.unrolled import UNROLLED
-from funcnet.layer import Layer, Shape, Tree, check
+from funcnet.layer import Layer, Shape, Tree
 from funcnet.layers import (
     BatchNorm,
     ChannelAffine,
@@ -30,6 +30,7 @@ from funcnet.layers import (
 )
 from funcnet.layers.pooling import AvgPool, MaxPool
 from funcnet.leaves import joined
+from funcnet.running import check
 from funcnet.tree import build
 
 Translation: TypeAlias = tuple[Layer, Tree]

@@ -34,7 +34,7 @@ from funcnet.interop.report import refusal
 from funcnet.interop.state_dict import state_dict, tensors_of
 from funcnet.interop.twins import MODULES
 from funcnet.interop.wrap import Wrapped
-from funcnet.layer import Layer, Shape, Tree, check, check_net
+from funcnet.layer import Layer, Shape, Tree, check_net
 from funcnet.layers import (
     GRU,
     LSTM,
@@ -57,6 +57,7 @@ from funcnet.layers.conv import Convolution
 from funcnet.layers.conv_transpose import ConvTranspose
 from funcnet.layers.recurrent import Recurrent
 from funcnet.leaves import joined
+from funcnet.running import check
 
 
 def to_torch(net: Layer, params: Tree, shape: Sequence[int] | None = None) -> nn.Module:

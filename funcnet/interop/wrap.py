@@ -19,9 +19,10 @@ from funcnet.compat import storage_id
 from funcnet.initializers import Initializer
 from funcnet.interop.observation import Traits, observe, shape_of_one, tensor_like
 from funcnet.keys import Key, key
-from funcnet.layer import Layer, Param, Shape, Spec, Tree
+from funcnet.layer import Layer, Shape, Spec, Tree
 from funcnet.ops.inplace import is_eager
 from funcnet.ops.need import Need
+from funcnet.param import Param
 
 
 def wrap(module: nn.Module, shape: Sequence[int]) -> tuple[Layer, Tree]:

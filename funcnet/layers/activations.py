@@ -26,10 +26,11 @@ from funcnet.compat import (
 from funcnet.fields import Axis, Finite, NonZero, OneOf, Size
 from funcnet.initializers import Constant, InitializerOrNone
 from funcnet.keys import Key
-from funcnet.layer import Layer, Param, Shape, same_part
+from funcnet.layer import Layer, Shape, same_part
 from funcnet.ops.inplace import is_eager, is_untracked
 from funcnet.ops.need import Need
 from funcnet.ops.products import over_positions
+from funcnet.param import Param
 
 _elu_backward: Callable[..., Tensor] = torch.ops.aten.elu_backward
 _gelu_backward: Callable[..., Tensor] = torch.ops.aten.gelu_backward

@@ -25,11 +25,12 @@ from funcnet.checks import name_of
 from funcnet.fields import Flag, Probability, Size
 from funcnet.initializers import Uniform, Zeros
 from funcnet.keys import Key
-from funcnet.layer import Layer, Param, Shape
+from funcnet.layer import Layer, Shape
 from funcnet.ops import attention, counter
 from funcnet.ops.need import Need
 from funcnet.ops.products import Each, Products, product_of_rows
 from funcnet.ops.window import Ints
+from funcnet.param import Param
 
 
 @dataclass(frozen=True)

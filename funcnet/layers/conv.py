@@ -29,11 +29,13 @@ from funcnet.checks import name_of
 from funcnet.fields import Flag, OneOf, Padding, Size, Sizes
 from funcnet.initializers import Initializer, InitializerOrNone, Uniform
 from funcnet.keys import Key
-from funcnet.layer import Layer, Layout, Param, Part, Shape, dx_alone
+from funcnet.layer import Layer, Part, Shape
 from funcnet.ops import convolution, kernel_products, tiles
 from funcnet.ops.need import Need
 from funcnet.ops.products import Each, Products, over_positions
 from funcnet.ops.window import Ints, Window, padding_sides
+from funcnet.param import Layout, Param
+from funcnet.running import dx_alone
 
 Method: TypeAlias = Annotated[Literal["auto", "unfold"], OneOf(("auto", "unfold"))]
 OnlyAuto: TypeAlias = Annotated[Literal["auto"], OneOf(("auto",))]

@@ -24,7 +24,7 @@ from torch import Tensor
 from funcnet.fields import Flag, Margins, Size, Sizes
 from funcnet.initializers import InitializerOrNone
 from funcnet.keys import Key
-from funcnet.layer import Layout, Param, Shape
+from funcnet.layer import Shape
 from funcnet.layers.conv import (
     Kernels,
     check_channels,
@@ -37,6 +37,7 @@ from funcnet.layers.conv import (
 from funcnet.ops import conv_transpose, convolution, kernel_products
 from funcnet.ops.need import Need
 from funcnet.ops.window import Window, padding_sides
+from funcnet.param import Layout, Param
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from funcnet.checks import name_of
 from funcnet.fields import IndexOrNone, Size
 from funcnet.initializers import Initializer, InitializerOrNone, Normal
 from funcnet.keys import Key
-from funcnet.layer import Layer, Param, Shape, Spec
+from funcnet.layer import Layer, Shape, Spec
 from funcnet.ops import native
 from funcnet.ops.inplace import is_eager
 from funcnet.ops.need import Need
 from funcnet.ops.products import Rows, rows
+from funcnet.param import Param
 
 _embedding_backward = torch.ops.aten.embedding_dense_backward
 

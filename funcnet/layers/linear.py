@@ -11,9 +11,10 @@ from torch import Tensor
 from funcnet.fields import Flag, Size
 from funcnet.initializers import InitializerOrNone, Uniform
 from funcnet.keys import Key
-from funcnet.layer import Layer, Param, Shape
+from funcnet.layer import Layer, Shape
 from funcnet.ops.need import Need
 from funcnet.ops.products import Each, Products, rows
+from funcnet.param import Param
 
 
 @dataclass(frozen=True)

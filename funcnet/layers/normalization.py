@@ -34,10 +34,12 @@ from funcnet.checks import name_of
 from funcnet.fields import Flag, Number, Size
 from funcnet.initializers import Ones, Zeros
 from funcnet.keys import Key
-from funcnet.layer import Layer, Param, Shape, Spec, dx_alone, same_part
+from funcnet.layer import Layer, Shape, Spec, same_part
 from funcnet.ops import normalization
 from funcnet.ops.need import Need
 from funcnet.ops.products import over_positions, rows
+from funcnet.param import Param
+from funcnet.running import dx_alone
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,11 @@ from funcnet.checks import name_of
 from funcnet.fields import Flag, OneOf, Size
 from funcnet.initializers import Uniform
 from funcnet.keys import Key
-from funcnet.layer import Layer, Param, Shape
+from funcnet.layer import Layer, Shape
 from funcnet.ops import recurrent
 from funcnet.ops.need import Need
 from funcnet.ops.products import Each
+from funcnet.param import Param
 
 Nonlinearity: TypeAlias = Annotated[Literal["tanh", "relu"], OneOf(("tanh", "relu"))]
 

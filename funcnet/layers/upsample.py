@@ -10,7 +10,7 @@ from torch import Tensor
 from funcnet.fields import Flag, OneOf, Padding, Sizes
 from funcnet.initializers import InitializerOrNone
 from funcnet.keys import Key
-from funcnet.layer import Layer, Layout, Param, Part, Shape
+from funcnet.layer import Layer, Part, Shape
 from funcnet.layers.conv import (
     Conv2d,
     Kernels,
@@ -25,6 +25,7 @@ from funcnet.ops import karatsuba, kernel_products, low_resolution, two_steps, u
 from funcnet.ops.need import Need
 from funcnet.ops.window import Pair, Window, padding_sides
 from funcnet.ops.without_entries import without_entries
+from funcnet.param import Layout, Param
 
 Method: TypeAlias = Annotated[
     Literal["auto", "unfold", "karatsuba"], OneOf(("auto", "unfold", "karatsuba"))

@@ -18,7 +18,7 @@ _EMPTY = "without entries, nothing is there to differ"
 EQUIVALENT: dict[str, str] = {
     "layer.Layer._admit:off-by-one:3": _REMEMBERED,
     "layer.Layer._admit:off-by-one:4": _REMEMBERED,
-    "layer._shapes:drop-call:1": _TUPLE,
+    "param._shapes:drop-call:1": _TUPLE,
     "layers.activations.PReLU:flip-flag:1": _IN_PLACE,
     "layers.activations.PReLU._bwd:drop-need:5": _NOT_NEEDED,
     "layers.conv_transpose.ConvTranspose:flip-flag:5": _IN_PLACE,

@@ -65,6 +65,8 @@ TARGETS: tuple[tuple[str, str], ...] = (
     *_families(),
     *((f"funcnet/ops/{name}.py", tests) for name, tests in _OPS.items()),
     ("funcnet/losses/*.py", "test_losses.py test_errors.py"),
+    ("funcnet/param.py", "test_layer.py test_errors.py test_attention.py test_upsample_conv.py"),
+    ("funcnet/running.py", "test_layer.py test_sequential.py test_combinators.py test_tiling.py"),
     (
         "funcnet/layer.py",
         "test_layer.py test_errors.py test_sequential.py test_combinators.py "

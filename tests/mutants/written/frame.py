@@ -59,18 +59,6 @@ LAYER = in_file(
         "a shape under torch.func is not the tensor's shape outside",
     ),
     Row(
-        "one-key-for-all-params",
-        "keys = iter(split(key, max(1, len(_flat(declared)))))",
-        "keys = iter([key] * len(_flat(declared)))",
-        "parameters are drawn independently",
-    ),
-    Row(
-        "keys-from-the-last",
-        "keys = iter(split(key, max(1, len(_flat(declared)))))",
-        "keys = iter(split(key, max(1, len(_flat(declared))))[::-1])",
-        "a parameter declared behind others does not change their numbers",
-    ),
-    Row(
         "gradients-in-other-containers",
         "return structure.unflatten(structure.flatten_up_to(dparams))",
         "return dparams",
@@ -121,8 +109,25 @@ LAYER = in_file(
     ),
 )
 
+PARAM = in_file(
+    "param.py",
+    "test_layer.py test_properties.py",
+    Row(
+        "one-key-for-all-params",
+        "keys = iter(split(key, max(1, len(_flat(declared)))))",
+        "keys = iter([key] * len(_flat(declared)))",
+        "parameters are drawn independently",
+    ),
+    Row(
+        "keys-from-the-last",
+        "keys = iter(split(key, max(1, len(_flat(declared)))))",
+        "keys = iter(split(key, max(1, len(_flat(declared))))[::-1])",
+        "a parameter declared behind others does not change their numbers",
+    ),
+)
+
 NESTED = in_file(
-    "layer.py",
+    "param.py",
     "test_attention.py",
     Row(
         "nested-params-without-keys",
@@ -161,7 +166,7 @@ PICKLES = in_file(
 )
 
 LAYOUT = in_file(
-    "layer.py",
+    "param.py",
     "test_upsample_conv.py::test_the_weight_is_laid_out_tap_by_tap",
     Row(
         "layout-forgotten",
@@ -398,6 +403,7 @@ CHECKS = in_file(
 
 FRAME = (
     *LAYER,
+    *PARAM,
     *NESTED,
     *DEVICES,
     *PICKLES,

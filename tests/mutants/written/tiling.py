@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ..mutant import Row, in_file
 
-_LAYER = in_file(
-    "layer.py",
+_RUNNING = in_file(
+    "running.py",
     "test_tiling.py",
     Row(
         "tiles-of-another-formula",
@@ -129,4 +129,4 @@ _LOW_RESOLUTION = in_file(
     ),
 )
 
-TILING = (*_LAYER, *_OPS, *_CROPPED, *_TILING, *_SUMMATION, *_HALF, *_LOW_RESOLUTION)
+TILING = (*_RUNNING, *_OPS, *_CROPPED, *_TILING, *_SUMMATION, *_HALF, *_LOW_RESOLUTION)

@@ -1,0 +1,135 @@
+"""Parameters as layers declare them: drawn, and compared with those that came."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import optree
+import torch
+from torch import Tensor
+
+from funcnet.checks import check_like, name_of
+from funcnet.initializers import Initializer
+from funcnet.keys import Key, split
+
+Layout: TypeAlias = Callable[[Tensor], Tensor]
+"""A function that returns a tensor with the same values in another memory format."""
+
+
+@dataclass(frozen=True)
+class Param:
+    """A parameter as a layer declares it: its shape, and how it is drawn."""
+
+    shape: tuple[int, ...]
+    initializer: Initializer
+
+
+Declared: TypeAlias = Mapping[str, Any]
+"""What a layer declares: a `Param`, or a dict of such, by name."""
+
+
+def draw(
+    declared: Declared,
+    key: Key,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    layout_of: Callable[[str], Layout | None],
+) -> dict[str, Any]:
+    """The parameters, each from a key of its own and in the memory format that its name wants."""
+    keys = iter(split(key, max(1, len(_flat(declared)))))
+
+    def drawn(params: Declared, prefix: str) -> dict[str, Any]:
+        return {name: drawn_one(param, prefix + name) for name, param in params.items()}
+
+    def drawn_one(param: Any, name: str) -> Any:
+        if isinstance(param, Mapping):
+            return drawn(param, f"{name}.")
+        value = param.initializer(next(keys), param.shape, dtype, device)
+        layout = layout_of(name)
+        return value if layout is None else layout(value)
+
+    return drawn(declared, "")
+
+
+def misshapen(
+    who: object, declared: Declared, params: Any, like: Any, prefix: str = ""
+) -> tuple[str, Param, tuple[int, ...]] | None:
+    """(name, what was declared, the shape that came) of the first parameter of another shape.
+
+    Raises for another structure, or another dtype or device than `like` has.
+    """
+    where = f"{prefix.rstrip('.')} " if prefix else "params "
+    if not isinstance(params, dict):
+        raise TypeError(
+            f"{name_of(who)}: expected {where}to be a dict with {_names(declared)}, "
+            f"got {type(params).__name__}"
+        )
+    if params.keys() != declared.keys():
+        raise ValueError(
+            f"{name_of(who)}: expected {where}with {_names(declared)}, got {_names(params)}"
+        )
+    wrong = None
+    for name, param in declared.items():
+        if isinstance(param, Mapping):
+            wrong = wrong or misshapen(who, param, params[name], like, f"{prefix}{name}.")
+            continue
+        check_like(who, prefix + name, params[name], like)
+        if params[name].shape != param.shape:
+            wrong = wrong or (prefix + name, param, tuple(params[name].shape))
+    return wrong
+
+
+def size_that_fits(
+    declare: Callable[[tuple[int, ...]], Declared],
+    params: Any,
+    shape: tuple[int, ...],
+    factors: Sequence[int],
+) -> tuple[int, int] | None:
+    """(axis, size) of the one size of an example with which all of params fit, if there is one.
+
+    What is tried are the sizes of params, and these times each of `factors`.
+    """
+    got = _shapes(declare(shape), params)
+    numbers = {size for shape in got for size in shape if size > 0}
+    candidates = sorted({size * factor for size in numbers for factor in (1, *factors)})
+    for axis, size in enumerate(shape):
+        for other in candidates:
+            tried = (*shape[:axis], other, *shape[axis + 1 :])
+            if other != size and [param.shape for param in _flat(declare(tried))] == got:
+                return axis, other
+    return None
+
+
+def check_no_params(who: object, params: Any) -> None:
+    """Raise ValueError unless params are ()."""
+    if not (isinstance(params, tuple) and not params):
+        got = f"a tuple of {len(params)}" if isinstance(params, tuple) else type(params).__name__
+        raise ValueError(f"{name_of(who)}: expected no parameters, (), got {got}")
+
+
+def first_tensor(params: Any, default: Any) -> Any:
+    """The first leaf of params that is a tensor, or the default."""
+    leaves = optree.tree_leaves(params)
+    return next((leaf for leaf in leaves if isinstance(leaf, Tensor)), default)
+
+
+def _flat(declared: Declared) -> list[Param]:
+    params: list[Param] = []
+    for param in declared.values():
+        params.extend(_flat(param) if isinstance(param, Mapping) else [param])
+    return params
+
+
+def _shapes(declared: Declared, params: Any) -> list[tuple[int, ...]]:
+    """The shapes of params, in the order in which they are declared."""
+    shapes: list[tuple[int, ...]] = []
+    for name, param in declared.items():
+        value = params[name]
+        shapes.extend(_shapes(param, value) if isinstance(param, Mapping) else [tuple(value.shape)])
+    return shapes
+
+
+def _names(params: Mapping[str, Any]) -> str:
+    return "keys " + ", ".join(map(repr, sorted(map(str, params)))) if params else "no keys"

@@ -1,0 +1,95 @@
+"""Running a layer inside another, which has checked what it hands on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from funcnet.checks import name_of
+from funcnet.keys import Key
+from funcnet.layer import Layer, Part, Shape, Spec, Tree, asks, is_private, public_bwd, zeros_like
+from funcnet.ops.inplace import add_over
+from funcnet.ops.need import Need
+from funcnet.param import first_tensor
+
+
+def check(layer: Layer, params: Tree, x: Spec) -> Spec:
+    """The spec of y. Raises unless params and x fit; a layer with its own `fwd` checks itself."""
+    if is_private(layer):
+        return layer._check(params, x)
+    like = x if x.dtype.is_floating_point else first_tensor(params, x)
+    return Spec(x.batch, tuple(layer.out_shape(x.shape)), like.dtype, like.device)
+
+
+def run_apply(layer: Layer, params: Tree, x: Tensor, key: Key | None) -> Tensor:
+    """y of a layer whose params and x have been checked by `check`."""
+    if is_private(layer) and type(layer).apply is Layer.apply:
+        return layer._apply(params, x, key)
+    return _as_promised(layer, x, layer.apply(params, x, key=key))
+
+
+def run_fwd(layer: Layer, params: Tree, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
+    """(y, residuals) of a layer whose params and x have been checked by `check`."""
+    cls = type(layer)
+    if cls.fwd is Layer.fwd and cls.bwd is Layer.bwd:
+        return layer._fwd(params, x, key)
+    y, residuals = layer.fwd(params, x, key=key)
+    return _as_promised(layer, x, y), residuals
+
+
+def _as_promised(layer: Layer, x: Tensor, y: Tensor) -> Tensor:
+    """y of a layer that checks for itself. Raises ValueError unless it has its `out_shape`."""
+    expected = (*x.shape[:1], *layer.out_shape(tuple(x.shape[1:])))
+    if tuple(y.shape) != expected:
+        raise ValueError(
+            f"{name_of(layer)}: expected y of shape {expected}, as out_shape says, "
+            f"got {tuple(y.shape)}"
+        )
+    return y
+
+
+def run_bwd(
+    layer: Layer, params: Tree, residuals: Any, grad: Tensor, need: Need
+) -> tuple[Tree, Tensor | None]:
+    """(dparams, dx) from the residuals of `run_fwd`; a layer runs only if one is needed."""
+    if not need.input and not asks(layer, params, need):
+        return zeros_like(params), None
+    cls = type(layer)
+    if cls.fwd is Layer.fwd and cls.bwd is Layer.bwd:
+        return layer._bwd(params, residuals, grad, need)
+    return public_bwd(layer, params, residuals, grad, need)
+
+
+def dx_alone(layer: Layer, params: Tree, residuals: Any, grad: Tensor, need: Need) -> Tensor | None:
+    """dx from the residuals of `run_fwd`, if it is needed."""
+    need = need._replace(params=False, each=False)
+    return run_bwd(layer, params, residuals, grad, need)[1] if need.input else None
+
+
+def tile_of(layer: Layer, shape: Shape, part: Part) -> tuple[Part, Layer] | None:
+    """`_tile` of a layer that has not changed what it says of."""
+    return layer._tile(shape, part) if writes(layer, "_tile") else None
+
+
+def is_fresh(layer: Layer) -> bool:
+    """Whether a layer makes and keeps the promise `_fresh`."""
+    return layer._fresh and is_private(layer)
+
+
+def added(layer: Layer, made: Tensor, given: Tensor) -> Tensor:
+    """The sum of what a layer has made and what was handed in, written over the former if new."""
+    return add_over(made, given) if is_fresh(layer) else made + given
+
+
+def writes(layer: Layer, name: str) -> bool:
+    """Whether the class that writes an attribute knows the `_fwd` and `_bwd` that go with it.
+
+    A subclass that writes one of these anew has to write the attribute, too.
+    """
+    bases = type(layer).__mro__
+    owner, *others = (
+        next((base for base in bases if attribute in vars(base)), object)
+        for attribute in (name, "_fwd", "_bwd")
+    )
+    return is_private(layer) and all(issubclass(owner, other) for other in others)

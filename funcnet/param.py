@@ -92,12 +92,11 @@ def size_that_fits(
     What is tried are the sizes of params, and these times each of `factors`.
     """
     got = _shapes(declare(shape), params)
-    numbers = {size for shape in got for size in shape if size > 0}
-    candidates = sorted({size * factor for size in numbers for factor in (1, *factors)})
-    for axis, size in enumerate(shape):
+    candidates = sorted({n * factor for shape in got for n in shape for factor in (1, *factors)})
+    for axis in range(len(shape)):
         for other in candidates:
             tried = (*shape[:axis], other, *shape[axis + 1 :])
-            if other != size and [param.shape for param in _flat(declare(tried))] == got:
+            if [param.shape for param in _flat(declare(tried))] == got:
                 return axis, other
     return None
 

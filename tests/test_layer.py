@@ -128,6 +128,55 @@ def test_nested_parameters_are_named_in_messages():
         layer.apply(params, torch.ones(2, 5, 4, 5))
 
 
+def test_the_first_of_several_wrong_parameters_is_named():
+    params, x, _ = make(Affine(), (3, 4, 5))
+    wrong = {"scale": {"weight": torch.ones(1, 3, 1)}, "bias": torch.ones(7)}
+    assert list(wrong) == list(params)
+    with pytest.raises(ValueError, match=r"expected scale.weight of shape"):
+        Affine().apply(wrong, x)
+    conv = fn.Conv2d(2, 3)
+    with pytest.raises(ValueError, match=r"expected weight of shape"):
+        conv.apply({"weight": torch.ones(2, 3, 5, 4), "bias": torch.ones(7)}, x)
+
+
+def test_a_memory_format_is_asked_for_by_the_whole_name():
+    asked = []
+
+    class Asking(Affine):
+        def _layout(self, name):
+            asked.append(name)
+
+    Asking().init(fn.key(0), (3, 4, 5))
+    assert asked == ["scale.weight", "bias"]
+
+
+def test_a_layer_may_declare_an_empty_dict():
+    class Empty(fn.ReLU):
+        def _params(self, shape):
+            return {"nothing": {}}
+
+    params, x, _ = make(Empty(), (3,))
+    assert params == {"nothing": {}}
+    assert same(Empty().apply(params, x), fn.ReLU().apply((), x))
+
+
+@pytest.mark.parametrize(("got", "fitting"), [((7, 5), r"7, \*"), ((3, 7), r"\*, 7")])
+def test_x_is_blamed_at_any_axis(got, fitting):
+    """For the one size by which all parameters would fit."""
+
+    @dataclass(frozen=True)
+    class OfEachEntry(fn.ReLU):
+        def _params(self, shape):
+            return {"weight": fn.Param(shape, Ones())}
+
+    layer = OfEachEntry()
+    with pytest.raises(ValueError, match=rf"expected x of shape \(N, {fitting}\), got \(2, 3, 5\)"):
+        layer.apply(layer.init(fn.key(0), got), torch.ones(2, 3, 5))
+    linear = fn.Linear(2)
+    with pytest.raises(ValueError, match=r"expected x of shape \(N, …, 0\), got \(2, 3\)"):
+        linear.apply(linear.init(fn.key(0), (0,)), torch.ones(2, 3))
+
+
 @pytest.mark.parametrize("layer", [NET, Affine(), Public(), fn.Sequential(Public(), Affine())])
 def test_what_is_not_asked_for_is_not_given(layer):
     params, x, grad = make(layer, (3, 4, 5))

@@ -19,6 +19,8 @@ EQUIVALENT: dict[str, str] = {
     "layer.Layer._admit:off-by-one:3": _REMEMBERED,
     "layer.Layer._admit:off-by-one:4": _REMEMBERED,
     "param._shapes:drop-call:1": _TUPLE,
+    "param.draw:off-by-one:1": "the first keys of a split are the same however many there are",
+    "param.size_that_fits:drop-call:1": "no two of the sizes tried fit at once",
     "layers.activations.PReLU:flip-flag:1": _IN_PLACE,
     "layers.activations.PReLU._bwd:drop-need:5": _NOT_NEEDED,
     "layers.conv_transpose.ConvTranspose:flip-flag:5": _IN_PLACE,

@@ -65,7 +65,11 @@ TARGETS: tuple[tuple[str, str], ...] = (
     *_families(),
     *((f"funcnet/ops/{name}.py", tests) for name, tests in _OPS.items()),
     ("funcnet/losses/*.py", "test_losses.py test_errors.py"),
-    ("funcnet/param.py", "test_layer.py test_errors.py test_attention.py test_upsample_conv.py"),
+    (
+        "funcnet/param.py",
+        "test_layer.py test_errors.py test_attention.py test_upsample_conv.py test_linear.py "
+        "test_gate_properties.py test_shape.py test_recurrent.py",
+    ),
     ("funcnet/running.py", "test_layer.py test_sequential.py test_combinators.py test_tiling.py"),
     (
         "funcnet/layer.py",

@@ -1,5 +1,6 @@
 """Hypothesis profiles, and the devices that are there.
 
+pytest -n 2                                in two processes
 pytest                                     the quick profile: the same examples every time, so that
                                            a failure is the change's
 pytest --hypothesis-profile=thorough       thousands of examples a property, new ones every time

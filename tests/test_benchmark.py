@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,18 @@ def test_clipped_sums_agree(capsys: pytest.CaptureFixture[str]) -> None:
     x, y = fn.normal(fn.key(0), (4, 1, 8, 8)), fn.permutation(fn.key(1), 4)
     assert compare(x, y, rounds=1)
     assert "torch.func.vmap of torch.nn" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("benchmark_modules")
+def test_losses_and_layers_with_keys_agree() -> None:
+    from more_layers import check, rows, timed
+
+    found = list(rows(scale=1))
+    for row in found:
+        check(row)
+    assert re.fullmatch(r"\| Huber( \| [\d.]+ ms){2} \| [\d.]+× \|", timed(found[10], 0.001))
+    with pytest.raises(AssertionError):
+        check(found[0]._replace(theirs=list))
 
 
 @pytest.mark.usefixtures("benchmark_modules")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from funcnet.checks import name_of
 from funcnet.keys import Key
-from funcnet.layer import Layer, Part, Shape, Spec, Tree, asks, is_private, public_bwd, zeros_like
+from funcnet.layer import Layer, Part, Shape, Spec, Tree, is_private, public_bwd
 from funcnet.ops.inplace import add_over
 from funcnet.ops.need import Need
 from funcnet.param import first_tensor
@@ -41,7 +41,7 @@ def run_fwd(layer: Layer, params: Tree, x: Tensor, key: Key | None) -> tuple[Ten
 def _as_promised(layer: Layer, x: Tensor, y: Tensor) -> Tensor:
     """y of a layer that checks for itself. Raises ValueError unless it has its `out_shape`."""
     expected = (*x.shape[:1], *layer.out_shape(tuple(x.shape[1:])))
-    if tuple(y.shape) != expected:
+    if y.shape != expected:
         raise ValueError(
             f"{name_of(layer)}: expected y of shape {expected}, as out_shape says, "
             f"got {tuple(y.shape)}"
@@ -52,9 +52,7 @@ def _as_promised(layer: Layer, x: Tensor, y: Tensor) -> Tensor:
 def run_bwd(
     layer: Layer, params: Tree, residuals: Any, grad: Tensor, need: Need
 ) -> tuple[Tree, Tensor | None]:
-    """(dparams, dx) from the residuals of `run_fwd`; a layer runs only if one is needed."""
-    if not need.input and not asks(layer, params, need):
-        return zeros_like(params), None
+    """(dparams, dx) from the residuals of `run_fwd`."""
     cls = type(layer)
     if cls.fwd is Layer.fwd and cls.bwd is Layer.bwd:
         return layer._bwd(params, residuals, grad, need)

@@ -122,6 +122,8 @@ def test_nested_parameters_are_named_in_messages():
     wrong = {**params, "scale": {"weight": torch.ones(1, 3, 1)}}
     with pytest.raises(ValueError, match=r"expected scale.weight of shape \(3, 1, 1\), got \(1, 3"):
         layer.apply(wrong, x)
+    with pytest.raises(TypeError, match=r"expected scale\.weight to have the dtype and dev"):
+        layer.apply({**params, "scale": {"weight": torch.ones(3, 1, 1, dtype=torch.int64)}}, x)
     with pytest.raises(TypeError, match="expected scale to be a dict with keys 'weight', got tup"):
         layer.apply({**params, "scale": ()}, x)
     with pytest.raises(ValueError, match=r"expected x of shape \(N, 3, H, W\), got \(2, 5, 4, 5\)"):
@@ -134,6 +136,14 @@ def test_the_first_of_several_wrong_parameters_is_named():
     assert list(wrong) == list(params)
     with pytest.raises(ValueError, match=r"expected scale.weight of shape"):
         Affine().apply(wrong, x)
+
+    @dataclass(frozen=True)
+    class BiasFirst(Affine):
+        def _params(self, shape):
+            return dict(reversed(super()._params(shape).items()))
+
+    with pytest.raises(ValueError, match=r"expected bias of shape"):
+        BiasFirst().apply({"bias": torch.ones(7), "scale": params["scale"]}, x)
     conv = fn.Conv2d(2, 3)
     with pytest.raises(ValueError, match=r"expected weight of shape"):
         conv.apply({"weight": torch.ones(2, 3, 5, 4), "bias": torch.ones(7)}, x)
@@ -184,6 +194,67 @@ def test_what_is_not_asked_for_is_not_given(layer):
     assert layer.vjp(params, x, grad, param_grad=False)[0] is None
     close(layer.vjp(params, x, grad, param_grad=False)[1], dx)
     close(layer.vjp(params, x, grad, input_grad=False), (dparams, None))
+
+
+AROUND = {
+    "Sequential": lambda layer: fn.Sequential(fn.Tanh(), layer, fn.ReLU()),
+    "Residual": fn.Residual,
+    "Recompute": fn.Recompute,
+    "Sum": lambda layer: fn.Sum(layer, fn.Tanh()),
+    "Product": lambda layer: fn.Product(layer, fn.Tanh()),
+    "Reversible": lambda layer: fn.Reversible(fn.Tanh(), layer),
+    "Loop": lambda layer: fn.Loop(layer, 2),
+    "Repeat": lambda layer: fn.Repeat(layer, 2),
+    "Cast": lambda layer: fn.Cast(layer, torch.float32),
+}
+around_it = pytest.mark.parametrize("around", AROUND.values(), ids=[*AROUND])
+
+
+@around_it
+@pytest.mark.parametrize("name", ["fwd", "bwd", "apply"])
+def test_what_a_subclass_overrides_is_called(around, name):
+    """Also where it overrides one of the three alone, and hands on to the others."""
+    called = []
+
+    def noted(self, *args, **kwargs):
+        called.append(name)
+        return getattr(fn.PReLU, name)(self, *args, **kwargs)
+
+    overridden = type("Noted", (fn.PReLU,), {name: noted})
+    net, plain = around(overridden()), around(fn.PReLU())
+    params, x, grad = make(plain, (4, 5))
+    if name == "apply":
+        assert same(net.apply(params, x), plain.apply(params, x))
+    assert same(net.vjp(params, x, grad), plain.vjp(params, x, grad))
+    assert set(called) == {name}
+
+
+@pytest.mark.parametrize("join", [fn.Sum, fn.Product, fn.Concat])
+def test_a_layer_whose_gradient_nobody_needs_does_not_run(join):
+    class Refusing(fn.Softsign):
+        def _bwd(self, params, residuals, dy, need):
+            raise AssertionError
+
+    net, plain = join(Refusing(), fn.PReLU()), join(fn.Softsign(), fn.PReLU())
+    params, x, grad = make(net, (4, 5))
+    dparams, dx = net.vjp(params, x, grad, input_grad=False)
+    assert same(dparams, plain.vjp(params, x, grad)[0])
+    assert dx is None
+
+
+def test_the_dtype_of_a_users_layer_is_that_of_its_x():
+    """Whatever its parameters are in, which it checks for itself."""
+    net = fn.Sequential(Public(), fn.Linear(2))
+    params, x, _ = make(net, (3,))
+    mixed = ({"w": params[0]["w"].double()}, params[1])
+    assert x.dtype == torch.float32
+    assert same(net.apply(mixed, x), net.apply(params, x))
+
+
+@pytest.mark.parametrize("params", [{}, [], ({},)])
+def test_a_layer_without_parameters_refuses_what_is_not_an_empty_tuple(params):
+    with pytest.raises(ValueError, match="ReLU\\(\\): expected no parameters, \\(\\), got"):
+        fn.ReLU().apply(params, torch.ones(2, 3))
 
 
 def test_what_writes_nothing_is_refused():

@@ -68,7 +68,7 @@ TARGETS: tuple[tuple[str, str], ...] = (
     (
         "funcnet/param.py",
         "test_layer.py test_errors.py test_attention.py test_upsample_conv.py test_linear.py "
-        "test_gate_properties.py test_shape.py test_recurrent.py",
+        "test_gate_properties.py test_shape.py test_recurrent.py test_embedding.py",
     ),
     ("funcnet/running.py", "test_layer.py test_sequential.py test_combinators.py test_tiling.py"),
     (

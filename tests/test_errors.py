@@ -339,3 +339,22 @@ def test_what_came_is_named_by_kind_and_size_where_its_code_is_long(call, messag
     with pytest.raises((TypeError, ValueError)) as caught:
         call()
     assert str(caught.value).endswith(message)
+
+
+OF_IMAGES = [
+    fn.Conv2d(2, 1),
+    fn.ConvTranspose2d(2, 1),
+    fn.UpsampleConv2d(2),
+    fn.MaxPool2d(1),
+    fn.AvgPool2d(1),
+    fn.AdaptiveAvgPool2d(1),
+    fn.AdaptiveMaxPool2d(1),
+]
+
+
+@pytest.mark.parametrize("layer", OF_IMAGES, ids=repr)
+@pytest.mark.parametrize("shape", [(0, 4, 4), (3, 0, 4), (3, 4, 0)], ids=str)
+def test_images_without_channels_or_pixels_are_refused(layer, shape):
+    got = r"images of at least 1×1, got size \(.*0" if shape[0] else "channel.* got 0"
+    with pytest.raises(ValueError, match=re.escape(f"{layer}: expected ") + f".*{got}"):
+        layer.out_shape(shape)

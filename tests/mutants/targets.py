@@ -28,6 +28,8 @@ def _family(file: Path) -> tuple[str, str]:
     for cls, row in REGISTRY.items():
         if cls.__module__ == module:
             tests += [f"test_properties.py::{test}[{cls.__name__}]" for test in _properties(row)]
+    if "_tile" in file.read_text(encoding="utf-8"):
+        tests.append("test_tiling.py")
     return file.relative_to(ROOT).as_posix(), " ".join([*tests, "test_errors.py"])
 
 

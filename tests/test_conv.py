@@ -113,6 +113,39 @@ def test_products_over_patches_are_exact(case):
     assert all(torch.equal(dparams[name], expected[name]) for name in params)
 
 
+@given(strategies.cases(cut_into_patches(), integers=True, dtypes=st.just(torch.float32)))
+def test_dweight_over_patches_is_exact(case):
+    layer, params, x = case
+    with pytest.MonkeyPatch.context() as patch:
+        for name, bound in (("_FEW_BACKWARD", -1), ("_LARGE", -1), ("_WIDE", 0)):
+            patch.setattr(patches, name, bound)
+        grad = integers(layer.apply(params, x).shape, x.dtype)
+        found = layer.vjp(params, x, grad)
+    expected = with_method(layer, "unfold").vjp(params, x, grad)
+    assert all(map(torch.equal, optree.tree_leaves(found), optree.tree_leaves(expected)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "out_channels", "kernel_size", "dtype", "faster"),
+    [
+        ((64, 160, 160), 128, 2, torch.float32, True),
+        ((64, 128, 128), 128, 2, torch.float32, False),
+        ((64, 160, 160), 64, 2, torch.float32, False),
+        ((64, 160, 160), 128, 3, torch.float32, False),
+        ((64, 160, 160), 128, 2, torch.float64, False),
+    ],
+)
+def test_dweight_of_large_images_is_faster_over_patches(
+    shape, out_channels, kernel_size, dtype, faster
+):
+    layer = fn.Conv2d(out_channels, kernel_size, stride=2)
+    x, weight = (
+        torch.empty((2, *shape), dtype=dtype),
+        torch.empty(layer._params(shape)["weight"].shape),
+    )
+    assert patches.sum_faster(x, weight, layer._window) == faster
+
+
 @pytest.mark.parametrize(
     ("batch", "out_channels", "forward", "backward"),
     [(2, 3, True, True), (14, 3, False, True), (22, 3, False, False), (5, 2000, False, False)],

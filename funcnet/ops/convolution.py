@@ -42,6 +42,9 @@ def gradients(
         dweight = None if dweight is None else dweight.squeeze(2)
         return dweight, None if dx is None else dx.squeeze(2)
     chosen = implementation(x, weight, window, method, backward=True)
+    if chosen is native and need.params and patches.sum_faster(x, weight, window):
+        dweight, _ = patches.gradients(x, weight, grad, window, need._replace(input=False))
+        return dweight, native.gradients(x, weight, grad, window, need._replace(params=False))[1]
     dweight, dx = chosen.gradients(x, weight, grad, window, need)
     return dweight, dx
 

@@ -176,3 +176,14 @@ def test_positions_drawn_and_refused():
         ValueError, match=re.escape("expected x of shape (N, T, 50), got (1, 3, 4)")
     ):
         layer.apply({"weight": weight}, torch.zeros(1, 3, 4))
+
+
+@pytest.mark.parametrize("padding_idx", [None, 0, 2])
+@pytest.mark.parametrize(
+    "around", [lambda layer: layer, lambda layer: fn.Sequential(layer, fn.Tanh())]
+)
+def test_check_vjp_knows_the_row_of_padding(around, padding_idx):
+    """Its gradient is 0 by intention; that of the others is checked."""
+    net = around(fn.Embedding(4, 2, padding_idx))
+    params = net.init(fn.key(0), (3,), dtype=torch.float64)
+    check_vjp(net, params, torch.tensor([[0, 1, 2], [2, 0, 3]]))

@@ -21,6 +21,8 @@ from registry import (
 )
 
 import funcnet as fn
+from funcnet.ops.need import Need
+from funcnet.running import is_fresh
 from funcnet.testing import check_vjp, strategies
 from funcnet.testing.registry import REGISTRY
 
@@ -229,6 +231,26 @@ def test_the_same_answer_twice_in_memory_of_its_own(cls, data):
     inputs = {leaf.untyped_storage().data_ptr() for leaf in optree.tree_leaves((params, x, grad))}
     for result in optree.tree_leaves((y, dparams, dx)):
         assert not result.numel() or result.untyped_storage().data_ptr() not in inputs
+
+
+@classes
+def test_what_may_be_written_over_is_promised(cls):
+    """Where no example of a layer keeps its results, what follows it may work in place."""
+
+    def memory(tree):
+        leaves = [leaf for leaf in optree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+        return {leaf.untyped_storage().data_ptr() for leaf in leaves if leaf.numel()}
+
+    def keeps_nothing(layer, shape):
+        params, x, dy = make(layer, shape)
+        y, residuals = layer._fwd(params, x, key_for(layer))
+        dparams, dx = layer._bwd(params, residuals, dy, Need())
+        kept = memory((x, params, residuals, dy, dparams))
+        return memory(y).isdisjoint(kept) and memory(() if dx is None else dx).isdisjoint(kept)
+
+    examples = REGISTRY[cls].examples
+    if all(keeps_nothing(*example) for example in examples):
+        assert any(is_fresh(layer) for layer, _ in examples)
 
 
 @classes

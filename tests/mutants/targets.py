@@ -28,14 +28,23 @@ def _family(file: Path) -> tuple[str, str]:
     for cls, row in REGISTRY.items():
         if cls.__module__ == module:
             tests += [f"test_properties.py::{test}[{cls.__name__}]" for test in _properties(row)]
-    if "_tile" in file.read_text(encoding="utf-8"):
-        tests.append("test_tiling.py")
+    source = file.read_text(encoding="utf-8")
+    tests += [others for name, others in _WRITTEN.items() if name in source]
     return file.relative_to(ROOT).as_posix(), " ".join([*tests, "test_errors.py"])
+
+
+_WRITTEN = {
+    "_tile": "test_tiling.py",
+    "_bwd_each": "test_per_example.py",
+    "_bwd_(": "test_sequential.py",
+}
+"""The tests of what a layer may write besides its formula."""
 
 
 def _properties(row: Row) -> Iterator[str]:
     """Yield the properties of a layer, the quickest first."""
     yield from ("test_what_is_not_asked_for_is_none", "test_out_shape_is_true")
+    yield "test_what_may_be_written_over_is_promised"
     if row.twin:
         yield "test_value_and_gradients_are_torchs"
     if row.classes is None:

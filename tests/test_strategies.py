@@ -160,6 +160,34 @@ def test_awkward_convolutions_are_in_reach(name):
     find(strategies.cases(strategies.layers(fn.Conv2d)), AWKWARD[name], settings=REACH)
 
 
+OF_ANY_RANK = [
+    cls
+    for cls, row in REGISTRY.items()
+    if len({len(shape) for _, shape in row.examples}) > 1
+    and not any(layer._children() for layer, _ in row.examples)
+]
+
+
+@pytest.mark.parametrize("cls", OF_ANY_RANK, ids=lambda cls: cls.__name__)
+def test_every_rank_is_in_reach(cls):
+    """Those of a row's examples, among others."""
+    drawn = set()
+
+    @settings(max_examples=200, derandomize=True, database=None, phases=[Phase.generate])
+    @given(strategies.cases(strategies.layers(cls)))
+    def note(case):
+        drawn.add(case.x.ndim - 1)
+
+    note()
+    assert drawn >= {len(shape) for _, shape in REGISTRY[cls].examples}
+
+
+def test_a_batch_of_one_is_in_reach_where_it_has_a_variance():
+    cases = strategies.cases(strategies.layers(fn.BatchNorm))
+    case = find(cases, lambda case: len(case.x) == 1, settings=REACH)
+    assert case.x[0, 0].numel() > 1
+
+
 NETWORKS = {
     "empty": lambda net: len(net) == 0,
     "nested": lambda net: any(isinstance(layer, fn.Sequential) and len(layer) for layer in net),

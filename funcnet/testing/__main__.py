@@ -142,13 +142,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--layer",
-        action="append",
+        action="extend",
+        nargs="+",
         choices=_LAYERS,
         metavar="LAYER",
-        help="only this one, such as Conv2d (all)",
+        help="only these, such as Conv2d (all)",
     )
     parser.add_argument(
-        "--dtype", action="append", choices=_DTYPES, help="only this one (float64 and float32)"
+        "--dtype",
+        action="extend",
+        nargs="+",
+        choices=_DTYPES,
+        metavar="DTYPE",
+        help="only these (float64 and float32)",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, … (cpu)")
     return parser

@@ -199,7 +199,8 @@ def _least_shapes(layer: Layer) -> tuple[Shape, ...]:
     ranks = (3, 2, 1, 4, 0) if axes is None or "…" in axes else (len(axes),)
     found = (_least_shape(layer, rank) for rank in ranks)
     fitting = (shape for shape in found if shape is not None)
-    return tuple(fitting if type(layer) in _LEAVES else islice(fitting, 1))
+    is_known = type(layer) in REGISTRY and not layer._children()
+    return tuple(fitting if is_known else islice(fitting, 1))
 
 
 def _least_shape(layer: Layer, rank: int) -> Shape | None:
@@ -343,8 +344,8 @@ def cases(
     layer = draw(st.one_of(_any_layers(), networks()) if layers is None else layers)
     shape = draw(shapes if isinstance(shapes, st.SearchStrategy) else shapes(layer))
     batch = draw(_batches() if batches is None else batches)
-    if layer.couples_examples:
-        batch = max(batch, 2)  # a single value per channel has no variance
+    if layer.couples_examples:  # a single value per channel has no variance
+        batch = max(batch, 2 if layer._children() or math.prod(shape[1:]) == 1 else 1)
     dtype = draw(_any_dtypes() if dtypes is None else dtypes)
     classes = _classes(layer)
     if classes is None:

@@ -231,6 +231,13 @@ def test_weights_fill_the_bound():
         assert leaf.min() < -0.9 * bound
     assert abs(float(params["weight"].mean())) < 0.02 * bound
     assert not torch.equal(params["weight"].flatten()[:64], params["bias"])
+    least = fn.Conv2d(64, 1).init(fn.key(0), (1, 8, 8))  # of one entry: the bound is 1
+    assert all(0.9 < leaf.abs().max() <= 1 for leaf in least.values())
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(ValueError, match='expected method to be "auto" or "unfold", got \'fold\''):
+        fn.Conv2d(2, 3, method="fold")
 
 
 def test_a_number_means_both_sides():

@@ -40,6 +40,10 @@ class Affine(torch.autograd.Function):
             dbias = None
         if cls.fault == "needs both" and not all(ctx.needs_input_grad[:2]) and dx is not None:
             dx = 2 * dx
+        if cls.fault == "refuses strides" and 0 in grad.stride():
+            raise RuntimeError("no stride of 0")
+        if cls.fault == "view of x":
+            x.view(-1)
         if cls.fault == "layout" and not grad.is_contiguous() and dx is not None:
             dx = dx + 1
         return dx, dweight, dbias
@@ -72,6 +76,21 @@ def test_faults_are_named(fault):
     with pytest.raises(GradientMismatch, match=FAULTS[fault]) as caught:
         check_function(affine(fault), draw(3, 4), draw(2, 4, key=1), draw(2, key=2))
     assert str(caught.value).startswith("Affine: ")
+
+
+LAYOUTS_REFUSED = {
+    "refuses strides": "raised by a gradient in the memory layout 'expanded'",
+    "view of x": "raised by inputs[0] in the memory layout 'transposed'",
+}
+
+
+@pytest.mark.skipif(not hasattr(Exception, "add_note"), reason="notes came with Python 3.11")
+@pytest.mark.parametrize("fault", LAYOUTS_REFUSED)
+def test_an_error_in_one_memory_layout_names_it(fault):
+    with pytest.raises(RuntimeError) as caught:
+        check_function(affine(fault), draw(3, 4), draw(2, 4, key=1))
+    assert "check_function" not in str(caught.value)
+    assert caught.value.__notes__ == [f"check_function: {LAYOUTS_REFUSED[fault]}"]
 
 
 class Polar(torch.autograd.Function):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -60,7 +61,8 @@ def check_function(
 
     `rtol`, `atol` and `budget` are as in `check_vjp`. Raises GradientMismatch; TypeError without a
     floating-point tensor among the inputs and parameters; ValueError if no gradient could be wrong;
-    and every exception of the function, unchanged.
+    and every exception of the function, unchanged but for a note that names the memory layout, if
+    another one raised none.
 
     >>> class Square(torch.autograd.Function):
     ...     @staticmethod
@@ -326,21 +328,34 @@ def _check_layouts(case: FunctionCase, gradients: Leaves) -> None:
         for name, grad in other_layouts(part):
             laid = [grad if j == i else other for j, other in enumerate(parts)]
             straight = [row_major(grad) if j == i else other for j, other in enumerate(parts)]
-            expect_close(
-                replace(case, grad=_joined(straight)),
-                f"a gradient in the memory layout {name!r} changes the gradient",
-                case.gradients_by(everything, laid),
-                case.gradients_by(everything, straight),
-            )
+            where = f"a gradient in the memory layout {name!r}"
+            want = case.gradients_by(everything, straight)
+            with _named_in_errors(where):
+                got = case.gradients_by(everything, laid)
+            laid_out = replace(case, grad=_joined(straight))
+            expect_close(laid_out, f"{where} changes the gradient", got, want)
     leaves = case.leaves
     for i in range(case.first_of_x, len(leaves)):
         for name, x in other_layouts(leaves[i]):
             if not same(x, leaves[i]):
                 continue  # an expanded tensor has other numbers
             there = case.at([*leaves[:i], x, *leaves[i + 1 :]])
-            complaint = f"{case.names[i]} in the memory layout {name!r} changes"
-            expect_close(case, f"{complaint} the result", [there.apply()], [case.apply()], True)
-            expect_close(case, f"{complaint} the gradient", there.gradients(), gradients)
+            where = f"{case.names[i]} in the memory layout {name!r}"
+            with _named_in_errors(where):
+                y, got = there.apply(), there.gradients()
+            expect_close(case, f"{where} changes the result", [y], [case.apply()], True)
+            expect_close(case, f"{where} changes the gradient", got, gradients)
+
+
+@contextmanager
+def _named_in_errors(where: str) -> Iterator[None]:
+    """Note on an exception of the function where it was raised, which changes it no further."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, GradientMismatch) and hasattr(error, "add_note"):  # Python 3.11
+            error.add_note(f"check_function: raised by {where}")
+        raise
 
 
 def _check_in_own_dtype(case: FunctionCase, dtype: torch.dtype) -> None:

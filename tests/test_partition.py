@@ -162,6 +162,17 @@ def test_partitions_nest():
     close(new, {"x": {"a": torch.tensor([0.9]), "b": torch.ones(1)}, "y": torch.tensor([0.9])})
 
 
+def test_every_partition_labels_by_the_paths_of_the_tree():
+    tree = {"x": [torch.ones(1), torch.ones(1)], "a.b": torch.ones(1)}
+    seen = []
+    nested = fn.Partition(lambda path, leaf: seen.append(path) or "a", {"a": SGD})
+    for _ in range(2):
+        nested = fn.Partition(lambda path, leaf: "in", {"in": nested, "out": SGD})
+    state = nested.init(tree)
+    nested.step(tree, tree, state)
+    assert seen == ["a%2Eb", "x.0", "x.1"] * 2
+
+
 def test_over_stacked_parameters():
     params = {"w": fn.normal(fn.key(0), (3, 2, 2)), "b": fn.normal(fn.key(1), (3, 2))}
     partition = fn.Partition(by_rank, {"decay": ADAMW, "plain": SGD})

@@ -20,6 +20,9 @@ from funcnet.tree import leaf_names
 Label: TypeAlias = Callable[[str, Tensor], str]
 """A function (path, leaf) -> name."""
 
+Named: TypeAlias = dict[str, Any]
+"""Leaves by path."""
+
 
 class PartitionState(NamedTuple):
     """The state of `Partition`: by name, the state of each part's optimiser."""
@@ -72,7 +75,8 @@ class Partition(Optimizer[PartitionState]):
 
     A path is a leaf's name in files, such as "2.weight" (`funcnet.tree`). A part whose optimiser is
     None is frozen: its leaves come back as they are, its gradients may be anything, and no time is
-    spent on them. Every other part's optimiser is handed dicts of leaves by path.
+    spent on them. Every other part's optimiser is handed dicts of leaves by path. A Partition among
+    the parts labels by the same paths.
 
     Raises TypeError for what is not an optimiser, and ValueError for a label that is not a name of
     a part, before anything is changed. Raises what the parts raise, before anything is changed.
@@ -101,41 +105,56 @@ class Partition(Optimizer[PartitionState]):
     def init(self, params: Tree) -> PartitionState:
         """The parts' states before the first step."""
         leaves, structure = optree.tree_flatten(params)
-        paths = self._paths(leaves, structure)
+        return self._init_parts(dict(zip(_names(structure), leaves, strict=True)))
+
+    def _init_parts(self, params: Named) -> PartitionState:
+        parts = self._parts(params)
         return PartitionState(
-            {
-                name: optimizer.init({path: leaves[i] for path, i in paths[name].items()})
-                for name, optimizer in self._active()
-            }
+            {name: _init(optimizer, parts[name]) for name, optimizer in self._active()}
         )
 
     def _prepare(self, params: Tree, grads: Tree, state: Any, write: bool) -> Steps[PartitionState]:
+        leaves, structure = optree.tree_flatten(params)
+        gs = flatten_up_to("Partition", "grads", grads, structure)
+        names = _names(structure)
+        step_of_parts = self._prepare_parts(
+            dict(zip(names, leaves, strict=True)), dict(zip(names, gs, strict=True)), state, write
+        )
+
+        def step() -> tuple[Tree, PartitionState]:
+            new, new_state = step_of_parts()
+            return params if write else structure.unflatten(new.values()), new_state
+
+        return step
+
+    def _prepare_parts(
+        self, params: Named, grads: Named, state: Any, write: bool
+    ) -> Steps[PartitionState]:
+        """The step of a dict of leaves by path, in the same order."""
         names = [name for name, _ in self._active()]
         if not isinstance(state, PartitionState) or sorted(state.parts) != names:
             raise TypeError(
                 f"Partition: expected a PartitionState of {names}, as init makes it, "
                 f"got {state!r:.80}"
             )
-        leaves, structure = optree.tree_flatten(params)
-        gs = flatten_up_to("Partition", "grads", grads, structure)
-        paths = self._paths(leaves, structure)
+        parts = self._parts(params)
         steps = {
-            name: optimizer._prepare(
-                {path: leaves[i] for path, i in paths[name].items()},
-                {path: gs[i] for path, i in paths[name].items()},
+            name: _prepare(
+                optimizer,
+                parts[name],
+                {path: grads[path] for path in parts[name]},
                 state.parts[name],
                 write,
             )
             for name, optimizer in self._active()
         }
 
-        def step() -> tuple[Tree, PartitionState]:
-            new_leaves, states = list(leaves), {}
+        def step() -> tuple[Named, PartitionState]:
+            new, states = dict(params), {}
             for name, step_of_part in steps.items():
                 part, states[name] = step_of_part()
-                for path, i in paths[name].items():
-                    new_leaves[i] = part[path]
-            return params if write else structure.unflatten(new_leaves), PartitionState(states)
+                new.update(part)
+            return new, PartitionState(states)
 
         return step
 
@@ -144,20 +163,35 @@ class Partition(Optimizer[PartitionState]):
         parts: Any = self.optimizers
         return [(name, optimizer) for name, optimizer in parts if optimizer is not None]
 
-    def _paths(
-        self, leaves: list[Tensor], structure: optree.PyTreeSpec
-    ) -> dict[str, dict[str, int]]:
-        """For each part, by name, the paths of its leaves and their positions."""
-        paths: dict[str, dict[str, int]] = {name: {} for name in dict(self.optimizers)}
-        for i, (path, leaf) in enumerate(zip(_names(structure), leaves, strict=True)):
+    def _parts(self, params: Named) -> dict[str, Named]:
+        """The leaves of each part, by name."""
+        parts: dict[str, Named] = {name: {} for name in dict(self.optimizers)}
+        for path, leaf in params.items():
             name = self.label(path, leaf)
-            if not isinstance(name, str) or name not in paths:
+            if not isinstance(name, str) or name not in parts:
                 raise ValueError(
-                    f"Partition: expected label({path!r}, leaf) to be one of {[*paths]}, "
+                    f"Partition: expected label({path!r}, leaf) to be one of {[*parts]}, "
                     f"got {name!r}"
                 )
-            paths[name][path] = i
-        return paths
+            parts[name][path] = leaf
+        return parts
+
+
+# The keys of a part are paths of the whole tree: a Partition inside labels by them as they are.
+
+
+def _init(optimizer: Optimizer[Any], part: Named) -> Any:
+    if isinstance(optimizer, Partition):
+        return optimizer._init_parts(part)
+    return optimizer.init(part)
+
+
+def _prepare(
+    optimizer: Optimizer[Any], part: Named, grads: Named, state: Any, write: bool
+) -> Steps[Any]:
+    if isinstance(optimizer, Partition):
+        return optimizer._prepare_parts(part, grads, state, write)
+    return optimizer._prepare(part, grads, state, write)
 
 
 def _names(structure: optree.PyTreeSpec) -> list[str]:

@@ -30,7 +30,7 @@ _KEY_BYTES = 16
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Key:
     """A source of random numbers that is a value: immutable, hashable, picklable. Made by `key`."""
 
@@ -56,8 +56,6 @@ class Key:
 
 class _TracedKey(Key):
     """A key that is derived in a function which torch.compile traces: its halves are a tensor."""
-
-    __slots__ = ()
 
     def __init__(self, halves: Tensor) -> None:
         object.__setattr__(self, "_halves", halves)

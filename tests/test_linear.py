@@ -56,6 +56,7 @@ def test_drawn_as_torch_draws_them():
         assert leaf.abs().max() <= 0.05
         assert leaf.std() == pytest.approx(0.05 / 3**0.5, rel=0.1)
     assert list(fn.Linear(3, bias=False).init(fn.key(0), (2,))) == ["weight"]
+    assert fn.Linear(300).init(fn.key(0), (0, 400))["bias"].equal(params["bias"])
 
 
 def test_drawn_as_it_is_told():
@@ -70,6 +71,7 @@ def test_drawn_as_it_is_told():
 
 
 def test_features_of_nothing():
+    assert not fn.Linear(2).init(fn.key(0), (0,))["bias"].any()  # as in torch
     layer = fn.Linear(2, bias_init=Constant(3.0))
     params = layer.init(fn.key(0), (0,))
     assert layer.apply(params, torch.zeros(4, 0)).tolist() == [[3, 3]] * 4

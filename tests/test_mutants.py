@@ -6,7 +6,10 @@ All of it: `python -m tests.mutants`.
 from __future__ import annotations
 
 import ast
+import importlib
 import re
+import signal
+import sys
 import tokenize
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +19,14 @@ from io import StringIO
 import pytest
 from mutants import __main__ as command
 from mutants import runner
+from mutants.collected import Planted, collected
 from mutants.equivalent import EQUIVALENT
 from mutants.generate import generate, mutants_of, sample
 from mutants.mutant import GateError, Written
 from mutants.operators import OPERATORS
 from mutants.runner import ROOT, Outcome, Verdict, examine, gate, plant, snapshot
 from mutants.source import Source
+from mutants.swap import swap
 from mutants.targets import TARGETS
 from mutants.written import WRITTEN
 
@@ -392,6 +397,102 @@ def test_a_row_that_does_not_apply_once_is_refused(old):
 def test_a_row_without_its_file_is_refused():
     with pytest.raises(GateError, match=r"harmless: there is no file funcnet/nothing.py"):
         gate([replace(HARMLESS, file="funcnet/nothing.py")])
+
+
+# --- Tests that are collected once
+
+
+MODULE = """
+def once(f):
+    def call(self):
+        return f(self) + 1
+    return call
+
+class A:
+    n = 3
+
+    @once
+    def method(self):
+        return 10
+
+    @property
+    def value(self):
+        return [i + 20 for i in range(1)][0]
+
+    @staticmethod
+    def make():
+        return lambda: 30
+
+    def default(self, n=40):
+        return n
+
+make = A.make()
+
+def gone():
+    return 50
+
+del gone
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    path = tmp_path / "some_module.py"
+    path.write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("some_module")
+    del sys.modules["some_module"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "changed"),
+    [
+        ("return 10", "return 11", [12, 20, 30, 30, 40]),
+        ("f(self) + 1", "f(self) - 1", [9, 20, 30, 30, 40]),
+        ("i + 20", "i + 21", [11, 21, 30, 30, 40]),
+        ("lambda: 30", "lambda: 31", [11, 20, 31, 31, 40]),
+        ("return n", "\n        return n + 1", [11, 20, 30, 30, 41]),
+        # The body of a class has run, a function with other variables around it is another one, and
+        # one that is gone cannot change.
+        ("n = 3", "n = 4", None),
+        ("n=40", "n=41", None),
+        ("return f(self) + 1", "return 1", None),
+        ("return 50", "return 51", None),
+    ],
+)
+def test_a_bug_in_a_function_is_planted_where_it_lives(module, old, new, changed):
+    def values():
+        a = module.A()
+        return [a.method(), a.value, module.make(), module.A.make()(), a.default()]
+
+    assert values() == [11, 20, 30, 30, 40]
+    assert swap(module.__file__, MODULE, MODULE.replace(old, new)) == (changed is not None)
+    assert values() == (changed or [11, 20, 30, 30, 40])
+
+
+def test_tests_that_are_collected_once():
+    bugs = {
+        HARMLESS.old: 0,
+        "difference = 1\n": 1,
+        "__import__('os').abort()\n": -signal.SIGABRT,
+        "__import__('os')._exit(0)\n": 0,
+        "difference = x - target)\n": int(pytest.ExitCode.INTERNAL_ERROR),
+    }
+    test = "tests/test_losses.py::test_autograd_follows_apply"
+    with snapshot() as tree, collected(tree, [*runner.ARGUMENTS, test]) as runs:
+        file, source = str(tree / HARMLESS.file), (tree / HARMLESS.file).read_text()
+        everything = runs.run(None, limit=300)
+        assert everything.code == 0
+        assert all(name.startswith(test) for name in everything.seconds)
+        for bug, code in bugs.items():
+            run = runs.run(Planted(file, source, source.replace(HARMLESS.old, bug)), limit=300)
+            assert run.code == code
+            assert run.failed.startswith(test if code == 1 else "")
+            assert (run.seconds == {}) == (code not in (0, 1) or "exit" in bug)
+        forever = source.replace(HARMLESS.old, "while True: pass\n")
+        assert runs.run(Planted(file, source, forever), limit=1) is None
+        outside = source.replace('"mean"', '"sum"')
+        assert runs.run(Planted(file, source, outside), limit=300).code is None
 
 
 # --- The command

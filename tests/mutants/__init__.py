@@ -7,6 +7,7 @@
 
 Most bugs are generated: `operators.py` makes them from the files in `targets.py`, and those that
 change nothing are listed in `equivalent.py`. `written/` holds bugs written by hand, for the
-derivations. `runner.py` plants a bug in a copy of the source tree and runs the suite there,
-`forked.py` starts pytest without importing torch anew, and `plugin.py` is what pytest loads.
+derivations. `runner.py` judges a bug: in a process that has collected the tests (`collected.py`,
+where `swap.py` plants it), or in a copy of the source tree. `forked.py` starts pytest without
+importing torch anew, and `plugin.py` is what pytest loads.
 """

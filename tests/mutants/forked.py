@@ -16,15 +16,15 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
     [
         *("torch", "torch.func", "torch.testing", "optree", "safetensors.torch"),
         *("numpy", "numpy.random", "pytest", "hypothesis", "hypothesis.strategies"),
     ]
 )
 # A process is started and ended in one thread at a time: multiprocessing keeps a list of them.
-_LOCK = threading.Lock()
+LOCK = threading.Lock()
 
 
 def run_pytest(tree: Path, arguments: Sequence[str], limit: float | None = None) -> tuple[int, str]:
@@ -34,8 +34,8 @@ def run_pytest(tree: Path, arguments: Sequence[str], limit: float | None = None)
     """
     with TemporaryDirectory(prefix="funcnet-run-") as folder:
         output = Path(folder) / "output"
-        process = _CONTEXT.Process(target=_run, args=(str(tree), list(arguments), str(output)))
-        with _LOCK:
+        process = CONTEXT.Process(target=_run, args=(str(tree), list(arguments), str(output)))
+        with LOCK:
             process.start()
         ended = False
         try:
@@ -43,7 +43,7 @@ def run_pytest(tree: Path, arguments: Sequence[str], limit: float | None = None)
         finally:
             if not ended:
                 _kill(process.pid)
-            with _LOCK:
+            with LOCK:
                 process.join()
         if not ended:
             raise TimeoutError(f"after {limit:.0f} s")
@@ -60,11 +60,21 @@ def _kill(pid: int) -> None:
 
 def _run(tree: str, arguments: list[str], output: str) -> None:
     """Run pytest in a tree, in the forked process, and exit with its code."""
-    os.setsid()
-    threading.Thread(target=_end_with_the_gate, daemon=True).start()
     with open(output, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    enter(tree)
+    import pytest
+
+    from . import plugin
+
+    sys.exit(int(pytest.main(arguments, plugins=[plugin])))
+
+
+def enter(tree: str) -> None:
+    """Make a forked process ready to run the tests of a tree, and to end when the gate does."""
+    os.setsid()
+    threading.Thread(target=_end_with_the_gate, daemon=True).start()
     os.chdir(tree)
     paths = [tree, os.path.join(tree, "tests")]
     sys.path[:0] = paths
@@ -75,13 +85,9 @@ def _run(tree: str, arguments: list[str], output: str) -> None:
         OMP_NUM_THREADS="1",
         HYPOTHESIS_PROFILE="quick",
     )
-    import pytest
     import torch
 
-    from . import plugin
-
     torch.set_num_threads(1)
-    sys.exit(int(pytest.main(arguments, plugins=[plugin])))
 
 
 def _end_with_the_gate() -> None:

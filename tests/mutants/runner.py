@@ -5,9 +5,11 @@ from __future__ import annotations
 import compileall
 import enum
 import importlib.util
+import math
 import shutil
 import signal
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from .collected import Collected, Planted, collected
 from .forked import run_pytest
 from .mutant import GateError, Generated, Mutant
 
@@ -29,7 +32,7 @@ _LEFT_OUT = (
     *("test_denoise.py", "test_denoise_apply.py", "test_benchmark.py", "test_examples.py"),
     *("test_verify_your_layer.py", "test_verify_a_kernel.py", "test_docs.py"),
 )
-_ARGUMENTS = [
+ARGUMENTS = [
     *("-q", "-x", "--tb=no", "-rfE"),
     *("-p", "no:cacheprovider"),
     "--assert=plain",  # nobody reads what was compared, and modules load from their bytecode
@@ -82,13 +85,15 @@ def gate(
     """
     equivalent = equivalent or {}
 
-    def first(mutant: Mutant) -> Outcome:
-        outcome = _patiently(mutant, tree, mutant.tests, limits[mutant.tests])
-        if mutant.name in equivalent:
-            outcome = _as_listed(outcome, equivalent[mutant.name])
-        if quick or outcome.verdict is not Verdict.SURVIVED:
-            report(outcome)
-        return outcome
+    def first(group: Sequence[Mutant]) -> list[Outcome]:
+        outcomes = []
+        for outcome in _examine_in_turn(group, tree):
+            if outcome.mutant.name in equivalent:
+                outcome = _as_listed(outcome, equivalent[outcome.mutant.name])
+            if quick or outcome.verdict is not Verdict.SURVIVED:
+                report(outcome)
+            outcomes.append(outcome)
+        return outcomes
 
     def second(outcome: Outcome) -> Outcome:
         if outcome.verdict is Verdict.SURVIVED:
@@ -99,14 +104,48 @@ def gate(
     with snapshot() as tree, ThreadPoolExecutor(jobs) as pool:
         for mutant in mutants:
             plant(mutant, tree)
-        named = list(dict.fromkeys(mutant.tests for mutant in mutants))
-        times = pool.map(lambda tests: baseline(tree, tests), named)
-        limits = dict(zip(named, map(_limit, times), strict=True))
-        outcomes = list(pool.map(first, mutants))
+        found = {o.mutant: o for some in pool.map(first, _groups(mutants, jobs)) for o in some}
+        outcomes = [found[mutant] for mutant in mutants]
         if quick or all(outcome.verdict is not Verdict.SURVIVED for outcome in outcomes):
             return outcomes
         limit = jobs * _limit(baseline(tree, SUITE))
         return list(pool.map(second, outcomes))
+
+
+def _groups(mutants: Sequence[Mutant], jobs: int) -> Iterator[list[Mutant]]:
+    """Yield the mutants that meet the same tests, large groups in a part for each job."""
+    by_tests = defaultdict(list)
+    for mutant in mutants:
+        by_tests[mutant.tests].append(mutant)
+    for group in by_tests.values():
+        size = max(20, -(-len(group) // jobs))
+        yield from (group[start : start + size] for start in range(0, len(group), size))
+
+
+def _examine_in_turn(group: Sequence[Mutant], tree: Path) -> Iterator[Outcome]:
+    """Yield the outcomes of mutants that meet the same tests, which are collected once."""
+    tests = group[0].tests
+    with collected(tree, [*ARGUMENTS, *tests]) as runs:
+        start = time.monotonic()
+        whole = runs.run(None, math.inf)
+        if whole is None or whole.code != 0:
+            baseline(tree, tests)  # which says what is wrong
+            raise GateError(f"{' '.join(tests)} do not pass where they are collected once")
+        limit = _limit(time.monotonic() - start)
+        for mutant in group:
+            yield _in_functions(mutant, tree, runs, limit) or _patiently(mutant, tree, tests, limit)
+
+
+def _in_functions(mutant: Mutant, tree: Path, runs: Collected, limit: float) -> Outcome | None:
+    """Run collected tests against a mutant; None if that does not kill it."""
+    start = time.monotonic()
+    path = tree / mutant.file
+    planted = Planted(str(path), path.read_text("utf-8"), plant(mutant, tree))
+    run = runs.run(planted, limit)
+    if run is None or not ((run.code == 1 and run.failed) or run.code in _CRASHES):
+        return None
+    detail = f"FAILED {run.failed}" if run.code == 1 else _crash(run.code)
+    return Outcome(mutant, Verdict.KILLED, detail, time.monotonic() - start)
 
 
 @contextmanager
@@ -131,7 +170,7 @@ def plant(mutant: Mutant, tree: Path) -> str:
 def baseline(tree: Path, tests: Sequence[str]) -> float:
     """Return the seconds that tests take without a bug. Raise GateError if they do not pass."""
     start = time.monotonic()
-    code, output = run_pytest(tree, [*_ARGUMENTS, *tests])
+    code, output = run_pytest(tree, [*ARGUMENTS, *tests])
     if code != 0:
         raise GateError(f"without a bug, {' '.join(tests)} do not pass:\n{output}")
     return time.monotonic() - start
@@ -147,7 +186,7 @@ def examine(mutant: Mutant, tree: Path, tests: Sequence[str], limit: float) -> O
         file.write_text(plant(mutant, tree), "utf-8")
         Path(importlib.util.cache_from_source(str(file))).unlink(missing_ok=True)
         try:
-            verdict, detail = _judge(mutant, *run_pytest(copy, [*_ARGUMENTS, *tests], limit))
+            verdict, detail = _judge(mutant, *run_pytest(copy, [*ARGUMENTS, *tests], limit))
         except TimeoutError as error:
             verdict, detail = Verdict.TIMED_OUT, str(error)
     return Outcome(mutant, verdict, detail, time.monotonic() - start)
@@ -178,10 +217,14 @@ def _judge(mutant: Mutant, code: int, output: str) -> tuple[Verdict, str]:
     if code == 1 and failures:
         return Verdict.KILLED, failures[0].split(" - ")[0]
     if code in _CRASHES:
-        return Verdict.KILLED, f"the process ended by {signal.Signals(-code).name}"
+        return Verdict.KILLED, _crash(code)
     if code == 4 and isinstance(mutant, Generated):
         return Verdict.KILLED, "the tests cannot be collected"
     return Verdict.ERROR, f"pytest ended with {code}:\n{output}"
+
+
+def _crash(code: int) -> str:
+    return f"the process ended by {signal.Signals(-code).name}"
 
 
 def _limit(seconds: float) -> float:

@@ -152,7 +152,10 @@ class Layer(Hyperparameters):
         raise NotImplementedError
 
     def _bwd(self, params: Any, residuals: Any, grad: Tensor, need: Need) -> tuple[Any, Any]:
-        """(dparams, dx); what is not needed may be None."""
+        """(dparams, dx); what is not needed may be None.
+
+        A layer without parameters is asked for dx, or not at all.
+        """
         raise NotImplementedError
 
     def _bwd_each(self, params: Any, residuals: Any, grad: Tensor, need: Need) -> tuple[Any, Any]:

@@ -4,6 +4,7 @@ not asked for is not computed. The tests across all layers cover the rest."""
 import dataclasses
 import pickle
 from dataclasses import dataclass
+from itertools import product
 from typing import ClassVar
 
 import optree
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from registry import make
 from test_properties import close, same
 
 import funcnet as fn
@@ -775,3 +777,50 @@ def test_what_shares_memory_with_gradients_of_parameters_is_not_written_to():
         expected = torch.autograd.grad(y, leaves, grad)
         dparams, _ = net.vjp(params, x, grad)
         assert same(optree.tree_leaves(dparams), list(expected)), net
+
+
+@dataclass(frozen=True)
+class OnlyForDx(fn.Layer):
+    """Halves x; refuses to be asked for nothing."""
+
+    def _fwd(self, params, x, key):
+        return x / 2, None
+
+    def _bwd(self, params, residuals, dy, need):
+        assert need.input
+        return (), dy / 2
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        OnlyForDx(),
+        *(fn.Sequential(OnlyForDx(), fn.Linear(4)), fn.Sequential(fn.Linear(4), OnlyForDx())),
+        *(fn.Sum(OnlyForDx(), fn.Linear(4)), fn.Product(fn.Linear(4), OnlyForDx())),
+        *(fn.Concat(OnlyForDx(), fn.Linear(4)), fn.Concat(OnlyForDx(), fn.Identity())),
+        *(fn.Residual(OnlyForDx()), fn.Recompute(OnlyForDx()), fn.Cast(OnlyForDx(), torch.float64)),
+        *(fn.Loop(OnlyForDx(), 2), fn.Repeat(OnlyForDx(), 2)),
+        fn.Loop(fn.Sequential(OnlyForDx(), fn.Linear(4)), 2),
+        fn.Repeat(fn.Sequential(OnlyForDx(), fn.Linear(4)), 2),
+        fn.Recompute(fn.Sum(OnlyForDx(), fn.Sequential(OnlyForDx(), fn.Linear(4)))),
+        *(fn.Reversible(OnlyForDx(), fn.Linear(2)), fn.Reversible(fn.Linear(2), OnlyForDx())),
+        fn.Reversible(OnlyForDx(), OnlyForDx()),
+        fn.Sequential(OnlyForDx(), fn.Frozen(fn.Linear(4)), OnlyForDx(), fn.Linear(4)),
+        fn.Sequential(fn.Frozen(fn.Sum(OnlyForDx(), fn.Linear(4))), OnlyForDx()),
+    ],
+    ids=str,
+)
+def test_a_layer_without_parameters_is_asked_for_dx_or_not_at_all(net):
+    params, x, grad = make(net, (4,))
+    for needs in product((True, False), repeat=2):
+        _, residuals = net.fwd(params, x)
+        net.bwd(params, residuals, grad, input_grad=needs[0], param_grad=needs[1])
+    target = torch.zeros_like(grad)
+    fn.value_and_grad(net, fn.MSE())(params, x, target)
+    fn.value_and_grad(net, fn.MSE(), micro_batch=1)(params, x, target)
+    fn.per_example(net, fn.MSE())(params, x, target)
+    fn.gradient_norms(net, fn.MSE())(params, x, target)
+    fn.clipped_value_and_grad(net, fn.MSE(), 1.0)(params, x, target)
+    for _ in fn.gradients_by_layer(net, fn.MSE())(params, x, target):
+        pass
+    fn.trace(net, params, x, grad)

@@ -19,6 +19,7 @@ from registry import (
     key_for,
     make,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import funcnet as fn
 from funcnet.ops.need import Need
@@ -279,6 +280,43 @@ def test_what_is_not_asked_for_is_none(cls, data):
     assert nothing is None
     close(alone, dx)
     assert layer.bwd(params, residuals, grad, input_grad=False, param_grad=False) == (None, None)
+
+
+class Operations(TorchDispatchMode):
+    """Notes the operations that run, and which results they are asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.ran = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        masks = [arg for arg in args if isinstance(arg, list) and all(type(b) is bool for b in arg)]
+        self.ran.append((str(function), masks))
+        return function(*args, **(kwargs or {}))
+
+
+KERNELS_OF_BOTH = (fn.PReLU, fn.LSTM)
+"""Layers whose kernel computes the gradients of x and of the parameters at once."""
+
+
+@examples
+def test_what_is_not_asked_for_is_not_computed(layer, shape):
+    params, x, grad = make(layer, shape)
+    _, residuals = layer.fwd(params, x, key=key_for(layer))
+
+    def operations(**needs):
+        with Operations() as operations:
+            layer.bwd(params, residuals, grad, **needs)
+        return operations.ran
+
+    both, of_params = operations(), operations(input_grad=False)
+    assert operations(input_grad=False, param_grad=False) == []
+    if not optree.tree_leaves(params):
+        assert of_params == []
+    elif not x.is_floating_point():
+        assert operations(param_grad=False) == []
+    elif not isinstance(layer, KERNELS_OF_BOTH):
+        assert of_params != both != operations(param_grad=False)
 
 
 # --- Layers are values

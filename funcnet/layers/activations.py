@@ -74,7 +74,7 @@ class Activation(Layer):
         return y, y if self._keeps_y else x
 
     def _bwd(self, params: Any, kept: Tensor, dy: Tensor, need: Need) -> Any:
-        return (), self._slope(kept, dy) if need.input else None
+        return (), self._slope(kept, dy)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class InPlace(Activation):
         return y, y
 
     def _bwd_(self, params: Any, y: Tensor, dy: Tensor, need: Need) -> Any:
-        return (), self._slope_(y, dy) if need.input else None
+        return (), self._slope_(y, dy)
 
 
 def _over(dy: Tensor, backward: Any, *others: Any) -> Tensor:

@@ -70,8 +70,6 @@ class Dropout(Layer):
         return self._drop(x, keep), keep
 
     def _bwd(self, params: Any, keep: Tensor | None, dy: Tensor, need: Need) -> Any:
-        if not need.input:
-            return (), None
         return (), dy.clone() if keep is None else self._drop(dy, keep)
 
     def _fwd_(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor | None]:
@@ -81,8 +79,6 @@ class Dropout(Layer):
         return self._drop_(x, keep), keep
 
     def _bwd_(self, params: Any, keep: Tensor | None, dy: Tensor, need: Need) -> Any:
-        if not need.input:
-            return (), None
         return (), dy if keep is None else self._drop_(dy, keep)
 
 

@@ -57,7 +57,7 @@ class PixelShuffle(Layer):
         return _shuffle(x, self.upscale_factor), ()
 
     def _bwd(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
-        return (), _unshuffle(dy, self.upscale_factor) if need.input else None
+        return (), _unshuffle(dy, self.upscale_factor)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class PixelUnshuffle(Layer):
         return _unshuffle(x, self.downscale_factor), ()
 
     def _bwd(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
-        return (), _shuffle(dy, self.downscale_factor) if need.input else None
+        return (), _shuffle(dy, self.downscale_factor)
 
 
 def _shuffle(x: Tensor, r: int) -> Tensor:

@@ -75,8 +75,6 @@ class MaxPool(Layer):
         return y, (indices, without_entries(x))
 
     def _bwd(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
-        if not need.input:
-            return (), None
         indices, like = residuals
         shape = like.shape[1:]
         return (), pooling.maximum_backward(dy, indices, self._window, self.ceil_mode, shape)
@@ -164,8 +162,6 @@ class AvgPool(Layer):
         return y, without_entries(x)
 
     def _bwd(self, params: Any, like: Tensor, dy: Tensor, need: Need) -> Any:
-        if not need.input:
-            return (), None
         how = self._window, self.ceil_mode, self.count_include_pad
         return (), pooling.average_backward(dy, *how, like.shape[1:])
 
@@ -261,7 +257,7 @@ class AdaptiveAvgPool(Adaptive):
         return pooling.adaptive_average(x, self._size(x.shape[2:])), without_entries(x)
 
     def _bwd(self, params: Any, like: Tensor, dy: Tensor, need: Need) -> Any:
-        return (), pooling.adaptive_average_backward(dy, like.shape[1:]) if need.input else None
+        return (), pooling.adaptive_average_backward(dy, like.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -324,8 +320,6 @@ class AdaptiveMaxPool(Adaptive):
         return y, (indices, without_entries(x))
 
     def _bwd(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
-        if not need.input:
-            return (), None
         indices, like = residuals
         return (), pooling.adaptive_maximum_backward(dy, indices, like.shape[1:])
 

@@ -45,13 +45,13 @@ class Rearranged(Layer):
         return self._view(x.clone()), without_entries(x)
 
     def _bwd(self, params: Any, like: Any, dy: Tensor, need: Need) -> Any:
-        return (), self._view_back(like.shape[1:], dy.clone()) if need.input else None
+        return (), self._view_back(like.shape[1:], dy.clone())
 
     def _fwd_(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
         return self._view(x), without_entries(x)
 
     def _bwd_(self, params: Any, like: Any, dy: Tensor, need: Need) -> Any:
-        return (), self._view_back(like.shape[1:], dy) if need.input else None
+        return (), self._view_back(like.shape[1:], dy)
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,6 @@ class Reshaped(Rearranged):
         return y, (without_entries(x), native.memory_format(x))
 
     def _bwd(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
-        if not need.input:
-            return (), None
         like, memory_format = residuals
         return (), self._view_back(like.shape[1:], dy).clone(memory_format=memory_format)
 
@@ -78,8 +76,6 @@ class Reshaped(Rearranged):
         return self._view(x), (without_entries(x), native.memory_format(x))
 
     def _bwd_(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
-        if not need.input:
-            return (), None
         like, memory_format = residuals
         return (), self._view_back(like.shape[1:], dy).contiguous(memory_format=memory_format)
 
@@ -253,8 +249,6 @@ class Select(Layer):
         return x.select(self.dim, self.index).clone(), without_entries(x)
 
     def _bwd(self, params: Any, like: Tensor, dy: Tensor, need: Need) -> Any:
-        if not need.input:
-            return (), None
         return (), _select_backward(dy, like.shape[1:], self.dim, self.index)
 
 

@@ -65,8 +65,6 @@ class Upsample2d(Layer):
         return two_steps.upsample(x, _pair(self.scale)), without_entries(x)
 
     def _bwd(self, params: Any, like: Tensor, grad: Tensor, need: Need) -> Any:
-        if not need.input:
-            return (), None
         if not grad.numel():
             return (), grad.new_zeros(like.shape[1:])
         return (), two_steps.sum_blocks(grad, _pair(self.scale))
@@ -170,7 +168,7 @@ class UpsampleConv2d(Kernels):
             upsample, conv = self._steps
             upsampled, kept = upsample._fwd((), x, None)
             dparams, dupsampled = conv._bwd(params, upsampled, grad, need)
-            return dparams, upsample._bwd((), kept, dupsampled, need)[1]
+            return dparams, upsample._bwd((), kept, dupsampled, need)[1] if need.input else None
         weight, scale, window = params["weight"], _pair(self.scale), self._window
         dweight, dx = upsampling.gradients(x, weight, grad, scale, window, self.method, need)
         return kernel_gradients(dweight, grad, self.bias), dx

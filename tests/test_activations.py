@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import funcnet as fn
 from funcnet.initializers import Constant, Uniform
+from funcnet.ops.need import Need
 from funcnet.testing import check_vjp, strategies
 from funcnet.testing.registry.activations import ROWS
 
@@ -132,13 +133,23 @@ def test_no_further_from_the_truth_than_torch(layer, function, dtype):
 @pytest.mark.parametrize("layer", IN_PLACE, ids=repr)
 @given(st.data())
 def test_in_place_is_the_same(layer, data):
-    x = data.draw(strategies.tensors((2, 3), layouts=["contiguous", "transposed"]))
+    wide = ["normal", "integers", "saturated"]
+    x = data.draw(strategies.tensors((2, 3), layouts=["contiguous", "transposed"], values=wide))
     grad = data.draw(strategies.tensors((2, 3), layouts=["contiguous", "transposed"]))
     net = fn.Sequential(fn.Upsample2d(1), layer, fn.Upsample2d(1))  # which own what they return
     x, grad = x[:, :, None, None], grad[:, :, None, None]
     params = net.init(fn.key(0), x.shape[1:])
     assert torch.equal(net.apply(params, x), layer.apply((), x))
     assert torch.equal(net.vjp(params, x, grad)[1], gradient(layer, x, grad))
+
+
+@pytest.mark.parametrize("layer", IN_PLACE, ids=repr)
+def test_in_place_makes_no_tensor(layer):
+    x, grad = torch.randn(2, 3), torch.randn(2, 3)
+    y, kept = layer._fwd_((), x, None)
+    dx = layer._bwd_((), kept, grad, Need())[1]
+    assert (y.data_ptr() == x.data_ptr()) == (layer != fn.LeakyReLU(-0.5))
+    assert (dx.data_ptr() == grad.data_ptr()) == (layer not in (fn.Sigmoid(), fn.Tanh()))
 
 
 def test_what_each_keeps():

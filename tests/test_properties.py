@@ -25,7 +25,7 @@ import funcnet as fn
 from funcnet.ops.need import Need
 from funcnet.running import is_fresh
 from funcnet.testing import check_vjp, strategies
-from funcnet.testing.registry import REGISTRY
+from funcnet.testing.registry import LOSSES, REGISTRY
 
 examples = pytest.mark.parametrize(("layer", "shape"), EXAMPLES, ids=EXAMPLE_IDS)
 classes = pytest.mark.parametrize("cls", LAYERS, ids=lambda cls: cls.__name__)
@@ -317,6 +317,30 @@ def test_what_is_not_asked_for_is_not_computed(layer, shape):
         assert operations(param_grad=False) == []
     elif not isinstance(layer, KERNELS_OF_BOTH):
         assert of_params != both != operations(param_grad=False)
+
+
+# --- Arguments
+
+TWINS = [(cls, getattr(torch.nn, cls.__name__, None)) for cls in REGISTRY]
+TWINS += [(loss, getattr(torch.nn, f"{loss.__name__}Loss")) for loss in LOSSES]
+TWINS += [(o, getattr(torch.optim, o.__name__)) for o in (fn.SGD, fn.Adam, fn.AdamW, fn.RMSprop)]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [(ours, theirs) for ours, theirs in TWINS if theirs is not None],
+    ids=lambda cls: cls.__name__,
+)
+def test_arguments_have_torchs_order_and_defaults(ours, theirs):
+    arguments = inspect.signature(ours).parameters
+    torchs = inspect.signature(theirs).parameters
+    both = [name for name in arguments if name in torchs]
+    if not issubclass(ours, (fn.Loss, fn.MultiheadAttention)):  # whose order is the design's
+        by_position = [n for n in both if arguments[n].kind is not inspect.Parameter.KEYWORD_ONLY]
+        assert by_position == sorted(by_position, key=list(torchs).index)
+    for name in both:
+        if (ours, name) != (fn.SGD, "lr"):
+            assert arguments[name].default in (torchs[name].default, inspect.Parameter.empty)
 
 
 # --- Layers are values

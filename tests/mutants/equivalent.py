@@ -11,6 +11,8 @@ _COPY = "a copy costs memory alone"
 _DERIVED = "what is derived from equal fields is equal"
 _STRICT = "the lengths have been checked"
 _REMEMBERED = "how many shapes are remembered costs time and changes no answer"
+_KERNEL = "the kernel and the formula give the same numbers"
+_ROUNDS = "log(1 + e^x) rounds to x from 37 on"
 _EITHER_WAY = "rows and PyTorch's kernels give the same numbers"
 _COMMUTES = "factors may change places"
 _EMPTY = "without entries, nothing is there to differ"
@@ -24,7 +26,11 @@ EQUIVALENT: dict[str, str] = {
     "running.check:drop-call:1": _TUPLE,
     "param.draw:off-by-one:1": "the first keys of a split are the same however many there are",
     "param.size_that_fits:drop-call:1": "no two of the sizes tried fit at once",
+    "layers.activations.LogSigmoid._value:off-by-one:2": _ROUNDS,
+    "layers.activations.LogSigmoid._slope:off-by-one:2": _ROUNDS,
+    "layers.activations.PReLU._bwd:drop-need:2": _NOT_NEEDED,
     "layers.activations.PReLU._bwd:drop-need:5": _NOT_NEEDED,
+    "layers.activations.SiLU._slope:condition:2": _KERNEL,
     "layers.conv:drop-argument:1": "the bound of a type variable is for type checkers",
     "layers.conv.Convolution:drop-argument:2": _REPR,
     "layers.conv.Convolution:drop-argument:3": _DERIVED,
@@ -33,8 +39,6 @@ EQUIVALENT: dict[str, str] = {
     "layers.conv.Convolution._layout:drop-term:2": "a memory format changes no number",
     "layers.conv.kernel_gradients:condition:2": _NOT_NEEDED,
     "layers.conv_transpose.ConvTranspose.__post_init__:flip-flag:1": _STRICT,
-    "layers.linear.Linear._bwd:drop-need:2": _NOT_NEEDED,
-    "layers.linear.Linear._bwd:drop-need:5": _NOT_NEEDED,
     "layers.linear.Linear._bwd_each:drop-need:1": _NOT_NEEDED,
     "layers.linear.Linear._bwd_each:drop-need:2": _NOT_NEEDED,
     "layers.pooling.MaxPool:flip-flag:4": _DERIVED,

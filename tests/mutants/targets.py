@@ -30,8 +30,15 @@ def _family(file: Path) -> tuple[str, str]:
             tests += [f"test_properties.py::{test}[{cls.__name__}]" for test in _properties(row)]
     source = file.read_text(encoding="utf-8")
     tests += [others for name, others in _WRITTEN.items() if name in source]
-    tests += ["test_properties.py::test_what_is_not_asked_for_is_not_computed", "test_errors.py"]
-    return file.relative_to(ROOT).as_posix(), " ".join(tests)
+    tests += [f"test_properties.py::{test}" for test in _QUICK]
+    return file.relative_to(ROOT).as_posix(), " ".join([*tests, "test_errors.py"])
+
+
+_QUICK = (
+    "test_what_is_not_asked_for_is_not_computed",
+    "test_arguments_have_torchs_order_and_defaults",
+)
+"""The properties that take no longer for all layers than for one."""
 
 
 _WRITTEN = {
@@ -76,7 +83,7 @@ _OPS = {
 TARGETS: tuple[tuple[str, str], ...] = (
     *_families(),
     *((f"funcnet/ops/{name}.py", tests) for name, tests in _OPS.items()),
-    ("funcnet/losses/*.py", "test_losses.py test_errors.py"),
+    ("funcnet/losses/*.py", f"test_losses.py test_properties.py::{_QUICK[1]} test_errors.py"),
     (
         "funcnet/param.py",
         "test_layer.py test_errors.py test_attention.py test_upsample_conv.py test_linear.py "
@@ -101,6 +108,9 @@ TARGETS: tuple[tuple[str, str], ...] = (
     ("funcnet/summary.py", "test_combinators.py test_layer.py test_errors.py"),
     ("funcnet/tree.py", "test_tree.py test_checkpoint_roundtrip.py"),
     ("funcnet/batch_statistics.py", "test_batch_statistics.py"),
-    ("funcnet/optimizers/*.py", "test_optimizers.py test_partition.py test_norms.py"),
+    (
+        "funcnet/optimizers/*.py",
+        f"test_optimizers.py test_partition.py test_norms.py test_properties.py::{_QUICK[1]}",
+    ),
     ("funcnet/schedules.py", "test_schedules.py"),
 )

@@ -1,6 +1,8 @@
 """The strategies: what they draw fits, awkward cases are in reach, and they shrink to the least."""
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -16,6 +18,7 @@ from users_layers import Dense
 import funcnet as fn
 from funcnet.testing import __main__ as command
 from funcnet.testing import check_vjp, strategies
+from funcnet.testing.check import Errors
 from funcnet.testing.registry import LOSSES, REGISTRY
 
 SEARCH = settings(max_examples=20_000, database=None)
@@ -279,6 +282,26 @@ def test_a_failure_is_in_the_table(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "FAILED" in out
     assert "the sign is wrong" in out
+    repeated = re.search(r"python -m funcnet.testing (--layer ReLU --dtype float64 --seed .*)", out)
+    assert command.main(shlex.split(repeated[1])) == 1
+    assert repeated[0] in capsys.readouterr().out
+
+
+def test_a_seed_repeats_the_cases(monkeypatch):
+    drawn = []
+
+    def note(layer, params, x, key):
+        drawn[-1].append((repr(layer), x.shape, x.dtype, x.double().sum().item()))
+        return Errors()
+
+    monkeypatch.setattr(command, "inspect_vjp", note)
+    for seed in ("5", "6", "5"):
+        drawn.append([])
+        options = ["--layer", "Conv2d", "MSE", "--examples", "20", "--seed", seed]
+        assert command.main(options) == 0
+    first, other, again = drawn
+    assert first == again
+    assert len(set(first) & set(other)) < len(first) / 2
 
 
 def test_a_reader_that_wants_only_the_beginning():

@@ -7,7 +7,8 @@ A row is a layer or loss in one dtype; its columns are the cases run and, over a
     taylor        the slowest power of the step with which Taylor's remainder fell (2 is right)
     rounding      the largest difference of the dtype itself from float64
 
-A case that fails is shrunk, and its message is printed under the table; the exit status is then 1.
+A case that fails is shrunk. Its message is printed under the row, with the command that repeats it;
+the exit status is then 1. The same `--seed` draws the same cases again, another one draws others.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import random
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +27,7 @@ from typing import Any
 import torch
 
 try:
-    from hypothesis import HealthCheck, given, settings
+    from hypothesis import HealthCheck, given, seed, settings
     from hypothesis import strategies as st
 except ModuleNotFoundError:
     sys.exit("python -m funcnet.testing needs hypothesis: pip install 'funcnet[test]'")
@@ -68,23 +71,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _print_table(options: argparse.Namespace) -> bool:
     """Print a row for each layer and dtype. Returns whether every case passed."""
     passed = True
+    if options.seed is None:
+        options.seed = random.SystemRandom().getrandbits(32)
     print(_row(_HEADER), flush=True)
     for name in options.layer or _LAYERS:
         for dtype in options.dtype or ["float64", "float32"]:
-            score = run(name, getattr(torch, dtype), options.device, options.examples)
+            score = run(name, getattr(torch, dtype), options.device, options.examples, options.seed)
             print(_row(_cells(name, dtype, score)), flush=True)
             if score.failure is not None:  # at once: the rows to come may take hours
-                print(f"\n{score.failure}\n", flush=True)
+                print(f"\n{score.failure}\n\n{_command(name, dtype, options)}\n", flush=True)
                 passed = False
     return passed
 
 
-def run(name: str, dtype: torch.dtype, device: str, examples: int) -> Score:
-    """`check_vjp` in many random cases of one layer."""
+def _command(name: str, dtype: str, options: argparse.Namespace) -> str:
+    """The command that draws the cases of a row again."""
+    words = ["--layer", name, "--dtype", dtype]
+    words += ["--seed", str(options.seed), "--examples", str(options.examples)]
+    if options.device != "cpu":
+        words += ["--device", options.device]
+    return f"To repeat it: python -m funcnet.testing {shlex.join(words)}"
+
+
+def run(name: str, dtype: torch.dtype, device: str, examples: int, number: int) -> Score:
+    """`check_vjp` in many random cases of one layer, which follow from a seed, the `number`."""
     score = Score()
     draw: Callable[..., Any] = strategies.loss_cases if name in _LOSSES else strategies.cases
     cases = draw(_LAYERS[name], dtypes=st.just(dtype), device=device)
 
+    @seed(number)
     @settings(
         max_examples=examples,
         deadline=None,
@@ -155,6 +170,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=_DTYPES,
         metavar="DTYPE",
         help="only these (float64 and float32)",
+    )
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="the same cases for the same number (at random)"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, … (cpu)")
     return parser

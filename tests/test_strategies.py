@@ -328,6 +328,31 @@ def test_bad_arguments_of_the_command(arguments, capsys):
     assert "error" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("Conv2", "got 'Conv2'; did you mean Conv2d or "),
+        ("relu", "got 'relu'; did you mean ReLU or "),
+        ("Nonsense", "got 'Nonsense'; help('funcnet') lists all"),
+    ],
+)
+def test_a_misspelt_layer_gets_a_hint(name, hint, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--layer", "ReLU", name])
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert hint in message
+    assert len(message) < 150
+
+
+def test_an_interrupt_is_no_traceback(monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "inspect_vjp", interrupt)
+    assert command.main(["--layer", "ReLU"]) == 130
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
 def test_neither_funcnet_nor_check_vjp_needs_hypothesis():
     code = (
         "import sys; sys.modules['hypothesis'] = None\n"

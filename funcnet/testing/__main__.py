@@ -14,6 +14,7 @@ the exit status is then 1. The same `--seed` draws the same cases again, another
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 import os
 import random
@@ -59,9 +60,16 @@ class Score:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 0 if every case passed, 1 if one failed or the table was not printed whole."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    for name in options.layer or ():
+        if name not in _LAYERS:
+            parser.error(f"argument --layer: {_unknown(name)}")
     try:
         return 0 if _print_table(options) else 1
+    except KeyboardInterrupt:
+        _progress("")
+        return 130  # as shells count it: 128 and the number of the signal
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         # As it exits, Python would try once more to write what is left, and fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -82,6 +90,14 @@ def _print_table(options: argparse.Namespace) -> bool:
                 print(f"\n{score.failure}\n\n{_command(name, dtype, options)}\n", flush=True)
                 passed = False
     return passed
+
+
+def _unknown(name: str) -> str:
+    """The message about a name that is no layer or loss, with those that look like it."""
+    names = {known.lower(): known for known in _LAYERS}
+    close = [names[match] for match in difflib.get_close_matches(name.lower(), names)]
+    hint = f"did you mean {' or '.join(close)}?" if close else "help('funcnet') lists all"
+    return f"expected a layer or a loss, got {name!r}; {hint}"
 
 
 def _command(name: str, dtype: str, options: argparse.Namespace) -> str:
@@ -159,7 +175,6 @@ def _parser() -> argparse.ArgumentParser:
         "--layer",
         action="extend",
         nargs="+",
-        choices=_LAYERS,
         metavar="LAYER",
         help="only these, such as Conv2d (all)",
     )

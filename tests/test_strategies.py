@@ -19,7 +19,7 @@ import funcnet as fn
 from funcnet.testing import __main__ as command
 from funcnet.testing import check_vjp, strategies
 from funcnet.testing.check import Errors
-from funcnet.testing.registry import LOSSES, REGISTRY
+from funcnet.testing.registry import LOSSES, REGISTRY, Row
 
 SEARCH = settings(max_examples=20_000, database=None)
 REACH = settings(SEARCH, phases=[Phase.generate])
@@ -272,7 +272,6 @@ def test_the_table(capsys):
 def test_a_failure_is_in_the_table(capsys, monkeypatch):
     from test_check_vjp import SPOILS, Spoilt
 
-    monkeypatch.setattr(command, "_LAYERS", {"MSE": st.just(fn.MSE()), "ReLU": st.just(fn.ReLU())})
     spoilt = fn.Sequential(Spoilt(4, SPOILS["sign"][0]))
     params = spoilt.init(fn.key(0), (3,), dtype=torch.float64)
     case = spoilt, params, fn.normal(fn.key(1), (2, 3), dtype=torch.float64)
@@ -318,8 +317,86 @@ def test_a_reader_that_wants_only_the_beginning():
     assert (done.returncode, done.stderr) == (1, b"")
 
 
+MY_ROWS = """
+from dataclasses import dataclass
+
+import torch
+
+import funcnet as fn
+from funcnet.testing.registry import REGISTRY, Row
+
+
+@dataclass(frozen=True)
+class Power(fn.Layer):
+    exponent: int
+
+    def _fwd(self, params, x, key):
+        if key is None:
+            raise ValueError("Power: expected a key")
+        return x**self.exponent, x
+
+    def _bwd(self, params, x, dy, need):
+        return (), dy * self.exponent * x ** (self.exponent - 1)
+
+
+@dataclass(frozen=True)
+class Unsettled(Power):
+    pass
+
+
+REGISTRY[Power] = Row(Power, ((Power(2), (3,)),), {"exponent": [1, 2, 3]}, needs_key=True)
+REGISTRY[Unsettled] = Row(Unsettled, ((Unsettled(2), (3,)),))
+"""
+
+
+@pytest.fixture
+def my_rows(tmp_path, monkeypatch):
+    """The name of a module that adds rows to the registry."""
+    (tmp_path / "my_rows.py").write_text(MY_ROWS)
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = dict(REGISTRY)
+    yield "my_rows"
+    REGISTRY.clear()
+    REGISTRY.update(rows)
+    sys.modules.pop("my_rows", None)
+
+
+def test_rows_of_ones_own(my_rows, capsys):
+    options = ["--import", my_rows, "--examples", "5", "--dtype", "float64"]
+    assert command.main([*options, "--layer", "Power"]) == 0
+    assert command.main([*options, "--layer", "Unsettled"]) == 1
+    out = capsys.readouterr().out
+    assert "expected settings for exponent of Unsettled in its row" in out
+    assert "--import my_rows" in out
+
+
+def test_layers_of_ones_own_are_drawn_in_networks():
+    class Mine(fn.ReLU):
+        pass
+
+    REGISTRY[Mine] = Row(Mine, ((Mine(), (3,)),))
+    try:
+        find(strategies.networks(), lambda net: any(type(layer) is Mine for layer in net))
+    finally:
+        del REGISTRY[Mine]
+
+
+def test_a_module_that_lacks_another_is_not_missing(tmp_path, monkeypatch):
+    (tmp_path / "my_rows.py").write_text("import nowhere")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="nowhere"):
+        command.main(["--import", "my_rows"])
+
+
 @pytest.mark.parametrize(
-    "arguments", [["--examples", "0"], ["--layer", "Nonsense"], ["--dtype", "int8"]]
+    "arguments",
+    [
+        ["--examples", "0"],
+        ["--layer", "Nonsense"],
+        ["--dtype", "int8"],
+        ["--import", "nowhere"],
+        ["--import", "os.nowhere"],
+    ],
 )
 def test_bad_arguments_of_the_command(arguments, capsys):
     with pytest.raises(SystemExit) as caught:

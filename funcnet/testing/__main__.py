@@ -9,20 +9,23 @@ A row is a layer or loss in one dtype; its columns are the cases run and, over a
 
 A case that fails is shrunk. Its message is printed under the row, with the command that repeats it;
 the exit status is then 1. The same `--seed` draws the same cases again, another one draws others.
+`--import` imports a module that adds rows of its own to the registry.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import math
 import os
 import random
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,16 +37,11 @@ except ModuleNotFoundError:
     sys.exit("python -m funcnet.testing needs hypothesis: pip install 'funcnet[test]'")
 
 from funcnet.keys import key as make_key
+from funcnet.layer import Layer
 from funcnet.testing import strategies
 from funcnet.testing.check import Errors, inspect_vjp
 from funcnet.testing.registry import LOSSES, REGISTRY
 
-_LAYERS: dict[str, strategies.Strategy[Any]] = {
-    **{cls.__name__: strategies.layers(cls) for cls in REGISTRY},
-    "Sequential": strategies.networks(),
-    **{cls.__name__: strategies.losses(cls) for cls in LOSSES},
-}
-_LOSSES = {cls.__name__ for cls in LOSSES}
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 _HEADER = ("layer", "dtype", "cases", "autograd", "differences", "taylor", "rounding", "seconds")
 
@@ -62,11 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 0 if every case passed, 1 if one failed or the table was not printed whole."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    for module in options.modules:
+        _import(module, parser)
+    known = _known()
     for name in options.layer or ():
-        if name not in _LAYERS:
-            parser.error(f"argument --layer: {_unknown(name)}")
+        if name not in known:
+            parser.error(f"argument --layer: {_unknown(name, known)}")
     try:
-        return 0 if _print_table(options) else 1
+        return 0 if _print_table(options, known) else 1
     except KeyboardInterrupt:
         _progress("")
         return 130  # as shells count it: 128 and the number of the signal
@@ -76,15 +77,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _print_table(options: argparse.Namespace) -> bool:
+def _import(module: str, parser: argparse.ArgumentParser) -> None:
+    """Import a module; the parser refuses one that is not there."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # a module that it imports itself
+        parser.error(f"argument --import: expected a module that can be imported, got {module!r}")
+
+
+def _known() -> dict[str, Callable[..., strategies.Strategy[Any]]]:
+    """A function that makes the strategy for cases, for the name of each layer and loss."""
+    layers: dict[str, strategies.Strategy[Any]] = {
+        **{cls.__name__: strategies.layers(cls) for cls in REGISTRY},
+        "Sequential": strategies.networks(),
+    }
+    losses = {cls.__name__: strategies.losses(cls) for cls in LOSSES}
+    return {
+        **{name: partial(strategies.cases, drawn) for name, drawn in layers.items()},
+        **{name: partial(strategies.loss_cases, drawn) for name, drawn in losses.items()},
+    }
+
+
+def _print_table(
+    options: argparse.Namespace, known: dict[str, Callable[..., strategies.Strategy[Any]]]
+) -> bool:
     """Print a row for each layer and dtype. Returns whether every case passed."""
     passed = True
     if options.seed is None:
         options.seed = random.SystemRandom().getrandbits(32)
     print(_row(_HEADER), flush=True)
-    for name in options.layer or _LAYERS:
+    for name in options.layer or known:
         for dtype in options.dtype or ["float64", "float32"]:
-            score = run(name, getattr(torch, dtype), options.device, options.examples, options.seed)
+            cases = known[name](dtypes=st.just(getattr(torch, dtype)), device=options.device)
+            score = run(f"{name} {dtype}", cases, options.examples, options.seed)
             print(_row(_cells(name, dtype, score)), flush=True)
             if score.failure is not None:  # at once: the rows to come may take hours
                 print(f"\n{score.failure}\n\n{_command(name, dtype, options)}\n", flush=True)
@@ -92,9 +119,9 @@ def _print_table(options: argparse.Namespace) -> bool:
     return passed
 
 
-def _unknown(name: str) -> str:
+def _unknown(name: str, known: Iterable[str]) -> str:
     """The message about a name that is no layer or loss, with those that look like it."""
-    names = {known.lower(): known for known in _LAYERS}
+    names = {other.lower(): other for other in known}
     close = [names[match] for match in difflib.get_close_matches(name.lower(), names)]
     hint = f"did you mean {' or '.join(close)}?" if close else "help('funcnet') lists all"
     return f"expected a layer or a loss, got {name!r}; {hint}"
@@ -106,14 +133,14 @@ def _command(name: str, dtype: str, options: argparse.Namespace) -> str:
     words += ["--seed", str(options.seed), "--examples", str(options.examples)]
     if options.device != "cpu":
         words += ["--device", options.device]
+    for module in options.modules:
+        words += ["--import", module]
     return f"To repeat it: python -m funcnet.testing {shlex.join(words)}"
 
 
-def run(name: str, dtype: torch.dtype, device: str, examples: int, number: int) -> Score:
-    """`check_vjp` in many random cases of one layer, which follow from a seed, the `number`."""
+def run(title: str, cases: strategies.Strategy[Any], examples: int, number: int) -> Score:
+    """`check_vjp` in many random cases, which follow from a seed, the `number`."""
     score = Score()
-    draw: Callable[..., Any] = strategies.loss_cases if name in _LOSSES else strategies.cases
-    cases = draw(_LAYERS[name], dtypes=st.just(dtype), device=device)
 
     @seed(number)
     @settings(
@@ -126,8 +153,8 @@ def run(name: str, dtype: torch.dtype, device: str, examples: int, number: int) 
     @given(cases)
     def check(case: tuple[Any, Any, Any]) -> None:
         score.cases += 1
-        _progress(f"{name} {dtype}: case {score.cases} of about {examples}")
-        key = make_key(0) if getattr(case[0], "couples_examples", False) else None
+        _progress(f"{title}: case {score.cases} of about {examples}")
+        key = make_key(0) if _needs_key(case[0]) else None
         score.errors.merge(inspect_vjp(*case, key=key))
 
     start = time.perf_counter()
@@ -138,6 +165,15 @@ def run(name: str, dtype: torch.dtype, device: str, examples: int, number: int) 
     score.seconds = time.perf_counter() - start
     _progress("")
     return score
+
+
+def _needs_key(layer: Any) -> bool:
+    """Whether a layer, or one in it, refuses to evaluate without a key."""
+    if not isinstance(layer, Layer):
+        return False
+    row = REGISTRY.get(type(layer))
+    within = any(_needs_key(child) for _, child in layer._children())
+    return within or (row is not None and row.needs_key)
 
 
 def _progress(line: str) -> None:
@@ -188,6 +224,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--seed", type=int, metavar="N", help="the same cases for the same number (at random)"
+    )
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="MODULE",
+        help="import these first, for rows of your own in the registry",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, … (cpu)")
     return parser

@@ -78,13 +78,6 @@ from funcnet.tree import register_node
 
 Strategy: TypeAlias = st.SearchStrategy
 
-_LEAVES = tuple(
-    cls
-    for cls, row in REGISTRY.items()
-    if not row.needs_key and row.classes is None and not issubclass(cls, Sequential)
-)
-"""The layers that are drawn where no class is asked for, behind any other: they evaluate without a
-key, and take floating-point x."""
 _DRAWS = 8
 """The most layers drawn for a place in a network until one fits."""
 _LARGEST = 4096
@@ -97,11 +90,21 @@ _LARGEST = 4096
 @st.composite
 def layers(draw: st.DrawFn, *classes: type[Layer]) -> Layer:
     """Any layer of the vocabulary, or any of these classes, with any hyperparameters."""
-    row = REGISTRY[draw(st.sampled_from(classes or _LEAVES))]
+    row = REGISTRY[draw(st.sampled_from(classes or _leaves()))]
     try:
         return row.draw(lambda some: draw(st.sampled_from(list(some))))
     except ValueError:
         reject()
+
+
+def _leaves() -> tuple[type[Layer], ...]:
+    """The layers that are drawn where no class is asked for, behind any other: they evaluate
+    without a key, and take floating-point x."""
+    return tuple(
+        cls
+        for cls, row in REGISTRY.items()
+        if not row.needs_key and row.classes is None and not issubclass(cls, Sequential)
+    )
 
 
 @st.composite

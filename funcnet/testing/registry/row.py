@@ -85,7 +85,7 @@ def choices(cls: type[Hyperparameters], name: str, given: Sequence[Any] | None) 
         numbers = [default, 0.0, 0.5, 1.0, 2.0, -1.5]
         return [n for n in numbers if n is not MISSING and kind.least <= n <= kind.most]
     if default is MISSING:
-        raise ValueError(f"registry: expected settings for {name} of {cls.__name__}")
+        raise TypeError(f"registry: expected settings for {name} of {cls.__name__} in its row")
     return [default]
 
 

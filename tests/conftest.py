@@ -8,10 +8,13 @@ pytest --hypothesis-profile=thorough       thousands of examples a property, new
 """
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from funcnet.testing.registry import REGISTRY
 
 _COMMON = {
     "deadline": None,
@@ -27,6 +30,15 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):  # pytest-xdist: the workers are the parallelism
         torch.set_num_threads(1)
+
+
+@pytest.fixture
+def rows_are_restored() -> Iterator[None]:
+    """The registry as it was, behind a test that adds rows."""
+    rows = dict(REGISTRY)
+    yield
+    REGISTRY.clear()
+    REGISTRY.update(rows)
 
 
 @pytest.fixture(params=DEVICES)

@@ -40,6 +40,7 @@ WITH_CODE = [page for page in PAGES if blocks(page) and page not in QUOTES]
 
 # torch's own forward-mode code warns of itself.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.usefixtures("rows_are_restored")
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_code_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -350,14 +350,11 @@ REGISTRY[Unsettled] = Row(Unsettled, ((Unsettled(2), (3,)),))
 
 
 @pytest.fixture
-def my_rows(tmp_path, monkeypatch):
+def my_rows(tmp_path, monkeypatch, rows_are_restored):
     """The name of a module that adds rows to the registry."""
     (tmp_path / "my_rows.py").write_text(MY_ROWS)
     monkeypatch.syspath_prepend(tmp_path)
-    rows = dict(REGISTRY)
     yield "my_rows"
-    REGISTRY.clear()
-    REGISTRY.update(rows)
     sys.modules.pop("my_rows", None)
 
 
@@ -370,15 +367,13 @@ def test_rows_of_ones_own(my_rows, capsys):
     assert "--import my_rows" in out
 
 
+@pytest.mark.usefixtures("rows_are_restored")
 def test_layers_of_ones_own_are_drawn_in_networks():
     class Mine(fn.ReLU):
         pass
 
     REGISTRY[Mine] = Row(Mine, ((Mine(), (3,)),))
-    try:
-        find(strategies.networks(), lambda net: any(type(layer) is Mine for layer in net))
-    finally:
-        del REGISTRY[Mine]
+    find(strategies.networks(), lambda net: any(type(layer) is Mine for layer in net))
 
 
 def test_a_module_that_lacks_another_is_not_missing(tmp_path, monkeypatch):

@@ -286,6 +286,22 @@ def test_a_failure_is_in_the_table(capsys, monkeypatch):
     assert repeated[0] in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["ReLU", "MSE"])
+def test_the_command_draws_every_kind_of_finite_numbers(name, monkeypatch):
+    drawn = []
+
+    def note(layer, params, x, key):
+        drawn.extend(leaf for leaf in (x, *optree.tree_leaves(params)) if leaf.numel() > 4)
+        return Errors()
+
+    monkeypatch.setattr(command, "inspect_vjp", note)
+    assert command.main(["--layer", name, "--examples", "200", "--seed", "1"]) == 0
+    assert any((x == x.flatten()[0]).all() for x in drawn)
+    assert any(x.abs().max() > 30 for x in drawn)
+    assert any(torch.equal(2 * x, (2 * x).round()) and not torch.equal(x, x.round()) for x in drawn)
+    assert all(x.isfinite().all() for x in drawn)
+
+
 def test_a_seed_repeats_the_cases(monkeypatch):
     drawn = []
 

@@ -283,6 +283,8 @@ VALUES: dict[str, Callable[[Shape, torch.Generator], Tensor]] = {
 }
 """Kinds of numbers: N(0, 1), integers from −3 to 3, many ties, one number, some large enough to
 saturate a sigmoid, and some infinite."""
+FINITE = tuple(kind for kind in VALUES if kind != "infinite")
+"""The kinds of numbers without infinite ones."""
 
 
 @st.composite
@@ -388,6 +390,7 @@ def loss_cases(
     dtypes: Strategy[torch.dtype] | None = None,
     device: torch.device | str = "cpu",
     layouts: Sequence[str] = LAYOUTS,
+    values: Sequence[str] = ("normal", "integers"),
 ) -> FittingLossCase:
     """(loss, x, target) that fit together, with x of up to 4 axes."""
     loss = draw(_any_losses() if losses is None else losses)
@@ -396,17 +399,27 @@ def loss_cases(
     if rank:
         ignores_the_first = getattr(loss, "ignore_index", None) == 0
         shape[1] = max(shape[1], 2 if ignores_the_first else 1)  # at least one class that counts
-    x = draw(tensors(shape, draw(_any_dtypes() if dtypes is None else dtypes), device, layouts))
-    return FittingLossCase(loss, x, draw(targets(loss, x, layouts)))
+    dtype = draw(_any_dtypes() if dtypes is None else dtypes)
+    x = draw(tensors(shape, dtype, device, layouts, values=values))
+    return FittingLossCase(loss, x, draw(targets(loss, x, layouts, values)))
 
 
 @st.composite
-def targets(draw: st.DrawFn, loss: Loss, x: Tensor, layouts: Sequence[str] = LAYOUTS) -> Tensor:
-    """Targets that fit a loss and x, in any of the `layouts`; like x for a loss of one's own."""
+def targets(
+    draw: st.DrawFn,
+    loss: Loss,
+    x: Tensor,
+    layouts: Sequence[str] = LAYOUTS,
+    values: Sequence[str] = ("normal", "integers"),
+) -> Tensor:
+    """Targets that fit a loss and x, in any of the `layouts`; like x for a loss of one's own.
+
+    `values` names the kinds of numbers of a target that may hold any, among `VALUES`.
+    """
     row = LOSSES.get(type(loss))
     kind = draw(st.sampled_from(("numbers",) if row is None else row.targets(loss)))
     if kind == "numbers":
-        return draw(tensors(tuple(x.shape), x.dtype, x.device, layouts))
+        return draw(tensors(tuple(x.shape), x.dtype, x.device, layouts, values=values))
     target = draw_target(kind, loss, x, draw(st.integers(0, 2**32 - 1)))
     fitting = [layout for layout in layouts if fits(layout, target.ndim)]
     return laid_out(target, draw(st.sampled_from(fitting)))

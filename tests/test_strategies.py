@@ -50,6 +50,18 @@ def test_few_cases_check_nothing(layers):
     assert drawn.count(False) < 0.05 * len(drawn)
 
 
+def test_few_loss_cases_check_nothing():
+    sizes = []
+
+    @settings(max_examples=300, derandomize=True, database=None, phases=[Phase.generate])
+    @given(strategies.loss_cases())
+    def collect(case):
+        sizes.append(case.x.numel())
+
+    collect()
+    assert 0 < sizes.count(0) < 0.2 * len(sizes)
+
+
 @given(strategies.cases(integers=True))
 def test_integers_are_small_integers(case):
     for leaf in (*optree.tree_leaves(case.params), case.x):

@@ -223,6 +223,14 @@ def test_networks_in_reach(name):
     find(strategies.networks(), NETWORKS[name], settings=REACH)
 
 
+@given(strategies.cases(strategies.networks(first=strategies.layers(fn.Embedding))))
+def test_networks_of_integers_fit(case):
+    net, params, x = case
+    assert isinstance(net[0], fn.Embedding)
+    assert not x.is_floating_point()
+    assert net.apply(params, x).shape == (len(x), *net.out_shape(x.shape[1:]))
+
+
 # --- Shrinking
 
 
@@ -296,6 +304,21 @@ def test_a_failure_is_in_the_table(capsys, monkeypatch):
     repeated = re.search(r"python -m funcnet.testing (--layer ReLU --dtype float64 --seed .*)", out)
     assert command.main(shlex.split(repeated[1])) == 1
     assert repeated[0] in capsys.readouterr().out
+
+
+def test_the_command_draws_networks_with_keys_and_of_integers(monkeypatch):
+    found = set()
+
+    def note(layer, params, x, key):
+        inner = {type(each) for each in layer}
+        assert (fn.BatchNorm not in inner) or key is not None
+        found.update(inner)
+        return Errors()
+
+    monkeypatch.setattr(command, "inspect_vjp", note)
+    options = ["--dtype", "float32", "--examples", "200", "--seed", "1"]
+    assert command.main(["--layer", "Sequential", *options]) == 0
+    assert found >= {fn.Embedding, fn.BatchNorm, fn.Dropout}
 
 
 @pytest.mark.parametrize("name", ["ReLU", "MSE"])

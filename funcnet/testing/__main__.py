@@ -91,13 +91,24 @@ def _known() -> dict[str, Callable[..., strategies.Strategy[Any]]]:
     """A function that makes the strategy for cases, for the name of each layer and loss."""
     layers: dict[str, strategies.Strategy[Any]] = {
         **{cls.__name__: strategies.layers(cls) for cls in REGISTRY},
-        "Sequential": strategies.networks(),
+        "Sequential": _networks(),
     }
     losses = {cls.__name__: strategies.losses(cls) for cls in LOSSES}
     return {
         **{name: partial(strategies.cases, drawn) for name, drawn in layers.items()},
         **{name: partial(strategies.loss_cases, drawn) for name, drawn in losses.items()},
     }
+
+
+def _networks() -> strategies.Strategy[Any]:
+    """Networks: of any layers, behind one that takes integers, and with some that need a key."""
+    takes_integers = [cls for cls, row in REGISTRY.items() if row.classes is not None]
+    needs_key = [cls for cls, row in REGISTRY.items() if row.needs_key and row.classes is None]
+    return st.one_of(
+        strategies.networks(),
+        strategies.networks(first=strategies.layers(*takes_integers)),
+        strategies.networks(parts=strategies.layers() | strategies.layers(*needs_key)),
+    )
 
 
 def _print_table(

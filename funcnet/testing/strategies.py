@@ -113,13 +113,22 @@ def networks(
     max_layers: int = 4,
     max_depth: int = 2,
     parts: Strategy[Layer] | None = None,
+    first: Strategy[Layer] | None = None,
 ) -> Sequential:
     """Sequentials of up to `max_layers` layers, some of them Sequentials, down to `max_depth`.
 
-    The layers are any of the vocabulary that fit each other, or what `parts` draws of them.
+    The layers are any of the vocabulary that fit each other, or what `parts` draws of them. `first`
+    draws the layer in front: `layers(Embedding)` for networks that take integers.
     """
     shape = draw(st.sampled_from(_FIRST_SHAPES))
-    return _network(draw, layers() if parts is None else parts, shape, max_layers, max_depth)[0]
+    parts = layers() if parts is None else parts
+    if first is None:
+        return _network(draw, parts, shape, max_layers, max_depth)[0]
+    head = _fitting(draw, first, shape)
+    if head is None:
+        reject()
+    rest, _ = _network(draw, parts, head.out_shape(shape), max_layers - 1, max_depth)
+    return Sequential(head, *rest)
 
 
 _FIRST_SHAPES = ((2, 4, 4), (4, 8), (4,), (6, 5, 4), (3, 12))

@@ -18,7 +18,7 @@ from users_layers import Dense
 import funcnet as fn
 from funcnet.testing import __main__ as command
 from funcnet.testing import check_vjp, strategies
-from funcnet.testing.check import Errors
+from funcnet.testing.check import Errors, inspect_vjp
 from funcnet.testing.registry import LOSSES, REGISTRY, Row
 
 SEARCH = settings(max_examples=20_000, database=None)
@@ -335,6 +335,14 @@ def test_the_command_draws_every_kind_of_finite_numbers(name, monkeypatch):
     assert any(x.abs().max() > 30 for x in drawn)
     assert any(torch.equal(2 * x, (2 * x).round()) and not torch.equal(x, x.round()) for x in drawn)
     assert all(x.isfinite().all() for x in drawn)
+
+
+def test_rounding_of_a_gradient_of_zero_is_no_error():
+    """A softmax ignores what is added to all of x: the bias before it has a gradient of 0."""
+    net = fn.Sequential(fn.Conv1d(2, 1), fn.LogSoftmax(-1))
+    params = net.init(fn.key(0), (3, 5), dtype=torch.float64)
+    errors = inspect_vjp(net, params, fn.normal(fn.key(9), (2, 3, 5), dtype=torch.float64))
+    assert errors.autograd < 1e-12
 
 
 def test_a_seed_repeats_the_cases(monkeypatch):

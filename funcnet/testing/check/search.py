@@ -261,12 +261,14 @@ class _Search:
         for i, (ours, theirs) in enumerate(zip(self.gradients, references, strict=True)):
             if not ours.is_floating_point():
                 continue
-            self.errors.autograd = max(self.errors.autograd, largest_error(ours, theirs, theirs))
             allowed = self.atol + self.rtol * theirs.abs()
             if ((excess(ours, theirs, allowed) <= 1) | self.frozen[i]).all():
+                self._score(ours, theirs)
                 continue  # the floors, which take more evaluations, are not needed
             differing.add(i)
             off = excess(ours, theirs, allowed + self.floors[i])
+            # A gradient of 0 is nothing but rounding, which may be as large as the leaf's largest.
+            self._score(torch.where(off > 1, ours, theirs), theirs)
             off = off.masked_fill(self.frozen[i], 0.0).flatten()
             top = off.topk(min(_SUSPECTS, off.numel())).indices.tolist()
             suspects += [(float(off[p]), i, p) for p in top if off[p] > 1]
@@ -293,6 +295,9 @@ class _Search:
             if abs(mine - other) > float(self.autograds_rounding[i].flatten()[position]):
                 return self._finding(i, position, other)  # autograd decides
         return self._along_ties(differing) if self.finite else None
+
+    def _score(self, ours: Tensor, theirs: Tensor) -> None:
+        self.errors.autograd = max(self.errors.autograd, largest_error(ours, theirs, theirs))
 
     def _is_wrong_over_all_leaves(self) -> bool:
         """Move all leaves at once: most right gradients need no more than this."""

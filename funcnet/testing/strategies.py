@@ -353,7 +353,8 @@ def cases(
     """(layer, params, x) that fit together, of any layers; by default of any layer or network.
 
     `shapes` gives the shapes of one example, or makes such a strategy from a layer. Parameters are
-    the layer's own `init`, or small integers where `integers` is True.
+    the layer's own `init`, or small integers where `integers` is True. `values` names the kinds of
+    numbers in x, among `VALUES`; `FINITE` are all but infinite ones.
     """
     layer = draw(st.one_of(_any_layers(), networks()) if layers is None else layers)
     shape = draw(shapes if isinstance(shapes, st.SearchStrategy) else shapes(layer))

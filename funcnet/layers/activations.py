@@ -590,7 +590,7 @@ class PReLU(Layer):
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor]:
         weight = _along_channels(params["weight"], x)
-        # The kernel cannot map over weights alone.
+        # Mapped over weights alone, the kernel warns of a tensor that it resizes.
         return (prelu if is_eager() else plain_prelu)(x, weight), x
 
     def _bwd(self, params: Any, x: Tensor, dy: Tensor, need: Need) -> Any:

@@ -28,6 +28,7 @@ EQUIVALENT: dict[str, str] = {
     "param.size_that_fits:drop-call:1": "no two of the sizes tried fit at once",
     "layers.activations.LogSigmoid._value:off-by-one:2": _ROUNDS,
     "layers.activations.LogSigmoid._slope:off-by-one:2": _ROUNDS,
+    "layers.activations.PReLU._fwd:condition:1": "a warning of PyTorch's own",
     "layers.activations.PReLU._bwd:drop-need:2": _NOT_NEEDED,
     "layers.activations.PReLU._bwd:drop-need:5": _NOT_NEEDED,
     "layers.activations.SiLU._slope:condition:2": _KERNEL,

@@ -314,8 +314,8 @@ def test_prelu_starts_from_a_quarter_or_as_it_is_told():
 
 
 def test_prelu_refuses_other_channels():
-    for shape in [(4,), (4, 2), ()]:
-        with pytest.raises(ValueError, match="expected 3 channels"):
+    for shape, got in [((4,), "4"), ((4, 2), "4"), ((2, 3), "2"), ((), "none")]:
+        with pytest.raises(ValueError, match=f"expected 3 channels, got {got}"):
             fn.PReLU(3).out_shape(shape)
 
 

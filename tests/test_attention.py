@@ -243,6 +243,9 @@ def test_what_is_refused():
     message = r"MultiheadAttention\(4\): expected a last axis that num_heads=4 divides, got 6"
     with pytest.raises(ValueError, match=message):
         layer.init(fn.key(0), (3, 6))
+    with pytest.raises(ValueError, match="divides, got 0"):
+        layer.init(fn.key(0), (3, 0))
+    assert fn.MultiheadAttention(1).out_shape((3, 1)) == (3, 1)
     params = layer.init(fn.key(0), (3, 8))
     with pytest.raises(ValueError, match=r"expected x of shape \(N, T, E\), got \(3, 8\)"):
         layer.apply(params, torch.zeros(3, 8))

@@ -289,6 +289,8 @@ def test_layers_that_refuse_what_lies_beside_x(name, x):
 def test_a_layer_that_refuses_one_example():
     @dataclass(frozen=True)
     class Centred(Plain):
+        couples_examples = True
+
         def fwd(self, params, x, *, key=None):
             if len(x) == 1:
                 raise ValueError("expected two examples")
@@ -415,6 +417,69 @@ def test_layers_that_draw_are_tried_with_and_without_a_key(key):
     for fault in ("one mask for all keys", "drawn again in bwd", "wrong without a key"):
         with pytest.raises(GradientMismatch):
             check_vjp(Mask(fault), (), x, key=key)
+
+
+@dataclass(frozen=True)
+class Trained(Plain):
+    """y = a∘x + b with a key, and x without: numbers drawn, or a function of x and the batch."""
+
+    kind: str
+    drawn_with: fn.Key | None = None
+
+    def numbers(self, x, key):
+        key = self.drawn_with or key
+        shape = tuple(x.shape)
+        if self.kind == "noise":
+            return 1.0, fn.normal(key, shape, dtype=x.dtype)
+        if self.kind == "scale":
+            return fn.uniform(key, (len(x), 1), 0.5, 1.5, dtype=x.dtype), 0.0
+        if self.kind == "seldom":
+            return fn.bernoulli(key, 1 - 1e-6, shape).to(x) / (1 - 1e-6), 0.0
+        if self.kind == "nothing":  # p = 0
+            return fn.bernoulli(key, 1.0, shape).to(x), 0.0
+        return {"all dropped": (0.0, 0.0), "training": (1.5, 0.25)}[self.kind]
+
+    def fwd(self, params, x, *, key=None):
+        scale, shift = (1.0, 0.0) if key is None else self.numbers(x, key)
+        return x * scale + shift, scale
+
+    def bwd(self, params, scale, grad, *, input_grad=True):
+        return (), grad * scale if input_grad else None
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("kind", ["noise", "scale"])
+def test_numbers_that_do_not_depend_on_the_key(kind, batch):
+    x = draw((batch, 3), torch.float32)
+    check_vjp(Trained(kind), (), x)
+    for key in (None, fn.key(3)):
+        with pytest.raises(GradientMismatch, match="8 different keys tell equal examples apart"):
+            check_vjp(Trained(kind, drawn_with=fn.key(9)), (), x, key=key)
+        net = fn.Sequential(fn.Tanh(), Trained(kind, drawn_with=fn.key(9)))
+        with pytest.raises(GradientMismatch, match="8 different keys tell equal examples apart"):
+            check_vjp(net, ((), ()), x, key=key)
+
+
+@pytest.mark.parametrize("kind", ["seldom", "nothing", "all dropped", "training"])
+def test_keys_that_all_give_the_same_y(kind):
+    """A key may stand for training alone, and what is seldom drawn shows in none of a few."""
+    for x in (draw((4, 3)), draw((2, 3, 2), torch.float32)):
+        check_vjp(Trained(kind), (), x)
+
+
+def test_keys_that_stand_for_training_in_a_layer_that_couples_examples():
+    @dataclass(frozen=True)
+    class Centred(Plain):
+        couples_examples = True
+
+        def fwd(self, params, x, *, key=None):
+            return (x.clone() if key is None or not len(x) else x - x.mean(0)), key
+
+        def bwd(self, params, key, grad, *, input_grad=True):
+            plain = key is None or not len(grad)
+            return (), (grad.clone() if plain else grad - grad.mean(0)) if input_grad else None
+
+    check_vjp(Centred(), (), draw((4, 3)))
 
 
 @dataclass(frozen=True)

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
-from funcnet.keys import fold_in
+from funcnet.keys import Key, fold_in
 from funcnet.keys import key as make_key
 from funcnet.testing.check.case import Case, tried_y
+from funcnet.testing.check.comparison import excess, worst
+from funcnet.testing.check.rounding import value_moves
+from funcnet.testing.check.tolerances import COUPLED
 from funcnet.testing.errors import GradientMismatch
 from funcnet.testing.layouts import same
 
 _KEYS, _OTHERS = 8, 3
+_EXAMPLES = 8
+_ITS_KEY_IS_IGNORED = "the numbers that it draws do not depend on its key"
 
 
 def beside_key(case: Case) -> list[Case]:
     """The case without its key, or with one drawn; none where the layer takes no notice of it.
 
-    Raises GradientMismatch if every key drops the same entries.
+    Raises GradientMismatch if every key drops the same entries, or tells equal examples apart in
+    the same way. A key that every example takes in one way may stand for training alone.
     """
     if case.is_loss:
         return []
@@ -26,15 +33,52 @@ def beside_key(case: Case) -> list[Case]:
     without, drawn = tried_y(replace(case, key=None)), tried_y(replace(case, key=key))
     if without is None or drawn is None or same(without, drawn):
         return []
-    if _is_masked(drawn, without) and all(
-        (y := tried_y(replace(case, key=fold_in(key, i)))) is not None and same(y, drawn)
-        for i in range(_KEYS)
+    if _is_alike_for_all_keys(case, key, drawn):
+        if _is_masked(drawn, without):
+            raise GradientMismatch(
+                f"apply: {_KEYS} different keys drop the same entries: {_ITS_KEY_IS_IGNORED}"
+            )
+        _check_equal_examples(case, key)
+    return [replace(case, key=None if case.key is not None else key)]
+
+
+def _is_alike_for_all_keys(case: Case, key: Key, y: Tensor) -> bool:
+    """Whether each of a few other keys gives the y of this one, bit for bit."""
+    drawn = (tried_y(replace(case, key=fold_in(key, i))) for i in range(_KEYS))
+    return all(other is not None and same(other, y) for other in drawn)
+
+
+def _check_equal_examples(case: Case, key: Key) -> None:
+    """Raise GradientMismatch if a key tells equal examples apart, and every other one likewise.
+
+    Whatever treats examples alone, or as a set, gives equal ones the same y, unless it draws
+    numbers for each of them. Numbers that are seldom drawn tell nothing apart.
+    """
+    if not case.batch or not isinstance(case.x, Tensor) or len(case.grad) != case.batch:
+        return
+    equal = case.with_x(_repeated, _repeated(case.grad)).double()
+    without, drawn = tried_y(replace(equal, key=None)), tried_y(there := replace(equal, key=key))
+    if without is None or drawn is None or not drawn.isfinite().all():
+        return
+    if (
+        not _are_told_apart(replace(equal, key=None), without)
+        and _are_told_apart(there, drawn)
+        and _is_alike_for_all_keys(equal, key, drawn)
     ):
         raise GradientMismatch(
-            f"apply: {_KEYS} different keys drop the same entries: the numbers that it draws do "
-            "not depend on its key"
+            f"apply: {_KEYS} different keys tell equal examples apart in the same way: "
+            f"{_ITS_KEY_IS_IGNORED}"
         )
-    return [replace(case, key=None if case.key is not None else key)]
+
+
+def _repeated(leaf: Tensor) -> Tensor:
+    return leaf[:1].repeat_interleave(_EXAMPLES, 0)
+
+
+def _are_told_apart(case: Case, y: Tensor) -> bool:
+    """Whether y of equal examples differs by more than rounding."""
+    rounding = COUPLED * value_moves(case, torch.finfo(y.dtype).eps)
+    return worst(excess(y, y[:1].expand_as(y), rounding)) is not None
 
 
 def other_keys(case: Case) -> list[Case]:

@@ -306,3 +306,53 @@ def test_a_gradient_that_is_doubled_where_it_is_alone_in_bfloat16():
     a, b = (fn.normal(fn.key(i), (3,), dtype=torch.bfloat16) for i in range(2))
     with pytest.raises(GradientMismatch, match=r"where inputs\[0\] alone requires a gradient"):
         check_function(Product, a, b)
+
+
+# --- What a function does in a network
+
+
+@pytest.mark.parametrize("way", ["last", "stack", "cleared"])
+def test_state_outside_ctx(way):
+    xs = []
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            if way == "last":
+                xs.clear()
+            xs.append(x.detach().clone())
+            return x * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            x = xs[-1]
+            if way == "cleared":
+                xs.clear()
+            elif way == "stack" and len(xs) > 1:
+                xs.pop()
+            return 2 * x * grad
+
+    with pytest.raises(GradientMismatch, match="state is kept outside ctx"):
+        check_function(Square, draw(3))
+
+
+def test_a_gradient_that_is_wrong_where_two_inputs_of_three_need_one():
+    class Product(torch.autograd.Function):
+        needs = (True, True, False)
+
+        @staticmethod
+        def forward(ctx, a, b, c):
+            ctx.save_for_backward(a, b, c)
+            return a * b * c
+
+        @classmethod
+        def backward(cls, ctx, grad):
+            a, b, c = ctx.saved_tensors
+            factor = 2 if ctx.needs_input_grad == cls.needs else 1
+            return grad * b * c, factor * grad * a * c, grad * a * b
+
+    inputs = [draw(3, key=i) for i in range(3)]
+    message = r"where inputs\[0\] and inputs\[1\] alone require gradients, they get another one"
+    with pytest.raises(GradientMismatch, match=message):
+        check_function(Product, *inputs)
+    check_function(type("Right", (Product,), {"needs": None}), *inputs)

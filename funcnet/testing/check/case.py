@@ -274,6 +274,13 @@ def drawn_like(leaf: Tensor, seed: int) -> Tensor:
     return signed(leaf.shape, seed).to(leaf) * scale_of(leaf)
 
 
+def other_numbers(leaf: Tensor) -> Tensor:
+    """Change the numbers but not their signs, so that the layer is likely defined there too."""
+    if not leaf.is_floating_point():
+        return leaf.clone()
+    return leaf * (1 + signed(leaf.shape, 5).clamp(-3, 3).to(leaf) / 16)
+
+
 def _copied(tree: Any) -> Any:
     return optree.tree_map(lambda leaf: leaf.clone(), tree)
 

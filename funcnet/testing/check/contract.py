@@ -21,7 +21,15 @@ from torch import Tensor
 
 from funcnet.keys import fold_in
 from funcnet.keys import key as make_key
-from funcnet.testing.check.case import Case, Leaves, LossCase, kind_of, signed, tried, tried_y
+from funcnet.testing.check.case import (
+    Case,
+    Leaves,
+    LossCase,
+    kind_of,
+    other_numbers,
+    tried,
+    tried_y,
+)
 from funcnet.testing.check.comparison import excess, worst
 from funcnet.testing.check.oracles import autograd_gradients
 from funcnet.testing.check.precision import computed_in
@@ -194,7 +202,7 @@ def _check_no_state(case: Case, pristine: Any, gradients: Leaves) -> None:
     """
     complaint = "bwd depends on what was called before it: state is kept between fwd and bwd"
     _, residuals = case.fwd()
-    others, first = [_other(leaf) for leaf in case.leaves], case.first_of_x
+    others, first = [other_numbers(leaf) for leaf in case.leaves], case.first_of_x
     after = []
     for leaves in (
         others,
@@ -455,13 +463,6 @@ def expect_close(
 def _named(name: str, tree: Any) -> dict[str, Any]:
     names = (accessor.codify(name) for accessor in optree.tree_accessors(tree))
     return dict(zip(names, optree.tree_leaves(tree), strict=True))
-
-
-def _other(leaf: Tensor) -> Tensor:
-    """Change the numbers but not their signs, so that the layer is likely defined there too."""
-    if not leaf.is_floating_point():
-        return leaf.clone()
-    return leaf * (1 + signed(leaf.shape, 5).clamp(-3, 3).to(leaf) / 16)
 
 
 def _copied(layer: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from funcnet.compat import version
-from funcnet.testing.check.case import Case, Leaves, signed
+from funcnet.testing.check.case import Case, Leaves, other_numbers, signed, tried
 from funcnet.testing.check.comparison import Errors, excess, worst
 from funcnet.testing.check.contract import expect_close
 from funcnet.testing.check.laws import check_linear_in_grad
@@ -30,6 +31,8 @@ from funcnet.testing.check.search import Budget, find_wrong, moved
 from funcnet.testing.check.vjp import check_limits, expect_something
 from funcnet.testing.errors import GradientMismatch
 from funcnet.testing.layouts import other_layouts, row_major, same
+
+_FEW_INPUTS = 4
 
 
 def check_function(
@@ -50,9 +53,11 @@ def check_function(
     that are marked as non-differentiable, have no gradient. `grad` is the gradient of the outputs,
     drawn if not given.
 
-    - No call writes to its inputs or to the gradient; the same call twice gives the same bits.
+    - No call writes to its inputs or to the gradient; the same call twice gives the same bits,
+      whatever is called in between: no state is kept outside ctx.
     - A single input that requires a gradient gets the same one as among others
-      (`needs_input_grad`), and a single output that is used gives its part (`materialize_grads`).
+      (`needs_input_grad`), and so do some of up to four inputs. A single output that is used gives
+      its part (`materialize_grads`).
     - Inputs and gradients in any memory layout give the same numbers.
     - In float64, central differences; autograd of `reference`, a function of the same inputs, if
       there is one; linearity in grad. The dtype of the inputs is held to float64.
@@ -151,6 +156,12 @@ class FunctionCase(Case):
 
         An output without grad is not used.
         """
+        return self.gradients_later(which, grads)()
+
+    def gradients_later(
+        self, which: Sequence[int], grads: Sequence[Tensor | None]
+    ) -> Callable[[], Leaves]:
+        """Run the forward pass. Returns the backward pass, which finds `gradients_by`."""
         leaves = [leaf.detach() for leaf in self.leaves]
         asked = [i for i in which if leaves[i].is_floating_point()]
         for i in asked:
@@ -160,18 +171,23 @@ class FunctionCase(Case):
         with torch.enable_grad():
             pairs = zip(self.outputs(leaves), grads, strict=True)
             used = [(y, g.to(y)) for y, g in pairs if g is not None and y.requires_grad]
-        if used and asked:
-            outputs, parts = zip(*used, strict=True)
-            by = torch.autograd.grad(outputs, [leaves[i] for i in asked], parts, allow_unused=True)
-            for i, gradient in zip(asked, by, strict=True):
-                found[i] = gradient
-        for name, leaf, before in zip(self.names, leaves, versions, strict=True):
-            if version(leaf) != before:
-                raise GradientMismatch(f"writes to {name}, a tensor that it was handed")
-        return [
-            torch.zeros_like(leaf, dtype=self.dtype) if gradient is None else gradient.detach()
-            for leaf, gradient in zip(leaves, found, strict=True)
-        ]
+
+        def backward() -> Leaves:
+            if used and asked:
+                outputs, parts = zip(*used, strict=True)
+                inputs = [leaves[i] for i in asked]
+                by = torch.autograd.grad(outputs, inputs, parts, allow_unused=True)
+                for i, gradient in zip(asked, by, strict=True):
+                    found[i] = gradient
+            for name, leaf, before in zip(self.names, leaves, versions, strict=True):
+                if version(leaf) != before:
+                    raise GradientMismatch(f"writes to {name}, a tensor that it was handed")
+            return [
+                torch.zeros_like(leaf, dtype=self.dtype) if gradient is None else gradient.detach()
+                for leaf, gradient in zip(leaves, found, strict=True)
+            ]
+
+        return backward
 
     def parts_of(self, grad: Tensor) -> list[Tensor]:
         """The gradient of each output."""
@@ -247,6 +263,7 @@ def _make_case(
 
 def _examine(case: FunctionCase, rtol: float, atol: float, budget: Budget) -> None:
     gradients = _check_calls(case)
+    _check_no_state(case, gradients)
     _check_parts(case, gradients)
     _check_layouts(case, gradients)
     double = case.double()
@@ -299,15 +316,36 @@ def _check_calls(case: FunctionCase) -> Leaves:
     return gradients
 
 
+def _check_no_state(case: FunctionCase, gradients: Leaves) -> None:
+    """Run the forward pass at other inputs before the backward pass, as a network does.
+
+    They come before the forward pass, too, so that neither the last nor the first state serves.
+    """
+    everything, parts = range(len(case.leaves)), case.parts_of(case.grad)
+    other = case.at([other_numbers(leaf) for leaf in case.leaves])
+    assert isinstance(other, FunctionCase)
+    beside = partial(other.gradients_later, everything, parts)
+    tried(beside)
+    backward = case.gradients_later(everything, parts)
+    tried(beside)
+    complaint = "the backward pass depends on forward passes other than its own: state is kept"
+    try:
+        found = backward()
+    except Exception as error:
+        raise GradientMismatch(f"{complaint} outside ctx ({error!r})") from error
+    if not all(map(same, found, gradients)):
+        raise GradientMismatch(f"{complaint} outside ctx")
+
+
 def _check_parts(case: FunctionCase, gradients: Leaves) -> None:
-    """Ask for one input's gradient alone, and use one output alone."""
+    """Ask for the gradients of some inputs alone, and use one output alone."""
     parts = case.parts_of(case.grad)
-    for i, leaf in enumerate(case.leaves):
-        if leaf.is_floating_point() and len(case.leaves) > 1:
-            alone = case.gradients_by([i], parts)
-            who = f"where {case.names[i]} alone requires a gradient, it gets another one"
-            want = [g if j == i else torch.zeros_like(g) for j, g in enumerate(gradients)]
-            expect_close(case, who, alone, want)
+    for some in _parts_of_inputs(case):
+        alone = case.gradients_by(some, parts)
+        names = " and ".join(case.names[i] for i in some)
+        one = "requires a gradient, it gets" if len(some) == 1 else "require gradients, they get"
+        want = [g if j in some else torch.zeros_like(g) for j, g in enumerate(gradients)]
+        expect_close(case, f"where {names} alone {one} another one", alone, want)
     for i in range(len(parts) if len(parts) > 1 else 0):
         only = [part if j == i else None for j, part in enumerate(parts)]
         zeros = [part if j == i else torch.zeros_like(part) for j, part in enumerate(parts)]
@@ -319,6 +357,14 @@ def _check_parts(case: FunctionCase, gradients: Leaves) -> None:
             case.gradients_by(everything, only),
             case.gradients_by(everything, zeros),
         )
+
+
+def _parts_of_inputs(case: FunctionCase) -> Iterator[tuple[int, ...]]:
+    """Some inputs among those with a gradient: each, and two or more of a few."""
+    floats = [i for i, leaf in enumerate(case.leaves) if leaf.is_floating_point()]
+    most = len(floats) - 1 if len(floats) <= _FEW_INPUTS else 1
+    for count in range(1, most + 1):
+        yield from itertools.combinations(floats, count)
 
 
 def _check_layouts(case: FunctionCase, gradients: Leaves) -> None:

@@ -336,6 +336,73 @@ def test_ties_are_shared_but_not_doubled(x):
 
 
 @dataclass(frozen=True)
+class Larger(fn.Layer):
+    """max(a, x) with a learned a. Where both are equal, `share` says what each of them gets."""
+
+    share: str
+    opaque: bool = False
+
+    def init(self, key, shape, *, dtype=None, device=None):
+        return {"a": torch.zeros(shape, dtype=dtype, device=device)}
+
+    def out_shape(self, shape):
+        return tuple(shape)
+
+    def fwd(self, params, x, *, key=None):
+        a = params["a"].expand_as(x)
+        y = torch.maximum(a.detach(), x.detach()) if self.opaque else torch.maximum(a, x)
+        return y, x >= a if self.share == "x" else (x > a) + 0.5 * (x == a)
+
+    def bwd(self, params, share, grad, *, input_grad=True):
+        rest = 1.0 - share.to(grad)
+        if self.share == "x to both":
+            share, rest = share.ceil(), rest.ceil()
+        if self.share == "to none":
+            share, rest = share.floor(), rest.floor()
+        return {"a": (grad * rest).sum(0)}, grad * share if input_grad else None
+
+
+@pytest.mark.parametrize("opaque", [False, True], ids=["followed", "opaque"])
+@pytest.mark.parametrize("a", [[0.0, 0.0, 0.0], [1.0, -2.0, 0.5]])
+def test_ties_between_leaves_are_shared_but_not_doubled(a, opaque):
+    params = {"a": torch.tensor(a)}
+    x = torch.stack([params["a"], draw((3,), torch.float32), params["a"]])
+    for share in ("equal", "x"):
+        check_vjp(Larger(share, opaque), params, x)
+    for share in ("x to both", "to none"):
+        message = r"for params\['a'\] and x are wrong together along a direction that moves equal"
+        with pytest.raises(GradientMismatch, match=message):
+            check_vjp(Larger(share, opaque), params, x)
+
+
+@pytest.mark.parametrize("opaque", [False, True], ids=["followed", "opaque"])
+def test_kinks_of_two_leaves_that_meet_by_chance(opaque):
+    """relu(u) − relu(−v) = u where u = v, and each slope may be 0 at 0, as PyTorch's is."""
+
+    @dataclass(frozen=True)
+    class Kinks(fn.Layer):
+        at_kink: float
+
+        def init(self, key, shape, *, dtype=None, device=None):
+            return ()
+
+        def out_shape(self, shape):
+            return tuple(shape[0])
+
+        def fwd(self, params, x, *, key=None):
+            u, v = (leaf.detach() for leaf in x) if opaque else x
+            return u.relu() - (-v).relu(), x
+
+        def bwd(self, params, x, grad, *, input_grad=True):
+            u, v = x
+            du, dv = (u > 0) + self.at_kink * (u == 0), (v < 0) + self.at_kink * (v == 0)
+            return (), (grad * du, grad * dv) if input_grad else None
+
+    for at_kink in (0.0, 1.0):
+        check_vjp(Kinks(at_kink), (), tuple(torch.tensor([[0.0, 1.0, -1.0]] * 2) for _ in range(2)))
+
+
+@dataclass(frozen=True)
 class Sort(Plain):
     """Each row, sorted. `place` moves the places that gradients come from."""
 

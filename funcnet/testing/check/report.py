@@ -23,8 +23,10 @@ def wrong_gradient(found: Finding) -> GradientMismatch:
     size = max(abs(found.numeric), abs(found.analytic))
     relative = abs(found.analytic - found.numeric) / size if size else 0.0
     mismatch.relative_error = relative
+    names = [mismatch.leaf, *(found.case.names[i] for i in found.beside)]
+    are_wrong = f"the gradients for {' and '.join(names)} are wrong together"
     lines = [
-        f"the gradient for {mismatch.leaf} is wrong{along}",
+        f"{are_wrong if found.beside else f'the gradient for {mismatch.leaf} is wrong'}{along}",
         f"  analytic        {found.analytic:.12g}",
         f"  numeric         {found.numeric:.12g}",
         f"  relative error  {relative:.3g}",

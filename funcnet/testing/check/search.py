@@ -62,7 +62,7 @@ class Finding:
     """A wrong entry: its leaf and index, and the numbers to compare it with.
 
     Without an index it is a leaf that is wrong along a direction, whose derivative by the leaf's
-    gradient is `along`.
+    gradient is `along`; `beside` holds other leaves that move with it.
     """
 
     case: Case
@@ -74,6 +74,7 @@ class Finding:
     reference: Tensor | None = None
     taylor: float | None = None
     along: float = math.nan
+    beside: tuple[int, ...] = ()
 
     @property
     def analytic(self) -> float:
@@ -96,9 +97,12 @@ class Budget:
 def find_wrong(
     case: Case, rtol: float, atol: float, errors: Errors, budget: Budget
 ) -> Finding | None:
-    """The first wrong entry at a float64 case, or at a point beside it, away from ties."""
-    here = find_wrong_at(case, rtol, atol, errors, budget, thorough=False)
-    return here or find_wrong_at(moved(case), rtol, atol, errors, budget, thorough=True)
+    """The first wrong entry at a float64 case, or beside it, away from ties and at those left."""
+    return (
+        find_wrong_at(case, rtol, atol, errors, budget, thorough=False)
+        or find_wrong_at(moved(case), rtol, atol, errors, budget, thorough=True)
+        or _find_wrong_between_leaves(case, rtol, atol, errors, budget)
+    )
 
 
 def find_wrong_at(
@@ -134,6 +138,50 @@ def moved(case: Case) -> Case:
         if defined and tried(there.vjp) is not None:
             return there
     return case
+
+
+def _find_wrong_between_leaves(
+    case: Case, rtol: float, atol: float, errors: Errors, budget: Budget
+) -> Finding | None:
+    """Leaves whose gradients are wrong together where entries of one equal entries of another.
+
+    Numbers that are equal stay so beside the case, where the kinks at single numbers are left: two
+    of those may be right apart and wrong together, as for relu(a) − relu(−x) at 0.
+    """
+    shared = _shared_numbers([leaf for leaf in case.leaves if _movable(leaf)])
+    if not len(shared):
+        return None
+    step = _direction(shared, 61, relative=True) / 64
+    there = case.at([_stepped(leaf, shared, step) for leaf in case.leaves])
+    y = tried_y(there)
+    if y is None or not y.isfinite().all() or tried(there.vjp) is None:
+        return None
+    search = _Search(there, rtol, atol, errors, budget)
+    numbers = (shared + step).sort().values
+    found = search.between_leaves(numbers)
+    if found is None or not search.learns_more_noise():
+        return found
+    return search.between_leaves(numbers)
+
+
+def _shared_numbers(leaves: Leaves) -> Tensor:
+    """The numbers that are in two leaves or more, in ascending order."""
+    if len(leaves) < 2:
+        return torch.empty(0)
+    in_leaves = torch.cat([torch.unique(leaf) for leaf in leaves])
+    numbers, counts = torch.unique(in_leaves, return_counts=True)
+    return torch.masked_select(numbers, counts > 1)
+
+
+def _stepped(leaf: Tensor, numbers: Tensor, step: Tensor) -> Tensor:
+    """A leaf whose entries that are among numbers, in ascending order, have each its own step."""
+    return leaf + _for_each(leaf, numbers, step) if _movable(leaf) else leaf
+
+
+def _for_each(leaf: Tensor, numbers: Tensor, values: Tensor) -> Tensor:
+    """The value for each entry of a leaf that is among numbers, in ascending order; else 0."""
+    places = torch.searchsorted(numbers, leaf).clamp(max=len(numbers) - 1)
+    return torch.where(numbers[places] == leaf, values[places], 0.0)
 
 
 def _by_autograd(case: Case) -> Leaves:
@@ -385,6 +433,35 @@ class _Search:
                     self.case, i, None, self.gradients, numeric, floor, reference, taylor, along
                 )
         return None
+
+    def between_leaves(self, numbers: Tensor) -> Finding | None:
+        """Move the entries that are one of these numbers, in ascending order, alike in all leaves.
+
+        There is nothing to find where autograd finds the same gradients.
+        """
+        if self.autograd is not None and all(
+            (excess(ours, theirs, self.atol + self.rtol * theirs.abs()) <= 1).all()
+            for ours, theirs in zip(self.gradients, self.autograd, strict=True)
+        ):
+            return None
+        values = _direction(numbers, 67, relative=True)
+        moving = [(i, self._alike(i, numbers, values)) for i in self.examined]
+        moving = [(i, v) for i, v in moving if v.any()]
+        directions = self._only(*moving)
+        taylor = self._refuted(directions, at_ties=True) if moving else None
+        if taylor is None:
+            return None
+        (i, *beside), numeric = [i for i, _ in moving], slope(self._line(directions)).value
+        along = math.fsum(float((self.gradients[i] * v).sum()) for i, v in moving)
+        return Finding(
+            self.case, i, None, self.gradients, numeric, self.floors[i], None, taylor, along,
+            tuple(beside),
+        )  # fmt: skip
+
+    def _alike(self, i: int, numbers: Tensor, values: Tensor) -> Tensor:
+        """A direction of a leaf in which equal numbers move alike, and what is frozen stays."""
+        v = _for_each(self.case.leaves[i], numbers, values)
+        return v.masked_fill(self.frozen[i], 0.0)
 
     def _direction(self, i: int, seed: int, relative: bool) -> Tensor:
         """A random direction of a leaf, in which what is frozen stays."""

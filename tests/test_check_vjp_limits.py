@@ -614,6 +614,54 @@ def test_a_gradient_that_is_wrong_in_the_dtype_whose_epsilon_a_layer_takes():
             check_vjp(Off("sign"), (), x)
 
 
+ZEROS = {
+    "all": torch.zeros(2, 4),
+    "one example": torch.zeros(1, 3),
+    "beside others": torch.cat([torch.zeros(1, 4), draw((1, 4))]),
+    "some": torch.tensor([[0.0, 0.0, 1.0, 0.0]]),
+    "image": torch.zeros(2, 3, 2),
+}
+
+
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "not affine"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("zeros", ZEROS)
+def test_an_epsilon_of_the_dtypes_own_at_zero(zeros, dtype, affine):
+    """y is 0 in every dtype, and the gradient is 1/√ε."""
+    layer, x = fn.RMSNorm(elementwise_affine=affine), ZEROS[zeros].to(dtype)
+    check_vjp(layer, layer.init(fn.key(0), x.shape[1:], dtype=dtype), x)
+
+
+@pytest.mark.parametrize("zeros", ["all", "one example", "beside others"])
+def test_a_wrong_gradient_at_zero_beside_an_epsilon_of_the_dtypes_own(zeros):
+    @dataclass(frozen=True)
+    class Wrong(fn.RMSNorm):
+        factor: float = 1.0
+
+        def _bwd(self, params, residuals, dy, need):
+            dparams, dx = super()._bwd(params, residuals, dy, need)
+            return dparams, dx * self.factor if dy.dtype == torch.float32 else dx
+
+    x = ZEROS[zeros].float()
+    check_vjp(Wrong(elementwise_affine=False), (), x)
+    with pytest.raises(GradientMismatch, match="derivative of apply is about"):
+        check_vjp(Wrong(elementwise_affine=False, factor=1.5), (), x)
+
+
+def test_a_gradient_that_is_wrong_in_one_dtype_at_zero_alone():
+    @dataclass(frozen=True)
+    class Wrong(Plain):
+        def fwd(self, params, x, *, key=None):
+            return x.sin(), x
+
+        def bwd(self, params, x, grad, *, input_grad=True):
+            factor = 1 + (x == 0) * (x.dtype == torch.float32)
+            return (), grad * x.cos() * factor if input_grad else None
+
+    with pytest.raises(GradientMismatch, match=r"in torch\.float32, the gradient for x is further"):
+        check_vjp(Wrong(), (), torch.zeros(2, 3))
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_equal_terms_all_round_to_one_side(seed):
     layer = fn.UpsampleConv2d(2)

@@ -614,6 +614,40 @@ def test_a_gradient_that_is_wrong_in_the_dtype_whose_epsilon_a_layer_takes():
             check_vjp(Off("sign"), (), x)
 
 
+@dataclass(frozen=True)
+class Few(Plain):
+    """tanh(x), or 1.7·x, whose gradient in half precision is off by a factor."""
+
+    name: str
+    factor: float = 1.0
+
+    def fwd(self, params, x, *, key=None):
+        y = torch.tanh(x) if self.name == "tanh" else 1.7 * x
+        return y, y
+
+    def bwd(self, params, y, grad, *, input_grad=True):
+        dx = grad * (1 - y * y) if self.name == "tanh" else 1.7 * grad
+        return (), dx * (self.factor if grad.dtype == torch.bfloat16 else 1) if input_grad else None
+
+
+@pytest.mark.parametrize("name", ["tanh", "linear"])
+@pytest.mark.parametrize("entries", [1, 2, 4])
+def test_a_gradient_of_few_entries_that_is_off_by_5_percent_in_bfloat16(entries, name):
+    for seed in range(4):
+        x = draw((1, entries), torch.bfloat16, key=seed)
+        for scale in (1, 3):  # where tanh saturates, y is rounded to the same few numbers
+            check_vjp(Few(name), (), scale * x)
+        with pytest.raises(GradientMismatch, match=r"is (on average )?about"):
+            check_vjp(Few(name, 1.05), (), x)
+
+
+@pytest.mark.parametrize("scale", [1e-2, 3e-3, 2e-3, 1e-3, 3e-4])
+def test_an_epsilon_of_the_dtypes_own_that_shows_in_few_entries(scale):
+    layer = fn.RMSNorm(elementwise_affine=False)
+    for seed in range(3):
+        check_vjp(layer, (), scale * draw((1, 3), torch.bfloat16, key=seed))
+
+
 ZEROS = {
     "all": torch.zeros(2, 4),
     "one example": torch.zeros(1, 3),

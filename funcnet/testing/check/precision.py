@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable
 from functools import partial
 
@@ -25,15 +26,20 @@ from funcnet.testing.check.rounding import (
 from funcnet.testing.check.tolerances import (
     ACROSS_DTYPES,
     ALIKE_IN_DTYPE,
+    ERRORS_OF_MEAN,
     FACTOR,
     OVERFLOW,
     SAFETY,
     SMOOTH,
+    STEADY,
+    SUSPICIOUS,
 )
 from funcnet.testing.errors import GradientMismatch
 
 _NUDGE = 2.0**-5
 """Far enough for every dtype to notice."""
+_AROUND, _POINTS = 2.0**-4, 16
+"""So far that roundings in half precision are others at each of so many points."""
 _NEAR_ZERO = (2.0**-10, 2.0**-11, 2.0**-12, 2.0**-13, 2.0**-14, 2.0**-15)
 """Sizes from above √ε of float32 to below it, where an ε that is added to a square counts."""
 
@@ -85,6 +91,12 @@ def _check_gradients(case: Case, double: Case, errors: Errors) -> None:
             raise GradientMismatch(
                 f"in {a.dtype}, the gradient for {name} is about {factor:.6g} times that in "
                 "float64, which is more than rounding explains"
+            )
+        mean = _mean_wrong_factor(case, name, a, b, move)
+        if mean is not None:
+            raise GradientMismatch(
+                f"in {a.dtype}, the gradient for {name} is on average about {mean:.4g} times that "
+                "in float64 at points beside x, which is more than rounding explains"
             )
         errors.working = max(errors.working, epsilon * largest_error(a, b, move))
 
@@ -207,12 +219,63 @@ def _wrong_factor(a: Tensor, b: Tensor, move: Tensor) -> float | None:
     factor = _factor(a, b)
     if factor is None:
         return None
+    return factor if abs(factor - 1) > _factor_rounding(a, b, move) else None
+
+
+def _factor_rounding(a: Tensor, b: Tensor, move: Tensor) -> float:
+    """How far rounding may shift the factor that fits a best to float64's b, which is not 0."""
     unit, info = b / b.abs().max(), torch.finfo(a.dtype)
     shifts = (move + info.tiny) / b.abs().max() * unit.abs()
     # What cancels entirely is all rounding.
     cancelled = SAFETY[a.dtype] * shifts[move > b.abs()].sum()
-    rounding = FACTOR * info.eps + float(shifts.norm() + cancelled) / float(unit.square().sum())
-    return factor if abs(factor - 1) > rounding else None
+    return FACTOR * info.eps + float(shifts.norm() + cancelled) / float(unit.square().sum())
+
+
+def _mean_wrong_factor(case: Case, name: str, a: Tensor, b: Tensor, move: Tensor) -> float | None:
+    """The mean of the factors that a leaf is off by at points beside x, if it is wrong.
+
+    A leaf of few entries has few roundings, which do not cancel at one point. In half precision
+    they may hide several percent. At other points they are others, unless what they leave is so
+    coarse that these points see the same: such leaves are passed over. So are functions whose y is
+    off as well: they are other ones in this dtype.
+    """
+    factor, epsilon = _factor(a, b), torch.finfo(a.dtype).eps
+    if (
+        a.dtype not in (torch.bfloat16, torch.float16)
+        or factor is None
+        or not abs(factor - 1) > SUSPICIOUS * epsilon
+        or _factor_rounding(a, b, move) > STEADY * epsilon
+    ):
+        return None
+    i = case.names.index(name)
+    mean, error = _mean_factor(case, lambda there: there.gradients()[i])
+    off = abs(mean - 1)
+    if not off > FACTOR * epsilon + ERRORS_OF_MEAN * error:
+        return None
+    for other in (Case.apply, partial(_autograds, i=i)):
+        others, error = _mean_factor(case, other)
+        if not abs(others - 1) + error <= off / 4:
+            return None
+    return mean
+
+
+def _autograds(case: Case, i: int) -> Tensor:
+    """Autograd's gradient of a leaf; ours in float64 where autograd cannot follow."""
+    found = autograd_gradients(case)
+    return case.double().gradients()[i] if found is None else found[i]
+
+
+def _mean_factor(case: Case, result: Callable[[Case], Tensor]) -> tuple[float, float]:
+    """The mean factor between a result and float64's at points beside x, and its error."""
+    factors = []
+    for trial in range(_POINTS):
+        there = nudge(case, _AROUND, trial)
+        found, exact = tried(partial(result, there)), tried(partial(result, there.double()))
+        factor = None if found is None or exact is None else _factor(found, exact)
+        if factor is None:
+            return math.nan, math.nan
+        factors.append(factor)
+    return statistics.fmean(factors), statistics.stdev(factors) / math.sqrt(_POINTS)
 
 
 def _stays(factor: float, case: Case, name: str) -> bool:

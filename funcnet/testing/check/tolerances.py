@@ -15,9 +15,17 @@ import torch
 # of the package its entries are at most 5 moves off, those of float32 at most 9.
 SAFETY = {torch.float64: 1000.0, torch.float32: 64.0, torch.float16: 16.0, torch.bfloat16: 16.0}
 # ε that the factor between a leaf and float64's may be off 1, besides one move of its entries, most
-# of which cancel: 2 over all layers of the package. So in leaves of many entries a factor is seen
-# from about 6 ε on: 5 % in bfloat16, 0.6 % in float16, 7e-7 in float32.
+# of which cancel: 2 over all layers of the package. So a factor is seen from 4 to 6 ε on: 3 to 5 %
+# in bfloat16, 0.4 to 0.6 % in float16 and, in leaves of many entries, 7e-7 in float32.
 FACTOR = 3.0
+# ε off 1 above which a factor is looked at beside x, too, where the roundings are others.
+SUSPICIOUS = 2.0
+# ε that rounding may shift a factor by where the mean of several points tells: coarser roundings
+# are the same at each of them.
+STEADY = 16.0
+# Standard errors of that mean which are forgiven, besides `FACTOR`. Over all layers of the package,
+# in half precision, means are off by at most a quarter of both.
+ERRORS_OF_MEAN = 4.0
 # ε of a gradient's terms that its derivative along a direction may be off, in its own dtype.
 ALIKE_IN_DTYPE = 64.0
 # Share of the leaf's largest move that is added to each entry's own: an entry that stood still in

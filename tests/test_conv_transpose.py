@@ -107,6 +107,17 @@ def test_without_dx_the_strides_of_grad_may_be_anything():
     torch.testing.assert_close(dparams, layer.vjp(params, x, grad)[0])
 
 
+def test_init_lays_the_weight_out_in_channels_last():
+    images, volumes = torch.channels_last, torch.channels_last_3d
+    for layer, rank, layout in (
+        (fn.ConvTranspose2d(4, 3), 2, images),
+        (fn.ConvTranspose3d(4, 3), 3, volumes),
+    ):
+        weight = layer.init(fn.key(0), (2, *[5] * rank))["weight"]
+        assert weight.is_contiguous(memory_format=layout)
+        assert not weight.is_contiguous()
+
+
 def test_an_ensemble_learns_from_one_example():
     """torch.func.vmap hands the kernels such strides where params and x have an axis for it."""
     layer = fn.ConvTranspose2d(4, 3, padding=1)
@@ -142,10 +153,11 @@ def test_what_does_not_fit_is_refused_with_sizes(cls):
     with refused(f"{cls.__name__}: expected groups to divide out_channels=4, got groups=3"):
         cls(4, 2, groups=3)
     with refused(f"{cls.__name__}: expected output_padding smaller than stride or dilation, got"):
-        cls(4, 2, stride=2, output_padding=2)
+        cls(4, 2, stride=2, output_padding=(*[0] * (rank - 1), 2))
     layer = cls(4, 2, padding=1)
     with refused(f"{layer}: expected a size that leaves y at least one entry on each axis, got"):
-        layer.out_shape((4, *[1] * rank))
+        layer.out_shape((4, *[3] * (rank - 1), 1))
+    assert cls(4, 1).out_shape((4, *[1] * rank)) == (4, *[1] * rank)
     with refused(f"{layer}: expected"):
         layer.out_shape((4, *[0] * rank))
     with pytest.raises(TypeError, match="expected padding to be an int, got 'same'"):

@@ -352,6 +352,7 @@ def test_who_couples_examples():
             lambda: fn.GroupNorm(3).init(KEY, (4, 2)),
             r"GroupNorm\(3\): expected channels that num_groups=3 divides, got 4",
         ),
+        (lambda: fn.GroupNorm(3).init(KEY, (0, 2)), "divides, got 0"),
         (lambda: fn.GroupNorm(3).out_shape(()), r"expected the shape of one example, \(C, …\)"),
         (
             lambda: fn.GroupNorm(2).apply(
@@ -382,6 +383,7 @@ def test_refusals(call, message):
         lambda: fn.GroupNorm(4, 16),
         lambda: fn.LayerNorm(1, np.int64(64)),
         lambda: fn.RMSNorm(1, 64),
+        lambda: fn.InstanceNorm(2),
     ],
 )
 def test_torchs_order_of_arguments_is_refused(call):
@@ -389,6 +391,17 @@ def test_torchs_order_of_arguments_is_refused(call):
         ValueError, match=r"Norm: expected eps to be a float, or at most 1, got .*read off"
     ):
         call()
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [fn.LayerNorm(), fn.RMSNorm(), fn.GroupNorm(2), fn.InstanceNorm(), fn.BatchNorm()],
+    ids=repr,
+)
+def test_integers_are_refused(layer):
+    params = layer.init(KEY, (4, 3))
+    with pytest.raises(TypeError, match=f"{type(layer).__name__}.*to be floating-point, got"):
+        layer.apply(params, torch.ones(2, 4, 3, dtype=torch.int64), key=KEY)
 
 
 @pytest.mark.parametrize("eps", [0, 1])

@@ -14,6 +14,7 @@ _REMEMBERED = "how many shapes are remembered costs time and changes no answer"
 _KERNEL = "the kernel and the formula give the same numbers"
 _ROUNDS = "log(1 + e^x) rounds to x from 37 on"
 _EITHER_WAY = "rows and PyTorch's kernels give the same numbers"
+_LAYOUT = "a memory format changes no number"
 _COMMUTES = "factors may change places"
 _EMPTY = "without entries, nothing is there to differ"
 
@@ -40,13 +41,17 @@ EQUIVALENT: dict[str, str] = {
     "layers.conv.Convolution:drop-argument:3": _DERIVED,
     "layers.conv.Convolution:flip-flag:3": _REPR,
     "layers.conv.Convolution:flip-flag:4": _DERIVED,
-    "layers.conv.Convolution._layout:drop-term:2": "a memory format changes no number",
+    "layers.conv.Convolution._layout:drop-term:2": _LAYOUT,
     "layers.conv.kernel_gradients:condition:2": _NOT_NEEDED,
     "layers.conv_transpose.ConvTranspose:drop-argument:2": _REPR,
     "layers.conv_transpose.ConvTranspose:drop-argument:3": _DERIVED,
     "layers.conv_transpose.ConvTranspose:flip-flag:3": _REPR,
     "layers.conv_transpose.ConvTranspose:flip-flag:4": _DERIVED,
+    "layers.conv_transpose.ConvTranspose.__post_init__:drop-argument:1": _STRICT,
     "layers.conv_transpose.ConvTranspose.__post_init__:flip-flag:1": _STRICT,
+    "layers.conv_transpose.ConvTranspose._out_shape:drop-argument:1": _STRICT,
+    "layers.conv_transpose.ConvTranspose._out_shape:flip-flag:1": _STRICT,
+    "layers.conv_transpose.ConvTranspose._out_shape:swap-elements:3": "both sides are alike",
     "layers.linear.Linear._bwd_each:drop-need:1": _NOT_NEEDED,
     "layers.linear.Linear._bwd_each:drop-need:2": _NOT_NEEDED,
     "layers.pooling.MaxPool:flip-flag:4": _DERIVED,

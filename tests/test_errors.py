@@ -12,6 +12,7 @@ from registry import EVERY_LAYER
 from test_properties import make, same
 
 import funcnet as fn
+from funcnet.checks import shown
 from funcnet.testing import check_vjp, strategies
 
 CONV = fn.Conv2d(256, 2, stride=2)
@@ -26,6 +27,41 @@ def test_settings():
     for invalid in strategies._invalid():
         with refused(invalid.error, invalid.message):
             invalid.make()
+
+
+class Long:
+    def __init__(self, length):
+        self.length = length
+
+    def __repr__(self):
+        return "x" * self.length
+
+
+class LongAndSized(Long):
+    def __len__(self):
+        return 7
+
+
+def test_how_a_message_shows_a_value():
+    assert shown("a") == "'a'"
+    assert shown(LongAndSized(80)) == "x" * 80
+    assert shown(LongAndSized(81)) == "a LongAndSized of 7"
+    assert shown(Long(81)) == "x" * 81
+    assert shown(torch.zeros(2)) == "tensor([0., 0.])"
+    assert shown(torch.zeros(2, 3, 4)) == "a Tensor of shape (2, 3, 4)"
+    assert shown([torch.zeros(2, 2)]) == "a list of 1"  # in two lines
+    assert shown(torch.nn.ReLU()) == "ReLU, a torch.nn.Module"
+    assert shown(fn.Sequential(*[fn.ReLU()] * 20)) == "Sequential of 20 layers"
+
+
+def test_shapes():
+    for shape in (3, None, "ab", {3: 4}):
+        with refused(TypeError, f"ReLU(): expected shape to be a tuple of ints, got {shape!r}"):
+            fn.ReLU().out_shape(shape)
+    with refused(TypeError, "ReLU(): expected every size in shape to be an int, got 1.5"):
+        fn.ReLU().out_shape((2, 1.5))
+    with refused(ValueError, "ReLU(): expected every size in shape >= 0, got -1"):
+        fn.ReLU().out_shape((2, -1))
 
 
 def test_the_message_of_the_contract():

@@ -322,6 +322,7 @@ def test_what_is_not_asked_for_is_not_computed(layer, shape):
 # --- Arguments
 
 TWINS = [(cls, getattr(torch.nn, cls.__name__, None)) for cls in REGISTRY]
+TWINS += [(fn.BatchNorm, torch.nn.BatchNorm2d), (fn.InstanceNorm, torch.nn.InstanceNorm2d)]
 TWINS += [(loss, getattr(torch.nn, f"{loss.__name__}Loss")) for loss in LOSSES]
 TWINS += [(o, getattr(torch.optim, o.__name__)) for o in (fn.SGD, fn.Adam, fn.AdamW, fn.RMSprop)]
 

@@ -15,10 +15,13 @@ _KERNEL = "the kernel and the formula give the same numbers"
 _ROUNDS = "log(1 + e^x) rounds to x from 37 on"
 _EITHER_WAY = "rows and PyTorch's kernels give the same numbers"
 _LAYOUT = "a memory format changes no number"
+_ZERO = "0 is refused either way"
 _COMMUTES = "factors may change places"
 _EMPTY = "without entries, nothing is there to differ"
 
 EQUIVALENT: dict[str, str] = {
+    "checks.as_axis:compare:1": _ZERO,
+    "checks.as_axis:off-by-one:1": _ZERO,
     "layer.Layer._admit:off-by-one:3": _REMEMBERED,
     "layer.Layer._admit:off-by-one:4": _REMEMBERED,
     "param._shapes:drop-call:1": _TUPLE,
@@ -54,6 +57,16 @@ EQUIVALENT: dict[str, str] = {
     "layers.conv_transpose.ConvTranspose._out_shape:swap-elements:3": "both sides are alike",
     "layers.linear.Linear._bwd_each:drop-need:1": _NOT_NEEDED,
     "layers.linear.Linear._bwd_each:drop-need:2": _NOT_NEEDED,
+    "layers.pixel_shuffle._shuffle:drop-term:1": _KERNEL,
+    "layers.pixel_shuffle._shuffle:drop-term:2": _KERNEL,
+    "layers.pixel_shuffle._shuffle:condition:1": _KERNEL,
+    "layers.pixel_shuffle._shuffle:condition:2": _KERNEL,
+    "layers.pixel_shuffle._shuffle:compare:1": _KERNEL,
+    "layers.pixel_shuffle._shuffle:compare:2": _KERNEL,
+    "layers.pixel_shuffle._shuffle:off-by-one:1": _KERNEL,
+    "layers.pixel_shuffle._shuffle:off-by-one:2": _KERNEL,
+    "layers.pixel_shuffle._copy:drop-argument:1": "flatten copies what is in another order",
+    "layers.normalization._gradients:condition:4": _NOT_NEEDED,
     "layers.pooling.MaxPool:flip-flag:4": _DERIVED,
     "layers.pooling.MaxPool._out_shape:drop-call:2": "a list of sizes is read like a tuple",
     "layers.pooling.AvgPool:drop-argument:2": _REPR,

@@ -2,10 +2,11 @@
 
 import gc
 import inspect
+import math
 import pickle
 import re
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import optree
 import pytest
@@ -16,6 +17,8 @@ from registry import EVERY_LAYER
 from test_properties import close, make, same
 
 import funcnet as fn
+from funcnet.gradients import contribution
+from funcnet.ops.need import Need
 from funcnet.testing import check_vjp, strategies
 from funcnet.testing.registry import LOSSES
 
@@ -168,6 +171,44 @@ def test_a_bwd_that_is_put_in_later_is_used(layer, monkeypatch):
     assert layer in calls
 
 
+@dataclass(frozen=True)
+class Asked(fn.Layer):
+    """y = w·x, by what authors write; notes what it is asked for."""
+
+    asked: list = field(default_factory=list, compare=False)
+
+    def _params(self, shape):
+        return {"w": fn.Param((1,), fn.initializers.Constant(3.0))}
+
+    def _fwd(self, params, x, key):
+        return params["w"] * x, x
+
+    def _bwd(self, params, x, dy, need):
+        self.asked.append(need)
+        return {"w": (x * dy).sum().reshape(1)}, params["w"] * dy
+
+
+class AskedInPublic(Asked):
+    """The same, by the public four."""
+
+    def fwd(self, params, x, *, key=None):
+        return params["w"] * x, x
+
+    def bwd(self, params, x, grad, *, input_grad=True, param_grad=True):
+        need = Need(param_grad, input_grad)
+        dparams, dx = self._bwd(params, x, grad, need)
+        return dparams, dx if input_grad else None
+
+
+@pytest.mark.parametrize("layer", [Asked(), AskedInPublic()], ids=["_bwd", "bwd"])
+def test_a_layer_is_asked_for_its_parameters_gradients_alone(layer):
+    x = torch.tensor([[1.0], [2.0]])
+    params = layer.init(fn.key(0), (1,))
+    value, grads = fn.value_and_grad(layer, fn.MSE("sum"))(params, x, torch.zeros(2, 1))
+    assert (value.item(), grads["w"].item()) == (45, 30)
+    assert [(need.params, need.input) for need in layer.asked] == [(True, False)]
+
+
 # --- What it returns is a value
 
 
@@ -206,6 +247,7 @@ CLASSIFIER = fn.Sequential(fn.Flatten(), fn.Linear(4), fn.Tanh(), fn.Linear(3))
 LABELS = {
     "another number of places is ignored in each part": [0, 1, 1, 1, 2, 0, 0],
     "a part is ignored as a whole": [1, 1, 0, 2, 0, 0, 1],
+    "three places count": [0, 1, 2, 1, 0, 1, 1],
     "all is ignored": [1] * 7,
 }
 
@@ -222,6 +264,22 @@ def test_the_mean_is_over_places_that_count(labels, smoothing, reduction):
         step = fn.value_and_grad(CLASSIFIER, loss, micro_batch=size)
         found = step(params, x, torch.tensor(labels))
         close(found, expected, rtol=1e-12, atol=1e-15, equal_nan=True)
+
+
+@pytest.mark.parametrize("none", [0, torch.tensor(0)], ids=["int", "tensor"])
+def test_a_part_without_terms_contributes_nothing(none):
+    """A mean over no terms is NaN."""
+    value, share = contribution(torch.tensor(math.nan), none, 4)
+    assert (value, share) == (0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_micro_batches_keep_the_dtype(dtype):
+    params = CLASSIFIER.init(fn.key(0), (2, 2), dtype=dtype)
+    x = fn.normal(fn.key(1), (7, 2, 2), dtype=dtype)
+    step = fn.value_and_grad(CLASSIFIER, fn.CrossEntropy(ignore_index=1), micro_batch=3)
+    found = step(params, x, torch.tensor([0, 1, 2, 1, 0, 1, 1]))
+    assert {leaf.dtype for leaf in optree.tree_leaves(found)} == {dtype}
 
 
 @dataclass(frozen=True)

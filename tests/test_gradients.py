@@ -7,6 +7,7 @@ import pickle
 import re
 import weakref
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import optree
 import pytest
@@ -149,9 +150,14 @@ def test_the_denoiser_of_the_report():
 
 
 def test_what_is_no_loss_is_refused():
-    for wrong in (fn.MSE, None, len):
+    half = type("Half", (), {"fwd": lambda self, x, target: (x, x)})()
+    other = type("Other", (), {"bwd": lambda self, residuals, grad=1.0: residuals})()
+    for wrong in (fn.MSE, None, len, fn.ReLU(), half, other):
         with pytest.raises(TypeError, match="value_and_grad: expected a loss, such as MSE"):
             fn.value_and_grad(fn.ReLU(), wrong)
+    for wrong in (torch.nn.ReLU(), fn.ReLU, None):
+        with pytest.raises(TypeError, match="value_and_grad: expected net to be a Layer, got "):
+            fn.value_and_grad(wrong, fn.MSE())
 
 
 @pytest.mark.parametrize("layer", [fn.Conv2d(2, 1), fn.UpsampleConv2d(2), fn.ReLU()], ids=str)
@@ -375,6 +381,9 @@ def test_what_micro_batches_refuse():
             fn.value_and_grad(layer, loss, micro_batch=wrong)
     with pytest.raises(ValueError, match='expected a loss with reduction "mean" or "sum", for'):
         fn.value_and_grad(layer, WeightedError("none"), micro_batch=2)
+    like_a_loss = SimpleNamespace(fwd=loss.fwd, bwd=loss.bwd, reduction="mean")
+    with pytest.raises(ValueError, match=r"expected a loss with reduction .* got namespace\("):
+        fn.value_and_grad(layer, like_a_loss, micro_batch=2)
     step = fn.value_and_grad(layer, loss, micro_batch=2)
     for target, error, message in (
         (torch.zeros(4, 2), ValueError, "expected target of 3 examples, as x, got 4"),

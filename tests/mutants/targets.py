@@ -83,7 +83,10 @@ _OPS = {
 TARGETS: tuple[tuple[str, str], ...] = (
     *_families(),
     *((f"funcnet/ops/{name}.py", tests) for name, tests in _OPS.items()),
-    ("funcnet/losses/*.py", f"test_losses.py test_properties.py::{_QUICK[1]} test_errors.py"),
+    (
+        "funcnet/losses/*.py",
+        f"test_losses.py test_properties.py::{_QUICK[1]} test_errors.py test_gradients.py",
+    ),
     (
         "funcnet/param.py",
         "test_layer.py test_errors.py test_attention.py test_upsample_conv.py test_linear.py "

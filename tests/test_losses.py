@@ -77,6 +77,7 @@ def assert_is_torchs(loss, theirs, x, target):
     leaf = x.clone(memory_format=torch.contiguous_format).requires_grad_()
     value = theirs(leaf, target)
     close(loss.apply(x, target), value.detach())
+    close(loss.bwd(loss.fwd(x, target)[1]), loss.vjp(x, target))
     for grad in (1.0, -2.5):
         (dx,) = torch.autograd.grad(value, leaf, torch.full_like(value, grad), retain_graph=True)
         close(loss.vjp(x, target, grad), dx)

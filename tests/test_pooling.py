@@ -214,18 +214,19 @@ def refused(message):
 @every([*MAX, *AVG])
 def test_what_does_not_fit_is_refused_with_sizes(cls):
     rank = axes(cls)
-    kernel, padding = (3,) * rank, (2,) * rank
+    kernel, padding = (3,) * rank, (*[0] * (rank - 1), 2)
     with refused(
         f"{cls.__name__}: expected padding of at most half of kernel_size={kernel}, got {padding}"
     ):
-        cls(3, padding=2)
+        cls(3, padding=padding)
     with refused(f"{cls.__name__}: expected stride >= 1, got 0"):
         cls(3, 0)
     layer = cls(3)
     with refused(f"{layer}: expected "):
         layer.out_shape((2, *[2] * rank))
-    with pytest.raises(ValueError, match=re.escape(f"got size {(2,) * rank}")):
-        layer.out_shape((2, *[2] * rank))
+    size = (*[3] * (rank - 1), 2)
+    with pytest.raises(ValueError, match=re.escape(f"got size {size}")):
+        layer.out_shape((2, *size))
     assert layer.out_shape((2, *[3] * rank)) == (2, *[1] * rank)
     with refused(f"{layer}: expected at least 1 channel, got 0"):
         layer.out_shape((0, *[5] * rank))

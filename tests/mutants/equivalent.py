@@ -89,6 +89,7 @@ EQUIVALENT: dict[str, str] = {
     "layers.upsample.UpsampleConv2d._bwd:condition:1": "both methods give the same numbers",
     "layers.pooling._window_of:drop-argument:1": _STRICT,
     "layers.pooling._window_of:flip-flag:1": _STRICT,
+    "losses.loss.scaled:condition:2": _IN_PLACE,
     "losses.loss.Loss.fwd:off-by-one:1": "an entry more that nobody reads",
     "ops.conv_transpose.gradients:flip-flag:2": "what is not needed is thrown away",
     "ops.counter._random:drop-term:8": "what is drawn beyond the size is cut off",

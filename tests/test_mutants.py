@@ -492,7 +492,8 @@ def test_tests_that_are_collected_once():
         forever = source.replace(HARMLESS.old, "while True: pass\n")
         assert runs.run(Planted(file, source, forever), limit=1) is None
         outside = source.replace('"mean"', '"sum"')
-        assert runs.run(Planted(file, source, outside), limit=300).code is None
+        for _ in range(2):  # one answer each
+            assert runs.run(Planted(file, source, outside), limit=300).code is None
 
 
 # --- The command

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -101,7 +102,7 @@ def _serve(tree: str, arguments: list[str], connection: Connection) -> None:
     code = int(pytest.main(arguments, plugins=[plugin, server]))
     if server.is_fork:
         connection.send(Run(code, server.failed, dict(server.seconds)))
-    os._exit(_ANSWERED)
+        sys.exit(_ANSWERED)
 
 
 class _Server:

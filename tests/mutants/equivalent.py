@@ -16,6 +16,7 @@ _ROUNDS = "log(1 + e^x) rounds to x from 37 on"
 _EITHER_WAY = "rows and PyTorch's kernels give the same numbers"
 _LAYOUT = "a memory format changes no number"
 _ZERO = "0 is refused either way"
+_KEPT = "what is kept and not used costs memory alone"
 _COMMUTES = "factors may change places"
 _EMPTY = "without entries, nothing is there to differ"
 
@@ -84,11 +85,24 @@ EQUIVALENT: dict[str, str] = {
     "layers.pooling.AvgPool3d._out_shape:flip-flag:1": _STRICT,
     "layers.pooling.Adaptive._size:drop-argument:1": _STRICT,
     "layers.pooling.Adaptive._size:flip-flag:1": _STRICT,
+    "layers.recurrent.Recurrent._apply:drop-argument:1": _KEPT,
+    "layers.recurrent.Recurrent._apply:flip-flag:1": _KEPT,
+    "layers.recurrent.Recurrent._bwd:drop-argument:1": _STRICT,
+    "layers.recurrent.Recurrent._bwd:flip-flag:1": _STRICT,
+    "layers.recurrent.Recurrent._bwd:drop-argument:2": _STRICT,
+    "layers.recurrent.Recurrent._bwd:flip-flag:2": _STRICT,
+    "layers.recurrent.Recurrent._bwd:drop-call:1": "a dict takes pairs",
     "layers.upsample.Upsample2d._bwd:sibling:1": "x is empty where grad is",
     "layers.upsample.UpsampleConv2d:drop-argument:5": _REPR,
     "layers.upsample.UpsampleConv2d._bwd:condition:1": "both methods give the same numbers",
     "layers.pooling._window_of:drop-argument:1": _STRICT,
     "layers.pooling._window_of:flip-flag:1": _STRICT,
+    "losses.huber.Huber._fwd:condition:2": _KERNEL,
+    "losses.huber.Huber._fwd:swap-arguments:1": "the loss is even",
+    "losses.huber.Huber._fwd:swap-operands:1": "the loss is even",
+    "losses.huber.Huber._bwd:condition:1": _KERNEL,
+    "losses.huber.Huber._bwd:condition:2": _KERNEL,
+    "losses.huber.Huber._bwd:off-by-one:3": "PyTorch takes whatever is no mean for a sum",
     "losses.loss.scaled:condition:2": _IN_PLACE,
     "losses.loss.Loss.fwd:off-by-one:1": "an entry more that nobody reads",
     "ops.conv_transpose.gradients:flip-flag:2": "what is not needed is thrown away",

@@ -356,3 +356,35 @@ def test_a_gradient_that_is_wrong_where_two_inputs_of_three_need_one():
     with pytest.raises(GradientMismatch, match=message):
         check_function(Product, *inputs)
     check_function(type("Right", (Product,), {"needs": None}), *inputs)
+
+
+class Tanh32(torch.autograd.Function):
+    """tanh, computed in float32 whatever the dtype of x is."""
+
+    factor = 1.0
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.float().tanh().to(x.dtype)
+
+    @classmethod
+    def backward(cls, ctx, grad):
+        (x,) = ctx.saved_tensors
+        return (cls.factor * grad.float() * (1 - x.float().tanh() ** 2)).to(x.dtype)
+
+
+@pytest.mark.parametrize("reference", [None, torch.tanh])
+@pytest.mark.parametrize("x", [torch.zeros(1, 4), torch.zeros(5, 4), draw(5, 4)])
+def test_half_precision_of_a_function_that_computes_in_float32(x, reference):
+    x = x.bfloat16()
+    check_function(Tanh32, x, reference=reference)
+    with pytest.raises(GradientMismatch):
+        check_function(type("Off", (Tanh32,), {"factor": 1.1}), x, reference=reference)
+
+
+def test_steps_of_the_middle_one_of_equal_entries_show_no_slope():
+    """Its neighbours take its place on either side, so that both one-sided slopes are 0."""
+    zeros = torch.zeros(2, 5, dtype=torch.float64)
+    check_function(lambda x: x.kthvalue(2, -1).values, zeros)
+    check_function(lambda x: x.quantile(0.4, dim=-1), zeros)

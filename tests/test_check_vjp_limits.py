@@ -1073,3 +1073,71 @@ def test_a_kink_in_one_entry_does_not_excuse_the_others():
 
     with pytest.raises(GradientMismatch, match=r"a factor of 1\.001 is wrong"):
         check_vjp(Off(), (), draw((4, 6)))
+
+
+@dataclass(frozen=True)
+class Middle(Plain):
+    """The median, computed by numpy: one of equal entries is in the middle, and has the slope."""
+
+    every: bool = False
+
+    def out_shape(self, shape):
+        return shape[:-1]
+
+    def fwd(self, params, x, *, key=None):
+        order = torch.from_numpy(np.argsort(x.detach().numpy(), -1, kind="stable"))
+        middle = order[..., [x.shape[-1] // 2]]
+        y = x.detach().gather(-1, middle)
+        return y[..., 0].clone(), x == y if self.every else torch.zeros_like(x).scatter(
+            -1, middle, 1
+        )
+
+    def bwd(self, params, mask, grad, *, input_grad=True):
+        return (), mask * grad[..., None] if input_grad else None
+
+
+@pytest.mark.parametrize("number", [0.0, 1.0])
+def test_steps_of_the_middle_one_of_equal_entries_show_no_slope(number):
+    """Its neighbours take its place on either side, so that both one-sided slopes are 0."""
+    x = torch.full((2, 5), number, dtype=torch.float64)
+    check_vjp(Middle(), (), x)
+    with pytest.raises(GradientMismatch, match="a direction that moves equal entries alike"):
+        check_vjp(Middle(every=True), (), x)
+
+
+@dataclass(frozen=True)
+class Switched(Plain):
+    """tanh x; with a key, which draws nothing, x normalised by its batch, or relu, or masked."""
+
+    kind: str
+
+    def apply(self, params, x, *, key=None):
+        if key is None:
+            return x.tanh()
+        if self.kind == "relu":
+            return x.relu()
+        if self.kind == "masked":
+            return 2 * x.tanh() * (torch.arange(x.shape[-1]) % 2).to(x)
+        centred = x - x.mean(0)
+        return centred / (centred.square().mean(0) + 1e-5).sqrt()
+
+    def fwd(self, params, x, *, key=None):
+        return self.apply(params, x, key=key), (x, key)
+
+    def bwd(self, params, residuals, grad, *, input_grad=True):
+        x, key = residuals
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            (dx,) = torch.autograd.grad(self.apply(params, x, key=key), x, grad)
+        return (), dx if input_grad else None
+
+
+@pytest.mark.parametrize("kind", ["normalised", "relu"])
+def test_zeros_that_follow_from_x_are_not_dropped_by_a_key(kind):
+    x = torch.tensor([[1.0, 2.0, -1.0], [1.0, 3.0, -1.0]], dtype=torch.float64)
+    check_vjp(Switched(kind), (), x)
+
+
+def test_zeros_at_the_same_places_whatever_x_is_are_dropped_by_every_key():
+    with pytest.raises(GradientMismatch, match="8 different keys drop the same entries"):
+        check_vjp(Switched("masked"), (), draw((2, 4)))

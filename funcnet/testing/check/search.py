@@ -555,9 +555,12 @@ class _Search:
         """Whether a slope at a kink lies between those of points around it.
 
         Of three equal numbers that are sorted, one goes to the middle. Its gradient is that of the
-        middle place, while steps of it alone show those of the outer places.
+        middle place, while steps of it alone show those of the outer places. These may be alike, as
+        the zeros of a median's: then no kink shows.
         """
-        if not found.jump:
+        leaf = self.case.leaves[i]
+        is_tied = int((leaf == leaf.flatten()[position]).sum()) > 1
+        if not (found.jump or is_tied):
             return False
         ours, *around = (float(g[i].flatten()[position]) for g in (self.gradients, *self.around))
         slack = self.rtol * abs(ours) + self.atol

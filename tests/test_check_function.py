@@ -388,3 +388,18 @@ def test_steps_of_the_middle_one_of_equal_entries_show_no_slope():
     zeros = torch.zeros(2, 5, dtype=torch.float64)
     check_function(lambda x: x.kthvalue(2, -1).values, zeros)
     check_function(lambda x: x.quantile(0.4, dim=-1), zeros)
+
+
+def test_state_that_depends_on_signs_alone():
+    class Rectifier(torch.autograd.Function):
+        @classmethod
+        def forward(cls, ctx, x):
+            cls.mask = x > 0
+            return x.relu()
+
+        @classmethod
+        def backward(cls, ctx, grad):
+            return grad * cls.mask
+
+    with pytest.raises(GradientMismatch, match="state is kept outside ctx"):
+        check_function(Rectifier, draw(4, 4))

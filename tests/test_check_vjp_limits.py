@@ -1141,3 +1141,22 @@ def test_zeros_that_follow_from_x_are_not_dropped_by_a_key(kind):
 def test_zeros_at_the_same_places_whatever_x_is_are_dropped_by_every_key():
     with pytest.raises(GradientMismatch, match="8 different keys drop the same entries"):
         check_vjp(Switched("masked"), (), draw((2, 4)))
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_state_that_depends_on_signs_alone(zeros):
+    kept = {}
+
+    @dataclass(frozen=True)
+    class Rectifier(Plain):
+        def fwd(self, params, x, *, key=None):
+            kept["mask"] = x > 0
+            return x.relu(), None
+
+        def bwd(self, params, residuals, grad, *, input_grad=True):
+            mask = kept["mask"]
+            dx = grad * mask if mask.shape == grad.shape else grad.clone()
+            return (), dx if input_grad else None
+
+    with pytest.raises(GradientMismatch, match="state is kept between fwd and bwd"):
+        check_vjp(Rectifier(), (), (0 if zeros else 1) * draw((4, 4)))

@@ -274,6 +274,11 @@ def drawn_like(leaf: Tensor, seed: int) -> Tensor:
     return signed(leaf.shape, seed).to(leaf) * scale_of(leaf)
 
 
+def unlike(leaf: Tensor) -> Tensor:
+    """Draw other numbers, with other signs. Integers and bools stay."""
+    return drawn_like(leaf, 11) if leaf.is_floating_point() else leaf.clone()
+
+
 def other_numbers(leaf: Tensor) -> Tensor:
     """Change the numbers but not their signs, so that the layer is likely defined there too."""
     if not leaf.is_floating_point():

@@ -29,6 +29,7 @@ from funcnet.testing.check.case import (
     other_numbers,
     tried,
     tried_y,
+    unlike,
 )
 from funcnet.testing.check.comparison import excess, worst
 from funcnet.testing.check.oracles import autograd_gradients
@@ -198,7 +199,8 @@ def _takes_param_grad(method: Callable[..., Any]) -> bool:
 def _check_no_state(case: Case, pristine: Any, gradients: Leaves) -> None:
     """Call fwd in between, and bwd on other copies of its arguments: neither must matter.
 
-    In between come other tensors, then the same params with another x, then the same x.
+    In between come other tensors, with the same signs and with others, then the same params with
+    another x, then the same x.
     """
     complaint = "bwd depends on what was called before it: state is kept between fwd and bwd"
     _, residuals = case.fwd()
@@ -206,6 +208,7 @@ def _check_no_state(case: Case, pristine: Any, gradients: Leaves) -> None:
     after = []
     for leaves in (
         others,
+        [unlike(leaf) for leaf in case.leaves],
         [*case.leaves[:first], *others[first:]],
         [*others[:first], *case.leaves[first:]],
     ):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from funcnet.compat import version
-from funcnet.testing.check.case import Case, Leaves, other_numbers, signed, tried
+from funcnet.testing.check.case import Case, Leaves, other_numbers, signed, tried, unlike
 from funcnet.testing.check.comparison import Errors, excess, worst
 from funcnet.testing.check.contract import expect_close
 from funcnet.testing.check.laws import check_linear_in_grad
@@ -322,12 +322,16 @@ def _check_no_state(case: FunctionCase, gradients: Leaves) -> None:
     They come before the forward pass, too, so that neither the last nor the first state serves.
     """
     everything, parts = range(len(case.leaves)), case.parts_of(case.grad)
-    other = case.at([other_numbers(leaf) for leaf in case.leaves])
-    assert isinstance(other, FunctionCase)
-    beside = partial(other.gradients_later, everything, parts)
-    tried(beside)
+
+    def run_beside() -> None:
+        for change in (other_numbers, unlike):
+            other = case.at([change(leaf) for leaf in case.leaves])
+            assert isinstance(other, FunctionCase)
+            tried(partial(other.gradients_later, everything, parts))
+
+    run_beside()
     backward = case.gradients_later(everything, parts)
-    tried(beside)
+    run_beside()
     complaint = "the backward pass depends on forward passes other than its own: state is kept"
     try:
         found = backward()

@@ -521,8 +521,8 @@ def _refused(cls: type[Layer], kind: Any) -> Iterator[tuple[Any, type[Exception]
     elif isinstance(kind, Number):
         yield "1", TypeError, " to be a number, got '1'"
         yield True, TypeError, " to be a number, got True"
-        for wrong in (math.nan, math.inf, -math.inf):
-            yield wrong, ValueError, " to be finite"
+        for number in (math.nan, math.inf, -math.inf):
+            yield number, ValueError, " to be finite"
         if kind.least > -math.inf:
             yield kind.least - 1, ValueError, " to be finite and >= "
         if kind.most < math.inf:

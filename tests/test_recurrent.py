@@ -1,5 +1,7 @@
 """RNN, LSTM and GRU: against their formulas, step by step, and PyTorch's kernel."""
 
+from dataclasses import fields
+
 import optree
 import pytest
 import torch
@@ -262,6 +264,13 @@ def test_parameters_have_torchs_names_order_and_distribution(cls, bias, bidirect
     assert 0.99 * bound < drawn.abs().max() <= bound
     assert abs(drawn.mean()) < 0.02 * bound
     assert abs(drawn.std() / (bound / 3**0.5) - 1) < 0.02
+
+
+@each_class
+def test_defaults_are_torchs(cls):
+    twin, layer = getattr(torch.nn, cls.__name__)(2, 3), cls(3)
+    for field in fields(layer):
+        assert getattr(layer, field.name) == getattr(twin, field.name)
 
 
 def test_arguments_have_torchs_order():

@@ -556,7 +556,7 @@ class _Search:
 
         Of three equal numbers that are sorted, one goes to the middle. Its gradient is that of the
         middle place, while steps of it alone show those of the outer places. These may be alike, as
-        the zeros of a median's: then no kink shows.
+        the zeros of a median's: then no kink shows but in the slopes around.
         """
         leaf = self.case.leaves[i]
         is_tied = int((leaf == leaf.flatten()[position]).sum()) > 1
@@ -564,7 +564,9 @@ class _Search:
             return False
         ours, *around = (float(g[i].flatten()[position]) for g in (self.gradients, *self.around))
         slack = self.rtol * abs(ours) + self.atol
-        return bool(around) and min(around) - slack <= ours <= max(around) + slack
+        if not around or (not found.jump and max(around) - min(around) <= slack):
+            return False
+        return min(around) - slack <= ours <= max(around) + slack
 
     def _some_entries(self) -> Iterator[tuple[int, int]]:
         """Yield (leaf, position) of all entries: the leaves in turn, each in random order."""

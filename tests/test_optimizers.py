@@ -169,6 +169,16 @@ def test_a_rate_of_0_is_a_rate(row):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.ours.__name__)
+def test_infinite_parameters_are_torchs(row):
+    """A decay of 0 adds no 0 · ∞."""
+    params, grads = {"w": torch.tensor([math.inf, -math.inf, 1.0])}, {"w": torch.ones(3)}
+    optimizer = row.ours(0.1, weight_decay=0.0)
+    new, _ = optimizer.step(params, grads, optimizer.init(params))
+    (expected,) = Twin(row, params, 0.1, {"weight_decay": 0.0}).step(grads, 0)
+    torch.testing.assert_close(new["w"], expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.ours.__name__)
 def test_defaults_are_those_of_torch(row):
     required = {"lr": 0.1} if row.ours is fn.SGD else {}
     ours = row.ours(**required)

@@ -155,7 +155,7 @@ def test_errors_of_any_kind_name_the_position(error):
         net.apply(((), {"head": ()}), torch.zeros(1, 3))
     if issubclass(error, (RuntimeError, ValueError, TypeError)):
         assert str(caught.value) == "layer 1: head: out of luck"
-    elif hasattr(caught.value, "__notes__"):  # from Python 3.11 on
+    elif hasattr(caught.value, "add_note"):  # from Python 3.11 on
         assert caught.value.__notes__ == ["raised in head", "raised in layer 1"]
 
 

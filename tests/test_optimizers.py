@@ -283,11 +283,7 @@ def test_steps_are_differentiable(optimizer):
 def test_a_step_of_many_states_is_the_step_of_each(optimizer):
     params = torch.stack([fn.normal(fn.key(seed), (4,), dtype=torch.float64) for seed in range(3)])
     grads = params.flip(0) + 0.5
-    optimizer = type(optimizer)(
-        **{name: getattr(optimizer, name) for name in ("momentum", "amsgrad", "centered")
-           if hasattr(optimizer, name)},
-        lr=schedule,
-    )  # fmt: skip
+    optimizer = dataclasses.replace(optimizer, lr=schedule)
     states = []
     for i in range(3):
         state = optimizer.init(params[i])

@@ -135,6 +135,8 @@ EQUIVALENT: dict[str, str] = {
     "combinators.sequential.Sequential:drop-argument:2": _REPR,
     "combinators.sequential.Sequential._as_promised:drop-call:2": _TUPLE,
     "combinators.sequential.Sequential._as_promised:condition:1": "a check that repeats itself",
+    "combinators.position.Position.__exit__:condition:9": "Python 3.10 has no notes",
+    "optimizers.sgd.SGD._share_of_gradient:condition:2": "1 − 0 · n is 1",
     "combinators.turns.Turns._bwd:drop-need:2": _COPY,
     "combinators.sequential.Sequential._bwd:condition:2": _COPY,
     "combinators.sequential.Sequential._first_to_learn:drop-term:2": "never without layers",

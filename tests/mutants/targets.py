@@ -45,6 +45,7 @@ _WRITTEN = {
     "_tile": "test_tiling.py",
     "_bwd_each": "test_per_example.py",
     "_bwd_(": "test_sequential.py",
+    "coupling(": "test_batch_statistics.py",
 }
 """The tests of what a layer may write besides its formula."""
 

@@ -99,6 +99,17 @@ def test_every_bit_of_a_float_comes_back(tmp_path: Path) -> None:
     assert bits(fn.load(tmp_path / "t")) == bits(tensor)
 
 
+def test_what_requires_a_gradient_comes_back_so(tmp_path: Path) -> None:
+    ones, tree = torch.ones(2), {}
+    for needs in (False, True):
+        tree[f"tensor {needs}"] = ones.clone().requires_grad_(needs)
+        tree[f"parameter {needs}"] = torch.nn.Parameter(ones.clone(), requires_grad=needs)
+    fn.save(tmp_path / "tree", tree)
+    again = fn.load(tmp_path / "tree")
+    for name, leaf in tree.items():
+        assert (type(again[name]), again[name].requires_grad) == (type(leaf), leaf.requires_grad)
+
+
 def test_python_values_come_back_exactly(tmp_path: Path) -> None:
     tree = [0, -1, 2**63, -(10**5000), True, False, "", "a\0b", 0.1, -0.0, 5e-324, 1e308]
     tree += [math.inf, -math.inf, math.nan, -math.nan]

@@ -289,8 +289,6 @@ def test_layers_that_refuse_what_lies_beside_x(name, x):
 def test_a_layer_that_refuses_one_example():
     @dataclass(frozen=True)
     class Centred(Plain):
-        couples_examples = True
-
         def fwd(self, params, x, *, key=None):
             if len(x) == 1:
                 raise ValueError("expected two examples")

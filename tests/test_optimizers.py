@@ -1,6 +1,7 @@
 """Optimisers: the numbers of torch.optim over products of hyperparameters, from one table."""
 
 import dataclasses
+import inspect
 import itertools
 import math
 import pickle
@@ -185,6 +186,9 @@ def test_defaults_are_those_of_torch(row):
     theirs = row.theirs([torch.ones(1)], **required).defaults
     for name in row.grid.keys() | {"lr"}:
         assert getattr(ours, name) == theirs[name]
+    arguments, torchs = (list(inspect.signature(cls).parameters) for cls in (row.ours, row.theirs))
+    both = [name for name in arguments if name in torchs]
+    assert both == sorted(both, key=torchs.index)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.ours.__name__)

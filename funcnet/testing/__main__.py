@@ -40,7 +40,7 @@ from funcnet.keys import key as make_key
 from funcnet.layer import Layer
 from funcnet.testing import strategies
 from funcnet.testing.check import Errors, inspect_vjp
-from funcnet.testing.registry import LOSSES, REGISTRY
+from funcnet.testing.registry import LOSSES, REGISTRY, needs_key
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 _HEADER = ("layer", "dtype", "cases", "autograd", "differences", "taylor", "rounding", "seconds")
@@ -169,7 +169,7 @@ def run(title: str, cases: strategies.Strategy[Any], examples: int, number: int)
     def check(case: tuple[Any, Any, Any]) -> None:
         score.cases += 1
         _progress(f"{title}: case {score.cases} of about {examples}")
-        key = make_key(0) if _needs_key(case[0]) else None
+        key = make_key(0) if isinstance(case[0], Layer) and needs_key(case[0]) else None
         score.errors.merge(inspect_vjp(*case, key=key))
 
     start = time.perf_counter()
@@ -180,15 +180,6 @@ def run(title: str, cases: strategies.Strategy[Any], examples: int, number: int)
     score.seconds = time.perf_counter() - start
     _progress("")
     return score
-
-
-def _needs_key(layer: Any) -> bool:
-    """Whether a layer, or one in it, refuses to evaluate without a key."""
-    if not isinstance(layer, Layer):
-        return False
-    row = REGISTRY.get(type(layer))
-    within = any(_needs_key(child) for _, child in layer._children())
-    return within or (row is not None and row.needs_key)
 
 
 def _progress(line: str) -> None:

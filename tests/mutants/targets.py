@@ -34,10 +34,8 @@ def _family(file: Path) -> tuple[str, str]:
     return file.relative_to(ROOT).as_posix(), " ".join([*tests, "test_errors.py"])
 
 
-_QUICK = (
-    "test_what_is_not_asked_for_is_not_computed",
-    "test_arguments_have_torchs_order_and_defaults",
-)
+_DEFAULTS = "test_arguments_have_torchs_order_and_defaults"
+_QUICK = ("test_what_is_not_asked_for_is_not_computed", _DEFAULTS)
 """The properties that take no longer for all layers than for one."""
 
 
@@ -86,7 +84,7 @@ TARGETS: tuple[tuple[str, str], ...] = (
     *((f"funcnet/ops/{name}.py", tests) for name, tests in _OPS.items()),
     (
         "funcnet/losses/*.py",
-        f"test_losses.py test_properties.py::{_QUICK[1]} test_errors.py test_gradients.py",
+        f"test_losses.py test_properties.py::{_DEFAULTS} test_errors.py test_gradients.py",
     ),
     (
         "funcnet/param.py",
@@ -112,9 +110,6 @@ TARGETS: tuple[tuple[str, str], ...] = (
     ("funcnet/summary.py", "test_combinators.py test_layer.py test_errors.py"),
     ("funcnet/tree.py", "test_tree.py test_checkpoint_roundtrip.py"),
     ("funcnet/batch_statistics.py", "test_batch_statistics.py"),
-    (
-        "funcnet/optimizers/*.py",
-        f"test_optimizers.py test_partition.py test_norms.py test_properties.py::{_QUICK[1]}",
-    ),
+    ("funcnet/optimizers/*.py", "test_optimizers.py test_partition.py test_norms.py"),
     ("funcnet/schedules.py", "test_schedules.py"),
 )

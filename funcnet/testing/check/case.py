@@ -274,9 +274,9 @@ def drawn_like(leaf: Tensor, seed: int) -> Tensor:
     return signed(leaf.shape, seed).to(leaf) * scale_of(leaf)
 
 
-def unlike(leaf: Tensor) -> Tensor:
+def unlike(leaf: Tensor, seed: int = 11) -> Tensor:
     """Draw other numbers, with other signs. Integers and bools stay."""
-    return drawn_like(leaf, 11) if leaf.is_floating_point() else leaf.clone()
+    return drawn_like(leaf, seed) if leaf.is_floating_point() else leaf.clone()
 
 
 def other_numbers(leaf: Tensor) -> Tensor:

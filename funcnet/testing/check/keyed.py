@@ -9,7 +9,7 @@ from torch import Tensor
 
 from funcnet.keys import Key, fold_in
 from funcnet.keys import key as make_key
-from funcnet.testing.check.case import Case, drawn_like, tried_y
+from funcnet.testing.check.case import Case, tried_y, unlike
 from funcnet.testing.check.comparison import excess, worst
 from funcnet.testing.check.rounding import value_moves
 from funcnet.testing.check.tolerances import COUPLED
@@ -35,7 +35,7 @@ def beside_key(case: Case) -> list[Case]:
     if without is None or drawn is None or same(without, drawn):
         return []
     if _is_alike_for_all_keys(case, key, drawn):
-        if _drops_the_same(case, key):
+        if _drops_the_same(case, key, without, drawn):
             raise GradientMismatch(
                 f"apply: {_KEYS} different keys drop the same entries: {_ITS_KEY_IS_IGNORED}"
             )
@@ -99,36 +99,21 @@ def other_keys(case: Case) -> list[Case]:
     ]
 
 
-def _drops_the_same(case: Case, key: Key) -> bool:
+def _drops_the_same(case: Case, key: Key, without: Tensor, y: Tensor) -> bool:
     """Whether a key changes some entries of y to 0 and others in another way, as dropout does.
 
     It drops the same ones at other numbers. The zeros of relu, or of equal numbers that are
     normalised, are others there.
     """
-    without, y = _evaluated(case), tried_y(replace(case, key=key))
-    if without is None or y is None:
-        return False
     dropped = (y == 0) & (without != 0)
     if not dropped.any() or not ((y != 0) & (y != without)).any():
         return False
     for trial in range(_DRAWS):
-        there = _drawn(case, trial)
-        others, its_y = _evaluated(there), tried_y(replace(there, key=key))
+        there = case.at([unlike(leaf, 100 * trial + i) for i, leaf in enumerate(case.leaves)])
+        others, its_y = tried_y(replace(there, key=None)), tried_y(replace(there, key=key))
         if others is None or its_y is None:
             continue  # it may be undefined there
         told = (without != 0) & (others != 0)
         if ((its_y == 0) != dropped)[told].any():
             return False
     return True
-
-
-def _evaluated(case: Case) -> Tensor | None:
-    return tried_y(replace(case, key=None))
-
-
-def _drawn(case: Case, trial: int) -> Case:
-    """The case at random numbers."""
-    pairs = enumerate(case.leaves)
-    return case.at(
-        [drawn_like(x, 100 * trial + i) if x.is_floating_point() else x for i, x in pairs]
-    )

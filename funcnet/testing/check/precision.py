@@ -239,10 +239,11 @@ def _mean_wrong_factor(case: Case, name: str, a: Tensor, b: Tensor, move: Tensor
     coarse that these points see the same: such leaves are passed over. So are functions whose y is
     off as well: they are other ones in this dtype.
     """
+    if a.dtype not in (torch.bfloat16, torch.float16):
+        return None
     factor, epsilon = _factor(a, b), torch.finfo(a.dtype).eps
     if (
-        a.dtype not in (torch.bfloat16, torch.float16)
-        or factor is None
+        factor is None
         or not abs(factor - 1) > SUSPICIOUS * epsilon
         or _factor_rounding(a, b, move) > STEADY * epsilon
     ):

@@ -12,7 +12,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeAlias
 
@@ -453,10 +453,8 @@ class _Search:
             return None
         (i, *beside), numeric = [i for i, _ in moving], slope(self._line(directions)).value
         along = math.fsum(float((self.gradients[i] * v).sum()) for i, v in moving)
-        return Finding(
-            self.case, i, None, self.gradients, numeric, self.floors[i], None, taylor, along,
-            tuple(beside),
-        )  # fmt: skip
+        found = Finding(self.case, i, None, self.gradients, numeric, self.floors[i])
+        return replace(found, taylor=taylor, along=along, beside=tuple(beside))
 
     def _alike(self, i: int, numbers: Tensor, values: Tensor) -> Tensor:
         """A direction of a leaf in which equal numbers move alike, and what is frozen stays."""

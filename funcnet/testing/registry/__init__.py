@@ -29,7 +29,7 @@ from funcnet.testing.registry import (
 from funcnet.testing.registry.losses import LOSS_ROWS, LossRow, draw_target
 from funcnet.testing.registry.row import Choose, Row
 
-__all__ = ["LOSSES", "REGISTRY", "Choose", "LossRow", "Row", "draw_target"]
+__all__ = ["LOSSES", "REGISTRY", "Choose", "LossRow", "Row", "draw_target", "needs_key"]
 
 REGISTRY: dict[type[Layer], Row] = {
     row.layer: row
@@ -52,3 +52,10 @@ REGISTRY: dict[type[Layer], Row] = {
 }
 
 LOSSES: dict[type[Loss], LossRow] = {row.loss: row for row in LOSS_ROWS}
+
+
+def needs_key(layer: Layer) -> bool:
+    """Whether a layer, or one in it, refuses to evaluate without a key."""
+    row = REGISTRY.get(type(layer))
+    within = any(needs_key(child) for _, child in layer._children())
+    return within or (row is not None and row.needs_key)

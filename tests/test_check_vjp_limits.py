@@ -874,6 +874,43 @@ def test_a_loss_whose_target_is_a_tree(dtype):
         check_vjp(Weighted(1.5), draw((3, 4)), target)
 
 
+@pytest.mark.parametrize("wrong", [torch.int32, torch.int64])
+@pytest.mark.parametrize("given", [torch.int32, torch.int64])
+def test_a_loss_that_is_wrong_for_one_dtype_of_classes(wrong, given):
+    @dataclass(frozen=True)
+    class Picked(fn.Loss):
+        of_y: float = 1.0
+        of_dx: float = 1.0
+
+        def fwd(self, x, target):
+            y = x.gather(1, target[:, None].long()).sum()
+            return (self.of_y * y if target.dtype == wrong else y), (x, target)
+
+        def bwd(self, residuals, grad=1.0):
+            x, target = residuals
+            dx = torch.zeros_like(x)
+            dx[torch.arange(len(x)), target.long()] = grad
+            return self.of_dx * dx if target.dtype == wrong else dx
+
+    target = torch.tensor([0, 2, 1], dtype=given)
+    check_vjp(Picked(), draw((3, 4)), target)
+    for factors in ((1.0, 1.5), (1.5, 1.5), (1.5, 1.0)):
+        with pytest.raises(GradientMismatch):
+            check_vjp(Picked(*factors), draw((3, 4)), target)
+
+
+def test_a_target_is_left_alone_that_no_other_dtype_can_hold():
+    class Scaled(fn.Loss):
+        def fwd(self, x, target):
+            return (x * target).sum(), (x, target)
+
+        def bwd(self, residuals, grad=1.0):
+            x, target = residuals
+            return (grad * target).to(x.dtype)
+
+    check_vjp(Scaled(), draw((3,)), torch.tensor([2**40, 1, -(2**40)]))
+
+
 def test_complex_numbers_are_refused():
     with pytest.raises(TypeError, match=r"params of real numbers, got torch.complex64"):
         check_vjp(Dense(), {"w": torch.ones(2, dtype=torch.complex64)}, draw((2, 2)))

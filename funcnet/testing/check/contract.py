@@ -276,6 +276,23 @@ def _check_layouts(case: Case, residuals: Any, gradients: Leaves) -> None:
         for layout in LAYOUTS[1:-1]:  # the same numbers, if the tensor has enough axes
             there = case.with_target(partial(_laid_out, layout=layout))
             _expect_the_same(there, case, "a target that is not contiguous changes")
+        _check_integers(case)
+
+
+def _check_integers(case: LossCase) -> None:
+    """Try the integers of a target in int32 and int64, where the loss takes both."""
+    for dtype in (torch.int32, torch.int64):
+        there = case.with_target(partial(_in_integers, dtype=dtype))
+        if tried(there.vjp) is not None:
+            _expect_the_same(there, case, f"a target in {dtype} changes")
+
+
+def _in_integers(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in another dtype of integers, if its numbers fit in it."""
+    if x.dtype not in (torch.int32, torch.int64):
+        return x
+    converted = x.to(dtype)
+    return converted if same(converted.to(x.dtype), x) else x
 
 
 def _laid_out(x: Tensor, layout: str) -> Tensor:

@@ -358,6 +358,26 @@ def test_a_gradient_that_is_wrong_where_two_inputs_of_three_need_one():
     check_function(type("Right", (Product,), {"needs": None}), *inputs)
 
 
+@pytest.mark.parametrize("absent", [(3,), (0, 1, 4), (1, 2, 3, 4)])
+def test_a_gradient_that_is_wrong_where_some_of_five_inputs_need_one(absent):
+    class Sum(torch.autograd.Function):
+        needs = tuple(i not in absent for i in range(5))
+
+        @staticmethod
+        def forward(ctx, *inputs):
+            return sum(inputs)
+
+        @classmethod
+        def backward(cls, ctx, grad):
+            factor = 2 if ctx.needs_input_grad == cls.needs else 1
+            return (factor * grad,) * 5
+
+    inputs = [draw(3, key=i) for i in range(5)]
+    with pytest.raises(GradientMismatch, match="alone require"):
+        check_function(Sum, *inputs)
+    check_function(type("Right", (Sum,), {"needs": None}), *inputs)
+
+
 class Tanh32(torch.autograd.Function):
     """tanh, computed in float32 whatever the dtype of x is."""
 

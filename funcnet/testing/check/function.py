@@ -32,7 +32,7 @@ from funcnet.testing.check.vjp import check_limits, expect_something
 from funcnet.testing.errors import GradientMismatch
 from funcnet.testing.layouts import other_layouts, row_major, same
 
-_FEW_INPUTS = 4
+_FEW_INPUTS, _SEVERAL_INPUTS = 4, 8
 
 
 def check_function(
@@ -56,8 +56,8 @@ def check_function(
     - No call writes to its inputs or to the gradient; the same call twice gives the same bits,
       whatever is called in between: no state is kept outside ctx.
     - A single input that requires a gradient gets the same one as among others
-      (`needs_input_grad`), and so do some of up to four inputs. A single output that is used gives
-      its part (`materialize_grads`).
+      (`needs_input_grad`). So do all combinations of up to four inputs; of up to eight, two, or
+      all but one. A single output that is used gives its part (`materialize_grads`).
     - Inputs and gradients in any memory layout give the same numbers.
     - In float64, central differences; autograd of `reference`, a function of the same inputs, if
       there is one; linearity in grad. The dtype of the inputs is held to float64.
@@ -364,10 +364,12 @@ def _check_parts(case: FunctionCase, gradients: Leaves) -> None:
 
 
 def _parts_of_inputs(case: FunctionCase) -> Iterator[tuple[int, ...]]:
-    """Some inputs among those with a gradient: each, and two or more of a few."""
+    """Some inputs among those with a gradient: each, and some of them together if they are few."""
     floats = [i for i, leaf in enumerate(case.leaves) if leaf.is_floating_point()]
-    most = len(floats) - 1 if len(floats) <= _FEW_INPUTS else 1
-    for count in range(1, most + 1):
+    counts = [*range(1, len(floats))]
+    if len(floats) > _FEW_INPUTS:
+        counts = [1, 2, len(floats) - 1] if len(floats) <= _SEVERAL_INPUTS else [1]
+    for count in counts:
         yield from itertools.combinations(floats, count)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -15,19 +16,16 @@ _TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 
 def fits_adam(each: Each, lr: Scalar, p: Tensors, g: Tensors, *state: Tensors) -> bool:
-    """Whether the kernel may be called: it knows no autograd, and reads memory without strides."""
+    """Whether the kernel may be called: it knows no autograd, and reads p's memory as it lies."""
     if fused_adam is None:
         return False
     if not (each.eager and isinstance(lr, float) and _DTYPES.issuperset([x.dtype for x in p])):
         return False
     has_gradient = not each.write and torch.is_grad_enabled()
-    strides = [x.stride() for x in p]
     for xs in (p, g, *state):
         if not _TYPES.issuperset([type(x) for x in xs]):
             return False
         if has_gradient and True in [x.requires_grad for x in xs]:
-            return False
-        if xs and strides != [x.stride() for x in xs]:
             return False
     return all(x.is_cpu and _is_dense(x) for x in p)
 
@@ -47,9 +45,18 @@ def adam(
         p, *state = ([x.clone() for x in xs] for xs in (p, *state))  # type: ignore[assignment]
     if p:
         kernel: Any = fused_adamw if is_adamw else fused_adam
+        g, *moments = ([*map(_laid_out_like, p, xs)] for xs in (g, *state))
         steps = [torch.tensor(n, dtype=torch.float32, device="cpu")] * len(p)
-        kernel(p, g, *state, steps, lr=lr, **rest)
+        kernel(p, g, *moments, steps, lr=lr, **rest)
+        for new, old in zip(itertools.chain(*moments), itertools.chain(*state), strict=True):
+            if new is not old:
+                old.copy_(new)
     return p, *state
+
+
+def _laid_out_like(p: Tensor, x: Tensor) -> Tensor:
+    """x, with the order of its axes in memory that p has, which is dense."""
+    return x if x.stride() == p.stride() else torch.empty_like(p).copy_(x)
 
 
 def _is_dense(x: Tensor) -> bool:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import funcnet as fn
-from funcnet.ops import half, pixelwise
+from funcnet.ops import half, native, pixelwise
 from funcnet.testing import strategies
 
 
@@ -18,13 +18,14 @@ def both(multiplied):
     return mock.patch.object(pixelwise, "_HAS_BFLOAT16", multiplied)
 
 
-def from_the_first_channel(chunk=2**20):
-    """Our own ways for all images, so many entries at a time."""
-    return mock.patch.multiple(half, _MANY=1, _MUCH=0, _MUCH_STRIDED=0, _CHUNK_ENTRIES=chunk)
+def from_the_first_channel(chunk=2**20, large=2**20):
+    """Our own ways for all images that are not large, so many entries at a time."""
+    numbers = {"_MANY": 1, "_MUCH": 0, "_MUCH_STRIDED": 0, "_CHUNK_ENTRIES": chunk, "_LARGE": large}
+    return mock.patch.multiple(half, **numbers)
 
 
 def cases(cls):
-    shapes = st.tuples(st.sampled_from([2, 4]), st.integers(3, 9), st.integers(3, 9))
+    shapes = st.tuples(st.sampled_from([2, 4]), st.integers(3, 12), st.integers(3, 12))
     return strategies.cases(
         strategies.layers(cls).filter(lambda layer: layer.method == "auto"),
         shapes=lambda layer: shapes.filter(lambda shape: strategies.takes(layer, shape)),
@@ -43,12 +44,16 @@ def magnitudes(tree):
 
 @pytest.mark.parametrize("multiplied", [True, False])
 @pytest.mark.parametrize("cls", [fn.Conv2d, fn.UpsampleConv2d])
-@given(data=st.data(), chunk=st.sampled_from([1, 2**9, 2**20]))
-def test_results_are_a_few_roundings_off(cls, multiplied, data, chunk):
+@given(
+    data=st.data(),
+    chunk=st.sampled_from([1, 2**9, 2**20]),
+    large=st.sampled_from([half._LARGE, 2**20]),
+)
+def test_results_are_a_few_roundings_off(cls, multiplied, data, chunk, large):
     """Relative to the sum of the magnitudes of what is added up."""
     layer, params, x = data.draw(cases(cls))
     grad = fn.normal(fn.key(1), (len(x), *layer.out_shape(x.shape[1:])), dtype=x.dtype)
-    with both(multiplied), from_the_first_channel(chunk):
+    with both(multiplied), from_the_first_channel(chunk, large):
         found = layer.apply(params, x), *layer.vjp(params, x, grad)
     everything = params, x, grad
     exact = layer.apply(*wide(everything[:2])), *layer.vjp(*wide(everything))
@@ -78,12 +83,43 @@ def test_many_channels(layer, size):
     x = fn.normal(fn.key(1), (5, 32, *size), dtype=torch.bfloat16)
     grad = fn.normal(fn.key(2), (5, *layer.out_shape((32, *size))), dtype=torch.bfloat16)
     exact = layer.apply(*wide((params, x))), layer.vjp(*wide((params, x, grad)))
-    for chunk in (1, 2**14, 2**20):
-        with both(True), from_the_first_channel(chunk):
+    for sizes in ({"chunk": 1}, {"chunk": 2**14}, {}, {"large": half._LARGE}):
+        with both(True), from_the_first_channel(**sizes):
             assert half.serves(x, layer._window)
             found = layer.apply(params, x), layer.vjp(params, x, grad)
         for ours, theirs in zip(optree.tree_leaves(found), optree.tree_leaves(exact), strict=True):
             assert (ours.double() - theirs).norm() <= 3e-3 * theirs.norm()
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "is_right"),
+    [
+        (fn.Conv2d(4, 3, padding=1), (2, 8, 8), True),
+        (fn.Conv2d(4, (3, 1), padding=(1, 0)), (3, 9, 20), True),
+        (fn.Conv2d(4, 3, padding=1), (2, 8, 7), False),
+        (fn.Conv2d(4, 3, padding=1), (2, 7, 8), False),
+        (fn.Conv2d(4, 3), (2, 9, 10), False),
+        (fn.Conv2d(4, 3), (2, 10, 9), False),
+        (fn.Conv2d(4, 1, padding=1), (2, 8, 8), False),
+        (fn.Conv2d(4, 3, stride=(2, 1)), (2, 32, 32), False),
+        (fn.Conv2d(4, 3, dilation=(1, 2)), (2, 32, 32), False),
+        (fn.Conv2d(4, 3, groups=2), (2, 32, 32), False),
+        (fn.Conv2d(4, 2, padding="same"), (2, 32, 32), False),
+        (fn.Conv2d(1, 3, padding=1), (2, 8, 8), False),
+        (fn.Conv2d(4, 3, padding=1), (1, 32, 32), False),
+        (fn.Conv1d(4, 3, padding=1), (2, 32), False),
+    ],
+    ids=str,
+)
+def test_torchs_gradients_in_bfloat16_serve_where_they_are_right(layer, shape, is_right):
+    params = layer.init(fn.key(0), shape, dtype=torch.bfloat16)
+    x = fn.normal(fn.key(1), (2, *shape), dtype=torch.bfloat16)
+    y, residuals = layer.fwd(params, x)
+    spy = mock.patch.object(native, "run_backward", wraps=native.run_backward)
+    with both(True), spy as run_backward:
+        layer.bwd(params, residuals, y)
+    dtypes = [call.args[0].dtype for call in run_backward.call_args_list]
+    assert (torch.bfloat16 in dtypes) == is_right
 
 
 def test_sums_of_many_parts_go_on_growing():

@@ -193,6 +193,20 @@ def kernel_gradients(
         dweight, dx = kernel_gradients(*both, grad, need, stride, padding, dilation)
         first = None if dweight is None else dweight[:, :1].contiguous()
         return first, None if dx is None else dx[:, :1].contiguous()
+    return run_backward(x, weight, grad, need, stride, padding, dilation, groups)
+
+
+def run_backward(
+    x: Tensor,
+    weight: Tensor,
+    grad: Tensor,
+    need: Need,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dweight, dx) of a convolution, by PyTorch's backward kernels in x's dtype and layout."""
     # Volumes of one channel are row-major, and PyTorch would lay grad out anew.
     is_flat = x.ndim == 5 and x.shape[1] == 1
     dx, dweight, _ = _backward(

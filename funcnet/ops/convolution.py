@@ -1,9 +1,10 @@
 """Convolution in one, two or three dimensions: the choice between its implementations.
 
-unfold    the derivation by matrix products, for images and method "unfold"
-patches   products of matrices over patches of images, where windows do not overlap and are few
-half      images in bfloat16, by products of matrices where those kernels are wrong in it
-native    PyTorch's convolution kernels, for all else
+unfold        the derivation by matrix products, for images and method "unfold"
+patches       products of matrices over patches of images, where windows do not overlap and are few
+few_channels  products with each tap, then their sums, from many channels of images to few
+half          images in bfloat16, by products of matrices where those kernels are wrong in it
+native        PyTorch's convolution kernels, for all else
 
 A signal (N, C, L) is convolved as an image (N, C, 1, L), whose kernels are faster.
 """
@@ -14,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from funcnet.ops import half, native, patches, unfold
+from funcnet.ops import few_channels, half, native, patches, unfold
 from funcnet.ops.need import Need
 from funcnet.ops.window import Window
 
@@ -64,6 +65,8 @@ def implementation(
         return unfold
     if window.cuts_patches and x.ndim == 4 and patches.are_faster(x, weight, window, backward):
         return patches
+    if few_channels.serve(x, weight, window, backward):
+        return few_channels
     if half.serves(x, window):
         return half
     return native

@@ -116,6 +116,35 @@ _HALF = in_file(
         "total.add_(dkernel)",
         "many small terms would be lost in a sum of 16 bits",
     ),
+    Row(
+        "gradients-of-few-columns",
+        "min(*x.shape[2:], *grad.shape[2:]) >= _LARGE",
+        "min(x.shape[2], grad.shape[2]) >= _LARGE",
+        "PyTorch's gradients in bfloat16 are wrong for images of few columns",
+    ),
+)
+
+_FEW_CHANNELS = in_file(
+    "ops/few_channels.py",
+    "test_few_channels.py",
+    Row(
+        "taps-not-in-reverse",
+        "turned = weight.flip(2, 3)",
+        "turned = weight",
+        "dx is a convolution by the taps in reverse",
+    ),
+    Row(
+        "sides-of-dx-exchanged",
+        "(k - 1 - before, k - 1 - after)",
+        "(k - 1 - after, k - 1 - before)",
+        "what y was padded by before x, dx is not",
+    ),
+    Row(
+        "dx-the-slower-way",
+        "need.input and _are_few(channels, out_channels)",
+        "need.input and _are_few(out_channels, channels)",
+        "dx of many channels is slower so",
+    ),
 )
 
 _LOW_RESOLUTION = in_file(
@@ -129,4 +158,13 @@ _LOW_RESOLUTION = in_file(
     ),
 )
 
-TILING = (*_RUNNING, *_OPS, *_CROPPED, *_TILING, *_SUMMATION, *_HALF, *_LOW_RESOLUTION)
+TILING = (
+    *_RUNNING,
+    *_OPS,
+    *_CROPPED,
+    *_TILING,
+    *_SUMMATION,
+    *_HALF,
+    *_FEW_CHANNELS,
+    *_LOW_RESOLUTION,
+)

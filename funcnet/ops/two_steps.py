@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcnet.ops import native, tiles
+from funcnet.ops import convolution, native, tiles
 from funcnet.ops.need import Need
 from funcnet.ops.window import Pair, Window
 
@@ -29,7 +29,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Pair, window
     y: Tensor | None = None
     x = native.layout(x)
     for tile in _tiles(x, scale, window):
-        part = native.convolve(_upsampled(x[tile.source], scale), weight, bias, tile.window)
+        u = _upsampled(x[tile.source], scale)
+        part, _ = convolution.convolve(u, weight, bias, tile.window, "auto")
         if part.shape == shape:
             return part
         y = native.empty(part, shape) if y is None else y
@@ -48,7 +49,8 @@ def gradients(
     x = native.layout(x)
     for tile in _tiles(x, scale, window):
         u = _upsampled(x[tile.source], scale)
-        dw, du = native.gradients(u, weight, grad[tile.target], tile.window, need)
+        dy = grad[tile.target]
+        dw, du = convolution.gradients(u, weight, dy, tile.window, "auto", need)
         dweight = dw if dweight is None or dw is None else dweight + dw
         if du is not None:
             dx = tiles.put(sum_blocks(du, scale), dx, tile, x)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import funcnet as fn
 from funcnet.gradients import value_and_grad
@@ -60,6 +61,22 @@ def without_kernel(patch):
     patch.setattr(recurrent, "_is_for_kernel", lambda *tensors: False)
 
 
+class Products(TorchDispatchMode):
+    """Counts the products of matrices."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += str(function) in ("aten.mm.default", "aten.addmm.default")
+        return function(*args, **(kwargs or {}))
+
+
+def products(call):
+    with Products() as counter:
+        call()
+    return counter.count
+
+
 @given(DOUBLE)
 def test_value_and_gradients_are_those_of_the_formula(case):
     layer, params, x = case
@@ -95,9 +112,10 @@ def lstm_case(**options):
 
 def test_the_kernel_is_used():
     """Or the tests of this section test nothing."""
-    layer, params, x, _ = lstm_case()
-    _, (_, residuals) = layer.fwd(params, x)
-    assert isinstance(residuals[0][2][0], recurrent.Workspace)
+    layer, params, x, grad = lstm_case()
+    _, residuals = layer.fwd(params, x)
+    assert isinstance(residuals[1][0][2][0], recurrent.Workspace)
+    assert products(lambda: layer.bwd(params, residuals, grad)) == 0
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")  # which flags() sets, too
@@ -105,6 +123,13 @@ def test_the_kernel_is_not_used_where_onednn_is_switched_off():
     layer, params, x, _ = lstm_case()
     with torch.backends.mkldnn.flags(enabled=False):
         _, (_, residuals) = layer.fwd(params, x)
+    assert not isinstance(residuals[0][2][0], recurrent.Workspace)
+
+
+def test_the_kernel_is_not_used_where_torch_lacks_it(monkeypatch):
+    monkeypatch.setattr(recurrent, "_IS_THERE", False)
+    layer, params, x, _ = lstm_case()
+    _, (_, residuals) = layer.fwd(params, x)
     assert not isinstance(residuals[0][2][0], recurrent.Workspace)
 
 
@@ -157,6 +182,22 @@ def test_what_the_kernel_has_kept_serves_vmap_and_autograd():
     _, dx = layer.bwd(params, residuals, tracked)
     (tangent,) = torch.autograd.grad(dx, tracked, x)  # of y along x, since dx is linear in grad
     torch.testing.assert_close((tangent * grad).sum(), (x * expected[1]).sum())
+
+
+def test_what_the_steps_have_kept_serves_where_the_kernel_could_go_back():
+    layer, params, x, grad = lstm_case(bidirectional=True)
+    _, residuals = layer.fwd(params, x.clone().requires_grad_())
+    with torch.no_grad():
+        found = layer.bwd(params, residuals, grad)
+    close(found, layer.vjp(params, x, grad), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_each_example_in_float32():
+    """The kernel adds them up."""
+    layer, params, x, target = lstm_case()
+    norms = fn.gradient_norms(layer, fn.MSE("sum"))
+    double = optree.tree_map(torch.Tensor.double, (params, x, target))
+    close(norms(params, x, target), norms(*double), rtol=1e-4, atol=1e-5, check_dtype=False)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -228,6 +269,20 @@ def test_residuals_are_no_larger_than_what_autograd_saves(cls):
     kept = sum(storage.nbytes() for storage in storages) // 8
     states = {fn.RNN: 1, fn.LSTM: 6, fn.GRU: 5}[cls]  # h; i, f, g, o, c; r, z, n, u_n
     assert kept <= x.numel() + states * 3 * 10 * size
+
+
+@each_class
+def test_products_that_nobody_asks_for_are_not_computed(cls):
+    layer = cls(3, num_layers=2, bidirectional=True)
+    params = layer.init(fn.key(0), (4, 5), dtype=torch.float64)
+    x, grad = torch.zeros(2, 4, 5).double(), torch.zeros(2, 4, 6).double()
+    _, residuals = layer.fwd(params, x)
+
+    def count(**needs):
+        return products(lambda: layer.bwd(params, residuals, grad, **needs))
+
+    assert count(input_grad=False) == count() - 2  # a direction of the first layer has one
+    assert count(param_grad=False) == count() - 8  # every direction has two
 
 
 def test_inference_keeps_nothing():

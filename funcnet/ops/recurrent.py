@@ -44,8 +44,8 @@ class Weights(NamedTuple):
 
     ih: Any  # (G·H, C)
     hh: Any  # (G·H, H)
-    bias_ih: Tensor | None = None  # (G·H,)
-    bias_hh: Tensor | None = None
+    bias_ih: Any = None  # (G·H,), or both None
+    bias_hh: Any = None
 
 
 Layers: TypeAlias = Sequence[Sequence[Weights]]
@@ -105,7 +105,7 @@ def gradients(
             dlayers[number].append(
                 dweights if need.each else dweights and _cast(dweights, grad.dtype)
             )
-            dh = dx if dh is None or dx is None else dh + dx
+            dh = dx if dh is None else dh + dx
     return dlayers, dh.transpose(0, 1).to(grad.dtype) if need.input else None
 
 
@@ -169,7 +169,7 @@ class LSTM:
             h = o * c.tanh()
             steps[t] = (h, i, f, g, o, c) if keep else (h,)
         h, *kept = map(torch.stack, zip(*steps, strict=True))
-        return h, tuple(kept)
+        return h, kept
 
     def backward(self, run: Run, dh: Tensor, weights: Weights, reverse: bool, need: Need) -> Any:
         x, h, kept = run
@@ -217,7 +217,7 @@ class GRU:
         sizes = [2 * size, size]
         hh_rz, hh_n = torch.split(weights.hh, sizes)
         bias, bias_n = weights.bias_ih, None
-        if bias is not None and weights.bias_hh is not None:
+        if bias is not None:
             bias_rz, bias_n = torch.split(weights.bias_hh, sizes)
             bias = bias + torch.cat((bias_rz, torch.zeros_like(bias_n)))
         a_rz, a_n = (
@@ -232,7 +232,7 @@ class GRU:
             h = torch.lerp(n, h, z)
             steps[t] = (h, r, z, n, u_n) if keep else (h,)
         h, *kept = map(torch.stack, zip(*steps, strict=True))
-        return h, tuple(kept)
+        return h, kept
 
     def backward(self, run: Run, dh: Tensor, weights: Weights, reverse: bool, need: Need) -> Any:
         x, h, (r, z, n, u_n) = run
@@ -340,8 +340,8 @@ def _inputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x.flatten(0, 1), weight, bias).view(steps, examples, len(weight))
 
 
-def _sum(bias: Tensor | None, other: Tensor | None) -> Tensor | None:
-    return None if bias is None or other is None else bias + other
+def _sum(bias: Any, other: Any) -> Any:
+    return None if bias is None else bias + other
 
 
 def _before(h: Tensor, reverse: bool) -> Tensor:

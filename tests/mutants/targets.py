@@ -66,6 +66,13 @@ def _families() -> Iterator[tuple[str, str]]:
                 yield _family(file)
 
 
+_CELLS = " ".join(
+    f"test_per_example.py::test_every_layer[{cls}(3)-4x2] "
+    f"test_properties.py::test_what_is_not_asked_for_is_none[{cls}] "
+    f"test_properties.py::test_the_same_answer_twice_in_memory_of_its_own[{cls}]"
+    for cls in ("RNN", "LSTM", "GRU")
+)
+
 _OPS = {
     "attention": "test_attention.py",
     "conv_transpose": "test_conv_transpose.py",
@@ -73,9 +80,9 @@ _OPS = {
     "each": "test_gate_properties.py test_optimizers.py",
     "fused": "test_optimizers.py",
     "nll": "test_losses.py",
-    "normalization": "test_normalization.py",
+    "normalization": f"test_normalization.py test_properties.py::{_QUICK[0]}",
     "pooling": "test_pooling.py",
-    "recurrent": "test_recurrent.py",
+    "recurrent": f"test_recurrent.py {_CELLS}",
     "stacking": "test_combinators.py",
 }
 

@@ -134,6 +134,8 @@ EQUIVALENT: dict[str, str] = {
     "ops.recurrent.LSTM._steps:drop-argument:1": _STRICT,
     "ops.recurrent.LSTM._steps:flip-flag:1": _STRICT,
     "ops.recurrent.LSTM._steps:swap-arguments:4": _COMMUTES,
+    "ops.recurrent.LSTM.backward:swap-arguments:5": _COMMUTES,
+    "ops.recurrent._is_for_kernel:off-by-one:1": _KERNEL,
     "ops.recurrent.GRU.backward:drop-need:1": "du or its products may be rolled",
     "ops.stacking.stack:drop-call:1": "torch.stack takes a list like a tuple",
     "combinators.branches.Branches._fresh:off-by-one:1": _IN_PLACE,

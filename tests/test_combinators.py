@@ -17,6 +17,7 @@ from test_properties import close, same
 
 import funcnet as fn
 from funcnet.ops.need import Need
+from funcnet.ops.stacking import stack
 from funcnet.testing import check_vjp
 
 DOUBLE = {"dtype": torch.float64}
@@ -402,6 +403,15 @@ def test_copies_keep_the_memory_format_of_their_weights():
     params = net.init(fn.key(0), (4, 5, 5))
     assert not weight.is_contiguous()
     assert params["weight"][1].stride() == weight.stride()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_copies_are_stacked_where_sizes_are_open():
+    """No order of axes is found by their strides there, which are numbers only later."""
+    torch._dynamo.reset()
+    compiled = torch.compile(stack, fullgraph=True, backend="eager", dynamic=True)
+    x = fn.normal(fn.key(0), (2, 3, 4, 5)).to(memory_format=torch.channels_last)
+    assert torch.equal(compiled([x, 2 * x]), torch.stack([x, 2 * x]))
 
 
 @pytest.mark.parametrize("cls", [fn.Repeat, fn.Loop])

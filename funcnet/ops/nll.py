@@ -37,8 +37,8 @@ def backward(grad: Tensor, log_p: Tensor, classes: Tensor, ignored: int) -> Tens
 
 def _as_images(log_p: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     """log_p of 2 or 4 axes: one kernel takes those, another these."""
+    if log_p.ndim == 2:
+        return log_p, classes
     if log_p.ndim == 3:
         return log_p.unsqueeze(2), classes.unsqueeze(1)
-    if log_p.ndim > 4:
-        return log_p.flatten(3), classes.flatten(2)
-    return log_p, classes
+    return log_p.flatten(3), classes.flatten(2)

@@ -49,14 +49,13 @@ def count(window: Window, size: Ints, ceil_mode: bool) -> Ints:
 def some_see_nothing(window: Window, size: Ints, counts: Ints) -> bool:
     """Whether all taps of some window are beside x, as may be where they are dilated.
 
-    Such a window starts in the padding before x, and steps over all of x.
+    Such a window starts in the padding before x, and steps over all of x. With padding of at most
+    half the kernel, some tap is not before x.
     """
-    axes = zip(
-        window.before, window.stride, window.dilation, window.reach, size, counts, strict=True
-    )
+    axes = zip(window.before, window.stride, window.dilation, size, counts, strict=True)
     return any(
-        start % dilation >= min(n, start + reach)  # the first tap that is not before x
-        for before, stride, dilation, reach, n, windows in axes
+        start % dilation >= n  # the first tap that is not before x
+        for before, stride, dilation, n, windows in axes
         for start in range(-before, 0, stride)[:windows]
     )
 

@@ -158,6 +158,22 @@ def test_a_compiled_training_step_takes_any_key_without_another_compilation():
     assert counted.frame_count == 1
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_compiled_once_for_batches_of_any_size(monkeypatch):
+    """No loop over chunks is compiled, which would hold for one size alone."""
+    monkeypatch.setattr(counter, "_CHUNK", 16)
+    layer, key = fn.Dropout(0.3), fn.key(5)
+    counted = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: layer.apply((), x, key=key), fullgraph=True, backend=counted, dynamic=True
+    )
+    for size in (3, 4, 9):
+        x = torch.ones(size, 5)
+        assert torch.equal(compiled(x), layer.apply((), x, key=key))
+    assert counted.frame_count == 1
+
+
 _COMPILED = """
 import torch, funcnet as fn
 layer, x = fn.Dropout(0.3), torch.ones(4, 36)
@@ -235,10 +251,12 @@ def test_counts_in_blocks_vary_as_they_should():
 
 
 def test_chunks_are_one_sequence(monkeypatch):
+    assert counter._CHUNK % 2 == 0  # two entries are the halves of one number
     whole = mask(0.4, (1001, 7))
     monkeypatch.setattr(counter, "_CHUNK", 64)
     assert torch.equal(mask(0.4, (1001, 7)), whole)
-    assert torch.equal(mask(0.4, (64,)), whole.flatten()[:64])
+    for size in (1, 63, 64, 65, 128):
+        assert torch.equal(mask(0.4, (size,)), whole.flatten()[:size])
     assert mask(0.4, (0, 3)).shape == (0, 3)
     assert mask(0.4, ()).shape == ()
 
@@ -248,3 +266,14 @@ def test_probabilities_at_the_ends():
     assert mask(1.0, (1000,)).all()
     assert mask(1 - 1e-15, (1000,)).all()
     assert not mask(1e-15, (1000,)).any()
+
+
+@pytest.mark.parametrize("chunk", [8, 64])
+def test_an_entry_is_hit_where_its_number_is_below_p(chunk, monkeypatch):
+    """To the last of the 2³² numbers."""
+    monkeypatch.setattr(counter, "_CHUNK", chunk)
+    numbers = counter._random(fn.key(0), 0, 33, CPU)
+    for i, number in enumerate(numbers.tolist()):
+        p = (number + 2**31) / 2**32
+        assert not mask(p, (33,))[i]
+        assert mask(p + 2**-32, (33,))[i]

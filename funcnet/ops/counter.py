@@ -17,7 +17,8 @@ The shift is torch's, which copies the sign: that merges some z with its complem
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -40,25 +41,25 @@ def bernoulli(key: Key, p: float, shape: Sequence[int], device: torch.device) ->
     It follows from key, p and i alone. p is rounded to a multiple of 2⁻³².
     """
     size = math.prod(shape)
-    if p <= 0 or p >= 1:
-        return torch.full(tuple(shape), p >= 1, dtype=torch.bool, device=device)
-    below = min(round(p * 2**32), 2**32 - 1) - 2**31
-    chunk = _CHUNK if device.type == "cpu" and is_eager() else max(size, 1)
-    parts = [bits < below for bits in _random(key, size, chunk, device)]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(tuple(shape))
+    threshold = round(p * 2**32)
+    if threshold >= 2**32:  # 2³² − 2³¹ is no int32
+        return torch.ones(shape, dtype=torch.bool, device=device)
+    below = threshold - 2**31
+    if not is_eager() or device.type != "cpu" or size <= _CHUNK:
+        return (_random(key, 0, size, device) < below).view(shape)
+    bounds = pairwise([*range(0, size, _CHUNK), size])
+    return torch.cat([_random(key, *both, device) < below for both in bounds]).view(shape)
 
 
-def _random(key: Key, size: int, chunk: int, device: torch.device) -> Iterator[Tensor]:
-    """`size` numbers drawn evenly from the int32 ones, in chunks of an even size."""
+def _random(key: Key, start: int, stop: int, device: torch.device) -> Tensor:
+    """Numbers `start` up to `stop` of those drawn evenly from the int32 ones; `start` is even."""
     low, high = halves(key)
-    for start in range(0, max(size, 1), chunk):
-        stop = min(start + chunk, size)
-        i = torch.arange(start // 2, (stop + 1) // 2, device=device)
-        if torch.compiler.is_compiling():
-            # Inductor takes i·g for an index: its overflow is undefined in C++, and has ended in
-            # writes beyond the tensor. Behind an operation on bits i is a number.
-            i = i | 0
-        yield _mix(i, low, high).view(torch.int32).narrow(0, 0, stop - start)
+    i = torch.arange(start // 2, (stop + 1) // 2, device=device)
+    if torch.compiler.is_compiling():
+        # Inductor takes i·g for an index: its overflow is undefined in C++, and has ended in
+        # writes beyond the tensor. Behind an operation on bits i is a number.
+        i = i | 0
+    return _mix(i, low, high).view(torch.int32).narrow(0, 0, stop - start)
 
 
 def _mix(i: Tensor, low: Any, high: Any) -> Tensor:

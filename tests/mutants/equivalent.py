@@ -106,8 +106,6 @@ EQUIVALENT: dict[str, str] = {
     "losses.loss.scaled:condition:2": _IN_PLACE,
     "losses.loss.Loss.fwd:off-by-one:1": "an entry more that nobody reads",
     "ops.conv_transpose.gradients:flip-flag:2": "what is not needed is thrown away",
-    "ops.counter._random:drop-term:8": "what is drawn beyond the size is cut off",
-    "ops.counter.bernoulli:drop-term:1": "for p = 0 no int32 is below the bound",
     "ops.normalization._dense:drop-call:1": "kernels mind such strides in channels_last alone",
     "ops.normalization._has_few:condition:1": _EITHER_WAY,
     "ops.normalization._has_few:condition:2": _EITHER_WAY,

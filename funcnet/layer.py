@@ -114,6 +114,7 @@ class Layer(Hyperparameters):
     _fresh: ClassVar[bool] = False
     """The promise that y shares no memory with the residuals, nor dx with residuals or dparams.
 
+    Nor do the entries of either share memory, as those of an expanded tensor.
     What follows such a layer in a Sequential may write over its results, and does so where it has
     `_fwd_` and `_bwd_`, which do in place what `_fwd` and `_bwd` do. `check_vjp` verifies it.
     """

@@ -749,7 +749,10 @@ class Fresh(Plain):
         return {"bias": fn.normal(key, shape, dtype=dtype, device=device)}
 
     def fwd(self, params, x, *, key=None):
-        y = x.floor() + params["bias"]
+        if self.lie == "an expanded y":
+            y = params["bias"].clone().expand(x.shape)
+        else:
+            y = x.floor() + params["bias"]
         kept = {"y": y[:1], "a transposed y": y.T.contiguous()}.get(self.lie, y.clone())
         return y, {"kept": kept, "zeros": torch.zeros_like(x)}
 
@@ -757,6 +760,7 @@ class Fresh(Plain):
         both = torch.cat([residuals["zeros"], grad.sum(0)[None]])
         dbias, dx = both[-1], residuals["zeros"] if self.lie == "dx" else both[:-1]
         dbias = dbias if self.lie == "dparams" else dbias.clone()
+        dx = dx[:1].clone().expand(dx.shape) if self.lie == "an expanded dx" else dx
         return {"bias": dbias}, dx if input_grad else None
 
 
@@ -774,6 +778,8 @@ class Modest(Fresh):
         ("a transposed y", r"y of fwd shares memory with residuals\['kept'\]"),
         ("dx", r"dx of bwd shares memory with residuals\['zeros'\] \(Fresh declares _fresh\)"),
         ("dparams", r"dx of bwd shares memory with dparams\['bias'\] \(Fresh declares _fresh\)"),
+        ("an expanded y", r"y of fwd is expanded \(Fresh declares _fresh\): several entries"),
+        ("an expanded dx", r"dx of bwd is expanded \(Fresh declares _fresh\)"),
     ],
 )
 def test_the_promise_that_results_are_fresh(lie, message):

@@ -160,7 +160,4 @@ def _for_averages(x: Tensor) -> Tensor:
 
 def _like(dy: Tensor, shape: Ints) -> Tensor:
     """A tensor of x's shape, in dy's memory format, for a kernel that will not read it."""
-    memory_format = native.memory_format(dy)
-    if memory_format == torch.contiguous_format:
-        return dy.new_empty(shape)
-    return torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=memory_format)
+    return dy.new_empty_strided(shape, native.strides(shape, native.memory_format(dy)))

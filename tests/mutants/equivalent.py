@@ -18,6 +18,7 @@ _LAYOUT = "a memory format changes no number"
 _ZERO = "0 is refused either way"
 _KEPT = "what is kept and not used costs memory alone"
 _COMMUTES = "factors may change places"
+_EXACT = "float32 takes longer and is more exact"
 _EMPTY = "without entries, nothing is there to differ"
 
 EQUIVALENT: dict[str, str] = {
@@ -135,6 +136,28 @@ EQUIVALENT: dict[str, str] = {
     "ops.recurrent.LSTM.backward:swap-arguments:5": _COMMUTES,
     "ops.recurrent._is_for_kernel:off-by-one:1": _KERNEL,
     "ops.recurrent.GRU.backward:drop-need:1": "du or its products may be rolled",
+    "ops.pooling:off-by-one:25": _LAYOUT,
+    "ops.pooling:off-by-one:26": _LAYOUT,
+    "ops.pooling.count:drop-argument:1": _STRICT,
+    "ops.pooling.count:flip-flag:1": _STRICT,
+    "ops.pooling.count:drop-call:1": "a list of sizes is read like a tuple",
+    "ops.pooling.some_see_nothing:drop-argument:1": _STRICT,
+    "ops.pooling.some_see_nothing:flip-flag:1": _STRICT,
+    "ops.pooling.some_see_nothing:off-by-one:1": "a window that starts at 0 sees an entry",
+    "ops.pooling.adaptive_average:condition:2": _KERNEL,
+    "ops.pooling.adaptive_average:off-by-one:2": _KERNEL,
+    "ops.pooling.adaptive_average_backward:condition:2": _KERNEL,
+    "ops.pooling.adaptive_average_backward:off-by-one:2": _KERNEL,
+    "ops.pooling.adaptive_average_backward:off-by-one:4": _KERNEL,
+    "ops.pooling.adaptive_average_backward:drop-argument:1": _LAYOUT,
+    "ops.pooling._layout:compare:1": _LAYOUT,
+    "ops.pooling._layout:condition:1": _LAYOUT,
+    "ops.pooling._layout:condition:2": _LAYOUT,
+    "ops.pooling._layout:off-by-one:1": _LAYOUT,
+    "ops.pooling._layout:off-by-one:2": _LAYOUT,
+    "ops.pooling._for_averages:condition:2": _EXACT,
+    "ops.pooling._for_averages:off-by-one:2": _EXACT,
+    "ops.stacking.stack:drop-term:2": "axes that are in order stay as they are",
     "ops.stacking.stack:drop-call:1": "torch.stack takes a list like a tuple",
     "combinators.branches.Branches._fresh:off-by-one:1": _IN_PLACE,
     "combinators.branches.Branches._bwd:drop-need:2": _COPY,

@@ -34,7 +34,13 @@ from funcnet.testing.check.case import (
 from funcnet.testing.check.comparison import excess, worst
 from funcnet.testing.check.oracles import autograd_gradients
 from funcnet.testing.check.precision import computed_in
-from funcnet.testing.check.purity import expect_own, expect_unshared, pure, under_two_seeds
+from funcnet.testing.check.purity import (
+    expect_not_expanded,
+    expect_own,
+    expect_unshared,
+    pure,
+    under_two_seeds,
+)
 from funcnet.testing.check.rounding import (
     allowance,
     gradient_moves,
@@ -246,7 +252,9 @@ def _check_fresh(case: Case) -> None:
     dparams, dx = case.bwd(residuals)
     kept, why = _named("residuals", residuals), f" ({type(case.layer).__name__} declares _fresh)"
     expect_unshared("y of fwd", y, kept, why)
+    expect_not_expanded("y of fwd", y, why)
     if dx is not None:
+        expect_not_expanded("dx of bwd", dx, why)
         expect_unshared("dx of bwd", dx, {**kept, **_named("dparams", dparams)}, why)
 
 

@@ -107,6 +107,15 @@ def expect_unshared(name: str, result: Tensor, others: Mapping[str, Any], why: s
     _expect_outside(name, result, _owners(others), why)
 
 
+def expect_not_expanded(name: str, result: Tensor, why: str) -> None:
+    """Raise GradientMismatch if several entries of a result lie in one place in memory."""
+    if any(n > 1 and stride == 0 for n, stride in zip(result.shape, result.stride(), strict=True)):
+        raise GradientMismatch(
+            f"{name} is expanded{why}: several entries lie in one place in memory, so that nothing "
+            "can be written over it. The remedy is a clone()"
+        )
+
+
 def expect_own(case: Case, gradients: Leaves) -> None:
     """Raise GradientMismatch if a gradient shares memory with an input or another gradient."""
     names, owners = case.names, _owners(case.inputs)

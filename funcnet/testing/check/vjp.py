@@ -51,7 +51,7 @@ def check_vjp(
       `init` ignores global randomness; no call writes to its inputs or returns their memory; no
       global random state is used; the same call twice gives the same bits; no state between `fwd`
       and `bwd`; any memory layout; a batch of 0; numbers drawn follow the key. y and dx of a layer
-      that declares `_fresh = True` share no storage with residuals or dparams.
+      that declares `_fresh = True` share no storage with residuals or dparams and are not expanded.
     - The mathematics, in float64: autograd of `apply` where it can follow; central differences,
       entry by entry where that is little work and along random directions; the power that Taylor's
       remainder falls by; linearity in grad; a batch is the sum of its examples, whose gradients

@@ -38,10 +38,8 @@ class Each:
         """√x."""
         return self._map("sqrt", xs)
 
-    def add(self, xs: Tensors, ys: Tensors, alpha: Scalar) -> Tensors:
+    def add(self, xs: Tensors, ys: Tensors, alpha: float) -> Tensors:
         """x + alpha · y."""
-        if isinstance(alpha, Tensor):
-            ys, alpha = [_like(y, alpha) * y for y in ys], 1.0
         return self._map("add", xs, ys, alpha=alpha)
 
     def addcmul(self, xs: Tensors, ys: Tensors, zs: Tensors, c: float) -> Tensors:

@@ -212,6 +212,15 @@ def test_autograd_may_follow_twice():
     torch.autograd.gradgradcheck(lambda x: layer.apply(params, x), (x,))
 
 
+def test_autograd_may_follow_bwd_of_residuals_from_outside():
+    layer = fn.MultiheadAttention(2, causal=True)
+    params = layer.init(fn.key(0), (3, 4), dtype=torch.float64)
+    x, grad = (fn.normal(fn.key(seed), (2, 3, 4), dtype=torch.float64) for seed in (1, 2))
+    _, residuals = layer.fwd(params, x)
+    grad.requires_grad_()
+    assert torch.autograd.gradcheck(lambda grad: layer.bwd(params, residuals, grad)[1], (grad,))
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_parameters_are_drawn_as_torch_draws_them(bias):
     size = 64

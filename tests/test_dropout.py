@@ -191,10 +191,11 @@ def test_compiled_it_writes_to_no_other_memory():
     assert done.returncode == 0, done.stderr
 
 
-def test_drawn_on_a_gpu_without_asking_it():
+@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
+def test_drawn_on_a_gpu_without_asking_it(p):
     with FakeTensorMode():
         x = torch.empty(4, 6, device="cuda")
-        y, residuals = fn.Dropout().fwd((), x, key=fn.key(0))
+        y, residuals = fn.Dropout(p).fwd((), x, key=fn.key(0))
         assert y.device == residuals[1].device == x.device
 
 
@@ -264,6 +265,7 @@ def test_chunks_are_one_sequence(monkeypatch):
 def test_probabilities_at_the_ends():
     assert not mask(0.0, (1000,)).any()
     assert mask(1.0, (1000,)).all()
+    assert mask(1.0, (1000,)).dtype == torch.bool
     assert mask(1 - 1e-15, (1000,)).all()
     assert not mask(1e-15, (1000,)).any()
 

@@ -19,6 +19,9 @@ _ZERO = "0 is refused either way"
 _KEPT = "what is kept and not used costs memory alone"
 _COMMUTES = "factors may change places"
 _EXACT = "float32 takes longer and is more exact"
+_WRAPS = "PyTorch takes an int modulo 2⁶⁴"
+_CHUNKS = "how much is drawn at a time costs time and changes no number"
+_CUT_OFF = "what is drawn beyond the size is cut off"
 _EMPTY = "without entries, nothing is there to differ"
 
 EQUIVALENT: dict[str, str] = {
@@ -106,7 +109,26 @@ EQUIVALENT: dict[str, str] = {
     "losses.huber.Huber._bwd:off-by-one:3": "PyTorch takes whatever is no mean for a sum",
     "losses.loss.scaled:condition:2": _IN_PLACE,
     "losses.loss.Loss.fwd:off-by-one:1": "an entry more that nobody reads",
+    "ops.attention.attend:condition:2": _KERNEL,
+    "ops.attention.gradients:condition:2": _KERNEL,
+    "ops.attention.gradients:off-by-one:1": "the kernel for the CPU drops no weight",
     "ops.conv_transpose.gradients:flip-flag:2": "what is not needed is thrown away",
+    "ops.counter:drop-term:1": _WRAPS,
+    "ops.counter:drop-term:4": _WRAPS,
+    "ops.counter:drop-term:7": _WRAPS,
+    "ops.counter:drop-term:10": _CHUNKS,
+    "ops.counter:off-by-one:21": _CHUNKS,
+    "ops.counter:off-by-one:22": _CHUNKS,
+    "ops.counter.bernoulli:drop-term:9": _CHUNKS,
+    "ops.counter.bernoulli:condition:3": _CHUNKS,
+    "ops.counter.bernoulli:compare:2": _CHUNKS,
+    "ops.counter.bernoulli:compare:3": _CHUNKS,
+    "ops.counter.bernoulli:flip-sign:3": "2³¹ and −2³¹ are one int32",
+    "ops.counter._random:drop-term:2": _CUT_OFF,
+    "ops.counter._random:off-by-one:3": _CUT_OFF,
+    "ops.counter._random:off-by-one:6": _CUT_OFF,
+    "ops.counter._random:condition:1": "an operation on bits that changes none",
+    "ops.counter._random:shift-axis:1": "there is one axis",
     "ops.normalization._dense:drop-call:1": "kernels mind such strides in channels_last alone",
     "ops.normalization._has_few:condition:1": _EITHER_WAY,
     "ops.normalization._has_few:condition:2": _EITHER_WAY,

@@ -76,8 +76,20 @@ _CELLS = " ".join(
 _OPS = {
     "attention": "test_attention.py",
     "conv_transpose": "test_conv_transpose.py",
-    "counter": "test_dropout.py test_attention.py",
-    "each": "test_gate_properties.py test_optimizers.py",
+    "counter": " ".join(
+        f"test_dropout.py::test_{name}"
+        for name in (
+            *("the_generator_stays_as_it_is", "chunks_are_one_sequence"),
+            *("an_entry_is_hit_where_its_number_is_below_p", "probabilities_at_the_ends"),
+            *("drawn_on_a_gpu_without_asking_it", "compiled_once_for_batches_of_any_size"),
+            "compiled_it_writes_to_no_other_memory",
+        )
+    ),
+    "each": (
+        "test_optimizers.py "
+        "test_gate_properties.py::test_a_step_of_many_states_is_the_step_of_each "
+        "test_gate_properties.py::test_step_underscore_writes_into_what_it_was_given"
+    ),
     "fused": "test_optimizers.py",
     "nll": "test_losses.py",
     "normalization": f"test_normalization.py test_properties.py::{_QUICK[0]}",

@@ -107,6 +107,14 @@ def test_without_dx_the_strides_of_grad_may_be_anything():
     torch.testing.assert_close(dparams, layer.vjp(params, x, grad)[0])
 
 
+@classes
+def test_half_precision_stays_so(cls):
+    """Though it is computed in float32."""
+    layer, shape = cls(2, 3), (2, *[4] * (len(cls._axes) - 1))
+    params = layer.init(fn.key(0), shape, dtype=torch.bfloat16)
+    assert layer.apply(params, torch.ones(1, *shape, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
 def test_init_lays_the_weight_out_in_channels_last():
     images, volumes = torch.channels_last, torch.channels_last_3d
     for layer, rank, layout in (

@@ -74,8 +74,10 @@ _CELLS = " ".join(
 )
 
 _OPS = {
-    "attention": "test_attention.py",
-    "conv_transpose": "test_conv_transpose.py",
+    "attention": "test_attention.py test_fake_cuda.py::test_layers",
+    "conv_transpose": (
+        "test_conv_transpose.py test_properties.py::test_what_is_not_asked_for_is_not_computed"
+    ),
     "counter": " ".join(
         f"test_dropout.py::test_{name}"
         for name in (

@@ -315,6 +315,26 @@ def test_compiled_with_a_key():
     close(compiled(params, x, grad, key=fn.key(5)), wanted)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_an_error_may_be_caught_in_compiled_code():
+    @dataclass(frozen=True)
+    class Failing(Noise):
+        def fwd(self, params, x, *, key=None):
+            raise ValueError("out of luck")
+
+    net = fn.Sequential(fn.ReLU(), Failing())
+
+    def doubled(x):
+        try:
+            return net.apply(((), ()), x)
+        except ValueError:
+            return 2 * x
+
+    torch._dynamo.reset()
+    compiled = torch.compile(doubled, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.ones(2, 3)), torch.full((2, 3), 2.0))
+
+
 def test_a_user_s_combinator_among_others():
     net = fn.Residual(Blend(fn.Repeat(CONV, 2), fn.Sequential(Scale(), fn.Sigmoid())))
     params, x, _ = drawn(net, (2, 3, 3))

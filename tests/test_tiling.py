@@ -153,6 +153,33 @@ def test_small_images_are_cut_along_the_batch():
         torch.testing.assert_close(net.apply(params, x), whole(net, params, x))
 
 
+@given(st.integers(1, 500), st.integers(0, 600))
+def test_an_axis_is_cut_into_few_parts_that_are_alike(n, most):
+    parts = tiling._cut(n, most)
+    assert [x for part in parts for x in range(n)[part]] == list(range(n))
+    assert all(part.stop - part.start == parts[0].stop for part in parts[:-1])
+    assert all(part.start % 16 == 0 for part in parts)
+    assert len(parts) <= -(-n // max(most, 16))
+    assert parts[0].stop < max(most, 1) + 16
+
+
+def test_from_which_size_on_images_are_cut():
+    """The limits by default are 1 MiB of x, and of what a layer makes 32 MiB less a page."""
+    assert tiling.is_large(torch.empty(1, 1, 512, 512))
+    meta = torch.empty(1, 1, 512, 512, device="meta")
+    for x in (torch.empty(1, 1, 512, 511), torch.empty(9, 512, 512), torch.empty(*[32] * 5), meta):
+        assert not tiling.is_large(x)
+    net = fn.Sequential(fn.ReLU())
+    assert tiling._tiles(net, torch.empty(8191, 1, 32, 32)) is None
+    assert [t.examples for t in tiling._tiles(net, torch.empty(8192, 1, 32, 32))] == [
+        slice(0, 4096),
+        slice(4096, 8192),
+    ]
+    whole = (slice(0, 8191), slice(0, 1024))
+    assert [t.part for t in tiling._tiles(net, torch.empty(2, 1, 8191, 1024))] == [whole] * 2
+    assert len(tiling._tiles(net, torch.empty(1, 8, 2016, 2016))) == 2 * 2
+
+
 class Largest(TorchDispatchMode):
     """The entries of the largest tensor that is made."""
 

@@ -124,8 +124,7 @@ def _tiles(net: Sequential, x: Tensor) -> list[Tile] | None:
     most = x.element_size() * max(map(math.prod, shapes))
     if len(x) * most <= _MOST or len(shapes[-1]) != 3:
         return None
-    chunks = len(x) if most > _MOST else math.ceil(len(x) * most / _MOST)
-    examples = math.ceil(len(x) / chunks)
+    examples = math.ceil(len(x) / math.ceil(len(x) * most / _MOST))
     tiles = []
     for part in _parts(shapes[-1][1:], most):
         found = net._tile(shapes[0], part)

@@ -43,7 +43,7 @@ _WRITTEN = {
     "_tile": "test_tiling.py",
     "_bwd_each": "test_per_example.py",
     "_bwd_(": "test_sequential.py",
-    "coupling(": "test_batch_statistics.py",
+    "coupling(": "test_gradients.py::test_what_micro_batches_refuse test_batch_statistics.py",
 }
 """The tests of what a layer may write besides its formula."""
 

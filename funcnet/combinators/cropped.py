@@ -27,7 +27,7 @@ class Cropped(Wrapper):
 
     def _fwd(self, params: Tree, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
         y, kept = run_fwd(self.layer, params, cropped(x, self.part), key)
-        return y, (kept, tuple(x.shape[2:]))
+        return y, (kept, x.shape[2:])
 
     def _bwd(self, params: Tree, residuals: Any, dy: Tensor, need: Need) -> tuple[Tree, Any]:
         kept, size = residuals

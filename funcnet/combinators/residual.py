@@ -65,7 +65,7 @@ class _Tile(Residual):
 
     def _fwd(self, params: Tree, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
         y, kept = run_fwd(self.layer, params, x, key)
-        return added(self.layer, y, cropped(x, self.part)), (kept, tuple(x.shape[2:]))
+        return added(self.layer, y, cropped(x, self.part)), (kept, x.shape[2:])
 
     def _bwd(self, params: Tree, residuals: Any, dy: Tensor, need: Need) -> tuple[Tree, Any]:
         kept, size = residuals

@@ -72,7 +72,7 @@ def apply(net: Sequential, params: Tree, x: Tensor) -> Tensor | None:
 
 def fwd(net: Sequential, params: Tree, x: Tensor) -> tuple[Tensor, Tiles] | None:
     """(y, residuals), or None as `apply`."""
-    kept = Tiles([], tuple(x.shape))
+    kept = Tiles([], x.shape)
 
     def make(tile: Tile, own: Tensor) -> Tensor:
         y, residuals = tile.net._fwd(params, own, None)
@@ -120,7 +120,7 @@ def _joined(
 
 def _tiles(net: Sequential, x: Tensor) -> list[Tile] | None:
     """The tiles, if there is more than one."""
-    shapes = [*net._shapes(tuple(x.shape[1:]))]
+    shapes = [*net._shapes(x.shape[1:])]
     most = x.element_size() * max(map(math.prod, shapes))
     if len(x) * most <= _MOST or len(shapes[-1]) != 3:
         return None

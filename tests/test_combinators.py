@@ -16,6 +16,7 @@ from registry import make
 from test_properties import close, same
 
 import funcnet as fn
+from funcnet.fields import Size
 from funcnet.ops.need import Need
 from funcnet.ops.stacking import stack
 from funcnet.testing import check_vjp
@@ -610,6 +611,24 @@ def test_cast_by_name_and_in_files(tmp_path):
     for dtype in (torch.int64, "int8", "bfloat", None):
         with pytest.raises(TypeError, match="Cast: expected dtype to be a floating-point dtype"):
             fn.Cast(CONV, dtype)
+
+
+# --- Subclasses
+
+
+@pytest.mark.parametrize("cls", [fn.Sequential, fn.Sum, fn.Concat, fn.Reversible])
+def test_fields_of_a_subclass_convert(cls):
+    @dataclass(frozen=True, init=False)
+    class Wide(cls):
+        width: Size = 1
+
+        def __init__(self, *layers, width):
+            object.__setattr__(self, "width", width)
+            super().__init__(*layers)
+
+    assert Wide(CONV, CONV, width=3).width == 3
+    with pytest.raises(ValueError, match="Wide: expected width >= 1, got 0"):
+        Wide(CONV, CONV, width=0)
 
 
 # --- What couples examples

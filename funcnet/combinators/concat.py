@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from funcnet.checks import as_index, name_of
+from funcnet.checks import name_of
 from funcnet.combinators.branches import Branches
 from funcnet.fields import Whole
 from funcnet.layer import Layer, Shape
@@ -46,7 +46,7 @@ class Concat(Branches):
                 f"Concat: expected dim to be an int, got {name_of(dim)}: "
                 "a layer cannot have the name dim"
             )
-        object.__setattr__(self, "dim", as_index("Concat", "dim", dim))
+        object.__setattr__(self, "dim", dim)
         super().__init__(*layers, **named)
 
     def __post_init__(self) -> None:

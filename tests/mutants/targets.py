@@ -41,6 +41,7 @@ _QUICK = ("test_what_is_not_asked_for_is_not_computed", _DEFAULTS)
 
 _WRITTEN = {
     "_tile": "test_tiling.py",
+    "def cropped(": "test_tiling.py",
     "_bwd_each": "test_per_example.py",
     "_bwd_(": "test_sequential.py",
     "coupling(": "test_gradients.py::test_what_micro_batches_refuse test_batch_statistics.py",

@@ -374,6 +374,17 @@ def test_a_product_with_zeros():
     close(net.vjp(((),) * 3, x, torch.ones_like(x)), gradients)
 
 
+@pytest.mark.parametrize("cls", [fn.Sum, fn.Product, fn.Concat])
+def test_whether_what_branches_make_is_new(cls):
+    """Of one branch alone, it is as the layer has made it, which may have kept it."""
+    for layer in (fn.Sigmoid(), CONV):
+        assert cls(layer, fn.Sigmoid())._fresh
+        assert cls(layer)._fresh == layer._fresh
+        net = fn.Sequential(cls(layer), fn.Sigmoid())
+        params, x, grad = drawn(net, (2, 3, 4))
+        close(net.vjp(params, x, grad), expected(net, params, x, grad, None)[1])
+
+
 @pytest.mark.parametrize("dim", [1, 2, 3, -1, -2, -3])
 def test_concat_along_any_axis(dim):
     parts = [fn.Sigmoid(), CONV, fn.ReLU()]

@@ -737,6 +737,14 @@ REFUSED = {
         applied(fn.Repeat(CONV, 3), fn.Repeat(CONV, 2).init(fn.key(0), (2, 4, 4))),
         f"Repeat({CONV}, 3): expected bias to have a leading axis of 3, got shape (2, 2)",
     ),
+    "dtypes": (
+        applied(
+            fn.Sum(fn.Embedding(2, 3), fn.Embedding(2, 3)),
+            tuple({"weight": torch.zeros(2, 3, dtype=t)} for t in (torch.float64, torch.float32)),
+            torch.zeros(2, 4, dtype=torch.int64),
+        ),
+        "Sum of 2 layers: expected results of one dtype, got torch.float32, torch.float64",
+    ),
     "names": (
         applied(fn.Sum(a=CONV, b=CONV), {"a": (), "c": ()}),
         "Sum of 2 layers: expected params with keys 'a', 'b', got keys 'a', 'c'",

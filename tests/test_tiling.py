@@ -139,6 +139,7 @@ def test_what_is_cut(net, batch):
     y = whole(net, params, x)
     expected = net.vjp(params, x, y)
     with small_tiles(20_000):
+        assert tiling._tiles(net, x) is not None  # the whole, and not only networks in it
         assert count(net, params, x) > batch
         torch.testing.assert_close(net.apply(params, x), y)
         torch.testing.assert_close(net.vjp(params, x, y), expected)

@@ -688,6 +688,14 @@ REFUSED = {
         lambda: fn.Sequential(CONV, head=CONV),
         "Sequential: expected layers by position or by name, got both: 1 layers and 'head'",
     ),
+    "a tuple by name": (
+        lambda: fn.Sequential(layers=(CONV,), head=CONV),
+        "Sequential: expected layers to be a Layer, got (Conv2d(",
+    ),
+    "a tuple besides": (
+        lambda: fn.Sequential(CONV, layers=(CONV,)),
+        "Sequential: expected layers by position or by name, got both: 1 layers and 'layers'",
+    ),
     "no branch": (fn.Product, "Product: expected at least 1 layer, got none"),
     "dim": (lambda: fn.Concat(CONV, dim=0), "Concat: expected dim to be an axis behind the batch"),
     "dim twice": (lambda: fn.Concat(a=CONV, dim=CONV), "Concat: expected dim to be an int, got"),

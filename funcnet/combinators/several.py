@@ -160,9 +160,10 @@ def _sorted_out(
 ) -> tuple[tuple[Layer, ...], tuple[str, ...]]:
     """The layers and names that a constructor's arguments give. Raises TypeError for others."""
     names = tuple(named)
-    if isinstance(named.get("layers"), tuple):  # the fields themselves, from dataclasses.replace
-        layers, names = (*layers, *named["layers"]), named.get("names", ())
-        if named.keys() > {"layers", "names"} or (names and len(names) != len(layers)):
+    is_copy = not layers and named.keys() <= {"layers", "names"}
+    if is_copy and isinstance(named.get("layers"), tuple):  # the fields, of dataclasses.replace
+        layers, names = named["layers"], named.get("names", ())
+        if names and len(names) != len(layers):
             raise TypeError(f"{who}: expected a name for each layer, or none, got {names!r}")
         named = {}
     if layers and named:

@@ -188,6 +188,7 @@ EQUIVALENT: dict[str, str] = {
     "ops.pooling._for_averages:off-by-one:2": _EXACT,
     "ops.stacking.stack:drop-term:2": "axes that are in order stay as they are",
     "ops.stacking.stack:drop-call:1": "torch.stack takes a list like a tuple",
+    "combinators.branches.Branches._fwd:swap-elements:1": "both lists are empty",
     "combinators.branches.Branches._bwd:drop-need:2": _COPY,
     "combinators.branches.Branches._bwd:drop-need:4": "run_bwd asks the same",
     "combinators.several.Several._pairs:flip-flag:1": _STRICT,

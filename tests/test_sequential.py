@@ -4,6 +4,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
+import optree
 import pytest
 import torch
 from hypothesis import given
@@ -159,6 +160,29 @@ def test_errors_of_any_kind_name_the_position(error):
         assert caught.value.__notes__ == ["raised in head", "raised in layer 1"]
 
 
+def test_what_a_layer_makes_against_its_promise_has_to_fit_the_next():
+    @dataclass(frozen=True)
+    class Narrow(Noise):
+        def out_shape(self, shape):
+            assert shape == (2, 4, 4)
+            return shape
+
+        def fwd(self, params, x, *, key=None):
+            return x[:, :1].clone(), None
+
+    x, conv = torch.ones(3, 2, 4, 4), fn.Conv2d(2, 1)
+    message = r"expected x of shape \(N, 2, H, W\), got \(3, 1, 4, 4\)"
+    for before in ([], [fn.ReLU()]):
+        fits = fn.Sequential(*before, Narrow(), fn.ReLU())
+        refused = fn.Sequential(*before, Narrow(), conv, fn.ReLU())
+        assert torch.equal(fits.apply(((),) * len(fits), x), x[:, :1])
+        assert torch.equal(fits.fwd(((),) * len(fits), x)[0], x[:, :1])
+        params = refused.init(fn.key(0), (2, 4, 4))
+        for run in (refused.apply, refused.fwd):
+            with pytest.raises(ValueError, match=rf"^layer {len(before) + 1}: .*: {message}"):
+                run(params, x)
+
+
 def test_errors_that_write_their_own_message_keep_it():
     class CodedError(ValueError):
         def __str__(self):
@@ -306,6 +330,20 @@ def test_writing_over_what_the_layer_before_made_is_not_seen(before, activation)
     close(net.vjp(params, x, grad)[1], before.vjp(params[0], x, dmiddle)[1])
     assert torch.equal(x, kept[0])
     assert torch.equal(grad, kept[1])
+
+
+def test_nothing_is_written_over_under_vmap():
+    """What is the same for all networks cannot hold what differs."""
+    same_for_all = fn.AvgPool1d(1)
+    net = fn.Sequential(same_for_all, fn.PositionalEmbedding(3), fn.ReLU(), same_for_all)
+    params, x, grad = make(net, (3, 4), dtype=torch.float64)
+    many = optree.tree_map(lambda leaf: torch.stack([leaf, -leaf]), params)
+
+    def one(params):
+        return net.apply(params, x), net.fwd(params, x)[0], *net.vjp(params, x, grad)
+
+    each = [one(optree.tree_map(lambda leaf, i=i: leaf[i], many)) for i in range(2)]
+    close(torch.func.vmap(one)(many), optree.tree_map(lambda *ys: torch.stack(ys), *each))
 
 
 @pytest.mark.parametrize("activation", [fn.ReLU(), fn.Sigmoid(), fn.Dropout(0.5)], ids=str)

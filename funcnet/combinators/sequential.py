@@ -10,6 +10,7 @@ from torch import Tensor
 
 from funcnet.checks import name_of
 from funcnet.combinators import tiling
+from funcnet.combinators.position import Position
 from funcnet.combinators.several import Several
 from funcnet.keys import Key, fold_in
 from funcnet.layer import Layer, Part, Shape, Spec, Tree, is_private, zeros_like
@@ -82,13 +83,13 @@ class Sequential(Several):
         self._check_tree(params)
         if not self.layers:
             self._check_x(x)
-        return self._check_from(0, self._child_params(params), x)
-
-    def _check_from(self, first: int, params: tuple[Tree, ...], x: Spec) -> Spec:
-        """The spec of y, given the spec of layer `first`'s x."""
         with self._position() as at:
-            for at.i in range(first, len(self.layers)):
-                x = check(self.layers[at.i], params[at.i], x)
+            return self._check_from(0, self._child_params(params), x, at)
+
+    def _check_from(self, first: int, params: tuple[Tree, ...], x: Spec, at: Position) -> Spec:
+        """The spec of y, given the spec of layer `first`'s x."""
+        for at.i in range(first, len(self.layers)):
+            x = check(self.layers[at.i], params[at.i], x)
         return x
 
     def _tile(self, shape: Shape, part: Part) -> tuple[Part, Sequential] | None:
@@ -119,7 +120,7 @@ class Sequential(Several):
                     x = run_apply(layer, params[at.i], x, own)
                 else:
                     y = layer.apply(params[at.i], x, key=own)
-                    x = self._as_promised(at.i, params, x, y)
+                    x = self._as_promised(at, params, x, y)
         return x if self.layers else x.clone()
 
     def _fwd(self, params: Tree, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
@@ -140,17 +141,17 @@ class Sequential(Several):
                     x, kept = layer._fwd(params[at.i], x, own)
                 else:
                     y, kept = layer.fwd(params[at.i], x, key=own)
-                    x = self._as_promised(at.i, params, x, y)
+                    x = self._as_promised(at, params, x, y)
                 residuals.append(kept)
         return (x if self.layers else x.clone()), residuals
 
-    def _as_promised(self, i: int, params: tuple[Tree, ...], x: Tensor, y: Tensor) -> Tensor:
+    def _as_promised(self, at: Position, params: tuple[Tree, ...], x: Tensor, y: Tensor) -> Tensor:
         """y of a layer that checks for itself; if it is not what the layer's `out_shape` says, the
         layers behind it have yet to be checked."""
-        expected = (*x.shape[:1], *self.layers[i].out_shape(tuple(x.shape[1:])))
+        expected = (*x.shape[:1], *self.layers[at.i].out_shape(tuple(x.shape[1:])))
         if (y.shape, y.dtype, y.device) != (expected, x.dtype, x.device):
             spec = Spec(tuple(y.shape[:1]), tuple(y.shape[1:]), y.dtype, y.device)
-            self._check_from(i + 1, params, spec)
+            self._check_from(at.i + 1, params, spec, at)
         return y
 
     def _bwd(

@@ -22,6 +22,7 @@ _EXACT = "float32 takes longer and is more exact"
 _WRAPS = "PyTorch takes an int modulo 2⁶⁴"
 _CHUNKS = "how much is drawn at a time costs time and changes no number"
 _CUT_OFF = "what is drawn beyond the size is cut off"
+_AGAIN = "a check that repeats itself"
 _EMPTY = "without entries, nothing is there to differ"
 
 EQUIVALENT: dict[str, str] = {
@@ -222,8 +223,17 @@ EQUIVALENT: dict[str, str] = {
     "combinators.sequential.Sequential:flip-flag:3": _DERIVED,
     "combinators.sequential.Sequential:flip-flag:5": _REPR,
     "combinators.sequential.Sequential:flip-flag:6": _DERIVED,
+    "combinators.sequential.Sequential._as_promised:drop-call:1": _TUPLE,
     "combinators.sequential.Sequential._as_promised:drop-call:2": _TUPLE,
-    "combinators.sequential.Sequential._as_promised:condition:1": "a check that repeats itself",
+    "combinators.sequential.Sequential._as_promised:drop-call:3": _TUPLE,
+    "combinators.sequential.Sequential._as_promised:condition:1": _AGAIN,
+    "combinators.sequential.Sequential._as_promised:off-by-one:1": _AGAIN,
+    "combinators.sequential.Sequential._as_promised:off-by-one:2": _AGAIN,
+    "combinators.sequential.Sequential._run:condition:4": _IN_PLACE,
+    "combinators.sequential.Sequential._run:condition:6": _AGAIN,
+    "combinators.sequential.Sequential._run:condition:8": _COPY,
+    "combinators.sequential.Sequential._run_fwd:condition:4": _IN_PLACE,
+    "combinators.sequential.Sequential._run_fwd:condition:8": _COPY,
     "combinators.position.Position.__exit__:condition:9": "Python 3.10 has no notes",
     "optimizers.sgd.SGD._share_of_gradient:condition:2": "1 − 0 · n is 1",
     "combinators.sum.Sum._joined:condition:2": _IN_PLACE,

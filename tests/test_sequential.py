@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
+from unittest import mock
 
 import optree
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from test_properties import close, make, same
 
 import funcnet as fn
+from funcnet.layers.activations import InPlace
 from funcnet.testing import check_vjp, strategies
 
 NET = fn.Sequential(
@@ -343,7 +345,12 @@ def test_nothing_is_written_over_under_vmap():
         return net.apply(params, x), net.fwd(params, x)[0], *net.vjp(params, x, grad)
 
     each = [one(optree.tree_map(lambda leaf, i=i: leaf[i], many)) for i in range(2)]
-    close(torch.func.vmap(one)(many), optree.tree_map(lambda *ys: torch.stack(ys), *each))
+    in_place = mock.patch.object(InPlace, "_bwd_", side_effect=AssertionError)
+    with in_place, pytest.raises(AssertionError):
+        one(params)
+    with in_place:
+        mapped = torch.func.vmap(one)(many)
+    close(mapped, optree.tree_map(lambda *ys: torch.stack(ys), *each))
 
 
 @pytest.mark.parametrize("activation", [fn.ReLU(), fn.Sigmoid(), fn.Dropout(0.5)], ids=str)
@@ -459,6 +466,14 @@ def test_mathematics_of_a_subclass_is_not_passed_over_in_place():
         def _bwd(self, params, residuals, dy, need):
             return super()._bwd(params, residuals, 2 * dy, need)
 
+    class OverX(Doubled):
+        def _fwd_(self, params, x, key):
+            return self._fwd(params, x, key)
+
+    class OverGrad(Doubled):
+        def _bwd_(self, params, y, dy, need):
+            return self._bwd(params, y, dy, need)
+
     class Negated(fn.Identity):
         def _fwd(self, params, x, key):
             return -x, None
@@ -479,7 +494,7 @@ def test_mathematics_of_a_subclass_is_not_passed_over_in_place():
     conv = fn.Conv2d(3, 3)
     params = conv.init(fn.key(0), (3, 6, 6))
     x, grad = fn.normal(fn.key(1), (2, 3, 6, 6)), fn.normal(fn.key(2), (2, 3, 4, 4))
-    for layer in (Doubled(), Negated(), Straight(), Shifted()):
+    for layer in (Doubled(), OverX(), OverGrad(), Negated(), Straight(), Shifted()):
         net = fn.Sequential(conv, layer, fn.Identity())
         between, kept = conv.fwd(params, x)
         assert torch.equal(net.apply((params, (), ()), x), layer.apply((), between))

@@ -240,5 +240,7 @@ EQUIVALENT: dict[str, str] = {
     "combinators.sum.Sum._joined:flip-flag:1": _IN_PLACE,
     "combinators.turns.Turns._bwd:drop-need:2": _COPY,
     "combinators.sequential.Sequential._bwd:condition:2": _COPY,
+    "combinators.sequential.Sequential._bwd:condition:4": _COPY,
+    "combinators.sequential.Sequential._bwd:condition:8": _IN_PLACE,
     "combinators.sequential.Sequential._first_to_learn:drop-term:2": "never without layers",
 }

@@ -170,12 +170,14 @@ def test_from_which_size_on_images_are_cut():
     for shape in ((1, 1, 512, 511), (1, 512, 512), (1, 1, 1, 512, 512)):
         assert not tiling.is_large(torch.empty(shape))
     assert not tiling.is_large(torch.empty(1, 1, 512, 512, device="meta"))
+    large = torch.zeros(1, 1, 1, 512, 512)
+    assert not torch.func.vmap(lambda x: x + tiling.is_large(x))(large).any()
     net = fn.Sequential(fn.ReLU())
-    assert tiling._tiles(net, torch.empty(8191, 1, 32, 32)) is None
-    assert [t.examples for t in tiling._tiles(net, torch.empty(8192, 1, 32, 32))] == [
-        slice(0, 4096),
-        slice(4096, 8192),
-    ]
+    most = 8191 * 2**10  # of four bytes each
+    assert tiling._tiles(net, torch.empty(most, 1, 1, 1)) is None
+    two = tiling._tiles(net, torch.empty(most + 1, 1, 1, 1))
+    half = most // 2 + 1
+    assert [tile.examples for tile in two] == [slice(0, half), slice(half, 2 * half)]
     whole = (slice(0, 8191), slice(0, 1024))
     assert [t.part for t in tiling._tiles(net, torch.empty(2, 1, 8191, 1024))] == [whole] * 2
     assert len(tiling._tiles(net, torch.empty(1, 8, 2016, 2016))) == 2 * 2

@@ -732,6 +732,10 @@ REFUSED = {
         init(fn.Reversible(CONV, CONV), (3, 4, 4)),
         "Reversible of 2 layers: expected an even number of channels, got an example of shape (3,",
     ),
+    "no channels": (
+        init(fn.Reversible(fn.ReLU(), fn.ReLU()), ()),
+        "Reversible of 2 layers: expected an even number of channels, got an example of shape ()",
+    ),
     "half": (init(fn.Reversible(CONV, WRONG), (4, 4, 4)), f"layer 1: {WRONG}: expected a layer th"),
     "way": (
         init(fn.Sequential(fn.ReLU(), fn.Residual(fn.Sum(a=fn.Sequential(CONV, WRONG), b=CONV)))),

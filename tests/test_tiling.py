@@ -143,6 +143,8 @@ def test_what_is_cut(net, batch):
         assert count(net, params, x) > batch
         torch.testing.assert_close(net.apply(params, x), y)
         torch.testing.assert_close(net.vjp(params, x, y), expected)
+        dx = net.vjp(params, x, y, param_grad=False)[1]
+        torch.testing.assert_close(dx, expected[1])
 
 
 def test_small_images_are_cut_along_the_batch():

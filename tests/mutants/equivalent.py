@@ -238,6 +238,7 @@ EQUIVALENT: dict[str, str] = {
     "optimizers.sgd.SGD._share_of_gradient:condition:2": "1 − 0 · n is 1",
     "combinators.sum.Sum._joined:condition:2": _IN_PLACE,
     "combinators.sum.Sum._joined:flip-flag:1": _IN_PLACE,
+    "combinators.tiling.bwd:drop-need:2": _COPY,
     "combinators.turns.Turns._bwd:drop-need:2": _COPY,
     "combinators.sequential.Sequential._bwd:condition:2": _COPY,
     "combinators.sequential.Sequential._bwd:condition:4": _COPY,

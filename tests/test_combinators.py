@@ -558,6 +558,14 @@ def test_frozen_layers_are_asked_for_dx_alone():
         assert not Spy.needs
 
 
+def test_the_first_layer_of_a_reversible_is_not_asked_for_dx():
+    net = fn.Reversible(Scale(), Scale())
+    params, x, grad = drawn(net, (2, 3))
+    Scale.asked.clear()
+    net.vjp(params, x, grad, input_grad=False)
+    assert Scale.asked == [True, False]
+
+
 def test_a_branch_without_parameters_rests():
     net = fn.Product(fn.Sequential(Noise(), fn.Sigmoid()), Scale())
     params, x, grad = drawn(net, (3,))
@@ -731,6 +739,18 @@ REFUSED = {
     "odd": (
         init(fn.Reversible(CONV, CONV), (3, 4, 4)),
         "Reversible of 2 layers: expected an even number of channels, got an example of shape (3,",
+    ),
+    "half at last": (
+        applied(
+            fn.Reversible(CONV, WRONG),
+            tuple(conv.init(fn.key(0), (2, 4, 4)) for conv in (CONV, WRONG)),
+            torch.zeros(2, 4, 4, 4),
+        ),
+        f"layer 1: {WRONG}: expected a layer that keeps the shape",
+    ),
+    "integers in halves": (
+        applied(fn.Reversible(fn.ReLU(), fn.ReLU()), ((), ()), X.long()),
+        "Reversible of 2 layers: expected x to be floating-point, got torch.int64",
     ),
     "no channels": (
         init(fn.Reversible(fn.ReLU(), fn.ReLU()), ()),

@@ -706,7 +706,10 @@ REFUSED = {
     ),
     "no branch": (fn.Product, "Product: expected at least 1 layer, got none"),
     "dim": (lambda: fn.Concat(CONV, dim=0), "Concat: expected dim to be an axis behind the batch"),
-    "dim twice": (lambda: fn.Concat(a=CONV, dim=CONV), "Concat: expected dim to be an int, got"),
+    "dim twice": (
+        lambda: fn.Concat(a=CONV, dim=CONV),
+        f"Concat: expected dim to be an int, got {CONV}: a layer cannot have the name dim",
+    ),
     "n": (lambda: fn.Repeat(CONV, 0), "Repeat: expected n >= 1, got 0"),
     "pairs": (lambda: fn.Reversible(CONV), "Reversible: expected an even number of layers, at"),
     "pairs by name": (lambda: fn.Reversible(f=CONV, g=CONV), "Reversible: expected layers by pos"),

@@ -128,9 +128,9 @@ def build(cls: type, fields: dict[str, Any]) -> Any:
         return cls._make(fields[name] for name in cls._fields)  # type: ignore[attr-defined]
     signature, fields = inspect.signature(cls), dict(fields)
     kinds = {parameter.kind: name for name, parameter in signature.parameters.items()}
-    by_position = kinds.get(inspect.Parameter.VAR_POSITIONAL)
+    by_position = kinds.get(inspect.Parameter.VAR_POSITIONAL, "")
     by_name = kinds.get(inspect.Parameter.VAR_KEYWORD)
-    if by_position and by_name and isinstance(fields.get(by_position), dict):
+    if by_name and isinstance(fields.get(by_position), dict):
         fields[by_name] = fields.pop(by_position)
     arguments = inspect.BoundArguments(signature, OrderedDict(fields))
     return cls(*arguments.args, **arguments.kwargs)
@@ -158,10 +158,10 @@ def child_names(parent: str, keys: Sequence[PathKey]) -> Iterator[str]:
     >>> list(child_names("2", ["weight", "a.b", "", "7", 7]))
     ['2.weight', '2.a%2Eb', '2.%', '2.7', '2.7%']
     """
-    str_keys = {key for key in keys if isinstance(key, str)}
+    siblings = set(keys)
     prefix = f"{parent}." if parent else ""
     for key in keys:
-        name = prefix + _escape(key, str_keys)
+        name = prefix + _escape(key, siblings)
         # A safetensors file keeps its metadata under this name.
         yield name + "%" if name == "__metadata__" else name
 
@@ -190,16 +190,16 @@ def _leaf_names(name: str, structure: optree.PyTreeSpec) -> Iterator[str]:
         yield from _leaf_names(child_name, child)
 
 
-def _keys(structure: optree.PyTreeSpec) -> list[PathKey]:
+def _keys(structure: optree.PyTreeSpec) -> Sequence[PathKey]:
     kind: Any = structure.type
     if isinstance(kind, type) and _is_node_class(kind):
-        return list(field_names(kind))
+        return field_names(kind)
     return [key if isinstance(key, (str, int)) else str(key) for key in structure.entries()]
 
 
-def _escape(key: PathKey, str_keys: set[str]) -> str:
+def _escape(key: PathKey, siblings: set[PathKey]) -> str:
     if isinstance(key, int):
-        return f"{key}%" if str(key) in str_keys else str(key)
+        return f"{key}%" if str(key) in siblings else str(key)
     return key.replace("%", "%25").replace(".", "%2E") or "%"
 
 

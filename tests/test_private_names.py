@@ -217,6 +217,22 @@ def test_foreach(shapes, seed):
     )
 
 
+def test_lists_of_different_lengths_are_refused():
+    one, two = [torch.ones(2)], [torch.ones(2), torch.ones(2)]
+    for of in (compat, GONE):
+        for operation in (of.foreach["add"], of.foreach_["add"]):
+            for lists in ((one, two), (two, one)):
+                with pytest.raises((RuntimeError, ValueError)):
+                    operation(*lists)
+
+
+def test_norms_in_a_wider_dtype():
+    xs = [torch.full((1000,), 200.0, dtype=torch.float16)]
+    for of in (compat, GONE):
+        (norm,) = of.foreach_norm(xs, 2.0, torch.float32)
+        close(norm, torch.tensor(4e7).sqrt(), rtol=1e-6)
+
+
 def test_kernels_that_have_no_stand_in_are_none():
     names = ("flash_attention", "mkldnn_rnn", "fused_adam")
     also = ("flash_attention_backward", "mkldnn_rnn_backward", "fused_adamw")
@@ -269,9 +285,11 @@ def test_questions_about_transformations(name):
     assert GONE.innermost_transformation() is None
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_tensors_of_other_kinds_are_not_transformed():
     ones = torch.ones(2)
-    others = [nn.Parameter(ones), ones.to("meta"), ones.to_sparse(), torch.ones(0)]
+    nested = torch.nested.nested_tensor([ones, torch.ones(3)])
+    others = [nn.Parameter(ones), ones.to("meta"), ones.to_sparse(), torch.ones(0), nested]
     for of in (compat, GONE):
         assert [of.is_transformed(x) for x in others] == [False] * len(others)
 
@@ -287,6 +305,15 @@ def test_a_write_gives_another_version(shape, seed, dtype):
             assert of.version(x) == before
             x.view(-1)[-1:].add_(1) if x.is_contiguous() else x[0, 0, 0].add_(1)
             assert of.version(x) != before
+
+
+def test_parameters_have_a_version():
+    x = torch.ones(2, requires_grad=True)
+    for of in (compat, GONE):
+        before = of.version(x)
+        with torch.no_grad():
+            x.add_(1)
+        assert of.version(x) != before
 
 
 def test_storages_are_known_by_a_number():
@@ -323,9 +350,10 @@ def test_operations_are_not_watched():
     with Watch():
         assert torch.ones(2).sum() == 2
     assert seen == []
-    add, view = torch.ops.aten.add.Tensor, torch.ops.aten.view.default
-    assert [compat.returns_old_memory(op) for op in (add, view)] == [False, True]
-    assert [GONE.returns_old_memory(op) for op in (add, view)] == [True, True]
+    aten = torch.ops.aten
+    add, view, nothing = aten.add.Tensor, aten.view.default, aten._assert_async.default
+    assert [compat.returns_old_memory(op) for op in (add, view, nothing)] == [False, True, False]
+    assert [GONE.returns_old_memory(op) for op in (add, view, nothing)] == [True] * 3
 
 
 def test_trees_are_registered_where_torch_takes_them():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,6 +59,12 @@ def test_names_of_awkward_keys() -> None:
     assert names(tree) == expected
 
 
+def test_two_leaves_of_one_name_are_refused() -> None:
+    structure = optree.tree_structure({0.25: [0], 0.5: 0, "0.5": 0})
+    with pytest.raises(ValueError, match="different names, got two called '0%2E5'"):
+        trees.leaf_names(structure)
+
+
 def test_a_registered_dataclass_is_a_node_everywhere() -> None:
     average = Average(0.5, {"w": torch.ones(2)})
     for tree_map in (optree.tree_map, _pytree.tree_map):
@@ -92,6 +99,8 @@ def test_a_registered_layer_stays_a_leaf_of_pytrees() -> None:
 
 def test_registering_again_is_harmless() -> None:
     assert fn.register_node(Moments) is Moments
+    assert fn.register_node(fn.ReLU) is fn.ReLU
+    assert trees.class_named("__main__.ReLU") is None  # a user's own, not funcnet's
 
 
 @pytest.mark.parametrize("known", ["optree", "torch", "both"])
@@ -148,6 +157,11 @@ def test_a_class_is_found_where_its_module_has_another_name() -> None:
     assert trees.class_named("elsewhere.Average") is None  # another class, for all that is known
 
 
+def test_a_class_of_a_script_is_found_where_another_module_has_it() -> None:
+    cls = fn.register_node(namedtuple("OfAScript", "x", module="__main__"))
+    assert trees.class_named("train.OfAScript") is cls
+
+
 def test_a_class_may_have_the_name_of_one_of_funcnet() -> None:
     @fn.register_node
     class Conv2d(NamedTuple):
@@ -189,6 +203,64 @@ class Verbose:
 def test_arguments_that_are_not_fields_take_their_defaults() -> None:
     assert trees.build(Verbose, {"y": 1, "x": 2}) == Verbose(2, y=1)
     assert trees.defaults(Verbose) == {"y": 0}
+
+
+@dataclass(frozen=True, init=False)
+class Squared:
+    x: int
+    square: int
+    cache: Any = field(init=False, default_factory=dict)
+
+    def __init__(self, x: int) -> None:
+        object.__setattr__(self, "x", x)
+        object.__setattr__(self, "square", x * x)
+        object.__setattr__(self, "cache", {})
+
+
+def test_a_field_may_follow_from_others(tmp_path: Path) -> None:
+    assert fn.register_node(Squared) is Squared
+    assert trees.defaults(Squared) == {}
+    fn.save(tmp_path / "tree", Squared(3))
+    assert fn.load(tmp_path / "tree") == Squared(3)
+
+
+@fn.register_node
+class Twins(namedtuple("Twins", "left right")):
+    def __new__(cls, both: Any) -> Any:
+        return super().__new__(cls, both, both)
+
+
+def test_a_namedtuple_is_not_built_by_its_constructor(tmp_path: Path) -> None:
+    fn.save(tmp_path / "tree", Twins(1)._replace(right=2))
+    tree = fn.load(tmp_path / "tree")
+    assert type(tree) is Twins
+    assert tuple(tree) == (1, 2)
+
+
+@dataclass(frozen=True, init=False)
+class Names:
+    names: dict[str, None]
+
+    def __init__(self, *names: str) -> None:
+        object.__setattr__(self, "names", dict.fromkeys(names))
+
+
+def test_a_constructor_by_position_alone() -> None:
+    assert trees.build(Names, {"names": {"a": None, "b": None}}) == Names("a", "b")
+
+
+def test_an_instance_of_an_unknown_class_is_a_leaf() -> None:
+    class Unknown(NamedTuple):
+        x: int
+
+    assert trees.children(Unknown(1)) is None
+    assert trees.children(Mutable(1)) is None
+
+
+def test_what_files_see() -> None:
+    assert trees.children({"b": 1, 7: 2}) == [("b", 1), (7, 2)]
+    assert trees.field_names(Moments) == ["first", "second"]
+    assert trees.fields_of(fn.Sequential(a=fn.ReLU())) == {"layers": {"a": fn.ReLU()}}
 
 
 def test_a_constructor_that_wants_more_than_fields_is_refused() -> None:

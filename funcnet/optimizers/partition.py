@@ -60,7 +60,7 @@ class _PartsKind:
                     f"{owner.__name__}: expected an optimiser or None for {key!r}, "
                     f"got {shown(optimizer)}"
                 )
-        return tuple(sorted(parts.items(), key=lambda item: item[0]))
+        return tuple(sorted(parts.items()))
 
 
 Parts: TypeAlias = Annotated[

@@ -249,4 +249,9 @@ EQUIVALENT: dict[str, str] = {
     "combinators.sequential.Sequential._bwd:condition:4": _COPY,
     "combinators.sequential.Sequential._bwd:condition:8": _IN_PLACE,
     "combinators.sequential.Sequential._first_to_learn:drop-term:2": "never without layers",
+    "tree:drop-argument:1": "the bound of a type variable is for type checkers",
+    "tree:swap-elements:1": "each class is in one of the modules",
+    "tree._leaf_names:drop-argument:1": _STRICT,
+    "tree._leaf_names:flip-flag:1": _STRICT,
+    "tree.children:drop-term:1": "a known class is one; this asks what is quick first",
 }

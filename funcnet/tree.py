@@ -192,7 +192,7 @@ def _leaf_names(name: str, structure: optree.PyTreeSpec) -> Iterator[str]:
 
 def _keys(structure: optree.PyTreeSpec) -> Sequence[PathKey]:
     kind: Any = structure.type
-    if isinstance(kind, type) and _is_node_class(kind):
+    if _is_node_class(kind):
         return field_names(kind)
     return [key if isinstance(key, (str, int)) else str(key) for key in structure.entries()]
 

@@ -93,6 +93,7 @@ def test_hyperparameters_are_converted_and_have_defaults():
         (lambda: init.Normal(std=math.nan), "Normal: expected std to be finite and >= 0, got nan"),
         (lambda: init.Constant(math.inf), "Constant: expected value to be finite, got inf"),
         (lambda: init.Uniform(1.0, 0.0), "Uniform: expected low <= high, got 1.0 and 0.0"),
+        (lambda: init.Uniform(0.0, math.nan), "Uniform: expected high to be finite, got nan"),
         (lambda: init.XavierNormal(-1.0), "XavierNormal: expected gain to be finite and >= 0"),
         (lambda: init.Orthogonal(math.nan), "Orthogonal: expected gain to be finite, got nan"),
         (
@@ -101,7 +102,9 @@ def test_hyperparameters_are_converted_and_have_defaults():
         ),
         (
             lambda: init.KaimingNormal(nonlinearity="gelu"),
-            'KaimingNormal: expected nonlinearity to be "leaky_relu" or "linear"',
+            'KaimingNormal: expected nonlinearity to be "leaky_relu" or "linear" or "conv1d" or '
+            '"conv2d" or "conv3d" or "sigmoid" or "conv_transpose1d" or "conv_transpose2d" or '
+            '"conv_transpose3d" or "tanh" or "relu" or "selu", got',
         ),
     ],
 )
@@ -138,6 +141,12 @@ def test_defaults_and_the_meta_device(initializer):
     with torch.device("meta"):
         assert initializer(fn.key(0), [2, 3]).device.type == "cpu"
     assert list(inspect.signature(initializer).parameters) == ["key", "shape", "dtype", "device"]
+
+
+@every
+def test_no_memory_is_needed_on_the_meta_device(initializer):
+    shape = (10**8, 10**8)
+    assert initializer(fn.key(0), shape, device="meta").shape == shape
 
 
 @every
@@ -214,6 +223,32 @@ def test_mean_deviation_and_range(initializer):
         assert float(x.max()) > high - 0.01 * (high - low)
 
 
+@pytest.mark.parametrize("initializer", OF_FANS[1:], ids=repr)
+def test_fans_of_one(initializer):
+    """A key's numbers are scaled by fans alone."""
+    if getattr(initializer, "mode", "fan_in") == "fan_out":
+        shapes = (1, 4), (2, 2)
+    else:
+        shapes = (4, 1), (2, 2)
+    one, two = (initializer(fn.key(0), shape, torch.float64).flatten() for shape in shapes)
+    ratio = math.sqrt(4 / 5) if "Xavier" in repr(initializer) else math.sqrt(2)
+    torch.testing.assert_close(one, ratio * two)
+
+
+@pytest.mark.parametrize("std", [0.3, 3.0])
+def test_a_normal_is_cut_where_it_is_said_to_be(std, monkeypatch):
+    """At its ends the inverse of the distribution function is beyond them by a rounding."""
+    for end in (0, 1):
+        level = lambda key, shape, *ends, end=end: torch.full(shape, ends[end], dtype=ends[2])  # noqa: E731
+        monkeypatch.setattr(init, "uniform", level)
+        x = init.TruncatedNormal(std)(fn.key(0), (1,), torch.float64)
+        assert x.item() == (-2 * std, 2 * std)[end]
+
+
+def test_an_interval_of_one_number():
+    assert init.Uniform(0.5, 0.5)(fn.key(0), (2,)).tolist() == [0.5, 0.5]
+
+
 GAINS = ["linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
          "conv_transpose3d", "sigmoid", "tanh", "relu", "selu", "leaky_relu"]  # fmt: skip
 TORCHS = {
@@ -282,6 +317,8 @@ def test_the_numbers_of_a_key_stay(initializer):
     """Scripts name keys in order to get these numbers again."""
     x = initializer(fn.key(0), (3, 2), dtype=torch.float64)
     assert float(x[1, 1]) == pytest.approx(PINNED[type(initializer).__name__], abs=2e-9)
+    square = init.Orthogonal()(fn.key(0), (3, 3), dtype=torch.float64)
+    assert float(square[1, 0]) == pytest.approx(-0.700717139, abs=2e-9)
 
 
 @pytest.mark.parametrize("cls", [init.Zeros, init.Ones])

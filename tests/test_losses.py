@@ -330,10 +330,18 @@ def test_what_is_ignored_need_not_be_finite():
 def test_a_mean_in_float16_whose_sum_overflows(smoothing):
     """Where torch gives NaN."""
     x = (10 * numbers((20_000, 2))).half()
-    target = torch.arange(len(x)) % 2
+    classes = torch.arange(len(x)) % 2
     loss = fn.CrossEntropy(smoothing)
-    exact = loss.apply(x.double(), target)
-    assert float(loss.apply(x, target)) == pytest.approx(float(exact), rel=0.01)
+    exact = loss.apply(x.double(), classes)
+    for target in (classes, F.one_hot(classes).half()):
+        assert float(loss.apply(x, target)) == pytest.approx(float(exact), rel=0.01)
+
+
+@pytest.mark.parametrize("loss", [fn.CrossEntropy(), fn.CrossEntropy(0.1)], ids=repr)
+def test_no_classes(loss):
+    x, nothing = torch.zeros(2, 0), torch.full((2,), -100)
+    for target in (nothing, x):
+        assert_is_torchs(loss, LOSSES[fn.CrossEntropy].twin(loss), x, target)
 
 
 @pytest.mark.parametrize(

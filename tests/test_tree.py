@@ -203,6 +203,20 @@ class Verbose:
 def test_arguments_that_are_not_fields_take_their_defaults() -> None:
     assert trees.build(Verbose, {"y": 1, "x": 2}) == Verbose(2, y=1)
     assert trees.defaults(Verbose) == {"y": 0}
+    assert fn.register_node(Verbose) is Verbose
+
+
+@dataclass(frozen=True, init=False)
+class Open:
+    x: int
+
+    def __init__(self, x: int, *more: int, **others: int) -> None:
+        object.__setattr__(self, "x", x)
+
+
+def test_arguments_that_may_be_none_at_all_are_not_wanted() -> None:
+    assert fn.register_node(Open) is Open
+    assert trees.build(Open, {"x": 1}) == Open(1)
 
 
 @dataclass(frozen=True, init=False)

@@ -232,7 +232,7 @@ def _public(name: str) -> type | None:
 
     module, _, last = name.rpartition(".")
     holder = getattr(funcnet, module) if module in _PUBLIC_MODULES else funcnet
-    public = vars(holder).get(last) if holder is funcnet or last in holder.__all__ else None
+    public = getattr(holder, last) if last in holder.__all__ else None
     return public if isinstance(public, type) and _is_node_class(public) else None
 
 

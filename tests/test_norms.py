@@ -152,6 +152,16 @@ def test_averages_at_the_ends_and_of_another_dtype():
             r"average: expected average\[0\] like params, \(3,\)",
         ),
         (
+            lambda: fn.average([torch.ones(2, device="meta")], [torch.ones(2)], 0.5),
+            ValueError,
+            r"average: expected average\[0\] like params, .* on cpu, got .* on meta",
+        ),
+        (
+            lambda: fn.average([torch.ones(2) + 1j], [torch.ones(2)], 0.5),
+            ValueError,
+            r"average: expected average\[0\] like params, .*float32 on cpu, got .*complex64",
+        ),
+        (
             lambda: fn.average([torch.ones(2).long()], [torch.ones(2)], 0.5),
             TypeError,
             r"average: expected floating-point tensors, got torch.int64 at average\[0\]",

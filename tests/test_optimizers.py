@@ -368,6 +368,8 @@ def test_bad_trees_change_nothing(optimizer, method):
     step = getattr(optimizer, method)
     with pytest.raises(ValueError, match=r"grads\['b'\] like params, \(3,\) torch.float32"):
         step(params, {"a": torch.ones(2), "b": torch.ones(4)}, state)
+    with pytest.raises(ValueError, match=r"grads\['b'\] like params, .* on cpu, got .* on meta"):
+        step(params, {"a": torch.ones(2), "b": torch.ones(3, device="meta")}, state)
     with pytest.raises(TypeError, match=f"expected an {type(state).__name__}, as init makes it"):
         step(params, params, tuple(state))
     for i, tree in enumerate(state[1:], 1):

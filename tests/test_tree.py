@@ -263,6 +263,11 @@ def test_a_constructor_by_position_alone() -> None:
     assert trees.build(Names, {"names": {"a": None, "b": None}}) == Names("a", "b")
 
 
+def test_names_of_funcnet_that_are_no_nodes() -> None:
+    for name in ("CheckpointError", "save", "schedules", "register_node", "Nothing"):
+        assert trees.class_named(name) is None
+
+
 def test_an_instance_of_an_unknown_class_is_a_leaf() -> None:
     class Unknown(NamedTuple):
         x: int

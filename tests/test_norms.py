@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_properties import close, same
+from torch._subclasses import FakeTensorMode
 
 import funcnet as fn
 from funcnet.testing import strategies
@@ -80,6 +81,26 @@ def test_norms_that_are_not_positive_numbers():
     assert norm == math.inf
     assert str(clipped) == "[tensor([0., nan]), tensor([0.])]"
     assert fn.global_norm(()) == 0
+
+
+def test_a_tree_without_numbers_has_a_norm_whatever_the_defaults():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            norm = fn.global_norm(())
+    finally:
+        torch.set_default_dtype(before)
+    assert (norm.dtype, norm.device.type, norm.item()) == (torch.float32, "cpu", 0)
+
+
+def test_a_tree_on_two_devices():
+    with FakeTensorMode():
+        grads = [torch.ones(2, device="cuda"), torch.ones(3)]
+        for tree in (grads, grads[::-1]):
+            clipped, norm = fn.clip_by_global_norm(tree, 1.0)
+            assert [leaf.device for leaf in clipped] == [leaf.device for leaf in tree]
+            assert norm.device == tree[0].device
 
 
 def test_clipping_is_differentiable():
@@ -164,7 +185,12 @@ def test_averages_at_the_ends_and_of_another_dtype():
         (
             lambda: fn.average([torch.ones(2).long()], [torch.ones(2)], 0.5),
             TypeError,
-            r"average: expected floating-point tensors, got torch.int64 at average\[0\]",
+            r"^average: expected floating-point tensors, got torch.int64 at average\[0\]",
+        ),
+        (
+            lambda: fn.average([torch.ones(2)], [torch.ones(2).long()], 0.5),
+            TypeError,
+            r"^average: expected floating-point tensors, got torch.int64 at params\[0\]",
         ),
     ],
 )

@@ -440,6 +440,13 @@ def test_schedules_count_from_zero():
     assert seen == [0, 1, 2]
 
 
+@optimizers
+def test_the_count_is_an_int_on_the_cpu_whatever_the_default_device(optimizer):
+    with torch.device("meta"):
+        count = optimizer.init({"w": torch.ones(2, device="cpu")}).step
+    assert (count.dtype, count.device.type, int(count)) == (torch.int64, "cpu", 0)
+
+
 def test_by_hand():
     """p₁ = p₀ − lr·g; then v = 0.5·v + g."""
     sgd = fn.SGD(0.1, momentum=0.5, weight_decay=1.0)
@@ -582,11 +589,12 @@ def test_leaves_are_matched_by_key_in_dicts_of_any_kind(method):
     assert same(params, {"a": torch.full((2,), -1.0), "b": torch.full((2,), -2.0)})
 
 
-def test_what_is_expanded_cannot_be_written_into():
-    params = {"w": torch.ones(1).expand(3)}
+@pytest.mark.parametrize("size", [2, 3])
+def test_what_is_expanded_cannot_be_written_into(size):
+    params = {"w": torch.ones(1).expand(size)}
     sgd = fn.SGD(0.1)
     with pytest.raises(ValueError, match="tensors that can be written to, got an expanded one"):
-        sgd.step_(params, {"w": torch.ones(3)}, sgd.init(params))
+        sgd.step_(params, {"w": torch.ones(size)}, sgd.init(params))
 
 
 def test_what_inference_made_cannot_be_written_into():

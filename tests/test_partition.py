@@ -1,5 +1,6 @@
 """Partition: each part as its optimiser would do it alone, and nothing else."""
 
+import dataclasses
 import pickle
 from collections import OrderedDict, defaultdict, namedtuple
 
@@ -211,6 +212,7 @@ def test_they_are_values():
     parts.clear()
     assert partition == PARTITION
     assert pickle.loads(pickle.dumps(partition)) == partition
+    assert dataclasses.replace(partition) == partition
     assert repr(fn.Partition(len, {"a": SGD})) == (
         "Partition(<built-in function len>, {'a': SGD(0.1, momentum=0.9)})"
     )

@@ -97,7 +97,7 @@ def check_writable(who: object, tensors: list[Tensor]) -> None:
 
 def _overlaps_itself(x: Tensor) -> bool:
     """Whether x is expanded. The stride of an axis of size 1 may be anything."""
-    if x.numel() < 2:
+    if not x.numel():
         return False
     return any(n > 1 and step == 0 for n, step in zip(x.shape, x.stride(), strict=True))
 

@@ -112,7 +112,7 @@ class Elementwise(Optimizer[State]):
             structure.unflatten([torch.zeros_like(p) for p in ps]) if needed else ()
             for needed in self._kept().values()
         ]
-        state: State = self._State(torch.tensor(0, dtype=torch.int64, device="cpu"), *kept)
+        state: State = self._State(torch.tensor(0, device="cpu"), *kept)
         return state
 
     def _prepare(self, params: Tree, grads: Tree, state: Any, write: bool) -> Steps[State]:

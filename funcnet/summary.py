@@ -61,7 +61,6 @@ def summary(net: Layer, shape: Sequence[int]) -> str:
     """
     if not isinstance(net, Layer):
         raise TypeError(f"summary: expected net to be a Layer, got {shown(net)}")
-    net.out_shape(shape)
     rows = list(_rows(net, as_shape(net, shape), "", 0))
     lines = [("path", "layer", "output", "parameters", "residual bytes")]
     for row in rows:

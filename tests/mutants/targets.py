@@ -129,7 +129,7 @@ TARGETS: tuple[tuple[str, str], ...] = (
     ("funcnet/checks.py", "test_errors.py test_layer.py test_optimizers.py test_shape.py"),
     ("funcnet/initializers.py", "test_initializers.py"),
     ("funcnet/gradients.py", "test_gradients.py"),
-    ("funcnet/summary.py", "test_combinators.py test_layer.py test_errors.py"),
+    ("funcnet/summary.py", "test_summary.py test_combinators.py test_errors.py"),
     (
         "funcnet/tree.py",
         "test_tree.py test_initializers.py::test_files_know_public_initialisers_alone "

@@ -1,0 +1,104 @@
+"""The table of a network: one line a layer, with the numbers that its tensors would have."""
+
+import re
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import funcnet as fn
+
+
+def table(net, shape):
+    return [re.split(r" {2,}", line.strip()) for line in fn.summary(net, shape).splitlines()[1:]]
+
+
+def test_the_whole_table():
+    inner = fn.Sequential(a=fn.ReLU(), b=fn.Residual(fn.Sigmoid()))
+    net = fn.Sequential(fn.Conv2d(8, 3), fn.Residual(inner))
+    assert fn.summary(net, (3, 32, 32)).splitlines() == [
+        "path  layer                               output       parameters  residual bytes",
+        "      Sequential of 2 layers              (8, 30, 30)         224          69,888",
+        "0       Conv2d(8, kernel_size=3)          (8, 30, 30)         224          12,288",
+        "1       Residual(Sequential of 2 layers)  (8, 30, 30)           0          57,600",
+        "1         Sequential of 2 layers          (8, 30, 30)           0          57,600",
+        "1.a         ReLU()                        (8, 30, 30)           0          28,800",
+        "1.b         Residual(Sigmoid())           (8, 30, 30)           0          28,800",
+        "1.b           Sigmoid()                   (8, 30, 30)           0          28,800",
+        "                                          total               224          69,888",
+    ]
+
+
+@dataclass(frozen=True)
+class Kept(fn.Layer):
+    """y = w ∘ x, which keeps x twice, w, ten numbers and a word, and makes w on the CPU."""
+
+    of_integers: bool = False
+
+    def init(self, key, shape, *, dtype=None, device=None):
+        return {"w": torch.ones(shape)}
+
+    def out_shape(self, shape):
+        return list(shape)
+
+    def fwd(self, params, x, *, key=None):
+        if self.of_integers and x.is_floating_point():
+            raise RuntimeError("expected integers")
+        ten = torch.ones(10, device=x.device)
+        return x * params["w"], (x, x.flatten(1), params["w"], ten, "word")
+
+
+def test_what_is_kept_twice_counts_once_and_parameters_do_not_count():
+    assert table(Kept(), (2, 3))[0] == ["Kept()", "(2, 3)", "6", "64"]
+    assert table(Kept(of_integers=True), (2, 3))[0][1:] == ["(2, 3)", "6", "88"]
+
+
+def test_layers_that_refuse_a_single_example_or_numbers_that_are_no_integers():
+    assert table(fn.BatchNorm(), (3,))[0] == ["BatchNorm()", "(3,)", "6", "24"]
+    assert table(fn.Embedding(5, 3), (4,))[0] == [
+        "Embedding(5, embedding_dim=3)",
+        "(4, 3)",
+        "15",
+        "32",
+    ]
+
+
+def test_fwd_is_given_a_key():
+    (bytes_kept,) = {row[-1] for row in table(fn.Dropout(), (1000,))}
+    assert bytes_kept != "0"
+
+
+@dataclass(frozen=True)
+class Silent(fn.Layer):
+    """A combinator that does not say what its layer is handed: x as an image of one pixel."""
+
+    layer: fn.Layer
+
+    def init(self, key, shape, *, dtype=None, device=None):
+        return self.layer.init(key, (*shape, 1, 1), dtype=dtype, device=device)
+
+    def out_shape(self, shape):
+        return self.layer.out_shape((*shape, 1, 1))
+
+    def fwd(self, params, x, *, key=None):
+        raise ZeroDivisionError
+
+
+def test_what_cannot_be_found_out():
+    net = fn.Sequential(fn.Linear(2), Silent(fn.Sequential(fn.Conv2d(3, 1))), fn.ReLU())
+    assert table(net, (1,))[2:] == [
+        ["1", "Silent(Sequential of 1 layers)", "(3, 1, 1)", "9", "?"],
+        ["1", "Sequential of 1 layers", "?", "?", "?"],
+        ["1.0", "Conv2d(3, kernel_size=1)", "?", "?", "?"],
+        ["2", "ReLU()", "(3, 1, 1)", "0", "12"],
+        ["total", "13", "?"],
+    ]
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 3), (3,), 3, (1, -1, 3), "abc"])
+def test_a_layer_that_does_not_fit_is_refused_as_by_init(shape):
+    net = fn.Sequential(fn.Conv2d(2, 9))
+    with pytest.raises((ValueError, TypeError)) as expected:
+        net.init(fn.key(0), shape)
+    with pytest.raises(expected.type, match=re.escape(str(expected.value))):
+        fn.summary(net, shape)

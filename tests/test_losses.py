@@ -337,6 +337,17 @@ def test_a_mean_in_float16_whose_sum_overflows(smoothing):
         assert float(loss.apply(x, target)) == pytest.approx(float(exact), rel=0.01)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ["classes", "probabilities"])
+def test_a_mean_in_float64_has_all_its_digits(smoothing, kind):
+    x, target = numbers((3, 4)), torch.tensor([0, 3, 1])
+    target = target if kind == "classes" else F.one_hot(target, 4).double()
+    mean, total = fn.CrossEntropy(smoothing), fn.CrossEntropy(smoothing, reduction="sum")
+    for of_loss in ("apply", "vjp"):
+        found, summed = (getattr(loss, of_loss)(x, target) for loss in (mean, total))
+        close(found * 3, summed, rtol=1e-14, atol=1e-15)
+
+
 @pytest.mark.parametrize("loss", [fn.CrossEntropy(), fn.CrossEntropy(0.1)], ids=repr)
 def test_no_classes(loss):
     x, nothing = torch.zeros(2, 0), torch.full((2,), -100)

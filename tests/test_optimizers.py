@@ -170,9 +170,11 @@ def test_a_rate_of_0_is_a_rate(row):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.ours.__name__)
-def test_infinite_parameters_are_torchs(row):
-    """A decay of 0 adds no 0 · ∞."""
-    params, grads = {"w": torch.tensor([math.inf, -math.inf, 1.0])}, {"w": torch.ones(3)}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_infinite_parameters_are_torchs(row, dtype):
+    """A decay of 0 adds no 0 · ∞, by the kernel and by the formula."""
+    params = {"w": torch.tensor([math.inf, -math.inf, 1.0], dtype=dtype)}
+    grads = {"w": torch.ones(3, dtype=dtype)}
     optimizer = row.ours(0.1, weight_decay=0.0)
     new, _ = optimizer.step(params, grads, optimizer.init(params))
     (expected,) = Twin(row, params, 0.1, {"weight_decay": 0.0}).step(grads, 0)
@@ -438,6 +440,13 @@ def test_schedules_count_from_zero():
     for _ in range(3):
         params, state = sgd.step(params, params, state)
     assert seen == [0, 1, 2]
+
+
+def test_what_is_not_needed_is_not_kept():
+    params = {"w": torch.ones(2)}
+    assert fn.SGD(0.1).init(params).momentum == ()
+    assert fn.Adam().init(params).largest == ()
+    assert fn.RMSprop().init(params)[2:] == ((), ())
 
 
 @optimizers

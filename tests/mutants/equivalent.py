@@ -28,6 +28,9 @@ _EMPTY = "without entries, nothing is there to differ"
 EQUIVALENT: dict[str, str] = {
     "checks.as_axis:compare:1": _ZERO,
     "checks.as_axis:off-by-one:1": _ZERO,
+    "compat._forward_hooks:drop-term:2": "the module, which is alive, holds its hooks",
+    "compat._write.one_by_one:drop-argument:1": _STRICT,
+    "compat._write.one_by_one:flip-flag:1": _STRICT,
     "gradients.ValueAndGrad._of:drop-argument:2": "the default",
     "gradients.MicroBatched._parts:off-by-one:2": "of nothing, two parts are as one",
     "gradients.contribution:sibling:1": "times a share of 0",

@@ -326,6 +326,12 @@ def test_what_is_ignored_need_not_be_finite():
     assert torch.isfinite(fn.CrossEntropy().vjp(x, target)[0]).all()
 
 
+def test_a_class_may_be_left_out_by_a_logit_of_minus_infinity():
+    x = torch.tensor([[0.0, -torch.inf, 1.0], [-torch.inf, 2.0, 0.0]], dtype=torch.float64)
+    assert_is_torchs(fn.CrossEntropy(), F.cross_entropy, x, torch.tensor([2, 1]))
+    assert torch.isfinite(fn.CrossEntropy().apply(x, torch.tensor([2, 1])))
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_a_mean_in_float16_whose_sum_overflows(smoothing):
     """Where torch gives NaN."""

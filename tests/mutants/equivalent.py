@@ -23,6 +23,7 @@ _WRAPS = "PyTorch takes an int modulo 2⁶⁴"
 _CHUNKS = "how much is drawn at a time costs time and changes no number"
 _CUT_OFF = "what is drawn beyond the size is cut off"
 _AGAIN = "a check that repeats itself"
+_QUICK_FIRST = "what is asked next gives the same answer, and takes longer"
 _EMPTY = "without entries, nothing is there to differ"
 
 EQUIVALENT: dict[str, str] = {
@@ -105,6 +106,10 @@ EQUIVALENT: dict[str, str] = {
     "layers.upsample.UpsampleConv2d._bwd:condition:1": "both methods give the same numbers",
     "layers.pooling._window_of:drop-argument:1": _STRICT,
     "layers.pooling._window_of:flip-flag:1": _STRICT,
+    "losses.cross_entropy.CrossEntropy._check_classes:condition:3": _QUICK_FIRST,
+    "losses.cross_entropy.CrossEntropy._check_classes:compare:1": _QUICK_FIRST,
+    "losses.cross_entropy.CrossEntropy._check_classes:off-by-one:1": _QUICK_FIRST,
+    "losses.cross_entropy.CrossEntropy._smoothed:condition:1": "t · 1 + 0 is t",
     "losses.huber.Huber._fwd:condition:2": _KERNEL,
     "losses.huber.Huber._fwd:swap-arguments:1": "the loss is even",
     "losses.huber.Huber._fwd:swap-operands:1": "the loss is even",
@@ -247,8 +252,10 @@ EQUIVALENT: dict[str, str] = {
     "optimizers.averaging.average:flip-flag:2": _STRICT,
     "optimizers.leaves.flatten_like:drop-argument:1": _STRICT,
     "optimizers.leaves.flatten_like:flip-flag:2": _STRICT,
+    "optimizers.leaves.check_writable:drop-term:3": _QUICK_FIRST,
     "optimizers.leaves._overlaps_itself:drop-argument:1": _STRICT,
     "optimizers.leaves._overlaps_itself:flip-flag:2": _STRICT,
+    "optimizers.norms._norm:condition:6": _KERNEL,
     "optimizers.norms._norm:swap-arguments:1": _COMMUTES,
     "optimizers.optimizer.Elementwise._prepare:drop-argument:1": _STRICT,
     "optimizers.optimizer.Elementwise._prepare:flip-flag:1": _STRICT,
@@ -274,6 +281,8 @@ EQUIVALENT: dict[str, str] = {
     "combinators.sequential.Sequential._bwd:condition:4": _COPY,
     "combinators.sequential.Sequential._bwd:condition:8": _IN_PLACE,
     "combinators.sequential.Sequential._first_to_learn:drop-term:2": "never without layers",
+    "schedules.cosine._at:off-by-one:5": "the angle is 0 where only one step falls",
+    "schedules.one_cycle._at:compare:1": "at the top, rise and fall are the peak",
     "summary._rows:off-by-one:1": "shapes depend on no key",
     "summary._rows:drop-term:1": "without a shape there is no output",
     "summary._residual_bytes:off-by-one:7": "sizes depend on no key",
@@ -281,5 +290,5 @@ EQUIVALENT: dict[str, str] = {
     "tree:swap-elements:1": "each class is in one of the modules",
     "tree._leaf_names:drop-argument:1": _STRICT,
     "tree._leaf_names:flip-flag:1": _STRICT,
-    "tree.children:drop-term:1": "a known class is one; this asks what is quick first",
+    "tree.children:drop-term:1": _QUICK_FIRST,
 }

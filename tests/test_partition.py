@@ -135,6 +135,12 @@ def test_nothing_is_changed_by_a_step_that_is_refused(method):
     assert same((params, state), kept)
 
 
+@pytest.mark.parametrize("label", [None, 0, ["a"]])
+def test_a_label_is_a_str(label):
+    with pytest.raises(ValueError, match=r"expected label\('', leaf\) to be one of \['a'\], got"):
+        fn.Partition(lambda path, leaf: label, {"a": SGD}).init(torch.ones(1))
+
+
 def test_labels_that_have_changed_since_init_are_refused():
     params, names = {"a": torch.ones(2), "b": torch.ones(2)}, {"a": "x", "b": "y"}
     partition = fn.Partition(lambda path, _: names[path], {"x": SGD, "y": SGD})
@@ -224,6 +230,10 @@ def test_they_are_values():
         (lambda: fn.Partition("a", {}), "Partition: expected label to be a function"),
         (lambda: fn.Partition(len, [SGD]), "Partition: expected a dict of optimisers by name"),
         (lambda: fn.Partition(len, (SGD, SGD)), "Partition: expected a dict of optimisers by name"),
+        (lambda: fn.Partition(len, [("a", SGD)]), "Partition: expected a dict of optimisers by"),
+        (lambda: fn.Partition(len, (["a", SGD],)), "Partition: expected a dict of optimisers by"),
+        (lambda: fn.Partition(len, (("a", SGD, 0),)), "Partition: expected a dict of optimisers"),
+        (lambda: fn.Partition(len, (("a", SGD), SGD)), "Partition: expected a dict of optimisers"),
         (lambda: fn.Partition(len, {1: SGD}), "Partition: expected names that are str, got 1"),
         (lambda: fn.Partition(len, {"a": 0.1}), "expected an optimiser or None for 'a', got 0.1"),
     ],

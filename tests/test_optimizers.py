@@ -210,6 +210,16 @@ def test_complex_parameters(row):
         close((written, written_state), (params, state), rtol=1e-13, atol=1e-14)
 
 
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.ours.__name__)
+def test_infinite_complex_gradients_are_torchs(row):
+    """SGD multiplies complex numbers, 0 · ∞ among them; the others treat parts apart."""
+    params, grads = {"w": torch.ones(2) + 0j}, {"w": torch.tensor([complex(math.inf, 1), 1j])}
+    optimizer = row.ours(0.1)
+    new, _ = optimizer.step(params, grads, optimizer.init(params))
+    (expected,) = Twin(row, params, 0.1, {}).step(grads, 0)
+    torch.testing.assert_close(new["w"], expected, equal_nan=True)
+
+
 LAYOUTS = {
     "contiguous": lambda x: x.clone(),
     "transposed": lambda x: x.mT.contiguous().mT,

@@ -261,6 +261,7 @@ EQUIVALENT: dict[str, str] = {
     "optimizers.optimizer.Elementwise._prepare:flip-flag:1": _STRICT,
     "optimizers.optimizer.Elementwise._prepare.step:drop-argument:1": _STRICT,
     "optimizers.optimizer.Elementwise._prepare.step:flip-flag:1": _STRICT,
+    "optimizers.optimizer.Elementwise._update_pairs:condition:2": "real numbers pass as they are",
     "optimizers.optimizer.Elementwise._update_pairs:drop-argument:1": _STRICT,
     "optimizers.optimizer.Elementwise._update_pairs:flip-flag:2": _STRICT,
     "optimizers.partition:drop-argument:1": _REMEMBERED,

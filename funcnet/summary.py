@@ -61,9 +61,8 @@ def summary(net: Layer, shape: Sequence[int]) -> str:
     """
     if not isinstance(net, Layer):
         raise TypeError(f"summary: expected net to be a Layer, got {shown(net)}")
-    rows = list(_rows(net, as_shape(net, shape), "", 0))
     lines = [("path", "layer", "output", "parameters", "residual bytes")]
-    for row in rows:
+    for row in _rows(net, as_shape(net, shape), "", 0):
         output = "?" if row.output is None else str(row.output)
         numbers = (_shown(row.parameters), _shown(row.residuals))
         lines.append((row.path, "  " * row.depth + row.layer, output, *numbers))

@@ -59,6 +59,11 @@ def test_names_of_awkward_keys() -> None:
     assert names(tree) == expected
 
 
+def test_names_of_a_structure_are_those_of_its_tree() -> None:
+    for tree in (Moments(1, [2, 3]), {7: 1, "7": 2}):
+        assert sorted(trees.leaf_names(optree.tree_structure(tree))) == sorted(names(tree))
+
+
 def test_two_leaves_of_one_name_are_refused() -> None:
     structure = optree.tree_structure({0.25: [0], 0.5: 0, "0.5": 0})
     with pytest.raises(ValueError, match="different names, got two called '0%2E5'"):

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from textwrap import indent
 from types import SimpleNamespace
-from typing import Annotated, Any, ClassVar, Protocol, TypeAlias, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, Protocol, TypeAlias, get_type_hints
 
 from funcnet.checks import as_index, as_int, as_number, shown
 
@@ -47,9 +47,8 @@ class Hyperparameters:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Keep `@dataclass` from writing a repr of its own."""
         super().__init_subclass__(**kwargs)
-        if "__repr__" not in vars(cls):
-            # As the class's own attribute, which the decorator leaves alone.
-            cls.__repr__ = cls.__repr__  # type: ignore[method-assign]
+        # As the class's own attribute, which the decorator leaves alone.
+        cls.__repr__ = cls.__repr__  # type: ignore[method-assign]
 
     def __post_init__(self) -> None:
         for name, kind in kinds(type(self)).items():
@@ -77,7 +76,7 @@ def kinds(cls: Any) -> dict[str, Kind]:
         found = {
             name: extra
             for name, hint in hints.items()
-            for extra in get_args(hint)[1:]
+            for extra in getattr(hint, "__metadata__", ())
             if hasattr(extra, "convert")
         }
         cls._kinds = found
@@ -215,7 +214,7 @@ class PerAxis:
                 f"{who}: expected {name} to be an int, {_tuple_of(count)}, {words}, "
                 f"got {shown(value)}"
             )
-        entries = tuple(value) if isinstance(value, (tuple, list)) else (value,) * count
+        entries = value if isinstance(value, (tuple, list)) else (value,) * count
         if len(entries) != count:
             raise ValueError(
                 f"{who}: expected {name} to be an int or {_tuple_of(count)} of ints, "

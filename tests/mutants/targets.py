@@ -122,8 +122,8 @@ TARGETS: tuple[tuple[str, str], ...] = (
     ),
     (
         "funcnet/fields.py",
-        "test_layer.py test_errors.py test_sequential.py test_combinators.py "
-        "test_activations.py::test_refused_settings",
+        "test_fields.py test_errors.py test_activations.py::test_refused_settings "
+        "test_sequential.py test_layer.py",
     ),
     ("funcnet/compat.py", "test_private_names.py"),
     ("funcnet/checks.py", "test_errors.py test_layer.py test_optimizers.py test_shape.py"),

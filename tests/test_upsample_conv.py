@@ -178,6 +178,12 @@ def test_the_weight_is_laid_out_tap_by_tap():
     assert torch.equal(*weights)
 
 
+def test_an_unknown_method_is_refused():
+    expected = 'expected method to be "auto" or "unfold" or "karatsuba", got \'fold\''
+    with pytest.raises(ValueError, match=expected):
+        fn.UpsampleConv2d(4, method="fold")
+
+
 def test_pictures_without_channels_are_refused():
     with pytest.raises(
         ValueError, match=r"UpsampleConv2d\(4\): expected at least 1 channel, got 0"

@@ -197,7 +197,7 @@ def _stacked(observed: _Observed, copies: Shape, path: str) -> Moments:
 
 def _merged(m: Tree, other: Tree, path: str) -> Tree:
     if _is_moments(m) and _is_moments(other):
-        shapes = [tuple(map(tuple, (part.shape for part in tree))) for tree in (m, other)]
+        shapes = [tuple(tuple(part.shape) for part in tree) for tree in (m, other)]
         if shapes[0] != shapes[1]:
             raise ValueError(
                 f"merge_moments: {path}expected moments of shapes {shapes[0]}, got {shapes[1]}"
@@ -270,7 +270,7 @@ class _Inference:
         return layer._with_children(layers), params
 
 
-def _check_trees(layer: Layer, names: Sequence[str], params: Tree, m: Tree, path: str) -> None:
+def _check_trees(layer: Layer, names: list[str], params: Tree, m: Tree, path: str) -> None:
     """Raise ValueError unless params and moments have a part for each child of these names."""
     if names != [""] and (_is_moments(m) or not _has_names(m, names)):
         expected = f"those of {len(names)} layers" if names else "()"
@@ -323,8 +323,8 @@ def _learned(layer: BatchNorm, params: Tree, mean: Tensor, path: str) -> tuple[T
     return params["weight"], params["bias"]
 
 
-_TRANSPOSED = (ConvTranspose1d, ConvTranspose2d, ConvTranspose3d)
-_ABSORBING = (Linear, Conv1d, Conv2d, Conv3d, UpsampleConv2d, *_TRANSPOSED)
+_TRANSPOSED = {ConvTranspose1d, ConvTranspose2d, ConvTranspose3d}
+_ABSORBING = {Linear, Conv1d, Conv2d, Conv3d, UpsampleConv2d, *_TRANSPOSED}
 """Layers with y = weight · x + bias. Not their subclasses, which may compute anything."""
 
 
@@ -378,21 +378,21 @@ def _names(tree: Tree) -> list[str] | None:
     return [str(name) for name in tree] if isinstance(tree, Mapping) else None
 
 
-def _has_names(tree: Tree, names: Sequence[str]) -> bool:
+def _has_names(tree: Tree, names: list[str]) -> bool:
     found = _names(tree)
     return found is not None and sorted(found) == sorted(names)
 
 
-def _parts(tree: Tree, names: Sequence[str]) -> list[Tree]:
+def _parts(tree: Tree, names: list[str]) -> list[Tree]:
     """The parts of a tree that belong to the children of these names."""
-    if list(names) == [""]:
+    if names == [""]:
         return [tree]
     return [tree[name] for name in names] if isinstance(tree, Mapping) else list(tree)[: len(names)]
 
 
-def _whole(like: Tree, names: Sequence[str], parts: Sequence[Tree]) -> Tree:
+def _whole(like: Tree, names: list[str], parts: Sequence[Tree]) -> Tree:
     """The tree of these parts, in the container of another."""
-    if list(names) == [""]:
+    if names == [""]:
         return parts[0]
     if isinstance(like, Mapping):
         return dict(zip(names, parts, strict=True))

@@ -383,7 +383,7 @@ class Layer(Hyperparameters):
     def _as_shape(self, shape: Sequence[int]) -> Shape:
         sizes_of_one = as_shape(self, shape)
         if self._axes is not None and not _has_rank(self._axes, sizes_of_one):
-            expected = sizes(tuple(self._axes))
+            expected = sizes(self._axes)
             raise ValueError(
                 f"{name_of(self)}: expected the shape of one example, {expected}, "
                 f"got {sizes_of_one}"

@@ -331,6 +331,45 @@ def test_sets_of_nothing_merge():
     close(fn.merge_moments(nothing, nothing), nothing)
 
 
+@pytest.mark.parametrize(("channels", "expected"), [(0, 0), (1, 20), (3, 20)])
+def test_the_count_is_of_one_channel_s_values(channels, expected):
+    count, mean, _ = fn.moments(fn.BatchNorm(affine=False), (), torch.ones(4, channels, 5), key=KEY)
+    assert (count.item(), mean.shape) == (expected, (channels,))
+
+
+def test_no_examples_have_moments():
+    """A machine's part of a batch may be empty; what follows still runs."""
+    net = fn.Sequential(fn.Conv2d(2, 1), fn.BatchNorm(), fn.BatchNorm(affine=False))
+    params, x, m = measured(net, (3, 4, 4))
+    nothing = fn.moments(net, params, x[:0], key=KEY)
+    close(nothing, optree.tree_map(torch.zeros_like, m))
+
+
+@dataclass(frozen=True)
+class Scaled(fn.Layer):
+    """A user's layer, whose parameters are a tensor of integers and a number."""
+
+    def init(self, key, shape, *, dtype=None, device=None):
+        return {"factor": torch.tensor(2), "power": 3}
+
+    def out_shape(self, shape):
+        return shape
+
+    def fwd(self, params, x, *, key=None):
+        return x * params["factor"] ** params["power"], ()
+
+    def bwd(self, params, residuals, grad, *, input_grad=True):
+        return params, grad
+
+
+def test_new_parameters_have_the_dtype_of_those_that_are_learned():
+    net, x = fn.Sequential(Scaled(), fn.BatchNorm()), fn.normal(KEY, (4, 2), dtype=torch.float64)
+    params = net.init(KEY, (2,), dtype=torch.float64)
+    plain, learned = fn.for_inference(net, params, fn.moments(net, params, x, key=KEY))
+    assert learned[0] is params[0]
+    close(plain.apply(learned, x), net.apply(params, x, key=KEY))
+
+
 def test_an_ensemble_under_vmap():
     net = fn.Sequential(fn.Conv2d(2, 1), fn.BatchNorm())
     each = [net.init(key, (1, 3, 3)) for key in fn.split(KEY)]

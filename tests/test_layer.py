@@ -374,6 +374,23 @@ def test_parameters_that_are_not_tensors_are_checked_each_time():
             net.apply(params, x[:, :2])
 
 
+def test_what_was_accepted_is_not_checked_again():
+    checked = []
+
+    class Noted(fn.ReLU):
+        def _check(self, params, x):
+            checked.append(x.shape)
+            return super()._check(params, x)
+
+    layer, sizes = Noted(), [2, 3, 4, 5]
+    for size in sizes * 3:
+        x = torch.ones(1, size)
+        y, residuals = layer.fwd((), x)
+        layer.bwd((), residuals, y)
+        layer.apply((), x)
+    assert checked == [(size,) for size in sizes]
+
+
 def test_what_is_remembered_holds_no_tensor_and_does_not_grow():
     net = fn.Sequential(*NET)
     params = net.init(fn.key(0), (3, 4, 4))

@@ -11,6 +11,7 @@ _COPY = "a copy costs memory alone"
 _DERIVED = "what is derived from equal fields is equal"
 _STRICT = "the lengths have been checked"
 _REMEMBERED = "how many shapes are remembered costs time and changes no answer"
+_COMPARED = "what is only compared may be in any order"
 _KERNEL = "the kernel and the formula give the same numbers"
 _ROUNDS = "log(1 + e^x) rounds to x from 37 on"
 _EITHER_WAY = "rows and PyTorch's kernels give the same numbers"
@@ -38,6 +39,15 @@ EQUIVALENT: dict[str, str] = {
     "gradients.MicroBatched._parts:off-by-one:2": "of nothing, two parts are as one",
     "gradients.contribution:sibling:1": "times a share of 0",
     "gradients.contribution:sibling:2": "times a share of 0",
+    "layer:off-by-one:1": _REMEMBERED,
+    "layer:off-by-one:2": _REMEMBERED,
+    "layer.Layer._admit:swap-elements:2": _COMPARED,
+    "layer.Layer._admit:swap-elements:3": _COMPARED,
+    "layer.Layer._admit:swap-elements:4": _COMPARED,
+    "layer.Layer._admit:swap-elements:5": _COMPARED,
+    "layer.Layer._admit:swap-elements:6": _COMPARED,
+    "layer.Layer._admit:drop-term:1": _REMEMBERED,
+    "layer.Layer._admit:flip-sign:1": _REMEMBERED,
     "layer.Layer._admit:off-by-one:3": _REMEMBERED,
     "layer.Layer._admit:off-by-one:4": _REMEMBERED,
     "param._shapes:drop-call:1": _TUPLE,

@@ -85,8 +85,8 @@ def check(layer, shape, magnitude, seed):
 @pytest.fixture(scope="module", autouse=True, params=[0, 10**9], ids=["low", "two_steps"])
 def of_any_size(request):
     """Let nothing depend on how large the images are, and take each way of upsampling."""
-    limits = ("_SAVED", "_SAVED_OF_MANY_TAPS", "_SAVED_BACKWARD")
-    saved = {**dict.fromkeys(limits, request.param), "_FEW_KERNELS": 0}
+    limits = [name for name in vars(upsampling) if name.startswith("_SAVED")]
+    saved = dict.fromkeys(limits, request.param)
     with (
         mock.patch.multiple(karatsuba, _MANY_PIXELS=0, _MANY_PRODUCTS=0),
         mock.patch.multiple(upsampling, **saved),

@@ -33,7 +33,7 @@ def serve(x: Tensor, weight: Tensor, window: Window, backward: bool) -> bool:
     """Whether this is a convolution to few channels, or backward from few, and faster so."""
     kernels, taps = weight.shape[:2], math.prod(window.kernel_size)
     return (
-        (_are_few(*kernels) or (backward and _are_few(*reversed(kernels))))
+        (are_few(*kernels) or (backward and are_few(*reversed(kernels))))
         and x.ndim == 4
         and x.is_cpu
         and x.element_size() >= 4
@@ -62,8 +62,8 @@ def gradients(
     """(dweight, dx), None where it is not needed."""
     out_channels, channels = weight.shape[:2]
     own = Need(
-        need.params and _are_few(out_channels, channels),
-        need.input and _are_few(channels, out_channels),
+        need.params and are_few(out_channels, channels),
+        need.input and are_few(channels, out_channels),
     )
     others = Need(need.params and not own.params, need.input and not own.input)
     dweight, dx = None, None
@@ -75,7 +75,8 @@ def gradients(
     return dweight, _dx(weight, grad, window) if own.input else dx
 
 
-def _are_few(channels: int, others: int) -> bool:
+def are_few(channels: int, others: int) -> bool:
+    """Whether a convolution of the others to these channels may be faster so."""
     return others >= max(_MANY, _TIMES * channels)
 
 

@@ -141,8 +141,8 @@ _FEW_CHANNELS = in_file(
     ),
     Row(
         "dx-the-slower-way",
-        "need.input and _are_few(channels, out_channels)",
-        "need.input and _are_few(out_channels, channels)",
+        "need.input and are_few(channels, out_channels)",
+        "need.input and are_few(out_channels, channels)",
         "dx of many channels is slower so",
     ),
 )

@@ -169,7 +169,7 @@ CHECKPOINT = (
         "test_tree.py test_checkpoint_roundtrip.py",
         Row(
             "int-keys-named-like-texts",
-            'return f"{key}%" if str(key) in str_keys else str(key)',
+            'return f"{key}%" if str(key) in siblings else str(key)',
             "return str(key)",
             "the keys 7 and '7' of one dict have different names",
         ),

@@ -12,7 +12,7 @@ import funcnet as fn
 from funcnet.ops import few_channels, low_resolution
 from funcnet.testing import check_vjp, strategies
 
-EVERY = mock.patch.multiple(few_channels, _MANY=1, _TIMES=0, _MUCH=0)
+EVERY = mock.patch.multiple(few_channels, _TIMES=0, _MUCH=0)
 """Serves whatever the numbers of channels, in both directions."""
 
 
@@ -90,18 +90,18 @@ def test_gradients_have_gradients(channels):
 @pytest.mark.parametrize(
     ("layer", "shape", "serves"),
     [
-        (fn.Conv2d(1, 3, padding=1), (32, 61, 60), "both"),
-        (fn.Conv2d(3, 3, padding=1), (64, 60, 60), "both"),
-        (fn.Conv2d(60, 3), (3, 60, 60), "backward"),
-        (fn.Conv2d(1, 3, padding=1), (31, 64, 64), "neither"),
-        (fn.Conv2d(4, 3, padding=1), (64, 60, 60), "neither"),
-        (fn.Conv2d(1, 3, padding=1), (32, 60, 60), "neither"),
-        (fn.Conv2d(1, 1), (64, 200, 200), "neither"),
-        (fn.Conv2d(1, 3, padding=3), (64, 60, 60), "neither"),
-        (fn.Conv2d(1, 3, stride=(1, 2)), (64, 60, 60), "neither"),
-        (fn.Conv2d(1, 3, dilation=2), (64, 60, 60), "neither"),
-        (fn.Conv2d(2, 3, groups=2), (128, 60, 60), "neither"),
-        (fn.Conv3d(1, 3), (64, 8, 30, 30), "neither"),
+        (fn.Conv2d(1, 3, padding=1), (32, 86, 85), "both"),
+        (fn.Conv2d(2, 3, padding="same"), (64, 60, 61), "both"),
+        (fn.Conv2d(64, 3), (2, 60, 61), "backward"),
+        (fn.Conv2d(1, 3, padding=1), (31, 90, 90), "neither"),
+        (fn.Conv2d(2, 3, padding=1), (63, 90, 90), "neither"),
+        (fn.Conv2d(1, 3, padding=1), (32, 85, 85), "neither"),
+        (fn.Conv2d(1, 1), (32, 300, 300), "neither"),
+        (fn.Conv2d(1, 3, padding=3), (32, 90, 90), "neither"),
+        (fn.Conv2d(1, 3, stride=(1, 2)), (32, 90, 90), "neither"),
+        (fn.Conv2d(1, 3, dilation=2), (32, 90, 90), "neither"),
+        (fn.Conv2d(2, 3, groups=2), (128, 90, 90), "neither"),
+        (fn.Conv3d(1, 3), (32, 8, 35, 35), "neither"),
     ],
     ids=str,
 )

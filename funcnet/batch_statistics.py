@@ -134,7 +134,7 @@ class _Observed(Layer):
     """A `BatchNorm` that notes the moments of each x."""
 
     layer: Layer
-    noted: list[Moments] = field(default_factory=list)
+    noted: list[Moments] = field(default_factory=list, compare=False)
 
     def _check(self, params: Tree, x: Spec) -> Spec:
         return check(self.layer, params, x)

@@ -33,6 +33,8 @@ EQUIVALENT: dict[str, str] = {
     "compat._forward_hooks:drop-term:2": "the module, which is alive, holds its hooks",
     "compat._write.one_by_one:drop-argument:1": _STRICT,
     "compat._write.one_by_one:flip-flag:1": _STRICT,
+    "batch_statistics._Observed:drop-argument:2": "nobody compares what is observed",
+    "batch_statistics._Observed:flip-flag:1": "nobody compares what is observed",
     "batch_statistics._collected:drop-argument:1": _STRICT,
     "batch_statistics._collected:flip-flag:1": _STRICT,
     "fields.call:drop-call:1": "a str is unpacked like a tuple, though not for type checkers",

@@ -128,9 +128,9 @@ def build(cls: type, fields: dict[str, Any]) -> Any:
         return cls._make(fields[name] for name in cls._fields)  # type: ignore[attr-defined]
     signature, fields = inspect.signature(cls), dict(fields)
     kinds = {parameter.kind: name for name, parameter in signature.parameters.items()}
-    by_position = kinds.get(inspect.Parameter.VAR_POSITIONAL, "")
+    by_position = kinds.get(inspect.Parameter.VAR_POSITIONAL)
     by_name = kinds.get(inspect.Parameter.VAR_KEYWORD)
-    if by_name and isinstance(fields.get(by_position), dict):
+    if by_position and by_name and isinstance(fields.get(by_position), dict):
         fields[by_name] = fields.pop(by_position)
     arguments = inspect.BoundArguments(signature, OrderedDict(fields))
     return cls(*arguments.args, **arguments.kwargs)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_conv import with_method
 
 import funcnet as fn
 from funcnet.ops import few_channels, low_resolution
@@ -24,7 +25,7 @@ def plain_layers():
         st.tuples(axis, axis),
         padding=st.one_of(st.sampled_from(["same", "valid"]), st.integers(0, 2)),
         bias=st.booleans(),
-    ).filter(lambda layer: few_channels._is_plain(layer._window))
+    ).filter(lambda layer: layer._window.is_plain)
 
 
 def cases(dtype):
@@ -41,13 +42,7 @@ def test_values_and_gradients_are_those_of_the_definition(case, data):
     layer, params, x = case
     grad = fn.normal(fn.key(1), layer.apply(params, x).shape, dtype=x.dtype)
     need = data.draw(st.sampled_from([{}, {"input_grad": False}, {"param_grad": False}]))
-    unfold = fn.Conv2d(
-        layer.out_channels,
-        layer.kernel_size,
-        padding=layer.padding,
-        bias=layer.bias,
-        method="unfold",
-    )
+    unfold = with_method(layer, "unfold")
     expected = unfold.apply(params, x), unfold.vjp(params, x, grad, **need)
     with EVERY, mock.patch.object(few_channels, "convolve", wraps=few_channels.convolve) as spy:
         found = layer.apply(params, x), layer.vjp(params, x, grad, **need)

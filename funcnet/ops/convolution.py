@@ -42,11 +42,19 @@ def gradients(
         dweight, dx = gradients(image, kernel, dy, window.of_height_1, method, need)
         dweight = None if dweight is None else dweight.squeeze(2)
         return dweight, None if dx is None else dx.squeeze(2)
-    chosen = implementation(x, weight, window, method, backward=True)
-    if chosen is native and need.params and patches.sum_faster(x, weight, window):
-        dweight, _ = patches.gradients(x, weight, grad, window, need._replace(input=False))
-        return dweight, native.gradients(x, weight, grad, window, need._replace(params=False))[1]
-    dweight, dx = chosen.gradients(x, weight, grad, window, need)
+    for_weight = for_x = implementation(x, weight, window, method, backward=True)
+    if for_x is native:
+        for_weight, for_x = _apart(x, weight, window)
+    dweight, dx = None, None
+    if for_weight is for_x:
+        dweight, dx = for_x.gradients(x, weight, grad, window, need)
+        return dweight, dx
+    if need.params:
+        only = need._replace(input=False)
+        dweight, _ = for_weight.gradients(x, weight, grad, window, only)
+    if need.input:
+        only = need._replace(params=False)
+        _, dx = for_x.gradients(x, weight, grad, window, only)
     return dweight, dx
 
 
@@ -65,8 +73,15 @@ def implementation(
         return unfold
     if window.cuts_patches and x.ndim == 4 and patches.are_faster(x, weight, window, backward):
         return patches
-    if few_channels.serve(x, weight, window, backward):
-        return few_channels
     if half.serves(x, window):
         return half
-    return native
+    # Backward, dweight and dx may each have a module of their own.
+    return few_channels if not backward and few_channels.serve(x, weight, window)[0] else native
+
+
+def _apart(x: Tensor, weight: Tensor, window: Window) -> tuple[Any, Any]:
+    """The modules that are fastest for dweight alone and for dx alone; native for both at once."""
+    if patches.sum_faster(x, weight, window):
+        return patches, native
+    to_few, from_few = few_channels.serve(x, weight, window)
+    return few_channels if to_few else native, few_channels if from_few else native

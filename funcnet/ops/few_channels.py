@@ -16,7 +16,7 @@ import math
 
 from torch import Tensor
 
-from funcnet.ops import inplace, low_resolution, native
+from funcnet.ops import inplace, low_resolution
 from funcnet.ops.need import Need
 from funcnet.ops.window import Window
 
@@ -32,26 +32,30 @@ Both were measured on an AMD EPYC (Zen 4), with one thread and with two, which s
 kernels more: 32 channels to 1, 64 to 2 and 128 to 3, with 3×3 and 5×5 taps."""
 
 
-def serve(x: Tensor, weight: Tensor, window: Window, backward: bool) -> bool:
-    """Whether this is a convolution to few channels, or backward from few, and faster so."""
-    kernels, taps = weight.shape[:2], math.prod(window.kernel_size)
-    return (
-        (are_few(*kernels) or (backward and are_few(*reversed(kernels))))
-        and x.ndim == 4
+def serve(x: Tensor, weight: Tensor, window: Window) -> tuple[bool, bool]:
+    """Whether this is faster for y and dweight, and whether for dx."""
+    shape = weight.shape
+    out_channels, channels = shape[0], shape[1]
+    # Most convolutions end here, without another call: small ones would take longer.
+    if channels < _TIMES * out_channels and out_channels < _TIMES * channels:
+        return False, False
+    to_few, from_few = are_few(out_channels, channels), are_few(channels, out_channels)
+    taps = math.prod(window.kernel_size)
+    is_faster = (
+        x.ndim == 4
         and x.is_cpu
         and x.element_size() >= 4
+        and window.is_plain
         and taps > 1
-        and _is_plain(window)
         and inplace.is_eager()
-        and len(x) * math.prod(x.shape[2:]) * max(kernels) * taps >= _MUCH
+        and len(x) * math.prod(x.shape[2:]) * max(channels, out_channels) * taps >= _MUCH
     )
+    return to_few and is_faster, from_few and is_faster
 
 
-def _is_plain(window: Window) -> bool:
-    """Whether there is no stride, no dilation, one group, and no window beside x."""
-    axes = zip(window.sides, window.kernel_size, strict=True)
-    no_steps = not (window.is_strided or window.is_dilated)
-    return no_steps and window.groups == 1 and all(0 <= p < k for ps, k in axes for p in ps)
+def are_few(channels: int, others: int) -> bool:
+    """Whether a convolution of the others to these channels may be faster so."""
+    return others >= _TIMES * channels
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
@@ -63,24 +67,11 @@ def gradients(
     x: Tensor, weight: Tensor, grad: Tensor, window: Window, need: Need
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dx), None where it is not needed."""
-    out_channels, channels = weight.shape[:2]
-    own = Need(
-        need.params and are_few(out_channels, channels),
-        need.input and are_few(channels, out_channels),
-    )
-    others = Need(need.params and not own.params, need.input and not own.input)
-    dweight, dx = None, None
-    if others.params or others.input:
-        dweight, dx = native.gradients(x, weight, grad, window, others)
-    if own.params:
-        only = own._replace(input=False)
+    dweight = None
+    if need.params:
+        only = need._replace(input=False)
         dweight, _ = low_resolution.gradients(x, weight, grad, _SCALE, window, only)
-    return dweight, _dx(weight, grad, window) if own.input else dx
-
-
-def are_few(channels: int, others: int) -> bool:
-    """Whether a convolution of the others to these channels may be faster so."""
-    return others >= _TIMES * channels
+    return dweight, _dx(weight, grad, window) if need.input else None
 
 
 def _dx(weight: Tensor, grad: Tensor, window: Window) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
@@ -45,18 +44,21 @@ def adam(
         p, *state = ([x.clone() for x in xs] for xs in (p, *state))  # type: ignore[assignment]
     if p:
         kernel: Any = fused_adamw if is_adamw else fused_adam
-        g, *moments = ([*map(_laid_out_like, p, xs)] for xs in (g, *state))
+        g, *moments = (_laid_out_like(p, xs) for xs in (g, *state))
         steps = [torch.tensor(n, dtype=torch.float32, device="cpu")] * len(p)
         kernel(p, g, *moments, steps, lr=lr, **rest)
-        for new, old in zip(itertools.chain(*moments), itertools.chain(*state), strict=True):
+        for new, old in zip(moments, state, strict=True):
             if new is not old:
-                old.copy_(new)
+                for x, kept in zip(new, old, strict=True):
+                    kept.copy_(x)
     return p, *state
 
 
-def _laid_out_like(p: Tensor, x: Tensor) -> Tensor:
-    """x, with the order of its axes in memory that p has, which is dense."""
-    return x if x.stride() == p.stride() else torch.empty_like(p).copy_(x)
+def _laid_out_like(p: Tensors, xs: Tensors) -> Tensors:
+    """xs, each with the order of its axes in memory that p has, which is dense."""
+    if not xs or [x.stride() for x in xs] == [x.stride() for x in p]:
+        return xs
+    return [torch.empty_like(like).copy_(x) for like, x in zip(p, xs, strict=True)]
 
 
 def _is_dense(x: Tensor) -> bool:

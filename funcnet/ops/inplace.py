@@ -46,6 +46,16 @@ def has_values(x: Tensor) -> bool:
     return x.is_cpu and is_eager() and type(x) is Tensor  # a FakeTensor has none
 
 
+def is_expanded(x: Tensor) -> bool:
+    """Whether several entries lie in one place in memory, which nobody can write over.
+
+    The stride of an axis of size 1 may be anything.
+    """
+    if 0 not in x.stride() or not x.numel():
+        return False
+    return any(n > 1 and step == 0 for n, step in zip(x.shape, x.stride(), strict=True))
+
+
 def add(x: Tensor, y: Tensor) -> Tensor:
     """x + y, written over x."""
     return x.add_(y) if is_eager() else x + y

@@ -41,6 +41,8 @@ class Window:
     """Whether the padding is the same on both sides of each axis, and nothing is cropped."""
     is_dilated: bool = field(init=False, repr=False, compare=False)
     is_strided: bool = field(init=False, repr=False, compare=False)
+    is_plain: bool = field(init=False, repr=False, compare=False)
+    """Whether there is no stride, no dilation and one group, and each window sees an entry."""
     before: Ints = field(init=False, repr=False, compare=False)
     """The padding before each axis."""
     both: Ints = field(init=False, repr=False, compare=False)
@@ -59,6 +61,7 @@ class Window:
             )
         reach = tuple(d * (k - 1) + 1 for k, d in zip(self.kernel_size, dilation, strict=True))
         rest = stride == self.kernel_size, dilation == ones, self.groups == 1
+        axes = zip(sides, self.kernel_size, strict=True)
         derived = {
             "stride": stride,
             "sides": sides,
@@ -68,6 +71,9 @@ class Window:
             "is_even": all(before == after >= 0 for before, after in sides),
             "is_dilated": dilation != ones,
             "is_strided": stride != ones,
+            "is_plain": stride == dilation == ones
+            and self.groups == 1
+            and all(0 <= side < k for both, k in axes for side in both),
             "before": tuple(before for before, _ in sides),
             "both": tuple(max(0, min(side)) for side in sides),
             "of_height_1": of_height_1,

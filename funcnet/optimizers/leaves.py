@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from funcnet.layer import Tree
+from funcnet.ops.inplace import is_expanded
 
 
 def flatten(who: object, name: str, tree: Tree) -> tuple[list[Tensor], optree.PyTreeSpec]:
@@ -83,7 +84,7 @@ def check_writable(who: object, tensors: list[Tensor]) -> None:
     """Raise ValueError for a tensor that is expanded or belongs to inference mode."""
     may_ask = not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()
     for tensor in tensors:
-        if 0 in tensor.stride() and _overlaps_itself(tensor):
+        if is_expanded(tensor):
             raise ValueError(
                 f"{who}: expected tensors that can be written to, got an expanded one of "
                 f"shape {tuple(tensor.shape)} and stride {tensor.stride()}"
@@ -93,13 +94,6 @@ def check_writable(who: object, tensors: list[Tensor]) -> None:
                 f"{who}: expected tensors that can be written to, got one of shape "
                 f"{tuple(tensor.shape)} made in inference mode"
             )
-
-
-def _overlaps_itself(x: Tensor) -> bool:
-    """Whether x is expanded. The stride of an axis of size 1 may be anything."""
-    if not x.numel():
-        return False
-    return any(n > 1 and step == 0 for n, step in zip(x.shape, x.stride(), strict=True))
 
 
 def _describe(x: Tensor) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from funcnet.compat import version
+from funcnet.ops.inplace import is_expanded
 from funcnet.testing.check.case import Case, Leaves
 from funcnet.testing.errors import GradientMismatch
 from funcnet.testing.layouts import bits
@@ -109,7 +110,7 @@ def expect_unshared(name: str, result: Tensor, others: Mapping[str, Any], why: s
 
 def expect_not_expanded(name: str, result: Tensor, why: str) -> None:
     """Raise GradientMismatch if several entries of a result lie in one place in memory."""
-    if any(n > 1 and stride == 0 for n, stride in zip(result.shape, result.stride(), strict=True)):
+    if is_expanded(result):
         raise GradientMismatch(
             f"{name} is expanded{why}: several entries lie in one place in memory, so that nothing "
             "can be written over it. The remedy is a clone()"

@@ -141,8 +141,8 @@ _FEW_CHANNELS = in_file(
     ),
     Row(
         "dx-the-slower-way",
-        "need.input and are_few(channels, out_channels)",
-        "need.input and are_few(out_channels, channels)",
+        "return to_few and is_faster, from_few and is_faster",
+        "return to_few and is_faster, to_few and is_faster",
         "dx of many channels is slower so",
     ),
 )

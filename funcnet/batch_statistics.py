@@ -30,7 +30,7 @@ from funcnet.checks import name_of
 from funcnet.combinators import Sequential
 from funcnet.combinators.position import step
 from funcnet.keys import Key
-from funcnet.layer import Layer, Shape, Spec, Tree, check_net
+from funcnet.layer import Layer, Shape, Spec, Tree, check_net, count_of
 from funcnet.layers import (
     BatchNorm,
     ChannelAffine,
@@ -273,13 +273,13 @@ class _Inference:
 def _check_trees(layer: Layer, names: list[str], params: Tree, m: Tree, path: str) -> None:
     """Raise ValueError unless params and moments have a part for each child of these names."""
     if names != [""] and (_is_moments(m) or not _has_names(m, names)):
-        expected = f"those of {len(names)} layers" if names else "()"
+        expected = f"those of {count_of(names)}" if names else "()"
         raise ValueError(
             f"{path}{name_of(layer)}: expected moments m to be {expected}, got {_description(m)}"
         )
     if names not in ([], [""]) and not _has_names(params, names):
         raise ValueError(
-            f"{path}{name_of(layer)}: expected params of {len(names)} layers, "
+            f"{path}{name_of(layer)}: expected params of {count_of(names)}, "
             f"got {_description(params)}"
         )
 

@@ -529,7 +529,7 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 def count_of(layers: Sequence[Any]) -> str:
     """`48 layers`, as a message names the size of a combinator."""
-    return f"{len(layers)} layers"
+    return f"{len(layers)} layer{'s' if len(layers) != 1 else ''}"
 
 
 def _has_rank(axes: str, shape: Shape) -> bool:

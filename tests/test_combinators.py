@@ -694,7 +694,7 @@ REFUSED = {
     "named branch": (lambda: fn.Sum(a=3), "Sum: expected a to be a Layer, got 3"),
     "mixed": (
         lambda: fn.Sequential(CONV, head=CONV),
-        "Sequential: expected layers by position or by name, got both: 1 layers and 'head'",
+        "Sequential: expected layers by position or by name, got both: 1 layer and 'head'",
     ),
     "a tuple by name": (
         lambda: fn.Sequential(layers=(CONV,), head=CONV),
@@ -702,7 +702,7 @@ REFUSED = {
     ),
     "a tuple besides": (
         lambda: fn.Sequential(CONV, layers=(CONV,)),
-        "Sequential: expected layers by position or by name, got both: 1 layers and 'layers'",
+        "Sequential: expected layers by position or by name, got both: 1 layer and 'layers'",
     ),
     "no branch": (fn.Product, "Product: expected at least 1 layer, got none"),
     "dim": (lambda: fn.Concat(CONV, dim=0), "Concat: expected dim to be an axis behind the batch"),
@@ -736,9 +736,9 @@ REFUSED = {
     "no layer": (lambda: fn.Frozen(None), "Frozen: expected layer to be a Layer, got None"),
     "no such axis": (
         init(fn.Concat(CONV, dim=4)),
-        "Concat of 1 layers: expected results with ",
+        "Concat of 1 layer: expected results with ",
     ),
-    "the batch": (init(fn.Concat(CONV, dim=-4)), "Concat of 1 layers: expected results with "),
+    "the batch": (init(fn.Concat(CONV, dim=-4)), "Concat of 1 layer: expected results with "),
     "odd": (
         init(fn.Reversible(CONV, CONV), (3, 4, 4)),
         "Reversible of 2 layers: expected an even number of channels, got an example of shape (3,",

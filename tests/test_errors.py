@@ -228,7 +228,7 @@ def test_what_is_no_floating_dtype(wrong):
         with refused(TypeError, f"{layer}: expected a key made by funcnet.key(seed), got 0"):
             layer.init(0, (1, 2, 2))
     with refused(
-        TypeError, "Sequential of 1 layers: expected a key made by funcnet.key(seed), got 0"
+        TypeError, "Sequential of 1 layer: expected a key made by funcnet.key(seed), got 0"
     ):
         fn.Sequential(fn.ReLU()).init(0, (1, 2, 2))
 

@@ -173,7 +173,7 @@ def test_to_torch_refuses_what_does_not_fit():
         to_torch(fn.Linear(3), None)
     with pytest.raises(ValueError, match="expected params with a leading axis of 3"):
         to_torch(fn.Repeat(fn.Linear(4), 3), fn.Repeat(fn.Linear(4), 2).init(fn.key(0), (4,)))
-    with pytest.raises(ValueError, match=r"Sequential of 1 layers has a name .* 'train'"):
+    with pytest.raises(ValueError, match=r"Sequential of 1 layer has a name .* 'train'"):
         to_torch(fn.Sequential(train=fn.ReLU()), {"train": ()})
 
 

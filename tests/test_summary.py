@@ -87,8 +87,8 @@ class Silent(fn.Layer):
 def test_what_cannot_be_found_out():
     net = fn.Sequential(fn.Linear(2), Silent(fn.Sequential(fn.Conv2d(3, 1))), fn.ReLU())
     assert table(net, (1,))[2:] == [
-        ["1", "Silent(Sequential of 1 layers)", "(3, 1, 1)", "9", "?"],
-        ["1", "Sequential of 1 layers", "?", "?", "?"],
+        ["1", "Silent(Sequential of 1 layer)", "(3, 1, 1)", "9", "?"],
+        ["1", "Sequential of 1 layer", "?", "?", "?"],
         ["1.0", "Conv2d(3, kernel_size=1)", "?", "?", "?"],
         ["2", "ReLU()", "(3, 1, 1)", "0", "12"],
         ["total", "13", "?"],

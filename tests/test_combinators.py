@@ -650,6 +650,26 @@ def test_fields_of_a_subclass_convert(cls):
         Wide(CONV, CONV, width=0)
 
 
+def test_a_combinator_shows_and_stores_its_options(tmp_path):
+    branches = fn.Identity(), fn.ReLU()
+    assert repr(fn.Concat(*branches, dim=1)) == "Concat(Identity(), ReLU())"
+    assert repr(fn.Concat(*branches, dim=2)) == "Concat(Identity(), ReLU(), dim=2)"
+    named = fn.Concat(skip=branches[0], inner=branches[1], dim=2)
+    assert repr(named) == "Concat(skip=Identity(), inner=ReLU(), dim=2)"
+    fn.save_model(tmp_path / "net", named, named.init(fn.key(0), (2, 3)))
+    assert fn.load_model(tmp_path / "net")[0] == named
+    assert b"names" not in (tmp_path / "net").read_bytes()  # they stand beside the layers
+
+
+def test_fields_may_be_added_to_a_combinator():
+    @dataclass(frozen=True)
+    class Wide(fn.Sequential):
+        width: Size = 1
+
+    assert Wide((fn.ReLU(),)) == Wide((fn.ReLU(),), (), 1)
+    assert repr(Wide((fn.ReLU(),), width=2)) == "Wide(ReLU(), width=2)"
+
+
 # --- What couples examples
 
 
@@ -772,6 +792,14 @@ REFUSED = {
         applied(fn.Repeat(CONV, 3), fn.Repeat(CONV, 2).init(fn.key(0), (2, 4, 4))),
         f"Repeat({CONV}, 3): expected bias to have a leading axis of 3, got shape (2, 2)",
     ),
+    "copies of a number": (
+        applied(fn.Repeat(fn.Linear(2), 2), {"weight": torch.ones(2, 2, 2), "bias": 1.0}),
+        "Linear(2): expected bias to be a tensor, got float",
+    ),
+    "copies that are a tensor": (
+        applied(fn.Repeat(CONV, 2), torch.zeros(3, 2)),
+        f"Repeat({CONV}, 2): expected params to have a leading axis of 2, got shape (3, 2)",
+    ),
     "dtypes": (
         applied(
             fn.Sum(fn.Embedding(2, 3), fn.Embedding(2, 3)),
@@ -783,6 +811,10 @@ REFUSED = {
     "names": (
         applied(fn.Sum(a=CONV, b=CONV), {"a": (), "c": ()}),
         "Sum of 2 layers: expected params with keys 'a', 'b', got keys 'a', 'c'",
+    ),
+    "no names": (
+        applied(fn.Sum(a=CONV), {}),
+        "Sum of 1 layer: expected params with keys 'a', got keys none",
     ),
     "tree": (
         applied(fn.Sum(a=CONV, b=CONV), ((), ())),

@@ -71,7 +71,7 @@ class Repeat(Turns):
         found = [*(so_far or ()), optree.tree_structure(params).flatten_up_to(dparams)]
         if i:
             return found
-        leaves = [stack(list(copies)[::-1]) for copies in zip(*found, strict=True)]
+        leaves = [stack(copies[::-1]) for copies in zip(*found, strict=True)]
         return optree.tree_structure(params).unflatten(leaves)
 
 

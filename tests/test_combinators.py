@@ -621,6 +621,27 @@ def test_cast_computes_in_its_dtype(dtype):
     assert {leaf.dtype for leaf in optree.tree_leaves(grads)} == {torch.float32}
 
 
+@dataclass(frozen=True)
+class Renumbered(fn.Embedding):
+    """y = weight[number[x]], with integers among the parameters."""
+
+    def init(self, key, shape, *, dtype=None, device=None):
+        numbers = torch.arange(self.num_embeddings).flip(0)
+        weight = super().init(key, shape, dtype=dtype, device=device)["weight"]
+        return {"number": numbers, "weight": weight}
+
+    def fwd(self, params, x, *, key=None):
+        return params["weight"][params["number"][x]], None
+
+
+@pytest.mark.parametrize("cls", [fn.Embedding, Renumbered])
+def test_cast_of_integers_has_the_dtype_of_the_floating_point_parameters(cls):
+    net = fn.Cast(cls(3, 2), torch.bfloat16)
+    for dtype in (torch.float32, torch.float64):
+        params = net.init(fn.key(0), (), dtype=dtype)
+        assert net.apply(params, torch.tensor([0, 2])).dtype == dtype
+
+
 def test_cast_by_name_and_in_files(tmp_path):
     net = fn.Cast(CONV, torch.bfloat16)
     assert fn.Cast(CONV, "bfloat16") == net

@@ -116,7 +116,7 @@ class Zeros(Constant):
     tensor([0., 0.])
     """
 
-    value: Finite = field(default=0.0, init=False, repr=False)
+    value: Finite = field(default=0.0, init=False)
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Ones(Constant):
     tensor([1., 1.])
     """
 
-    value: Finite = field(default=1.0, init=False, repr=False)
+    value: Finite = field(default=1.0, init=False)
 
 
 @dataclass(frozen=True)

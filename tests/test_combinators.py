@@ -800,6 +800,10 @@ REFUSED = {
         init(fn.Reversible(fn.ReLU(), fn.ReLU()), ()),
         "Reversible of 2 layers: expected an even number of channels, got an example of shape ()",
     ),
+    "a connection at last": (
+        applied(fn.Residual(fn.Conv2d(2, 3)), fn.Conv2d(2, 3).init(fn.key(0), (2, 4, 4))),
+        "Residual(Conv2d(2, kernel_size=3)): expected a layer that keeps the shape of an example",
+    ),
     "half": (init(fn.Reversible(CONV, WRONG), (4, 4, 4)), f"layer 1: {WRONG}: expected a layer th"),
     "way": (
         init(fn.Sequential(fn.ReLU(), fn.Residual(fn.Sum(a=fn.Sequential(CONV, WRONG), b=CONV)))),
@@ -933,6 +937,25 @@ def test_what_shares_memory_with_gradients_of_parameters_is_not_written_to():
         expected = torch.autograd.grad(y, leaves, grad)
         dparams, _ = net.vjp(params, x, grad)
         assert same(optree.tree_leaves(dparams), list(expected)), net
+
+
+def test_gradients_of_a_layer_that_checks_for_itself_are_not_written_over():
+    @dataclass(frozen=True)
+    class Shift(fn.Layer):
+        def init(self, key, shape, *, dtype=None, device=None):
+            return {"shift": torch.ones(shape, dtype=dtype, device=device)}
+
+        def fwd(self, params, x, *, key=None):
+            return x + params["shift"], None
+
+        def bwd(self, params, residuals, grad, *, input_grad=True):
+            return {"shift": grad[0]}, grad.clone()  # of a batch of one
+
+    net = fn.Loop(Shift(), 3)
+    params, x, grad = net.init(fn.key(0), (4,)), torch.zeros(1, 4), torch.ones(1, 4)
+    dparams, _ = net.vjp(params, x, grad)
+    assert torch.equal(dparams["shift"], torch.full((4,), 3.0))
+    assert torch.equal(grad, torch.ones(1, 4))
 
 
 @dataclass(frozen=True)

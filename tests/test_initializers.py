@@ -5,6 +5,7 @@ import inspect
 import math
 import pickle
 import re
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -68,6 +69,22 @@ def test_a_value_that_files_hold(initializer, tmp_path):
     assert name in str(fn.inspect(tmp_path / "model"))
 
 
+def test_an_initialiser_of_ones_own_is_shown_by_its_name():
+    @dataclass(frozen=True)
+    class Halves(init.Initializer):
+        """1/2 everywhere."""
+
+        def _draw(self, key, shape, dtype, device):
+            return torch.full(shape, 0.5, dtype=dtype, device=device)
+
+    assert repr(Halves()) == "Halves()"
+    layer = fn.Linear(2, weight_init=Halves())
+    assert repr(layer) == "Linear(2, weight_init=Halves())"
+    assert torch.equal(layer.init(fn.key(0), (3,))["weight"], torch.full((2, 3), 0.5))
+    with pytest.raises(TypeError, match="expected weight_init to be an initialiser or None, got 0"):
+        fn.Linear(2, weight_init=0.5)
+
+
 def test_files_know_public_initialisers_alone():
     for name in ("Key", "_Kaiming", "Hyperparameters", "math", "Nothing"):
         assert trees.class_named(f"initializers.{name}") is None
@@ -78,6 +95,7 @@ def test_files_know_public_initialisers_alone():
 def test_hyperparameters_are_converted_and_have_defaults():
     assert init.Uniform() == init.Uniform(0.0, 1.0)
     assert init.Normal() == init.Normal(mean=0.0, std=1.0)
+    assert init.TruncatedNormal() == init.TruncatedNormal(std=1.0)
     assert init.Orthogonal() == init.Orthogonal(gain=1.0)
     assert init.XavierUniform() == init.XavierUniform(gain=1.0)
     assert init.KaimingUniform() == init.KaimingUniform(0.0, "fan_in", "leaky_relu")

@@ -99,6 +99,12 @@ def test_cosine(schedule, step):
     assert schedule(step) == expected
 
 
+def test_a_cosine_without_a_rise_falls_to_0():
+    schedule = schedules.cosine(0.5, 2)
+    assert schedule == schedules.cosine(0.5, 2, warmup=0, last=0.0)
+    assert [schedule(step) for step in range(3)] == pytest.approx([0.5, 0.25, 0.0])
+
+
 @given(RATES, st.floats(0, 1.1), st.integers(0, 80))
 def test_exponential(first, rate, step):
     assert schedules.exponential(first, rate)(step) == first * rate**step
@@ -113,11 +119,12 @@ def test_exponential_beyond_all_numbers():
         fn.SGD(schedules.exponential(1.0, 2.0)).step((), (), state)
 
 
-@given(st.dictionaries(st.integers(0, 20), RATES), RATES, st.integers(0, 30))
-def test_piecewise(rates, first, step):
+@given(st.dictionaries(st.integers(0, 20), RATES), RATES)
+def test_piecewise(rates, first):
     rates = {0: first, **rates}
-    expected = rates[max(start for start in rates if start <= step)]
-    assert schedules.piecewise(rates)(step) == expected
+    schedule = schedules.piecewise(rates)
+    for step in range(22):
+        assert schedule(step) == rates[max(start for start in rates if start <= step)]
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler")

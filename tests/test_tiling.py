@@ -84,6 +84,28 @@ def test_tiles_make_the_gradients_of_the_whole(case, most, step, param_grad, inp
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    "block",
+    [
+        fn.Residual(fn.Conv2d(2, 3, padding=1)),
+        fn.Sum(fn.Identity(), fn.Conv2d(2, 3, padding=1)),
+        fn.Concat(fn.Conv2d(2, 3, padding=1), fn.Identity()),
+    ],
+    ids=lambda block: type(block).__name__,
+)
+def test_tiles_at_the_input_are_asked_for_no_dx(block):
+    net = fn.Sequential(block)
+    params = net.init(fn.key(0), (2, 12, 12), dtype=torch.float64)
+    x = fn.normal(fn.key(1), (1, 2, 12, 12), dtype=torch.float64)
+    y = net.apply(params, x)
+    expected, _ = net.vjp(params, x, y)
+    with small_tiles(800):
+        assert count(net, params, x) > 2
+        dparams, dx = net.vjp(params, x, y, input_grad=False)
+    assert dx is None
+    torch.testing.assert_close(dparams, expected, rtol=1e-10, atol=1e-10)
+
+
 TILED = [cls for cls in LAYERS if cls._tile is not fn.Layer._tile]
 
 

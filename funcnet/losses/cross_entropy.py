@@ -96,7 +96,7 @@ class CrossEntropy(Loss):
     def _fwd(self, x: Tensor, target: Any) -> tuple[Tensor, Any]:
         log_p = x.log_softmax(1)
         if target.is_floating_point():
-            value = -(self._smoothed(target) * log_p).sum(1).sum(dtype=accumulator_dtype(x.dtype))
+            value = -(self._smoothed(target) * log_p).sum(dtype=accumulator_dtype(x.dtype))
             count = self._count(target).to(value.dtype)
             value = value / count if self.reduction == "mean" else value
         else:

@@ -311,6 +311,24 @@ def test_a_gradient_that_is_doubled_where_it_is_alone_in_bfloat16():
 # --- What a function does in a network
 
 
+@pytest.mark.parametrize("stale", [True, False])
+def test_what_is_kept_of_a_tensor_that_is_written_over(stale):
+    """A kernel may pack its weight once, and an optimiser writes into the weight."""
+    packed = {}
+
+    def linear(x, weight):
+        name = id(weight) if stale else (id(weight), weight._version)
+        if not weight.requires_grad:
+            weight = packed.setdefault(name, (weight, weight.clone()))[1]
+        return x @ weight
+
+    inputs = draw(4, 3), draw(3, 2)
+    if not stale:
+        return check_function(linear, *inputs)
+    with pytest.raises(GradientMismatch, match="numbers that are written into an input do not"):
+        check_function(linear, *inputs)
+
+
 @pytest.mark.parametrize("way", ["last", "stack", "cleared"])
 def test_state_outside_ctx(way):
     xs = []

@@ -694,6 +694,32 @@ def test_a_gradient_that_is_wrong_in_one_dtype_at_zero_alone():
         check_vjp(Wrong(), (), torch.zeros(2, 3))
 
 
+@dataclass(frozen=True)
+class LearnedNoise(fn.Layer):
+    """y = x + std ∘ noise with a key, drawn in the dtype of x: float32's is not float64's."""
+
+    def _params(self, shape):
+        return {"std": fn.Param(shape, fn.initializers.Constant(0.01))}
+
+    def _fwd(self, params, x, key):
+        if key is None:
+            return x.clone(), torch.zeros_like(x)
+        noise = fn.normal(key, x.shape, dtype=x.dtype)
+        return x + params["std"] * noise, noise
+
+    def _bwd(self, params, noise, dy, need):
+        return {"std": (dy * noise).sum(0)}, dy.clone()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_noise_that_a_large_x_hides(dtype):
+    """y is as in float64, up to rounding, and the gradient for std is not."""
+    for batch in (1, 3):
+        x = draw((batch, 3), dtype) * (1e6 if dtype == torch.float32 else 10)
+        params = LearnedNoise().init(fn.key(0), (3,), dtype=dtype)
+        check_vjp(LearnedNoise(), params, x, key=fn.key(3))
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_equal_terms_all_round_to_one_side(seed):
     layer = fn.UpsampleConv2d(2)
@@ -984,6 +1010,55 @@ def test_faults_that_only_one_call_shows(fault):
     key = fn.key(1) if "key" in fault else None
     with pytest.raises(GradientMismatch, match=FAULTS[fault]):
         check_vjp(layer, params, draw((3, 6)), key=key)
+
+
+@pytest.mark.parametrize("stale", [True, False])
+def test_what_is_kept_of_a_tensor_that_is_written_over(stale):
+    """`step_` writes into params: the tensor is the same, its numbers are not."""
+    kept: dict[Any, Any] = {}
+
+    @dataclass(frozen=True)
+    class Normalised(Dense):
+        def fwd(self, params, x, *, key=None):
+            weight = params["weight"]
+            name = id(weight) if stale else (id(weight), weight._version)
+            if name not in kept:  # the tensor too, so that no other one has its id
+                kept[name] = (weight, weight.clone())
+            return super().fwd({**params, "weight": kept[name][1]}, x)
+
+    layer, x = Normalised(), draw((3, 6))
+    params = layer.init(fn.key(0), (6,), dtype=torch.float64)
+    if not stale:
+        return check_vjp(layer, params, x)
+    with pytest.raises(GradientMismatch, match="numbers that are written into params or x do not"):
+        check_vjp(layer, params, x)
+
+
+SCALES = {
+    "one": lambda grad: grad.abs().amax(),
+    "one an example": lambda grad: grad.abs().amax(1, keepdim=True),
+    "guarded": lambda grad: grad.abs().amax(1, keepdim=True) if grad.any() else 1.0,
+    "none": lambda grad: 1.0,
+}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_gradient_that_is_undefined_where_grad_is_0(scale):
+    """ReLU hands on a grad of zeros for a whole example, which a scale must not divide by."""
+
+    @dataclass(frozen=True)
+    class Scaled(Plain):
+        def fwd(self, params, x, *, key=None):
+            return x.sin(), x
+
+        def bwd(self, params, x, grad, *, input_grad=True):
+            size = SCALES[scale](grad) if grad.numel() else 1.0
+            return (), (grad / size) * x.cos() * size if input_grad else None
+
+    if scale == "none":
+        return check_vjp(Scaled(), (), draw((3, 4)))
+    with pytest.raises(GradientMismatch, match="for x is not linear in grad: at a grad of 0"):
+        check_vjp(Scaled(), (), draw((3, 4)))
 
 
 def test_layers_that_numpy_computes_are_not_asked_for_vmap():

@@ -63,6 +63,7 @@ def check_calls(case: Case) -> None:
     if not case.is_loss:
         _check_need(case, residuals, gradients)
     _check_no_state(case, pristine, gradients)
+    check_written_over(case, "params or x")
 
 
 def check_surroundings(case: Case) -> None:
@@ -233,6 +234,26 @@ def _check_no_state(case: Case, pristine: Any, gradients: Leaves) -> None:
     if not all(all(map(same, found, gradients)) for found in after):
         raise GradientMismatch(complaint)
     expect_close(case, complaint, copied, gradients)  # copies may have other strides
+
+
+def check_written_over(case: Case, whose: str) -> None:
+    """Write other numbers into the leaves after a call: what it kept of the old must not matter.
+
+    An optimiser writes into params, and a training loop may write into x.
+    """
+    others = case.at([other_numbers(leaf) for leaf in case.leaves])
+    if tried_y(others) is None or tried(others.vjp) is None:
+        return
+    there = case.at([row_major(leaf) for leaf in case.leaves])
+    there.apply()
+    there.vjp()
+    for leaf, other in zip(there.leaves, others.leaves, strict=True):
+        leaf.copy_(other)
+    stale = f"numbers that are written into {whose} do not count, as state is kept of the old ones"
+    got, want = there.apply(), others.apply()
+    expect_close(others, f"{stale}: y is another one", [got], [want], of_value=True)
+    got, want = there.gradients(), others.gradients()
+    expect_close(others, f"{stale}: the gradient is another one", got, want)
 
 
 def _call_beside(case: Case) -> None:

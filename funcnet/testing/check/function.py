@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from funcnet.compat import version
 from funcnet.testing.check.case import Case, Leaves, other_numbers, signed, tried, unlike
 from funcnet.testing.check.comparison import Errors, excess, worst
-from funcnet.testing.check.contract import expect_close
+from funcnet.testing.check.contract import check_written_over, expect_close
 from funcnet.testing.check.laws import check_linear_in_grad
 from funcnet.testing.check.precision import (
     check_own_dtype,
@@ -264,6 +264,7 @@ def _make_case(
 def _examine(case: FunctionCase, rtol: float, atol: float, budget: Budget) -> None:
     gradients = _check_calls(case)
     _check_no_state(case, gradients)
+    check_written_over(case, "an input")
     _check_parts(case, gradients)
     _check_layouts(case, gradients)
     double = case.double()

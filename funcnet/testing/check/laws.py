@@ -34,10 +34,11 @@ from funcnet.testing.layouts import same
 from funcnet.trace import trace
 
 _EPSILON = torch.finfo(torch.float64).eps
+_AT_ZERO = ": at a grad of 0, or where some of its entries are, it is another one"
 
 
 def check_linear_in_grad(case: Case) -> None:
-    """vjp(a·g + b·h) = a·vjp(g) + b·vjp(h), also for very large and very small multiples."""
+    """vjp(a·g + b·h) = a·vjp(g) + b·vjp(h), also for very large and very small multiples, and 0."""
     if is_extreme(case):
         return  # multiples overflow
     other = signed(case.grad.shape, seed=2).to(case.grad) * 3 * scale_of(case.grad)
@@ -45,14 +46,31 @@ def check_linear_in_grad(case: Case) -> None:
     mine, others = case.gradients(), case.at(case.leaves, other).gradients()
     expected = [b - 2.5 * a for a, b in zip(mine, others, strict=True)]
     terms = [2.5 * a.abs() + b.abs() for a, b in zip(mine, others, strict=True)]
-    i = _first_off(both, both.gradients(), expected, terms)
-    for multiple in (2.0**40, 2.0**-40):
-        if i is None:
-            scaled = case.at(case.leaves, multiple * case.grad)
-            expected = [multiple * leaf for leaf in mine]
-            i = _first_off(scaled, scaled.gradients(), expected, [leaf.abs() for leaf in expected])
+    _expect_linear(both, both.gradients(), expected, terms)
+    for multiple in (2.0**40, 2.0**-40, 0.0):
+        scaled = case.at(case.leaves, multiple * case.grad)
+        expected = [multiple * leaf for leaf in mine]
+        why = "" if multiple else _AT_ZERO
+        _expect_linear(scaled, scaled.gradients(), expected, [leaf.abs() for leaf in expected], why)
+    _check_zeros_in_grad(case, mine)
+
+
+def _check_zeros_in_grad(case: Case, gradients: Leaves) -> None:
+    """vjp(g₁) + vjp(g₂) = vjp(g), where g₁ is g with zeros for the last entries, g₂ the others."""
+    count = case.grad.numel()
+    is_first = (torch.arange(count, device=case.grad.device) < count / 2).reshape(case.grad.shape)
+    first, last = (case.at(case.leaves, case.grad * half) for half in (is_first, ~is_first))
+    pairs = list(zip(first.gradients(), last.gradients(), strict=True))
+    sums, terms = [a + b for a, b in pairs], [a.abs() + b.abs() for a, b in pairs]
+    _expect_linear(case, sums, gradients, terms, _AT_ZERO)
+
+
+def _expect_linear(
+    case: Case, got: Leaves, expected: Leaves, terms: Leaves, why: str = ""
+) -> None:
+    i = _first_off(case, got, expected, terms)
     if i is not None:
-        raise GradientMismatch(f"the gradient for {case.names[i]} is not linear in grad")
+        raise GradientMismatch(f"the gradient for {case.names[i]} is not linear in grad{why}")
 
 
 def check_frozen(case: Case) -> None:

@@ -62,6 +62,7 @@ CASES = [
     (fn.Tanh(), VECTOR, of_x(lambda dx, x, g: g.clone()), "grad itself: the slope is missing"),
     (fn.Tanh(), VECTOR, of_x(lambda dx, x, g: dx.abs()), "its sign is lost"),
     (fn.Tanh(), VECTOR, of_x(lambda dx, x, g: dx.clamp(-0.2, 0.2)), r"it is clipped to ±0\.2"),
+    (fn.Tanh(), VECTOR, of_x(lambda dx, x, g: dx * (x - x) / (x - x)), "a division by 0"),
     (
         fn.ChannelAffine(),
         (3, 4, 5),
@@ -79,6 +80,7 @@ def test_the_guess_names_the_mistake(layer, shape, spoil, guess):
         check_vjp(layer, params, fn.normal(fn.key(1), shape, dtype=torch.float64))
     assert caught.value.guess is not None
     assert re.search(guess, caught.value.guess)
+    assert "numeric         nan" not in str(caught.value)
 
 
 def test_the_guilty_layer_of_a_network_is_named():

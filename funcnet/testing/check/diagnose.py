@@ -22,6 +22,8 @@ def guess(finding: Finding) -> str | None:
     right = finding.reference
     if _ignores_grad(finding.case, finding.leaf, wrong):
         return "it does not depend on grad"
+    if math.isnan(finding.analytic):
+        return "it is not a number: a division by 0, or 0·∞?"
     if right is None or not (wrong.isfinite().all() and right.isfinite().all()):
         return None
     if not wrong.any():

@@ -20,8 +20,8 @@ def wrong_gradient(found: Finding) -> GradientMismatch:
     mismatch.leaf = name + (f"[{', '.join(map(str, found.index))}]" if found.index else "")
     along = "" if found.index is not None else " along a direction that moves equal entries alike"
     mismatch.analytic, mismatch.numeric = found.analytic, found.numeric
-    size = max(abs(found.numeric), abs(found.analytic))
-    relative = abs(found.analytic - found.numeric) / size if size else 0.0
+    off, size = abs(found.analytic - found.numeric), max(abs(found.numeric), abs(found.analytic))
+    relative = off / size if size else off  # NaN stays NaN
     mismatch.relative_error = relative
     names = [mismatch.leaf, *(found.case.names[i] for i in found.beside)]
     are_wrong = f"the gradients for {' and '.join(names)} are wrong together"

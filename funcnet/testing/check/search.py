@@ -300,7 +300,8 @@ class _Search:
         for i in self.examined:
             undefined = self.gradients[i].isnan()
             if undefined.any() and not self.extreme:
-                return self._finding(i, int(undefined.flatten().int().argmax()), math.nan)
+                position = int(undefined.flatten().int().argmax())
+                return self._finding(i, position, self._entry_slope(i, position).value)
         return None
 
     def _against_autograd(self, references: Leaves) -> Finding | None:
@@ -620,7 +621,7 @@ class _Search:
         reference = None if self.autograd is None else self.autograd[i]
         if reference is not None:
             ours, theirs = (float(x.flatten()[position]) for x in (self.gradients[i], reference))
-            if not abs(theirs - numeric) < abs(theirs - ours):
+            if not (math.isnan(ours) or abs(theirs - numeric) < abs(theirs - ours)):
                 reference = None  # autograd shares the mistake
         floor = self.floors[i]
         return Finding(self.case, i, index, self.gradients, numeric, floor, reference, taylor)

@@ -852,6 +852,44 @@ def test_exceptions_of_the_layer_pass_unchanged():
         assert caught.value is error
 
 
+@dataclass(frozen=True)
+class Picky(Dense):
+    """A layer that raises where its name says so."""
+
+    name: str = ""
+
+    def apply(self, params, x, *, key=None):
+        if self.name == "x" and not x.is_contiguous():
+            raise OSError("no strides")
+        if self.name == "float64" and x.dtype == torch.float64:
+            raise OSError("float32 alone")
+        return super().apply(params, x)
+
+    def bwd(self, params, residuals, grad, *, input_grad=True):
+        if self.name == "grad" and 0 in grad.stride():
+            raise OSError("no strides of 0")
+        if self.name == "bwd" and grad.dtype == torch.float64:
+            raise OSError("float32 alone")
+        return super().bwd(params, residuals, grad, input_grad=input_grad)
+
+
+@pytest.mark.skipif(not hasattr(Exception, "add_note"), reason="notes came with Python 3.11")
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [
+        ("x", "x in the memory layout 'strided' changes the result to this exception"),
+        ("grad", "grad in the memory layout 'expanded' changes the result to this exception"),
+        ("float64", "raised in float64, in which gradients are checked"),
+        ("bwd", "raised in float64, in which gradients are checked"),
+    ],
+)
+def test_an_exception_where_the_check_leaves_the_case_says_where(name, note):
+    with pytest.raises(OSError, match=r"no strides|float32 alone") as caught:
+        check_vjp(Picky(name=name), *case(Dense(), dtype=torch.float32))
+    (found,) = caught.value.__notes__
+    assert found.startswith(f"check_vjp: {note}")
+
+
 def test_bad_arguments():
     params, x = case(Dense())
     with pytest.raises(

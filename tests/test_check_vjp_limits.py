@@ -1029,7 +1029,8 @@ def test_what_is_kept_of_a_tensor_that_is_written_over(stale):
     layer, x = Normalised(), draw((3, 6))
     params = layer.init(fn.key(0), (6,), dtype=torch.float64)
     if not stale:
-        return check_vjp(layer, params, x)
+        check_vjp(layer, params, x)
+        return
     with pytest.raises(GradientMismatch, match="numbers that are written into params or x do not"):
         check_vjp(layer, params, x)
 
@@ -1056,9 +1057,31 @@ def test_a_gradient_that_is_undefined_where_grad_is_0(scale):
             return (), (grad / size) * x.cos() * size if input_grad else None
 
     if scale == "none":
-        return check_vjp(Scaled(), (), draw((3, 4)))
+        check_vjp(Scaled(), (), draw((3, 4)))
+        return
     with pytest.raises(GradientMismatch, match="for x is not linear in grad: at a grad of 0"):
         check_vjp(Scaled(), (), draw((3, 4)))
+
+
+def test_residuals_that_are_a_graph_of_autograd():
+    @dataclass(frozen=True)
+    class Recorded(Plain):
+        factor: float = 1.0
+
+        def fwd(self, params, x, *, key=None):
+            with torch.enable_grad():
+                x = x.detach().clone().requires_grad_()
+                y = x.sin().cumsum(-1)
+            return y.detach().clone(), (x, y)
+
+        def bwd(self, params, residuals, grad, *, input_grad=True):
+            x, y = residuals
+            (dx,) = torch.autograd.grad(y, x, self.factor * grad, retain_graph=True)
+            return (), dx if input_grad else None
+
+    check_vjp(Recorded(), (), draw((3, 4)))
+    with pytest.raises(GradientMismatch, match="the gradient for x"):
+        check_vjp(Recorded(1.01), (), draw((3, 4)))
 
 
 def test_layers_that_numpy_computes_are_not_asked_for_vmap():

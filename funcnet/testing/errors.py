@@ -1,7 +1,9 @@
-"""The exception that `check_vjp` raises."""
+"""The exception that `check_vjp` raises, and notes on those of the user's own."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -27,3 +29,14 @@ class GradientMismatch(AssertionError):  # noqa: N818 (it is a failed assertion)
     grad: Any = None
     key: Any = None
     target: Any = None
+
+
+@contextmanager
+def noted(where: str) -> Iterator[None]:
+    """Note on an exception of the user's own where it was raised, which changes it no further."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, GradientMismatch) and hasattr(error, "add_note"):  # Python 3.11
+            error.add_note(where)
+        raise

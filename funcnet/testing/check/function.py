@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -29,7 +28,7 @@ from funcnet.testing.check.report import wrong_gradient
 from funcnet.testing.check.rounding import TRIALS, gradient_noise, value_noise
 from funcnet.testing.check.search import Budget, find_wrong, moved
 from funcnet.testing.check.vjp import check_limits, expect_something
-from funcnet.testing.errors import GradientMismatch
+from funcnet.testing.errors import GradientMismatch, noted
 from funcnet.testing.layouts import other_layouts, row_major, same
 
 _FEW_INPUTS, _SEVERAL_INPUTS = 4, 8
@@ -242,7 +241,7 @@ def _make_case(
         if outputs[i].is_complex():
             raise TypeError(
                 f"check_function: expected outputs of real numbers, got {outputs[i].dtype}: "
-                "view_as_real makes them real"
+                "return y.real and y.imag"
             )
     shapes = tuple(outputs[i].shape for i in chosen)
     if grad is None:
@@ -383,7 +382,7 @@ def _check_layouts(case: FunctionCase, gradients: Leaves) -> None:
             straight = [row_major(grad) if j == i else other for j, other in enumerate(parts)]
             where = f"a gradient in the memory layout {name!r}"
             want = case.gradients_by(everything, straight)
-            with _named_in_errors(where):
+            with noted(f"check_function: raised by {where}"):
                 got = case.gradients_by(everything, laid)
             laid_out = replace(case, grad=_joined(straight))
             expect_close(laid_out, f"{where} changes the gradient", got, want)
@@ -394,21 +393,10 @@ def _check_layouts(case: FunctionCase, gradients: Leaves) -> None:
                 continue  # an expanded tensor has other numbers
             there = case.at([*leaves[:i], x, *leaves[i + 1 :]])
             where = f"{case.names[i]} in the memory layout {name!r}"
-            with _named_in_errors(where):
+            with noted(f"check_function: raised by {where}"):
                 y, got = there.apply(), there.gradients()
             expect_close(case, f"{where} changes the result", [y], [case.apply()], True)
             expect_close(case, f"{where} changes the gradient", got, gradients)
-
-
-@contextmanager
-def _named_in_errors(where: str) -> Iterator[None]:
-    """Note on an exception of the function where it was raised, which changes it no further."""
-    try:
-        yield
-    except Exception as error:
-        if not isinstance(error, GradientMismatch) and hasattr(error, "add_note"):  # Python 3.11
-            error.add_note(f"check_function: raised by {where}")
-        raise
 
 
 def _check_in_own_dtype(case: FunctionCase, dtype: torch.dtype) -> None:

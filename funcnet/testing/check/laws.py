@@ -65,9 +65,7 @@ def _check_zeros_in_grad(case: Case, gradients: Leaves) -> None:
     _expect_linear(case, sums, gradients, terms, _AT_ZERO)
 
 
-def _expect_linear(
-    case: Case, got: Leaves, expected: Leaves, terms: Leaves, why: str = ""
-) -> None:
+def _expect_linear(case: Case, got: Leaves, expected: Leaves, terms: Leaves, why: str = "") -> None:
     i = _first_off(case, got, expected, terms)
     if i is not None:
         raise GradientMismatch(f"the gradient for {case.names[i]} is not linear in grad{why}")

@@ -25,8 +25,12 @@ from funcnet.testing.check.laws import (
 from funcnet.testing.check.precision import check_own_dtype, check_precision, computed_in
 from funcnet.testing.check.report import complete, name_the_guilty, wrong_gradient
 from funcnet.testing.check.search import Budget, find_wrong, find_wrong_at, moved
-from funcnet.testing.errors import GradientMismatch
+from funcnet.testing.errors import GradientMismatch, noted
 
+_IN_FLOAT64 = (
+    "check_vjp: raised in float64, in which gradients are checked; check_function takes functions "
+    "that have no float64"
+)
 _Examination: TypeAlias = Callable[[Case, float, float, Errors, Budget], None]
 
 
@@ -120,7 +124,8 @@ def _attempt(
 def _examine(case: Case, rtol: float, atol: float, errors: Errors, budget: Budget) -> None:
     check_calls(case)
     double = case.double()
-    y = double.apply()
+    with noted(_IN_FLOAT64):
+        y = double.apply()
     expect_something("check_vjp", double, y)
     if y.dtype != torch.float64:
         raise GradientMismatch(f"apply: expected y to be torch.float64 as x is, got {y.dtype}")
@@ -134,7 +139,8 @@ def _examine(case: Case, rtol: float, atol: float, errors: Errors, budget: Budge
         check_surroundings(case)
         return
     if case.dtype != torch.float64:
-        check_calls(double)  # rounding in the dtype of x may hide differences
+        with noted(_IN_FLOAT64):
+            check_calls(double)  # rounding in the dtype of x may hide differences
     check_frozen(double)
     found = find_wrong(double, rtol, atol, errors, budget)
     if found is not None:

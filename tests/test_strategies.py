@@ -312,6 +312,19 @@ def test_a_failure_is_in_the_table(capsys, monkeypatch):
     assert repeated[0] in capsys.readouterr().out
 
 
+def test_an_exception_of_a_layer_is_in_the_table_with_its_case(capsys, monkeypatch):
+    class Second(fn.ReLU):
+        def fwd(self, params, x, *, key=None):
+            return super().fwd(params, [x][1])
+
+    case = Second(), (), torch.ones(2, 3)
+    monkeypatch.setattr(strategies, "cases", lambda *args, **kwargs: st.just(case))
+    assert command.main(["--examples", "5", "--layer", "ReLU", "--dtype", "float32"]) == 1
+    out = capsys.readouterr().out
+    assert "IndexError: list index out of range" in out
+    assert re.search(r"in .*test_strategies\.py, line \d+, of Second\(\), \(2, 3\)", out)
+
+
 def test_the_command_draws_networks_with_keys_and_of_integers(monkeypatch):
     found = set()
 

@@ -23,11 +23,13 @@ import random
 import shlex
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import optree
 import torch
 
 try:
@@ -40,6 +42,7 @@ from funcnet.keys import key as make_key
 from funcnet.layer import Layer
 from funcnet.testing import strategies
 from funcnet.testing.check import Errors, inspect_vjp
+from funcnet.testing.errors import GradientMismatch
 from funcnet.testing.registry import LOSSES, REGISTRY, needs_key
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -54,6 +57,7 @@ class Score:
     errors: Errors = field(default_factory=Errors)
     seconds: float = 0.0
     failure: Exception | None = None
+    case: tuple[Any, ...] | None = None  # the one that is checked
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -129,9 +133,26 @@ def _print_table(
             score = run(f"{name} {dtype}", cases, options.examples, options.seed)
             print(_row(_cells(name, dtype, score)), flush=True)
             if score.failure is not None:  # at once: the rows to come may take hours
-                print(f"\n{score.failure}\n\n{_command(name, dtype, options)}\n", flush=True)
+                print(
+                    f"\n{_told(score, score.failure)}\n\n{_command(name, dtype, options)}\n",
+                    flush=True,
+                )
                 passed = False
     return passed
+
+
+def _told(score: Score, failure: Exception) -> str:
+    """The message of a failure, with the place and the case of an exception of the layer's own."""
+    if isinstance(failure, GradientMismatch):
+        return str(failure)
+    place = traceback.extract_tb(failure.__traceback__)[-1]
+    told = f"{type(failure).__name__}: {failure}\n  in {place.filename}, line {place.lineno}"
+    if score.case is None:  # it was raised while a case was drawn
+        return told
+    layer, *trees = score.case
+    given: Any = tuple(trees)
+    leaves = [x for x in optree.tree_leaves(given) if isinstance(x, torch.Tensor)]
+    return f"{told}, of {', '.join(map(str, (layer, *(tuple(x.shape) for x in leaves))))}"
 
 
 def _unknown(name: str, known: Iterable[str]) -> str:
@@ -167,10 +188,11 @@ def run(title: str, cases: strategies.Strategy[Any], examples: int, number: int)
     )
     @given(cases)
     def check(case: tuple[Any, Any, Any]) -> None:
-        score.cases += 1
+        score.cases, score.case = score.cases + 1, case
         _progress(f"{title}: case {score.cases} of about {examples}")
         key = make_key(0) if isinstance(case[0], Layer) and needs_key(case[0]) else None
         score.errors.merge(inspect_vjp(*case, key=key))
+        score.case = None
 
     start = time.perf_counter()
     try:

@@ -55,7 +55,9 @@ def test_each_part_is_stepped_alone(method):
 def test_of_any_tree(tree, seed):
     """Two halves that are treated alike are the whole; leaves go back to where they were."""
     labels = iter(range(10**6))
-    halves = fn.Partition(lambda path, leaf: "ab"[(sum(path.encode()) + seed) % 2], {"a": SGD, "b": SGD})
+    halves = fn.Partition(
+        lambda path, leaf: "ab"[(sum(path.encode()) + seed) % 2], {"a": SGD, "b": SGD}
+    )
     grads = optree.tree_map(lambda leaf: torch.full_like(leaf, next(labels)), tree)
     expected, _ = SGD.step(tree, grads, SGD.init(tree))
     assert same(halves.step(tree, grads, halves.init(tree))[0], expected)

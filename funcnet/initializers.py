@@ -53,11 +53,6 @@ class Initializer(Hyperparameters):
 
     _first_axes: ClassVar[str] = ""
 
-    def __post_init__(self) -> None:
-        # A layer's check declares parameters under torch.compile too, where only shapes count.
-        if not torch.compiler.is_compiling():
-            super().__post_init__()
-
     def __repr__(self) -> str:
         """The code that builds it where funcnet's names are known, as they are for a layer's."""
         prefix = "initializers." if type(self).__module__ == __name__ else ""

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from funcnet.testing.check.case import Case
 from funcnet.testing.check.comparison import excess
+from funcnet.testing.check.finding import Finding
 from funcnet.testing.check.oracles import autograd_gradients
-from funcnet.testing.check.search import Finding
 from funcnet.testing.check.tolerances import ALIKE, ALIKE_IN_LEAF
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from funcnet.compat import version
+from funcnet.testing.check.beside import moved
 from funcnet.testing.check.case import Case, Leaves, other_numbers, signed, tried, unlike
 from funcnet.testing.check.comparison import Errors, excess, worst
 from funcnet.testing.check.contract import check_written_over, expect_close
@@ -26,7 +27,7 @@ from funcnet.testing.check.precision import (
 from funcnet.testing.check.purity import pure
 from funcnet.testing.check.report import wrong_gradient
 from funcnet.testing.check.rounding import TRIALS, gradient_noise, value_noise
-from funcnet.testing.check.search import Budget, find_wrong, moved
+from funcnet.testing.check.search import Budget, find_wrong
 from funcnet.testing.check.vjp import check_limits, expect_something
 from funcnet.testing.errors import GradientMismatch, noted
 from funcnet.testing.layouts import other_layouts, row_major, same

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from funcnet.layer import Layer
 from funcnet.testing.check import diagnose
 from funcnet.testing.check.case import Case, LossCase, make_case
+from funcnet.testing.check.finding import Finding
 from funcnet.testing.check.replay import snippet
-from funcnet.testing.check.search import Finding
 from funcnet.testing.errors import GradientMismatch
 from funcnet.trace import Record, trace
 

@@ -19,8 +19,18 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from funcnet.testing.check.case import Case, Leaves, scale_of, signed, tried, tried_y
+from funcnet.testing.check.beside import (
+    SHORTEST,
+    direction,
+    for_each,
+    movable,
+    moved,
+    shared_numbers,
+    stepped,
+)
+from funcnet.testing.check.case import Case, Leaves, scale_of, tried, tried_y
 from funcnet.testing.check.comparison import Errors, excess, largest_error, ravel, unravel
+from funcnet.testing.check.finding import Finding
 from funcnet.testing.check.oracles import Line, Slope, autograd_gradients, slope, taylor_slope
 from funcnet.testing.check.rounding import (
     allowance,
@@ -51,34 +61,9 @@ _LONGER = 2.0**20  # times an entry's own step
 _MANY_HALVINGS = 32  # a derivative that is off by 1e-7 shows by the last
 _TOGETHER, _ALIKE = 16, 16.0  # leaves that move at once, and the ratio of their derivatives
 _AROUND, _NEAR = 12, 2.0**-26  # points around a kink, and their distance
-_SHORTEST = 2.0**-960  # parts of a shorter step would drown in the smallest numbers
 
 LeafDirection: TypeAlias = tuple[int, Tensor]
 """The number of a leaf, and a direction to move it in."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A wrong entry: its leaf and index, and the numbers to compare it with.
-
-    Without an index it is a leaf that is wrong along a direction, whose derivative by the leaf's
-    gradient is `along`; `beside` holds other leaves that move with it.
-    """
-
-    case: Case
-    leaf: int
-    index: tuple[int, ...] | None
-    gradients: Leaves
-    numeric: float
-    floor: Tensor
-    reference: Tensor | None = None
-    taylor: float | None = None
-    along: float = math.nan
-    beside: tuple[int, ...] = ()
-
-    @property
-    def analytic(self) -> float:
-        return self.along if self.index is None else float(self.gradients[self.leaf][self.index])
 
 
 @dataclass(frozen=True)
@@ -116,30 +101,6 @@ def find_wrong_at(
     return search.find(thorough)
 
 
-def moved(case: Case) -> Case:
-    """A point beside the case. Entries keep their sign; zeros move if y stays finite.
-
-    It is nearer where the layer refuses one that is further off, and the case itself at last.
-    """
-    still = case.apply().isfinite().all()
-
-    def beside(leaf: Tensor, seed: int, step: float, zeros: float) -> Tensor:
-        if not _movable(leaf):
-            return leaf
-        noise = signed(leaf.shape, seed).to(leaf).clamp(-3, 3)
-        away = zeros * scale_of(leaf) * noise
-        near = leaf * (1 + step * noise)
-        return torch.where(leaf == 0, away, torch.where(near.isfinite(), near, leaf))
-
-    for step, zeros in ((0.02, 0.02), (0.02, 0.0), (0.001, 0.0)):
-        there = case.at([beside(leaf, 7 + i, step, zeros) for i, leaf in enumerate(case.leaves)])
-        y = tried_y(there)
-        defined = y is not None and bool(not still or y.isfinite().all())
-        if defined and tried(there.vjp) is not None:
-            return there
-    return case
-
-
 def _find_wrong_between_leaves(
     case: Case, rtol: float, atol: float, errors: Errors, budget: Budget
 ) -> Finding | None:
@@ -148,11 +109,11 @@ def _find_wrong_between_leaves(
     Numbers that are equal stay so beside the case, where the kinks at single numbers are left: two
     of those may be right apart and wrong together, as for relu(a) − relu(−x) at 0.
     """
-    shared = _shared_numbers([leaf for leaf in case.leaves if _movable(leaf)])
+    shared = shared_numbers([leaf for leaf in case.leaves if movable(leaf)])
     if not len(shared):
         return None
-    step = _direction(shared, 61, relative=True) / 64
-    there = case.at([_stepped(leaf, shared, step) for leaf in case.leaves])
+    step = direction(shared, 61, relative=True) / 64
+    there = case.at([stepped(leaf, shared, step) for leaf in case.leaves])
     y = tried_y(there)
     if y is None or not y.isfinite().all() or tried(there.vjp) is None:
         return None
@@ -164,43 +125,12 @@ def _find_wrong_between_leaves(
     return search.between_leaves(numbers)
 
 
-def _shared_numbers(leaves: Leaves) -> Tensor:
-    """The numbers that are in two leaves or more, in ascending order."""
-    if len(leaves) < 2:
-        return torch.empty(0)
-    in_leaves = torch.cat([torch.unique(leaf) for leaf in leaves])
-    numbers, counts = torch.unique(in_leaves, return_counts=True)
-    return torch.masked_select(numbers, counts > 1)
-
-
-def _stepped(leaf: Tensor, numbers: Tensor, step: Tensor) -> Tensor:
-    """A leaf whose entries that are among numbers, in ascending order, have each its own step."""
-    return leaf + _for_each(leaf, numbers, step) if _movable(leaf) else leaf
-
-
-def _for_each(leaf: Tensor, numbers: Tensor, values: Tensor) -> Tensor:
-    """The value for each entry of a leaf that is among numbers, in ascending order; else 0."""
-    places = torch.searchsorted(numbers, leaf).clamp(max=len(numbers) - 1)
-    return torch.where(numbers[places] == leaf, values[places], 0.0)
-
-
 def _by_autograd(case: Case) -> Leaves:
     return autograd_gradients(case) or case.gradients()
 
 
 def _without_kinks(floor: Tensor) -> Tensor:
     return floor.clamp(max=float(KINKED * floor.median())) if floor.numel() else floor
-
-
-def _movable(leaf: Tensor) -> bool:
-    return leaf.is_floating_point() and bool(leaf.isfinite().all())
-
-
-def _direction(leaf: Tensor, seed: int, relative: bool) -> Tensor:
-    """A signed random direction, in units of each entry, whose sign stays, or of the leaf."""
-    scale = torch.full_like(leaf, scale_of(leaf))
-    size = torch.where(leaf == 0, scale, leaf.abs()) if relative else scale
-    return signed(leaf.shape, seed).to(leaf) * size.clamp(min=_SHORTEST)
 
 
 class _Search:
@@ -217,7 +147,7 @@ class _Search:
         self.examined = [
             i
             for i, leaf in enumerate(case.leaves)
-            if _movable(leaf) and leaf.numel() and not self.frozen[i].all()
+            if movable(leaf) and leaf.numel() and not self.frozen[i].all()
         ]
         self.autograd = autograd_gradients(case)
         y = case.apply()
@@ -235,8 +165,8 @@ class _Search:
         found = []
         for trial in range(_AROUND):
             leaves = [
-                leaf + _NEAR * _direction(leaf, 100 * trial + i, relative=True)
-                if _movable(leaf)
+                leaf + _NEAR * direction(leaf, 100 * trial + i, relative=True)
+                if movable(leaf)
                 else leaf
                 for i, leaf in enumerate(self.case.leaves)
             ]
@@ -419,9 +349,9 @@ class _Search:
             if len(values) == leaf.numel():
                 continue
             if len(values) > 1:
-                v = _direction(values, 57 + i, relative=True)[which]
+                v = direction(values, 57 + i, relative=True)[which]
             else:
-                v = torch.full_like(leaf, max(scale_of(leaf), _SHORTEST))
+                v = torch.full_like(leaf, max(scale_of(leaf), SHORTEST))
             v = v.masked_fill(self.frozen[i], 0.0)
             directions = self._only((i, v))
             taylor = self._refuted(directions, at_ties=True)
@@ -445,7 +375,7 @@ class _Search:
             for ours, theirs in zip(self.gradients, self.autograd, strict=True)
         ):
             return None
-        values = _direction(numbers, 67, relative=True)
+        values = direction(numbers, 67, relative=True)
         moving = [(i, self._alike(i, numbers, values)) for i in self.examined]
         moving = [(i, v) for i, v in moving if v.any()]
         directions = self._only(*moving)
@@ -459,12 +389,12 @@ class _Search:
 
     def _alike(self, i: int, numbers: Tensor, values: Tensor) -> Tensor:
         """A direction of a leaf in which equal numbers move alike, and what is frozen stays."""
-        v = _for_each(self.case.leaves[i], numbers, values)
+        v = for_each(self.case.leaves[i], numbers, values)
         return v.masked_fill(self.frozen[i], 0.0)
 
     def _direction(self, i: int, seed: int, relative: bool) -> Tensor:
         """A random direction of a leaf, in which what is frozen stays."""
-        v = _direction(self.case.leaves[i], seed, relative)
+        v = direction(self.case.leaves[i], seed, relative)
         return v.masked_fill(self.frozen[i], 0.0)
 
     def _refuted(
@@ -587,7 +517,7 @@ class _Search:
         """
         leaf = self.case.leaves[i].flatten()
         own, others = abs(float(leaf[position])), scale_of(leaf)
-        size = max(own or others, _SHORTEST)
+        size = max(own or others, SHORTEST)
         found = self._slope_by(i, position, size)
         if size < others < _LONGER * size and not found.error <= NEGLIGIBLE * self.rtol * abs(
             found.value

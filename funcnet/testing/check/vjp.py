@@ -12,6 +12,7 @@ from torch import Tensor
 from funcnet.keys import Key
 from funcnet.layer import Layer
 from funcnet.losses import Loss
+from funcnet.testing.check.beside import moved
 from funcnet.testing.check.case import Case, make_case
 from funcnet.testing.check.comparison import Errors
 from funcnet.testing.check.contract import check_calls, check_surroundings
@@ -24,7 +25,7 @@ from funcnet.testing.check.laws import (
 )
 from funcnet.testing.check.precision import check_own_dtype, check_precision, computed_in
 from funcnet.testing.check.report import complete, name_the_guilty, wrong_gradient
-from funcnet.testing.check.search import Budget, find_wrong, find_wrong_at, moved
+from funcnet.testing.check.search import Budget, find_wrong, find_wrong_at
 from funcnet.testing.errors import GradientMismatch, noted
 
 _IN_FLOAT64 = (

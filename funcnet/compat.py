@@ -226,7 +226,7 @@ is_transformed: Callable[[Tensor], bool] = named(
 
 def _digest(x: Tensor) -> int:
     """A hash of x's values: it misses a write of equal ones."""
-    values = x.detach().resolve_conj().resolve_neg().cpu().contiguous().flatten()
+    values = x.resolve_conj().resolve_neg().cpu().contiguous().flatten()
     return hash(values.view(torch.uint8).numpy().tobytes())
 
 

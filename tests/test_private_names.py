@@ -169,6 +169,9 @@ def test_prelu(shape, seed):
     x[0, 0, 0] = 0
     close(GONE.prelu(x, weight), compat.prelu(x, weight))
     close(GONE.prelu_backward(dy, x, weight), compat.prelu_backward(dy, x, weight))
+    dy, weight = dy + torch.inf, weight + torch.inf  # 0 · ∞ is no number
+    close(GONE.prelu(x, weight), compat.prelu(x, weight))
+    close(GONE.prelu_backward(dy, x, weight), compat.prelu_backward(dy, x, weight))
 
 
 @given(st.data(), st.sampled_from([4, 5]), seeds)
@@ -179,6 +182,8 @@ def test_adaptive_average(data, rank, seed):
     close(GONE.adaptive_average[rank](x, after), compat.adaptive_average[rank](x, after))
     formula, kernel = (of.adaptive_average_backward[rank] for of in (GONE, compat))
     close(formula(dy, x), kernel(dy, x))
+    half = dy.bfloat16(), x.bfloat16()
+    torch.testing.assert_close(formula(*half), kernel(*half), rtol=0.02, atol=0.02)
 
 
 OPERANDS = {
@@ -241,6 +246,10 @@ def test_kernels_that_have_no_stand_in_are_none():
     assert only_one.fused_adam is None
     assert only_one.mkldnn_rnn is None
     assert only_one.flash_attention is not None
+
+
+def test_adams_kernel_is_not_adamws():
+    assert (compat.fused_adam, compat.fused_adamw) == (torch._fused_adam_, torch._fused_adamw_)
 
 
 @pytest.mark.filterwarnings("ignore:TF32")

@@ -32,6 +32,9 @@ _ON_THE_CPU = "numbers are drawn on the CPU; where there is another device, a te
 EQUIVALENT: dict[str, str] = {
     "checks.as_axis:compare:1": _ZERO,
     "checks.as_axis:off-by-one:1": _ZERO,
+    "compat._adaptive_average_backward:off-by-one:2": "along the channels each window is one entry",
+    "compat._innermost:flip-flag:1": "the question is whether it is None",
+    "compat._forward_hooks:drop-call:1": "they are counted once",
     "compat._forward_hooks:drop-term:2": "the module, which is alive, holds its hooks",
     "compat._write.one_by_one:drop-argument:1": _STRICT,
     "compat._write.one_by_one:flip-flag:1": _STRICT,

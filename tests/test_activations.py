@@ -12,11 +12,13 @@ import funcnet as fn
 from funcnet.initializers import Constant, Uniform
 from funcnet.ops.need import Need
 from funcnet.testing import check_vjp, strategies
+from funcnet.testing.registry import REGISTRY
 from funcnet.testing.registry.activations import ROWS
 
 INF, NAN = math.inf, math.nan
 ANY_SHAPE = st.lists(st.integers(0, 4), max_size=5)
 FLOATS = st.floats(width=32)
+
 FUNCTIONS = {
     fn.ReLU(): F.relu,
     fn.Sigmoid(): torch.sigmoid,
@@ -37,7 +39,7 @@ FUNCTIONS = {
     fn.ELU(-1.5): lambda x: F.elu(x, -1.5),
     fn.SELU(): F.selu,
     fn.Hardswish(): F.hardswish,
-    fn.Hardsigmoid(): F.hardsigmoid,
+    fn.Hardsigmoid(): REGISTRY[fn.Hardsigmoid].twin(None, None),
     fn.LogSigmoid(): F.logsigmoid,
     fn.Softsign(): F.softsign,
 }
@@ -170,6 +172,7 @@ def test_differentiable_twice(row):
     torch.autograd.gradcheck(lambda x: layer.vjp(params, x, grad)[1], x)
     dx = torch.func.grad(lambda x: (layer.apply(params, x) * grad).sum())(x.detach())
     torch.testing.assert_close(dx, layer.vjp(params, x.detach(), grad)[1])
+    torch.autograd.gradgradcheck(lambda x: layer.apply(params, x), x)
 
 
 # --- ReLU and Sigmoid

@@ -174,6 +174,10 @@ def test_derivatives_of_steps_over_tasks(transform):
 # --- autograd and torch.func
 
 
+def inner(one, other):
+    return sum((a * b).sum() for a, b in zip(one, other, strict=True))
+
+
 @settings(max_examples=15)
 @given(strategies.cases(EVERY_LAYER, dtypes=FLOAT64, integers=False))
 def test_autograd_through_apply(case):
@@ -209,6 +213,29 @@ def test_forward_derivatives_along_one_direction(layer, shape, device):
 
     mapped = torch.func.vmap(derivative)(xs)
     close(mapped, stack([derivative(x) for x in xs]))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@examples_of_floats
+def test_gradients_can_be_differentiated(layer, shape, device):
+    """Forward along v and backward from w: ⟨w, J·v⟩ = ⟨Jᵀ·w, v⟩ for the Jacobian of a gradient."""
+    inputs, key = make(layer, shape, dtype=torch.float64, device=device), key_for(layer)
+    leaves, structure = optree.tree_flatten(inputs)
+
+    def gradients(*leaves):
+        params, x, grad = structure.unflatten(leaves)
+        return tuple(optree.tree_leaves(layer.vjp(params, x, grad, key=key)))
+
+    def along(leaves, seed):
+        draws = (fn.normal(fn.key(seed), leaf.shape, dtype=leaf.dtype) for leaf in leaves)
+        return tuple(draw.to(device) for draw in draws)
+
+    v = along(leaves, 6)
+    found, change = torch.func.jvp(gradients, tuple(leaves), v)
+    again, backward = torch.func.vjp(gradients, *leaves)
+    w = along(found, 7)
+    close(again, found)
+    close(inner(w, change), inner(backward(w), v), rtol=1e-9, atol=1e-9)
 
 
 def test_what_apply_returns_may_be_written_over():

@@ -27,6 +27,7 @@ from funcnet.fields import Axis, Finite, NonZero, OneOf, Size
 from funcnet.initializers import Constant, InitializerOrNone
 from funcnet.keys import Key
 from funcnet.layer import Layer, Shape, same_part
+from funcnet.ops.accumulation import widened
 from funcnet.ops.inplace import is_eager, is_untracked
 from funcnet.ops.need import Need
 from funcnet.ops.products import over_positions
@@ -503,11 +504,16 @@ class Hardsigmoid(Activation):
     """
 
     def _value(self, x: Tensor) -> Tensor:
-        return F.hardsigmoid(x)
+        if is_untracked(x):
+            return F.hardsigmoid(x)
+        # Autograd cannot differentiate the kernel's gradient.
+        y = ((widened(x) + 3) / 6).to(x.dtype)
+        return torch.where(x.abs() < 3, y, F.hardsigmoid(x.detach()))
 
     def _slope(self, x: Tensor, dy: Tensor) -> Tensor:
         # From y the kinks could not be told: near them, y is rounded to 0 or 1.
-        if is_untracked(x, dy):
+        # In float64, the kernel multiplies by 1/6 in float32.
+        if is_untracked(x, dy) and x.dtype != torch.float64:
             return _hardsigmoid_backward(dy, x)
         return torch.where(x.abs() < 3, dy / 6, 0.0)  # autograd cannot differentiate the kernel
 

@@ -94,3 +94,8 @@ def add_over(x: Tensor, y: Tensor) -> Tensor:
 def multiply(x: Tensor, y: Tensor) -> Tensor:
     """x · y, written over x."""
     return x.mul_(y) if is_eager() else x * y
+
+
+def add_product(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """x + y · z, written over x."""
+    return x.addcmul_(y, z) if is_eager() else torch.addcmul(x, y, z)

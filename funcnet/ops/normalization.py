@@ -161,7 +161,10 @@ def group_norm_gradients(
     sizes = _sizes(x)
     entries = sizes[1] * sizes[2] // groups
     x = _exact(x, entries)
-    dx, *others = _group_norm_backward(dy, x, mean, rstd, weight, *sizes, groups, asked)
+    if inplace.is_untracked(dy, x, mean, rstd, weight):
+        dx, *others = _group_norm_backward(dy, x, mean, rstd, weight, *sizes, groups, asked)
+    else:  # autograd cannot differentiate the kernel
+        dx, *others = _group_norm_gradients_by_channels(dy, x, mean, rstd, weight, groups, mask)
     return _asked((x if entries == 1 else dx, *others), mask, x.dtype)
 
 
@@ -226,8 +229,8 @@ def _group_norm_gradients_by_channels(
             _of_channels(_group_means((own * sums).squeeze(1), groups) / -grad.shape[1], x)
             for sums in (total, along)
         )
-        dx = torch.addcmul(shift, grad, own).addcmul_(centred, slope * scale)
-        dx = _images(dx, x)
+        dx = torch.addcmul(shift, grad, own)
+        dx = _images(inplace.add_product(dx, centred, slope * scale), x)
     return dx, along.sum((0, 1)), total.sum((0, 1))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import io
+import os
 import re
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
@@ -156,6 +158,27 @@ def test_what_cannot_come_back_is_refused(case: str, tmp_path: Path) -> None:
         fn.save(path, tree())
     assert fn.load(path) == "old"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("path", [io.BytesIO(), 0, None, (torch.ones(2), 3)], ids=type)
+def test_what_is_not_a_path_is_named(path: Any) -> None:
+    """Open files, and the tree in the path's place, as in torch.save."""
+    calls = {
+        "save": lambda: fn.save(path, "file"),
+        "save_model": lambda: fn.save_model(path, fn.ReLU(), ()),
+        "load": lambda: fn.load(path),
+        "load_model": lambda: fn.load_model(path),
+        "inspect": lambda: fn.inspect(path),
+    }
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=f"^{name}: expected path to be a str or an os.Path"):
+            call()
+
+
+def test_a_path_may_be_of_bytes(tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path / "tree")
+    fn.save(path, 3)
+    assert fn.load(path) == fn.inspect(path).structure == 3
 
 
 def test_tensors_inside_a_transform_are_refused(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from funcnet.checkpoint.inspection import Inspection
 from funcnet.checkpoint.memory_format import all_laid_out_like, lay_out_as_init
 from funcnet.checkpoint.storable import check_metadata, check_storable
 from funcnet.checkpoint.structure import CheckpointError, Json, decode, encode
+from funcnet.checks import shown
 from funcnet.layer import Layer, Tree, check_net
 
 _Path: TypeAlias = "str | os.PathLike[str]"
@@ -60,7 +61,7 @@ def save(path: _Path, tree: Tree, metadata: dict[str, Any] | None = None) -> Non
     >>> load(path)
     {'weight': tensor([1., 1.]), 7: [None, 'seven']}
     """
-    _save(path, tree, metadata, {})
+    _save(_as_path("save", path), tree, metadata, {})
 
 
 def save_model(
@@ -77,6 +78,7 @@ def save_model(
     >>> load_model(path)
     (ReLU(), ())
     """
+    path = _as_path("save_model", path)
     check_net("save_model", net)
     architecture, tensors = encode(net)
     if tensors:
@@ -145,7 +147,7 @@ def load(
     _check_dtype("load", dtype)
     if like is None and not strict:
         raise ValueError("load: expected a tree `like` with strict=False, got None")
-    with opened(path) as (file, header):
+    with opened(_as_path("load", path)) as (file, header):
         if like is None:
             return decode(header.structure, read_tensors(file, header, device, dtype, mmap))
         expected, like_tensors = expectation(like)
@@ -183,7 +185,7 @@ def load_model(
     Sequential(ReLU(), Sigmoid())
     """
     _check_dtype("load_model", dtype)
-    with opened(path) as (file, header):
+    with opened(_as_path("load_model", path)) as (file, header):
         net = Inspection(header).architecture
         if net is None:
             raise CheckpointError("expected a file of save_model, got one without a network")
@@ -209,12 +211,21 @@ def inspect(path: _Path) -> Inspection:
     >>> info.structure
     [tensor(..., device='meta', size=(2, 3)), 0.5]
     """
-    with opened(path) as (_, header):
+    with opened(_as_path("inspect", path)) as (_, header):
         return Inspection(header)
 
 
+def _as_path(who: str, path: Any) -> str:
+    """`path` as a str. Raises TypeError for what is not a path, such as an open file."""
+    try:
+        return os.fsdecode(path)
+    except TypeError:
+        message = f"{who}: expected path to be a str or an os.PathLike, got {shown(path)}"
+        raise TypeError(message) from None
+
+
 def _save(
-    path: _Path, tree: Tree, metadata: dict[str, Any] | None, architecture: dict[str, Json]
+    path: str, tree: Tree, metadata: dict[str, Any] | None, architecture: dict[str, Json]
 ) -> None:
     with _without_collector():
         structure, tensors = encode(tree)

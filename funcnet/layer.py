@@ -55,6 +55,7 @@ from funcnet.keys import Key, check_draw, check_key
 from funcnet.ops.autocast import without_autocast
 from funcnet.ops.inplace import is_eager, is_tracing
 from funcnet.ops.need import Need
+from funcnet.ops.trees import leaves_of, mapped, structure_of
 from funcnet.ops.without_entries import without_entries
 from funcnet.param import Layout, check_no_params, draw, first_tensor, misshapen, size_that_fits
 
@@ -270,7 +271,7 @@ class Layer(Hyperparameters):
 
     def _learns(self, params: Tree) -> bool:
         """Whether there are parameters to compute gradients for."""
-        return bool(optree.tree_leaves(params))
+        return bool(leaves_of(params))
 
     def __repr__(self) -> str:
         return source(self, in_lines=bool(self._children()))
@@ -467,7 +468,7 @@ def same_part(layer: Layer, shape: Shape, part: Part) -> tuple[Part, Layer] | No
 
 def zeros_like(params: Tree) -> Tree:
     """The gradient of parameters on which nothing depends."""
-    return optree.tree_map(torch.zeros_like, params)
+    return mapped(torch.zeros_like, params)
 
 
 def public_bwd(
@@ -484,9 +485,7 @@ def public_bwd(
 
 def like_params(params: Tree, dparams: Tree) -> Tree:
     """dparams in the containers of params: a dict of the same kind, in the same order."""
-    if torch.compiler.is_compiling() and not optree.tree_leaves(params):
-        return params  # torch.compile cannot follow the structure of a dict without tensors
-    structure = optree.tree_structure(params)
+    structure = structure_of(params)
     try:  # equal structures too: dicts of another order have the same
         return structure.unflatten(structure.flatten_up_to(dparams))
     except (ValueError, TypeError):

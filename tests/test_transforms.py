@@ -328,6 +328,38 @@ def test_compiled_before_it_ever_ran(layer):
     close(compile_whole(over)(params, torch.stack([x, x])), torch.stack([y, y]))
 
 
+NAMED = fn.Sequential(linear=fn.Linear(2), part=fn.Sum(x=fn.Identity()))
+
+
+WRAPPED = [fn.Repeat(NAMED, 2), fn.Loop(NAMED, 2), fn.Frozen(NAMED), fn.Cast(NAMED, torch.float64)]
+
+
+@pytest.mark.parametrize("net", WRAPPED, ids=str)
+def test_compiled_where_named_layers_have_no_parameters(net):
+    """Parameters have dicts without tensors there, which torch.compile cannot follow by optree."""
+    params, x = net.init(fn.key(0), (2,)), fn.normal(fn.key(1), (2, 2))
+    found = torch.compile(net.vjp, backend="eager", fullgraph=True)(params, x, x)
+    expected = net.vjp(params, x, x)
+    assert optree.tree_structure(found) == optree.tree_structure(expected)
+    close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_steps_where_named_layers_have_no_parameters():
+    params, x = NAMED.init(fn.key(0), (2,)), fn.normal(fn.key(1), (2, 2))
+    value_and_grad = fn.value_and_grad(NAMED, fn.MSE(), micro_batch=1)
+    parts = {"linear.weight": fn.SGD(0.1), "linear.bias": None}
+    optimizers = [fn.Adam(), fn.Partition(lambda path, _: path, parts)]
+
+    def steps(params):
+        value, grads = value_and_grad(params, x, x)
+        grads, norm = fn.clip_by_global_norm(grads, 1.0)
+        return value, norm, [each.step(params, grads, each.init(params)) for each in optimizers]
+
+    found = torch.compile(steps, backend="eager", fullgraph=True)(params)
+    assert optree.tree_structure(found) == optree.tree_structure(steps(params))
+    close(found, steps(params), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_a_compiled_step_in_place():
     params, grads = {"w": torch.ones(3)}, {"w": torch.ones(3)}

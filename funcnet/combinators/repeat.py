@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from funcnet.keys import Key, fold_in
 from funcnet.layer import Shape, Spec, Tree
 from funcnet.ops.autocast import without_autocast
 from funcnet.ops.stacking import stack
+from funcnet.ops.trees import flatten, mapped, structure_of
 
 
 @dataclass(frozen=True)
@@ -47,32 +47,33 @@ class Repeat(Turns):
             with without_autocast(leaves[0]):  # which would stack in another dtype
                 return stack(leaves)
 
-        return optree.tree_map(stacked, *each)
+        return mapped(stacked, *each)
 
     def _check(self, params: Tree, x: Spec) -> Spec:
-        for path, leaf in zip(*optree.tree_flatten_with_path(params)[:2], strict=True):
+        leaves, structure = flatten(params)
+        for i, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor) and leaf.shape[:1] != (self.n,):
-                name = ".".join(map(str, path)) or "params"
+                name = ".".join(map(str, structure.paths()[i])) or "params"
                 raise ValueError(
                     f"{name_of(self)}: expected {name} to have a leading axis of {self.n}, "
                     f"got shape {tuple(leaf.shape)}"
                 )
-        return super()._check(optree.tree_map(_first, params), x)
+        return super()._check(mapped(_first, params), x)
 
     def _copied(self) -> Shape:
         return (self.n,)
 
     def _params_of_turns(self, params: Tree) -> list[Tree]:
-        leaves, structure = optree.tree_flatten(params)
+        leaves, structure = flatten(params)
         rows = [leaf.unbind() for leaf in leaves]
         return [structure.unflatten([row[i] for row in rows]) for i in range(self.n)]
 
     def _gathered(self, params: Tree, so_far: Any, dparams: Tree, i: int) -> Any:
-        found = [*(so_far or ()), optree.tree_structure(params).flatten_up_to(dparams)]
+        found = [*(so_far or ()), structure_of(params).flatten_up_to(dparams)]
         if i:
             return found
         leaves = [stack(copies[::-1]) for copies in zip(*found, strict=True)]
-        return optree.tree_structure(params).unflatten(leaves)
+        return structure_of(params).unflatten(leaves)
 
 
 def _first(leaf: Any) -> Any:

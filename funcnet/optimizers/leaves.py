@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from funcnet.layer import Tree
+from funcnet.ops import trees
 from funcnet.ops.inplace import is_expanded
 
 
 def flatten(who: object, name: str, tree: Tree) -> tuple[list[Tensor], optree.PyTreeSpec]:
     """The leaves of a tree and its structure. Raises TypeError unless all can be updated."""
-    leaves, structure = optree.tree_flatten(tree)
+    leaves, structure = trees.flatten(tree)
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
             raise TypeError(

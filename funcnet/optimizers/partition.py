@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, NamedTuple, TypeAlias
 
-import optree
-import torch
 from torch import Tensor
 
 from funcnet.checks import shown
 from funcnet.layer import Tree
+from funcnet.ops.trees import Compiled, flatten
 from funcnet.optimizers.leaves import flatten_up_to
 from funcnet.optimizers.optimizer import Optimizer, Steps
 from funcnet.tree import leaf_names
@@ -104,7 +103,7 @@ class Partition(Optimizer[PartitionState]):
 
     def init(self, params: Tree) -> PartitionState:
         """The parts' states before the first step."""
-        leaves, structure = optree.tree_flatten(params)
+        leaves, structure = flatten(params)
         return self._init_parts(dict(zip(_names(structure), leaves, strict=True)))
 
     def _init_parts(self, params: Named) -> PartitionState:
@@ -114,7 +113,7 @@ class Partition(Optimizer[PartitionState]):
         )
 
     def _prepare(self, params: Tree, grads: Tree, state: Any, write: bool) -> Steps[PartitionState]:
-        leaves, structure = optree.tree_flatten(params)
+        leaves, structure = flatten(params)
         gs = flatten_up_to("Partition", "grads", grads, structure)
         names = _names(structure)
         step_of_parts = self._prepare_parts(
@@ -194,9 +193,9 @@ def _prepare(
     return optimizer._prepare(part, grads, state, write)
 
 
-def _names(structure: optree.PyTreeSpec) -> list[str]:
-    if torch.compiler.is_compiling():
-        return leaf_names(structure)
+def _names(structure: Any) -> list[str]:
+    if isinstance(structure, Compiled):
+        return structure.of_leaves(leaf_names(structure.spec))
     try:
         return _remembered_names(structure)
     except TypeError:  # a user's node may hold what has no hash

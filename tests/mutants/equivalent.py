@@ -242,8 +242,6 @@ EQUIVALENT: dict[str, str] = {
     "combinators.cropped.union:flip-flag:1": _STRICT,
     "combinators.cropped.within:drop-argument:1": _STRICT,
     "combinators.cropped.within:flip-flag:1": _STRICT,
-    "combinators.repeat.Repeat._check:drop-argument:1": _STRICT,
-    "combinators.repeat.Repeat._check:flip-flag:1": _STRICT,
     "combinators.repeat.Repeat._gathered:drop-argument:1": _STRICT,
     "combinators.repeat.Repeat._gathered:flip-flag:1": _STRICT,
     "combinators.recompute.Recompute._bwd:drop-argument:1": _KEPT,

@@ -1,0 +1,78 @@
+"""Trees by optree, in ways that torch.compile can follow.
+
+It cannot follow a dict without leaves: `{"act": ()}`, the parameters of layers that have none.
+While it compiles, such a dict counts as a leaf of its own, which is kept as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import optree
+import torch
+
+
+class Compiled:
+    """The structure of a tree that is compiled: optree's, and the dicts that count as leaves."""
+
+    def __init__(self, spec: optree.PyTreeSpec, nodes: list[Any]) -> None:
+        self.spec = spec
+        self.nodes = nodes
+
+    def unflatten(self, leaves: Iterable[Any]) -> Any:
+        rest = iter(leaves)
+        return self.spec.unflatten([n if _is_bare(n) else next(rest) for n in self.nodes])
+
+    def flatten_up_to(self, tree: Any) -> list[Any]:
+        return self.of_leaves(self.spec.flatten_up_to(tree))
+
+    def accessors(self) -> list[optree.PyTreeAccessor]:
+        return self.of_leaves(self.spec.accessors())
+
+    def paths(self) -> list[tuple[Any, ...]]:
+        return self.of_leaves(self.spec.paths())
+
+    def of_leaves(self, values: Iterable[Any]) -> list[Any]:
+        """Those of values, one for each node, that are of leaves."""
+        pairs = zip(values, self.nodes, strict=True)
+        return [value for value, node in pairs if not _is_bare(node)]
+
+
+def flatten(tree: Any) -> tuple[list[Any], optree.PyTreeSpec]:
+    """The leaves of a tree and its structure."""
+    if not torch.compiler.is_compiling():
+        return optree.tree_flatten(tree)
+    nodes, spec = optree.tree_flatten(tree, is_leaf=_is_bare)
+    compiled: Any = Compiled(spec, nodes)  # which has the methods that funcnet uses
+    return compiled.of_leaves(nodes), compiled
+
+
+def leaves_of(tree: Any) -> list[Any]:
+    return flatten(tree)[0]
+
+
+def structure_of(tree: Any) -> optree.PyTreeSpec:
+    return flatten(tree)[1]
+
+
+def mapped(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """The tree of function(leaf, *others), where others are the leaves of the other trees."""
+    if not torch.compiler.is_compiling():
+        return optree.tree_map(function, tree, *rest)
+    leaves, structure = flatten(tree)
+    others = [structure.flatten_up_to(other) for other in rest]
+    return structure.unflatten([function(*each) for each in zip(leaves, *others, strict=True)])
+
+
+def _is_bare(node: Any) -> bool:
+    """Whether a node is a dict without leaves."""
+    return isinstance(node, dict) and _is_empty(node)
+
+
+def _is_empty(node: Any) -> bool:
+    if isinstance(node, dict):
+        return all(_is_empty(child) for child in node.values())
+    return node is None or (
+        isinstance(node, (tuple, list)) and all(_is_empty(child) for child in node)
+    )

@@ -288,6 +288,17 @@ def test_compiled_for_pictures_of_any_size():
         close(compiled(params, x), GLOBAL.apply(params, x))
 
 
+GLOBAL_PRELU = fn.PReLU(6)
+
+
+def test_compiled_where_hyperparameters_are_dynamic():
+    """Those of a layer that is a global become numbers without a value, as sizes do."""
+    params, x = GLOBAL_PRELU.init(fn.key(0), (6,)), fn.normal(fn.key(1), (4, 6))
+    function = lambda params, x: GLOBAL_PRELU.vjp(params, x, x)  # noqa: E731
+    compiled = torch.compile(function, backend="eager", fullgraph=True, dynamic=True)
+    close(compiled(params, x), function(params, x))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_a_compiled_training_step():
     net, shape = COMPILED[-1]

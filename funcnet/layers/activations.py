@@ -587,7 +587,8 @@ class PReLU(Layer):
         return {"weight": Param((self.num_parameters,), self.weight_init or Constant(0.25))}
 
     def _out_shape(self, shape: Shape) -> Shape:
-        if self.num_parameters not in (1, *shape[:1]):
+        # By ==: torch.compile takes `in` for identity, where sizes are dynamic.
+        if not any(self.num_parameters == channels for channels in (1, *shape[:1])):
             channels = shape[0] if shape else "none"
             raise ValueError(
                 f"{name_of(self)}: expected {self.num_parameters} channels, got {channels}"

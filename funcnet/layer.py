@@ -55,7 +55,7 @@ from funcnet.keys import Key, check_draw, check_key
 from funcnet.ops.autocast import without_autocast
 from funcnet.ops.inplace import is_eager, is_tracing
 from funcnet.ops.need import Need
-from funcnet.ops.trees import leaves_of, mapped, structure_of
+from funcnet.ops.trees import structure_of
 from funcnet.ops.without_entries import without_entries
 from funcnet.param import Layout, check_no_params, draw, first_tensor, misshapen, size_that_fits
 
@@ -271,7 +271,7 @@ class Layer(Hyperparameters):
 
     def _learns(self, params: Tree) -> bool:
         """Whether there are parameters to compute gradients for."""
-        return bool(leaves_of(params))
+        return bool(optree.tree_leaves(params))
 
     def __repr__(self) -> str:
         return source(self, in_lines=bool(self._children()))
@@ -468,7 +468,7 @@ def same_part(layer: Layer, shape: Shape, part: Part) -> tuple[Part, Layer] | No
 
 def zeros_like(params: Tree) -> Tree:
     """The gradient of parameters on which nothing depends."""
-    return mapped(torch.zeros_like, params)
+    return optree.tree_map(torch.zeros_like, params)
 
 
 def public_bwd(

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import optree
 import torch
 from torch import Tensor
 
 from funcnet.checks import check_like, name_of
 from funcnet.initializers import Initializer
 from funcnet.keys import Key, split
-from funcnet.ops.trees import leaves_of
 
 Layout: TypeAlias = Callable[[Tensor], Tensor]
 """A function that returns a tensor with the same values in another memory format."""
@@ -110,7 +110,7 @@ def check_no_params(who: object, params: Any) -> None:
 
 def first_tensor(params: Any, default: Any) -> Any:
     """The first leaf of params that is a tensor, or the default."""
-    leaves = leaves_of(params)
+    leaves = optree.tree_leaves(params)
     return next((leaf for leaf in leaves if isinstance(leaf, Tensor)), default)
 
 

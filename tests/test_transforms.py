@@ -355,6 +355,16 @@ def test_compiled_where_named_layers_have_no_parameters(net):
     close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_compiled_steps_of_dicts_without_tensors():
+    params = {"a": torch.ones(2), "b": {"c": None, "d": [(), {}]}}
+    step = fn.SGD(0.1).step
+    found, _ = torch.compile(step, backend="eager", fullgraph=True)(
+        params, params, fn.SGD(0.1).init(params)
+    )
+    assert found["b"] == params["b"]
+    assert torch.equal(found["a"], torch.full((2,), 0.9))
+
+
 def test_compiled_steps_where_named_layers_have_no_parameters():
     params, x = NAMED.init(fn.key(0), (2,)), fn.normal(fn.key(1), (2, 2))
     value_and_grad = fn.value_and_grad(NAMED, fn.MSE(), micro_batch=1)

@@ -6,6 +6,7 @@ from collections import namedtuple
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import optree
 import pytest
@@ -17,6 +18,8 @@ from torch.utils import _pytree
 
 import funcnet as fn
 from funcnet import tree as trees
+from funcnet.ops.trees import flatten, structure_of
+from funcnet.testing import strategies
 
 Keys = st.recursive(
     st.none(),
@@ -290,3 +293,29 @@ def test_what_files_see() -> None:
 def test_a_constructor_that_wants_more_than_fields_is_refused() -> None:
     with pytest.raises(TypeError, match="got one that wants other"):
         fn.register_node(Demanding)
+
+
+# --- While torch.compile looks
+
+
+@given(strategies.trees(), strategies.trees())
+def test_while_compiling_trees_are_what_they_are(tree, other):
+    """What has no leaves counts as one there, and for nobody who asks."""
+    tree = {"a": tree, "b": [other, {"act": (), 0.5: [None]}, {}]}
+    leaves, structure = optree.tree_flatten(tree)
+    with mock.patch.object(torch.compiler, "is_compiling", return_value=True):
+        found, compiled = flatten(tree)
+        again, same = compiled.unflatten(leaves), structure_of(tree).flatten_up_to(tree)
+        accessors, paths = compiled.accessors(), compiled.paths()
+    for others in (found, optree.tree_leaves(again), same):
+        assert [id(leaf) for leaf in others] == [id(leaf) for leaf in leaves]
+    assert optree.tree_structure(again) == structure
+    assert (accessors, paths) == (structure.accessors(), structure.paths())
+
+
+def test_while_compiling_a_tree_of_another_structure_is_refused():
+    with mock.patch.object(torch.compiler, "is_compiling", return_value=True):
+        structure = structure_of({"a": (torch.ones(1), {})})
+        for other in ((), {"a": ()}, {"b": (torch.ones(1), {})}):
+            with pytest.raises(ValueError, match=r"[Ee]xpected"):
+                structure.flatten_up_to(other)

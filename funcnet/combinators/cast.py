@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import optree
 import torch
 from torch import Tensor
 
@@ -13,7 +14,6 @@ from funcnet.combinators.wrapper import Wrapper
 from funcnet.keys import Key
 from funcnet.layer import Tree
 from funcnet.ops.need import Need
-from funcnet.ops.trees import leaves_of, mapped
 from funcnet.running import run_apply, run_bwd, run_fwd
 
 
@@ -65,14 +65,14 @@ class Cast(Wrapper):
     def _bwd(self, params: Tree, residuals: Any, dy: Tensor, need: Need) -> tuple[Tree, Any]:
         dparams, dx = run_bwd(self.layer, self._cast(params), residuals, self._cast(dy), need)
         if need.params:
-            dparams = mapped(lambda leaf, d: d.to(leaf.dtype), params, dparams)
+            dparams = optree.tree_map(lambda leaf, d: d.to(leaf.dtype), params, dparams)
         return dparams, None if dx is None else dx.to(dy.dtype)
 
     def _cast(self, tree: Tree) -> Tree:
         def cast(x: Tensor) -> Tensor:
             return x.to(self.dtype) if x.is_floating_point() else x
 
-        return mapped(cast, tree)
+        return optree.tree_map(cast, tree)
 
     def _describe(self) -> str:
         return f"Cast({name_of(self.layer)}, {self.dtype})"
@@ -87,5 +87,5 @@ def _dtype_of(params: Tree, x: Tensor) -> torch.dtype:
     """y's dtype outside: x's, or the parameters' for x of integers."""
     if x.is_floating_point():
         return x.dtype
-    leaves = leaves_of(params)
+    leaves = optree.tree_leaves(params)
     return next((leaf.dtype for leaf in leaves if leaf.is_floating_point()), torch.float32)

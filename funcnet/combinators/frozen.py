@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import optree
 from torch import Tensor
 
 from funcnet.combinators.wrapper import Wrapper
 from funcnet.keys import Key
 from funcnet.layer import Tree, zeros_like
 from funcnet.ops.need import Need
-from funcnet.ops.trees import leaves_of, mapped
 from funcnet.running import dx_alone, run_apply, run_fwd
 
 
@@ -40,7 +40,7 @@ class Frozen(Wrapper):
         return False
 
     def _frozen_params(self, params: Tree) -> list[tuple[Tensor, Any]]:
-        leaves: list[Any] = leaves_of(params)
+        leaves: list[Any] = optree.tree_leaves(params)
         return [(leaf, ...) for leaf in leaves]
 
     def _apply(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
@@ -55,4 +55,4 @@ class Frozen(Wrapper):
 
 
 def _detached(params: Tree) -> Tree:
-    return mapped(Tensor.detach, params)
+    return optree.tree_map(Tensor.detach, params)

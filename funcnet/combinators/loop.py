@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import optree
 import torch
 
 from funcnet.combinators.turns import Turns
 from funcnet.keys import Key, fold_in
 from funcnet.layer import Shape, Tree, is_private, like_params
 from funcnet.ops.inplace import add_over
-from funcnet.ops.trees import mapped
 
 
 @dataclass(frozen=True)
@@ -46,4 +46,4 @@ class Loop(Turns):
             return dparams
         # The gradients of a layer that checks for itself may be anybody's.
         add = add_over if is_private(self.layer) else torch.add
-        return mapped(add, so_far, dparams)
+        return optree.tree_map(add, so_far, dparams)

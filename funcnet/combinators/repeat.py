@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import optree
 import torch
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from funcnet.keys import Key, fold_in
 from funcnet.layer import Shape, Spec, Tree
 from funcnet.ops.autocast import without_autocast
 from funcnet.ops.stacking import stack
-from funcnet.ops.trees import flatten, mapped, structure_of
+from funcnet.ops.trees import flatten, structure_of
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Repeat(Turns):
             with without_autocast(leaves[0]):  # which would stack in another dtype
                 return stack(leaves)
 
-        return mapped(stacked, *each)
+        return optree.tree_map(stacked, *each)
 
     def _check(self, params: Tree, x: Spec) -> Spec:
         leaves, structure = flatten(params)
@@ -58,7 +59,7 @@ class Repeat(Turns):
                     f"{name_of(self)}: expected {name} to have a leading axis of {self.n}, "
                     f"got shape {tuple(leaf.shape)}"
                 )
-        return super()._check(mapped(_first, params), x)
+        return super()._check(optree.tree_map(_first, params), x)
 
     def _copied(self) -> Shape:
         return (self.n,)

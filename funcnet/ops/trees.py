@@ -1,12 +1,12 @@
 """Trees by optree, in ways that torch.compile can follow.
 
 It cannot follow a dict without leaves: `{"act": ()}`, the parameters of layers that have none.
-While it compiles, such a dict counts as a leaf of its own, which is kept as it is.
+While it compiles, what has no leaves counts as one, which is kept as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import optree
@@ -14,7 +14,7 @@ import torch
 
 
 class Compiled:
-    """The structure of a tree that is compiled: optree's, and the dicts that count as leaves."""
+    """The structure of a tree that is compiled: optree's, and what counts as its leaves."""
 
     def __init__(self, spec: optree.PyTreeSpec, nodes: list[Any]) -> None:
         self.spec = spec
@@ -48,31 +48,14 @@ def flatten(tree: Any) -> tuple[list[Any], optree.PyTreeSpec]:
     return compiled.of_leaves(nodes), compiled
 
 
-def leaves_of(tree: Any) -> list[Any]:
-    return flatten(tree)[0]
-
-
 def structure_of(tree: Any) -> optree.PyTreeSpec:
+    """The structure of a tree."""
     return flatten(tree)[1]
 
 
-def mapped(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """The tree of function(leaf, *others), where others are the leaves of the other trees."""
-    if not torch.compiler.is_compiling():
-        return optree.tree_map(function, tree, *rest)
-    leaves, structure = flatten(tree)
-    others = [structure.flatten_up_to(other) for other in rest]
-    return structure.unflatten([function(*each) for each in zip(leaves, *others, strict=True)])
-
-
 def _is_bare(node: Any) -> bool:
-    """Whether a node is a dict without leaves."""
-    return isinstance(node, dict) and _is_empty(node)
-
-
-def _is_empty(node: Any) -> bool:
-    if isinstance(node, dict):
-        return all(_is_empty(child) for child in node.values())
-    return node is None or (
-        isinstance(node, (tuple, list)) and all(_is_empty(child) for child in node)
+    """Whether a node has no leaves: None, or a container of nothing else."""
+    children = node.values() if isinstance(node, dict) else node
+    return children is None or (
+        isinstance(node, (dict, tuple, list)) and all(_is_bare(child) for child in children)
     )

@@ -99,6 +99,10 @@ _OPS = {
     "pooling": "test_pooling.py",
     "recurrent": f"test_recurrent.py {_CELLS}",
     "stacking": "test_combinators.py",
+    "trees": (
+        "test_tree.py test_transforms.py::test_compiled_steps_of_dicts_without_tensors "
+        "test_transforms.py::test_compiled_where_named_layers_have_no_parameters"
+    ),
 }
 
 TARGETS: tuple[tuple[str, str], ...] = (

@@ -288,15 +288,15 @@ def test_compiled_for_pictures_of_any_size():
         close(compiled(params, x), GLOBAL.apply(params, x))
 
 
-GLOBAL_PRELU = fn.PReLU(6)
-
-
-def test_compiled_where_hyperparameters_are_dynamic():
+@pytest.mark.parametrize("layer", [fn.PReLU(6), fn.Reshape(2, -1), fn.Reshape(6)], ids=repr)
+def test_compiled_where_hyperparameters_are_dynamic(layer, monkeypatch):
     """Those of a layer that is a global become numbers without a value, as sizes do."""
-    params, x = GLOBAL_PRELU.init(fn.key(0), (6,)), fn.normal(fn.key(1), (4, 6))
-    function = lambda params, x: GLOBAL_PRELU.vjp(params, x, x)  # noqa: E731
+    monkeypatch.setitem(globals(), "GLOBAL", layer)
+    params, x = layer.init(fn.key(0), (6,)), fn.normal(fn.key(1), (4, 6))
+    grad = layer.apply(params, x)
+    function = lambda params, x, grad: GLOBAL.vjp(params, x, grad)  # noqa: E731
     compiled = torch.compile(function, backend="eager", fullgraph=True, dynamic=True)
-    close(compiled(params, x), function(params, x))
+    close(compiled(params, x, grad), function(params, x, grad))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

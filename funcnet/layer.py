@@ -341,7 +341,7 @@ class Layer(Hyperparameters):
             )
         if not like.is_floating_point():
             need = need._replace(input=False)
-        if not need.input and not asks(self, params, need):
+        if not asks(self, params, need):
             return zeros_like(params) if need.params else None, None
         with without_autocast(grad):
             dparams, dx = self._bwd(params, kept, grad, need)

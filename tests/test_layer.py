@@ -73,6 +73,47 @@ class Public(fn.Layer):
         return {"w": (x * grad).sum()}, params["w"] * grad if input_grad else None
 
 
+@dataclass(frozen=True)
+class Two(fn.Layer):
+    """Layers in two fields."""
+
+    left: fn.Layer
+    right: fn.Layer
+    factor: float = 1.0
+
+    def _fwd(self, params, x, key):
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Many(fn.Layer):
+    """Layers in a tuple."""
+
+    layers: tuple[fn.Layer, ...]
+
+    def _fwd(self, params, x, key):
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Careless(fn.Layer):
+    """y = w · x, with all gradients whatever is needed."""
+
+    def _check_x(self, x):
+        pass
+
+    def _params(self, shape):
+        return {"w": fn.Param((), Ones())}
+
+    def _fwd(self, params, x, key):
+        return params["w"] * x, (x, x.is_floating_point())
+
+    def _bwd(self, params, residuals, dy, need):
+        x, is_floating_point = residuals
+        assert need.input <= is_floating_point
+        return {"w": (x * dy).sum()}, params["w"] * dy
+
+
 # --- What is derived
 
 
@@ -194,6 +235,46 @@ def test_what_is_not_asked_for_is_not_given(layer):
     assert layer.vjp(params, x, grad, param_grad=False)[0] is None
     close(layer.vjp(params, x, grad, param_grad=False)[1], dx)
     close(layer.vjp(params, x, grad, input_grad=False), (dparams, None))
+
+
+@pytest.mark.parametrize("input_grad", [True, False])
+@pytest.mark.parametrize("param_grad", [True, False])
+def test_what_a_layer_gives_without_being_asked_is_left_out(param_grad, input_grad):
+    layer = Careless()
+    params, x, grad = make(layer, (3,))
+    asked = {"param_grad": param_grad, "input_grad": input_grad}
+    _, residuals = layer.fwd(params, x)
+    for dparams, dx in (
+        layer.vjp(params, x, grad, **asked),
+        layer.bwd(params, residuals, grad, **asked),
+    ):
+        assert (dparams is not None, dx is not None) == (param_grad, input_grad)
+    dparams, dx = layer.vjp(params, torch.ones(2, 3, dtype=torch.int64), grad[:2], **asked)
+    assert (dparams is not None, dx is not None) == (param_grad, False)
+
+
+def test_children_of_a_combinator_of_ones_own():
+    one, other, more = fn.ReLU(), fn.Linear(2), fn.Tanh()
+    two, many = Two(one, other, 0.5), Many((one, other))
+    for net in (two, many):
+        assert net._children() == (("0", one), ("1", other))
+        for params in (("p", "q"), ["p", "q"], {"0": "p", "1": "q"}, {"1": "q", "0": "p"}):
+            assert net._child_params(params) == ("p", "q")
+    assert two._child_params({"right": "q", "left": "p", "own": "r"}) == ("p", "q")
+    assert Many((one,))._child_params(("p",)) == ("p",)
+    assert fn.Residual(one)._child_params({"0": "p"}) == ({"0": "p"},)
+    assert two._with_children([other, more]) == Two(other, more, 0.5)
+    assert many._with_children([other, more]) == Many((other, more))
+    assert fn.Residual(one)._with_children([more]) == fn.Residual(more)
+
+
+def test_what_a_combinator_of_ones_own_freezes():
+    """It may have parameters besides those of its children."""
+    weight, own = torch.ones(2), torch.ones(3)
+    net = Two(fn.Frozen(fn.Linear(2, bias=False)), fn.ReLU())
+    ((leaf, index),) = net._frozen_params(({"weight": weight}, (), own))
+    assert leaf is weight
+    assert index is ...
 
 
 AROUND = {
@@ -426,6 +507,16 @@ def test_nothing_is_remembered_under_transforms():
     torch.func.vmap(net.apply, in_dims=(None, 0))(params, x)
     compile_whole(net.apply)(params, x[0])
     assert "_accepted" not in net.__dict__
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
+def test_a_trace_holds_nothing_of_the_checks():
+    layer = Affine()
+    params, x, _ = make(layer, (3, 4, 5))
+    graph = torch.jit.trace(lambda x: layer.apply(params, x), x)
+    other = torch.ones(5, 3, 4, 5)
+    assert same(graph(other), layer.apply(params, other))
 
 
 def test_threads_may_share_a_network():

@@ -117,7 +117,11 @@ TARGETS: tuple[tuple[str, str], ...] = (
         "test_layer.py test_errors.py test_attention.py test_upsample_conv.py test_linear.py "
         "test_gate_properties.py test_shape.py test_recurrent.py test_embedding.py",
     ),
-    ("funcnet/running.py", "test_layer.py test_sequential.py test_combinators.py test_tiling.py"),
+    (
+        "funcnet/running.py",
+        "test_layer.py test_sequential.py test_combinators.py test_tiling.py "
+        f"test_properties.py::{_QUICK[0]}",
+    ),
     (
         "funcnet/layer.py",
         "test_layer.py test_errors.py test_sequential.py test_combinators.py "

@@ -91,7 +91,7 @@ def rms_norm_gradients(
         else:
             scale = weight.flatten().to(rows.dtype)
             grad, along = grad * scale, products @ scale
-        slope = along.reshape(rstd.shape) * rstd * rstd / max(rows.shape[-1], 1)
+        slope = along.reshape(rstd.shape) * rstd * rstd / rows.shape[-1]
         dx = inplace.multiply(torch.addcmul(grad, rows, slope, value=-1), rstd)
         dx = dx.to(x.dtype).reshape(x.shape)
     return dx, dweight

@@ -171,7 +171,7 @@ def norms_in_turn(xs: list[Tensor], order: float, dtype: torch.dtype) -> list[Te
     return [torch.linalg.vector_norm(x, order, dtype=dtype) for x in xs]
 
 
-_OPERATIONS = {"add", "addcdiv", "addcmul", "div", "lerp", "maximum", "mul", "neg", "sqrt"}
+_OPERATIONS = ("add", "addcdiv", "addcmul", "div", "lerp", "maximum", "mul", "neg", "sqrt")
 
 foreach = {name: _new(name) for name in _OPERATIONS}
 foreach_ = {name: _write(name) for name in _OPERATIONS}

@@ -49,7 +49,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funcnet.checks import as_shape, check_like, check_tensor, name_of, sizes
+from funcnet.checks import as_shape, check_like, check_tensor, name_of, shown, sizes
 from funcnet.fields import Hyperparameters, source
 from funcnet.keys import Key, check_draw, check_key
 from funcnet.ops.autocast import without_autocast
@@ -495,7 +495,7 @@ def like_params(params: Tree, dparams: Tree) -> Tree:
 def check_net(who: str, net: Any) -> None:
     """Raise TypeError unless net is a Layer."""
     if not isinstance(net, Layer):
-        raise TypeError(f"{who}: expected net to be a Layer, got {type(net).__name__}")
+        raise TypeError(f"{who}: expected net to be a Layer, got {shown(net)}")
 
 
 def _spec(layer: Layer, x: Any, shape: Shape) -> Spec:

@@ -9,10 +9,10 @@ import optree
 import torch
 from torch import Tensor
 
-from funcnet.checks import as_shape, name_of, shown
+from funcnet.checks import as_shape, name_of
 from funcnet.compat import storage_id
 from funcnet.keys import key
-from funcnet.layer import Layer, Shape, Tree
+from funcnet.layer import Layer, Shape, Tree, check_net
 from funcnet.leaves import joined
 
 _META = torch.device("meta")
@@ -59,8 +59,7 @@ def summary(net: Layer, shape: Sequence[int]) -> str:
     1.b         Sigmoid()                     (8, 30, 30)           0          28,800
                                               total               224          69,888
     """
-    if not isinstance(net, Layer):
-        raise TypeError(f"summary: expected net to be a Layer, got {shown(net)}")
+    check_net("summary", net)
     lines = [("path", "layer", "output", "parameters", "residual bytes")]
     for row in _rows(net, as_shape(net, shape), "", 0):
         output = "?" if row.output is None else str(row.output)

@@ -417,7 +417,9 @@ def test_refusals():
             fn.for_inference(net, params, wrong)
     with pytest.raises(ValueError, match="expected params of 2 layers, got a tuple of 1"):
         fn.for_inference(net, params[:1], m)
-    with pytest.raises(TypeError, match="for_inference: expected net to be a Layer, got tuple"):
+    with pytest.raises(
+        TypeError, match="for_inference: expected net to be a Layer, got a tuple of 2"
+    ):
         fn.for_inference(params, net, m)
     with pytest.raises(TypeError, match="expected fold to be True or False, got 1"):
         fn.for_inference(net, params, m, fold=1)

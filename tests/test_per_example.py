@@ -406,7 +406,7 @@ def test_refusals(function):
     deep = fn.Sequential(fn.ReLU(), fn.Sequential(a=fn.Residual(fn.BatchNorm())))
     with pytest.raises(ValueError, match=rf"{name}: .* alone, got layer 1: a: BatchNorm\(\)"):
         function(deep, fn.MSE())
-    with pytest.raises(TypeError, match=f"{name}: expected net to be a Layer, got function"):
+    with pytest.raises(TypeError, match=f"{name}: expected net to be a Layer, got <function make"):
         function(make, fn.MSE())
     with pytest.raises(TypeError, match=f"{name}: expected a loss, such as MSE"):
         function(fn.ReLU(), fn.MSE)

@@ -147,7 +147,7 @@ class _Translator:
 # --- Layers
 
 
-_OURS = {"method", "weight_init", "bias_init", "num_dims"}
+OURS = {"method", "weight_init", "bias_init", "num_dims"}
 """The fields that torch.nn does not know."""
 
 
@@ -156,7 +156,7 @@ def _twin(layer: Layer, params: Tree, shape: Shape | None) -> nn.Module:
     if type(layer) not in MODULES:
         raise ValueError(f"{name_of(layer)} has no form in torch.nn")
     settings = {f.name: getattr(layer, f.name) for f in fields(layer) if f.init}
-    options = {name: value for name, value in settings.items() if name not in _OURS}
+    options = {name: value for name, value in settings.items() if name not in OURS}
     for cls, arguments in _SIZES.items():
         if isinstance(layer, cls):
             options |= arguments(layer, params, shape)

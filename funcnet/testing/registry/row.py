@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 from torch import nn
 
 from funcnet.fields import Hyperparameters, Number, OneOf, PerAxis, Whole, kinds
+from funcnet.interop.to_torch import OURS
 from funcnet.layer import Layer, Shape
 
 _Choice = TypeVar("_Choice")
@@ -47,13 +48,9 @@ class Row:
         return self.layer(**choose_settings(self.layer, self.settings, choose))
 
 
-_OURS = {"method", "weight_init", "bias_init", "num_dims"}
-"""The fields that torch.nn does not know."""
-
-
 def same_name(layer: Any, _: Shape, *sizes: Any) -> nn.Module:
     """The torch.nn module of the layer's name and settings, which come behind the sizes of x."""
-    names = [f.name for f in fields(layer) if f.init and f.name not in _OURS]
+    names = [f.name for f in fields(layer) if f.init and f.name not in OURS]
     cls: Any = getattr(nn, type(layer).__name__)
     module: nn.Module = cls(*sizes, **{name: getattr(layer, name) for name in names})
     return module

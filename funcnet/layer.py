@@ -426,7 +426,7 @@ class Layer(Hyperparameters):
         """The error that x has a shape that does not fit."""
         letters = list(self._axes or ["*"] * len(x.shape))
         if fitting is not None:
-            axis, size = fitting
+            axis, size = map(int, fitting)  # in a trace, sizes are tensors
             letters[axis if letters[-1] == "…" else axis - len(x.shape)] = str(size)
         return ValueError(
             f"{name_of(self)}: expected x of shape {sizes(('N', *letters))}, "

@@ -249,7 +249,14 @@ def test_what_a_layer_gives_without_being_asked_is_left_out(param_grad, input_gr
         layer.bwd(params, residuals, grad, **asked),
     ):
         assert (dparams is not None, dx is not None) == (param_grad, input_grad)
-    dparams, dx = layer.vjp(params, torch.ones(2, 3, dtype=torch.int64), grad[:2], **asked)
+    integers = torch.ones(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"expected params with keys 'w', got no keys"):
+        layer.apply({}, integers)
+    with pytest.raises(TypeError, match="expected x on the device of params, cpu, got meta"):
+        layer.apply(params, integers.to("meta"))
+    with pytest.raises(TypeError, match=r"expected params to be floating-point, got torch\.int64"):
+        layer.apply({"w": integers[0, 0]}, integers)
+    dparams, dx = layer.vjp(params, integers, grad[:2], **asked)
     assert (dparams is not None, dx is not None) == (param_grad, False)
 
 
@@ -517,6 +524,8 @@ def test_a_trace_holds_nothing_of_the_checks():
     graph = torch.jit.trace(lambda x: layer.apply(params, x), x)
     other = torch.ones(5, 3, 4, 5)
     assert same(graph(other), layer.apply(params, other))
+    with pytest.raises(ValueError, match=r"shape \(N, 3, H, W\), got \(2, 4, 4, 5\)"):
+        torch.jit.trace(lambda x: layer.apply(params, x), torch.ones(2, 4, 4, 5))
 
 
 def test_threads_may_share_a_network():

@@ -152,7 +152,9 @@ def group_norm_gradients(
     if not x.numel():  # the kernel divides by the size
         nothing = x.new_zeros(x.shape[1])
         return _asked((torch.zeros_like(x), nothing, nothing.clone()), mask, x.dtype)
-    if _has_few(x, groups, memory_format) or inplace.is_tracing():
+    # Autograd cannot differentiate the kernel, and a trace would hold sizes for those of any x.
+    has_to = not inplace.is_untracked(dy, x, mean, rstd, weight)
+    if has_to or _has_few(x, groups, memory_format):
         grads = _group_norm_gradients_by_channels(dy, x, mean, rstd, weight, groups, mask)
         return _asked(grads, mask, x.dtype)
     weight = _in_float32(x, weight, x.shape[1:2])
@@ -161,10 +163,7 @@ def group_norm_gradients(
     sizes = _sizes(x)
     entries = sizes[1] * sizes[2] // groups
     x = _exact(x, entries)
-    if inplace.is_untracked(dy, x, mean, rstd, weight):
-        dx, *others = _group_norm_backward(dy, x, mean, rstd, weight, *sizes, groups, asked)
-    else:  # autograd cannot differentiate the kernel
-        dx, *others = _group_norm_gradients_by_channels(dy, x, mean, rstd, weight, groups, mask)
+    dx, *others = _group_norm_backward(dy, x, mean, rstd, weight, *sizes, groups, asked)
     return _asked((x if entries == 1 else dx, *others), mask, x.dtype)
 
 

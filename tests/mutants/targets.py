@@ -74,11 +74,6 @@ _CELLS = " ".join(
     for cls in ("RNN", "LSTM", "GRU")
 )
 
-_NORMS = " ".join(
-    f"test_per_example.py::test_every_layer[{norm}]"
-    for norm in ("RMSNorm()-5", "LayerNorm()-5", "GroupNorm(2)-4x3x2", "ChannelAffine()-3x4x2")
-)
-
 _OPS = {
     "attention": "test_attention.py test_fake_cuda.py::test_layers",
     "conv_transpose": (
@@ -100,7 +95,11 @@ _OPS = {
     ),
     "fused": "test_optimizers.py",
     "nll": "test_losses.py",
-    "normalization": f"test_normalization.py test_properties.py::{_QUICK[0]} {_NORMS}",
+    "normalization": (
+        f"test_normalization.py test_properties.py::{_QUICK[0]} "
+        "test_per_example.py::test_every_layer "
+        "test_export.py::test_gradients_of_norms_traced_for_any_batch"
+    ),
     "pooling": "test_pooling.py",
     "recurrent": f"test_recurrent.py {_CELLS}",
     "stacking": "test_combinators.py",

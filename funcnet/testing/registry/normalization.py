@@ -81,6 +81,7 @@ ROWS = (
         RMSNorm,
         (
             (RMSNorm(), (5,)),
+            (RMSNorm(), (4, 3)),
             (RMSNorm(2, eps=0.1), (3, 2, 4)),
             (RMSNorm(elementwise_affine=False), (2, 3)),
         ),

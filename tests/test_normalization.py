@@ -492,3 +492,12 @@ def test_channels_last_with_any_stride_along_an_axis_of_size_1(stride):
     )
     close(layer.apply(params, odd_x), layer.apply(params, x))
     close(layer.vjp(params, odd_x, odd_grad), layer.vjp(params, x, grad))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_a_gradient_that_is_the_same_everywhere_moves_nothing(groups):
+    """Sums of more entries than bfloat16 can count are not rounded on the way."""
+    layer = fn.GroupNorm(groups, affine=False)
+    x = fn.normal(KEY, (2, 8, 17, 19)).bfloat16().contiguous(memory_format=torch.channels_last)
+    _, dx = layer.vjp((), x, torch.ones_like(x))
+    assert dx.abs().max() <= 1e-4

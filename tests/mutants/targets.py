@@ -98,7 +98,8 @@ _OPS = {
     "normalization": (
         f"test_normalization.py test_properties.py::{_QUICK[0]} "
         "test_per_example.py::test_every_layer "
-        "test_export.py::test_gradients_of_norms_traced_for_any_batch"
+        "test_export.py::test_gradients_of_norms_traced_for_any_batch "
+        "test_transforms.py::test_gradients_can_be_differentiated"
     ),
     "pooling": "test_pooling.py",
     "recurrent": f"test_recurrent.py {_CELLS}",

@@ -326,7 +326,7 @@ def _in_float32(x: Tensor, weight: Tensor | None, ones: torch.Size | None = None
     """
     if x.is_cpu and _is_half(x):
         if weight is not None:
-            return weight.float().contiguous()
+            return weight.float()
         return None if ones is None else x.new_ones(ones, dtype=torch.float32)
     return None if weight is None else weight.contiguous()
 

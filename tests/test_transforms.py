@@ -131,6 +131,28 @@ def test_vjp_over_grad_alone(layer, shape, device):
     close(mapped, torch.stack([layer.vjp(params, x, grad, key=key)[1] for grad in grads]))
 
 
+@examples_of_floats
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_vjp_in_half_precision(layer, shape, device, dtype):
+    """Kernels may take no two dtypes under vmap; the statistics are float32 there, too."""
+    params, x, grad = make(layer, shape, dtype=dtype, device=device)
+    xs, grads, key = torch.stack([x, x.flip(0)]), torch.stack([grad, -grad]), key_for(layer)
+    stacked = stack([params, params])
+
+    def step(params, x, grad):
+        y = layer.apply(params, x, key=key)
+        return optree.tree_leaves((y, layer.vjp(params, x, grad, key=key)))
+
+    found = torch.func.vmap(step)(stacked, xs, grads)
+    expected = stack([step(params, x, grad) for x, grad in zip(xs, grads, strict=True)])
+    double = optree.tree_map(torch.Tensor.double, (stacked, xs, grads))
+    exact = torch.func.vmap(step)(*double)
+    for got, plain, want in zip(found, expected, exact, strict=True):
+        assert got.dtype == plain.dtype == dtype
+        off, allowed = (got - want).abs().max(), (plain - want).abs().max()
+        assert off <= 4 * allowed + 4 * torch.finfo(dtype).eps * want.abs().max()
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @examples
 def test_a_whole_step_over_parameters(layer, shape, momentum, device):

@@ -40,7 +40,7 @@ def layer_norm(
     shape = x.shape[-num_dims:]
     x = _exact(x, math.prod(shape))
     weight, bias = _in_float32(x, weight, shape), _in_float32(x, bias)
-    return _in_dtype(_layer_norm(x, shape, weight, bias, eps), x.dtype)
+    return _in_dtype(_layer_norm(_like_weights(x), shape, weight, bias, eps), x.dtype)
 
 
 def layer_norm_gradients(
@@ -56,9 +56,9 @@ def layer_norm_gradients(
     mask = need.input, need.params and weight is not None, need.params and bias is not None
     shape = x.shape[-num_dims:]
     weight, bias = _in_float32(x, weight, shape), _in_float32(x, bias)
-    x = _exact(x, math.prod(shape))
+    dtype, x, dy = x.dtype, _like_weights(_exact(x, math.prod(shape))), _like_weights(dy)
     dx, *others = _layer_norm_backward(dy, x, shape, mean, rstd, weight, bias, mask)
-    return _asked((x if math.prod(shape) == 1 else dx, *others), mask, x.dtype)
+    return _asked((x if math.prod(shape) == 1 else dx, *others), mask, dtype)
 
 
 def rms_norm(
@@ -124,7 +124,8 @@ def group_norm(
     sizes = _sizes(x)
     x = _exact(x, sizes[1] * sizes[2] // groups)
     if memory_format == torch.contiguous_format or _is_half(x):
-        return _in_dtype(_group_norm(x, weight, bias, *sizes, groups, eps), x.dtype)
+        normalised = _group_norm(_like_weights(x), weight, bias, *sizes, groups, eps)
+        return _in_dtype(normalised, x.dtype)
     # In channels_last the kernel takes the variance for E[x²] − E[x]²: wrong for a large mean.
     if inplace.has_values(x):
         found: Normalised = _group_norm(x, weight, bias, *sizes, groups, eps)
@@ -272,7 +273,8 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
         return x.clone(), nothing, nothing
     weight, bias = _in_float32(x, weight, x.shape[1:2]), _in_float32(x, bias)
     x = _dense(x, _memory_format(x))
-    return _in_dtype(_batch_norm(x, weight, bias, None, None, True, 0.0, eps), x.dtype)
+    normalised = _batch_norm(_like_weights(x), weight, bias, None, None, True, 0.0, eps)
+    return _in_dtype(normalised, x.dtype)
 
 
 def batch_norm_gradients(
@@ -292,8 +294,9 @@ def batch_norm_gradients(
     memory_format = _memory_format(x)
     x, dy = _dense(x, memory_format), _dense(dy, memory_format)
     weight = _in_float32(x, weight, x.shape[1:2])
+    dtype, x, dy = x.dtype, _like_weights(x), _like_weights(dy)
     grads = _batch_norm_backward(dy, x, weight, None, None, mean, rstd, True, eps, mask)
-    return _asked(grads, mask, x.dtype)
+    return _asked(grads, mask, dtype)
 
 
 def channel_affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -329,6 +332,11 @@ def _in_float32(x: Tensor, weight: Tensor | None, ones: torch.Size | None = None
             return weight.float()
         return None if ones is None else x.new_ones(ones, dtype=torch.float32)
     return None if weight is None else weight.contiguous()
+
+
+def _like_weights(x: Tensor) -> Tensor:
+    """x, in float32 as the weights are where torch.func follows: it takes no two dtypes."""
+    return x.float() if x.is_cpu and _is_half(x) and not inplace.is_eager() else x
 
 
 def _exact(x: Tensor, entries: int) -> Tensor:

@@ -5,6 +5,7 @@ import pickle
 import threading
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from test_transforms import compile_whole
 import funcnet as fn
 from funcnet.fields import Flag, Sizes
 from funcnet.initializers import Normal, Ones, Uniform
+from funcnet.layer import public_bwd
+from funcnet.ops.need import Need
 from funcnet.testing import check_vjp, strategies
 
 NET = fn.Sequential(fn.Conv2d(4, 3, padding=1), fn.ReLU(), fn.UpsampleConv2d(2))
@@ -110,6 +113,7 @@ class Careless(fn.Layer):
 
     def _bwd(self, params, residuals, dy, need):
         x, is_floating_point = residuals
+        assert need.params or need.input
         assert need.input <= is_floating_point
         return {"w": (x * dy).sum()}, params["w"] * dy
 
@@ -223,6 +227,9 @@ def test_x_is_blamed_at_any_axis(got, fitting):
     layer = OfEachEntry()
     with pytest.raises(ValueError, match=rf"expected x of shape \(N, {fitting}\), got \(2, 3, 5\)"):
         layer.apply(layer.init(fn.key(0), got), torch.ones(2, 3, 5))
+    norm = fn.GroupNorm(2)
+    with pytest.raises(ValueError, match=r"expected x of shape \(N, 6, …\), got \(2, 8, 4, 3\)"):
+        norm.apply(norm.init(fn.key(0), (6, 4, 3)), torch.ones(2, 8, 4, 3))
     linear = fn.Linear(2)
     with pytest.raises(ValueError, match=r"expected x of shape \(N, …, 0\), got \(2, 3\)"):
         linear.apply(linear.init(fn.key(0), (0,)), torch.ones(2, 3))
@@ -258,6 +265,38 @@ def test_what_a_layer_gives_without_being_asked_is_left_out(param_grad, input_gr
         layer.apply({"w": integers[0, 0]}, integers)
     dparams, dx = layer.vjp(params, integers, grad[:2], **asked)
     assert (dparams is not None, dx is not None) == (param_grad, False)
+
+
+@dataclass(frozen=True)
+class WithParamGrad(Public):
+    """Its `bwd` knows of `param_grad`."""
+
+    def bwd(self, params, x, grad, *, input_grad=True, param_grad=True):
+        self.calls.append((input_grad, param_grad))
+        dparams, dx = super().bwd(params, x, grad, input_grad=input_grad)
+        return dparams if param_grad else None, dx
+
+
+@dataclass(frozen=True)
+class WithOptions(Public):
+    """Its `bwd` takes any option."""
+
+    def bwd(self, params, x, grad, **options):
+        param_grad = options.get("param_grad", True)
+        self.calls.append((options["input_grad"], param_grad))
+        dparams, dx = super().bwd(params, x, grad, input_grad=options["input_grad"])
+        return dparams if param_grad else None, dx
+
+
+@pytest.mark.parametrize("cls", [Public, WithParamGrad, WithOptions])
+def test_a_layer_that_checks_for_itself_is_told_what_is_needed(cls):
+    layer = cls(calls=[])
+    params, x, grad = make(layer, (3,))
+    for wanted in product([True, False], repeat=2):
+        dparams, dx = public_bwd(layer, params, x, grad, Need(*wanted))
+        assert (dparams is not None, dx is not None) == wanted
+        assert layer.calls == [*([] if cls is Public else [wanted[::-1]]), "bwd"]
+        layer.calls.clear()
 
 
 def test_children_of_a_combinator_of_ones_own():

@@ -269,6 +269,8 @@ EQUIVALENT: dict[str, str] = {
     "combinators.cropped.union:drop-argument:1": _STRICT,
     "ops.normalization.rms_norm_gradients:swap-arguments:3": _COMMUTES,
     "layer.Layer._admit:off-by-one:2": _REMEMBERED,
+    "layer._spec:drop-call:1": _TUPLE,
+    "layer._spec:drop-call:2": _TUPLE,
     "layer.Layer.vjp:condition:2": "bwd finds the same, and keeps residuals until its end",
     "layer.Layer.vjp:drop-argument:2": _KEPT,
     "layer.Layer.vjp:flip-flag:3": _KEPT,

@@ -267,6 +267,18 @@ def test_what_a_layer_gives_without_being_asked_is_left_out(param_grad, input_gr
     assert (dparams is not None, dx is not None) == (param_grad, False)
 
 
+@pytest.mark.parametrize(
+    "pick", [lambda x: None, lambda x: [x, x], lambda x: (x,), lambda x: (x,) * 3, lambda x: (3, x)]
+)
+def test_residuals_of_somebody_else_are_refused(pick):
+    layer = Careless()
+    params, x, grad = make(layer, (3,))
+    with pytest.raises(
+        TypeError, match=r"Careless\(\): expected residuals as fwd returns them, got"
+    ):
+        layer.bwd(params, pick(x), grad)
+
+
 @dataclass(frozen=True)
 class WithParamGrad(Public):
     """Its `bwd` knows of `param_grad`."""

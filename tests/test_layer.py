@@ -324,6 +324,7 @@ def test_children_of_a_combinator_of_ones_own():
     assert two._with_children([other, more]) == Two(other, more, 0.5)
     assert many._with_children([other, more]) == Many((other, more))
     assert fn.Residual(one)._with_children([more]) == fn.Residual(more)
+    assert Many((one, 3))._children() == Many(())._children() == ()
 
 
 def test_what_a_combinator_of_ones_own_freezes():

@@ -335,7 +335,7 @@ def _in_float32(x: Tensor, weight: Tensor | None, ones: torch.Size | None = None
 
 
 def _like_weights(x: Tensor) -> Tensor:
-    """x, in float32 as the weights are where torch.func follows: it takes no two dtypes."""
+    """x, in float32 as the weights are: under torch.func, the kernels take no two dtypes."""
     return x.float() if x.is_cpu and _is_half(x) and not inplace.is_eager() else x
 
 

@@ -158,6 +158,7 @@ class Reshape(Reshaped):
             raise ValueError(f"Reshape: expected at most one size of -1, got {self.shape}")
 
     def _out_shape(self, shape: Shape) -> Shape:
+        # A list: torch.compile follows no generator into math.prod.
         size, known = math.prod(shape), math.prod([n for n in self.shape if n != -1])
         if -1 not in self.shape:
             expected, fits = f"{known}", size == known

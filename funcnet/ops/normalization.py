@@ -154,8 +154,8 @@ def group_norm_gradients(
         nothing = x.new_zeros(x.shape[1])
         return _asked((torch.zeros_like(x), nothing, nothing.clone()), mask, x.dtype)
     # Autograd cannot differentiate the kernel, and a trace would hold sizes for those of any x.
-    has_to = not inplace.is_untracked(dy, x, mean, rstd, weight)
-    if has_to or _has_few(x, groups, memory_format):
+    has_kernel = inplace.is_untracked(dy, x, mean, rstd, weight)
+    if _has_few(x, groups, memory_format) or not has_kernel:
         grads = _group_norm_gradients_by_channels(dy, x, mean, rstd, weight, groups, mask)
         return _asked(grads, mask, x.dtype)
     weight = _in_float32(x, weight, x.shape[1:2])

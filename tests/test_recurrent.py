@@ -11,13 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import funcnet as fn
 from funcnet.gradients import value_and_grad
-from funcnet.ops import recurrent
+from funcnet.ops import pixelwise, recurrent
 from funcnet.testing import check_vjp, strategies
 
 CLASSES = (fn.RNN, fn.LSTM, fn.GRU)
 LAYERS = strategies.layers(*CLASSES)
 DOUBLE = strategies.cases(LAYERS, dtypes=st.just(torch.float64))
 SINGLE = strategies.cases(strategies.layers(fn.LSTM), dtypes=st.just(torch.float32))
+MULTIPLIES = pixelwise.is_multiplied(torch.empty(0, dtype=torch.bfloat16))
 each_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 
 
@@ -103,10 +104,11 @@ def test_kernel_and_steps_give_the_same_numbers(case):
         close(layer.vjp(params, x, grad), gradients, rtol=1e-4, atol=1e-5)
 
 
-def lstm_case(**options):
+def lstm_case(dtype=torch.float32, **options):
     layer = fn.LSTM(4, **options)
-    params = layer.init(fn.key(0), (5, 3))
-    x, grad = fn.normal(fn.key(1), (2, 5, 3)), fn.normal(fn.key(2), (2, *layer.out_shape((5, 3))))
+    params = layer.init(fn.key(0), (5, 3), dtype=dtype)
+    x = fn.normal(fn.key(1), (2, 5, 3), dtype=dtype)
+    grad = fn.normal(fn.key(2), (2, *layer.out_shape((5, 3))), dtype=dtype)
     return layer, params, x, grad
 
 
@@ -201,13 +203,61 @@ def test_gradients_of_each_example_in_float32():
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_tensors_that_are_not_contiguous(reverse):
-    layer, params, x, grad = lstm_case(bidirectional=reverse)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_that_are_not_contiguous(dtype, reverse):
+    layer, params, x, grad = lstm_case(dtype, bidirectional=reverse)
     expected = layer.apply(params, x), layer.vjp(params, x, grad)
     params, x, grad = optree.tree_map(
         lambda leaf: leaf.mT.contiguous().mT if leaf.ndim > 1 else leaf, (params, x, grad)
     )
     close((layer.apply(params, x), layer.vjp(params, x, grad)), expected)
+
+
+def test_a_processor_without_bfloat16(monkeypatch):
+    """Its kernel is asked for float32."""
+    monkeypatch.setattr(pixelwise, "_HAS_BFLOAT16", False)
+    layer, params, x, _ = lstm_case(torch.bfloat16)
+    _, (_, residuals) = layer.fwd(params, x)
+    assert residuals[0][0].dtype == torch.float32
+
+
+@pytest.mark.skipif(not MULTIPLIES, reason="the processor does not multiply in bfloat16")
+def test_what_the_kernel_has_kept_serves_vmap_in_bfloat16():
+    """By float32, which is more exact: the kernel has no rule for vmap."""
+    layer, params, x, grad = lstm_case(torch.bfloat16, num_layers=2, bidirectional=True)
+    _, residuals = layer.fwd(params, x)
+    assert all(
+        isinstance(kept, recurrent.Workspace) for _, _, both in residuals[1] for kept in both
+    )
+    mapped = torch.func.vmap(lambda g: layer.bwd(params, residuals, g))(grad[None])
+    expected = layer.bwd(params, residuals, grad)
+    for found, kernels in zip(*map(optree.tree_leaves, (mapped, expected)), strict=True):
+        assert found.dtype == torch.bfloat16
+        assert (found[0] - kernels).norm() <= 0.02 * kernels.norm()
+
+
+@pytest.mark.parametrize(("num_layers", "bidirectional"), [(2, False), (1, True)])
+def test_as_exact_as_autocast(num_layers, bidirectional):
+    layer = fn.LSTM(16, num_layers, bidirectional=bidirectional)
+    params = layer.init(fn.key(0), (100, 8))
+    x, grad = (
+        fn.normal(fn.key(1), (16, 100, 8)),
+        fn.normal(fn.key(2), (16, *layer.out_shape((100, 8)))),
+    )
+    double = optree.tree_map(torch.Tensor.double, (params, x, grad))
+    exact = layer.apply(*double[:2]), *layer.vjp(*double)
+    cast = fn.Cast(layer, torch.bfloat16)
+    ours = cast.apply(params, x), *cast.vjp(params, x, grad)
+
+    module = torch.nn.LSTM(8, 16, num_layers, batch_first=True, bidirectional=bidirectional)
+    module.load_state_dict(params)
+    inputs = [*map(module.get_parameter, params), x.clone().requires_grad_()]
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = module(inputs[-1])
+    *gradients, dx = torch.autograd.grad(y.float(), inputs, grad)
+    theirs = y, dict(zip(params, gradients, strict=True)), dx
+    for mine, other, right in zip(*map(optree.tree_leaves, (ours, theirs, exact)), strict=True):
+        assert (mine - right).norm() <= 1.05 * (other - right).norm()
 
 
 # --- Awkward shapes and dtypes
@@ -230,8 +280,9 @@ def test_one_step_and_a_batch_of_nothing(cls, bidirectional, bias, dtype):
 
 @each_class
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_rounds_once(cls, dtype):
+def test_half_precision_rounds_once(cls, dtype, monkeypatch):
     """Computed in float32: 200 steps are as exact as one."""
+    without_kernel(monkeypatch)
     layer = cls(8, num_layers=2)
     params = layer.init(fn.key(0), (200, 4), dtype=dtype)
     x = fn.normal(fn.key(1), (2, 200, 4), dtype=dtype)

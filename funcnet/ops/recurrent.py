@@ -13,7 +13,7 @@ the gradient of h₋₁. Then dx = da·W_ih, dW_ih = daᵀ·x and dW_hh = duᵀ�
 all steps.
 
 Tensors have the steps first, (T, N, …). In the reversed direction, the step before t is t + 1.
-Half precision is computed in float32: rounding would add up from step to step.
+Half precision is computed in float32, but where PyTorch's kernel for the LSTM takes it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funcnet.compat import is_mkldnn_enabled, mkldnn_rnn, mkldnn_rnn_backward
+from funcnet.ops import pixelwise
 from funcnet.ops.accumulation import widened
 from funcnet.ops.inplace import is_untracked
 from funcnet.ops.need import Need
@@ -63,6 +64,10 @@ class Run(NamedTuple):
 class Cell(Protocol):
     """All steps of one direction."""
 
+    def keeps_dtype(self, x: Tensor, layers: Layers) -> bool:
+        """Whether x is computed in its own dtype. One of 16 bits is widened otherwise."""
+        return False
+
     def forward(self, x: Tensor, weights: Weights, reverse: bool, keep: bool) -> Any:
         """(h, what else `backward` needs, if `keep`)."""
 
@@ -73,7 +78,9 @@ class Cell(Protocol):
 def forward(cell: Cell, x: Tensor, layers: Layers, keep: bool = True) -> tuple[Tensor, Any]:
     """(y, residuals if `keep`): y (N, T, H), or (N, T, 2H) in both directions, of x (N, T, C)."""
     dtype, residuals = x.dtype, []
-    x = widened(x.transpose(0, 1))
+    x = x.transpose(0, 1)
+    if not cell.keeps_dtype(x, layers):
+        x = widened(x)
     for directions in layers:
         hs, kept = [], []
         for i, weights in enumerate(directions):
@@ -92,12 +99,12 @@ def gradients(
 ) -> tuple[list[list[Any]], Tensor | None]:
     """(the weights' gradients by layer and direction, dx), None where they are not needed."""
     dlayers: list[list[Any]] = [[] for _ in layers]
-    dh: Any = widened(grad.transpose(0, 1))
+    dh: Any = grad.transpose(0, 1)
     for number in range(len(layers) - 1, -1, -1):
         x, h, kept = residuals[number]
         directions = layers[number]
         wanted = need._replace(input=need.input or number > 0)
-        hs, dhs = (t.chunk(len(directions), -1) for t in (h, dh))
+        hs, dhs = (t.chunk(len(directions), -1) for t in (h, dh.to(h.dtype)))
         dh = None
         for i, weights in enumerate(directions):
             run, wide = Run(x, hs[i], kept[i]), _cast(weights, x.dtype)
@@ -113,7 +120,7 @@ def gradients(
 
 
 @dataclass(frozen=True)
-class Elman:
+class Elman(Cell):
     """h = σ(a + u), da = du = σ' ∘ dh; `value_` is σ in place, and `slope(dh, h)` is σ' ∘ dh."""
 
     value_: Callable[[Tensor], Tensor]
@@ -144,14 +151,18 @@ RELU = Elman(torch.relu_, lambda dh, h: torch.ops.aten.threshold_backward.defaul
 
 
 @dataclass(frozen=True)
-class LSTM:
+class LSTM(Cell):
     """Gates i, f, g, o with c = f∘c₋₁ + i∘g and h = o∘tanh(c):
 
         dc = f₊₁∘dc₊₁ + o(1 − tanh²c)∘dh,    and da = du has, for i, f, g and o,
         i(1 − i)∘g∘dc,    f(1 − f)∘c₋₁∘dc,    (1 − g²)∘i∘dc,    o(1 − o)∘tanh(c)∘dh.
 
-    In float32 on the CPU, PyTorch has a kernel for all steps.
+    On the CPU, PyTorch has a kernel for all steps, in float32 and in bfloat16. In bfloat16 its
+    errors are autocast's, 1.2 to 2 times those of float32 at the weights that `init` draws.
     """
+
+    def keeps_dtype(self, x: Tensor, layers: Layers) -> bool:
+        return all(_is_for_kernel(x, *weights) for directions in layers for weights in directions)
 
     def forward(self, x: Tensor, weights: Weights, reverse: bool, keep: bool) -> Any:
         if _is_for_kernel(x, *weights):
@@ -177,7 +188,9 @@ class LSTM:
             if _is_for_kernel(x, *weights, dh) and not need.each:
                 return _kernel_backward(run, dh, weights, reverse, need)
             # Nothing but the kernel can read its workspace.
-            _, kept = self._steps(x, weights, reverse, keep=True)
+            x, dh = widened(x), widened(dh)
+            weights = _cast(weights, x.dtype)
+            h, kept = self._steps(x, weights, reverse, keep=True)
         i, f, g, o, c = kept
         tanh_c = c.tanh()
         slopes_h = _tanh_backward(o, tanh_c).unbind(0)
@@ -205,7 +218,7 @@ class LSTM:
 
 
 @dataclass(frozen=True)
-class GRU:
+class GRU(Cell):
     """Gates r, z, n with h = (1 − z)∘n + z∘h₋₁; dh₋₁ has z∘dh beside du·W_hh. da and du are
 
     r: r(1 − r)∘u_n∘dn,    z: z(1 − z)∘(h₋₁ − n)∘dh,
@@ -282,7 +295,7 @@ def _is_for_kernel(x: Tensor, *others: Tensor | None) -> bool:
     """Whether the kernel takes this: it has no rule for vmap nor a second derivative."""
     return (
         x.is_cpu
-        and x.dtype == torch.float32
+        and (x.dtype == torch.float32 or pixelwise.is_multiplied(x))
         and x.numel() > 0
         and is_untracked(x, *others)
         and _IS_THERE

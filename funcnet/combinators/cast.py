@@ -34,7 +34,7 @@ class Cast(Wrapper):
     """y = f(x) computed in another dtype: params and x are cast on entry, y and all gradients back.
 
     Parameters, gradients and the optimiser's state keep their dtype, float32 for instance, and so
-    do x and y. An x of integers is handed on as it is.
+    do x and y. An x of integers is handed on as it is. The residuals hold the parameters as cast.
 
     Shapes, parameters and key: f's.
 
@@ -59,11 +59,13 @@ class Cast(Wrapper):
         return y.to(_dtype_of(params, x))
 
     def _fwd(self, params: Tree, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
-        y, residuals = run_fwd(self.layer, self._cast(params), self._cast(x), key)
-        return y.to(_dtype_of(params, x)), residuals
+        narrow = self._cast(params)
+        y, residuals = run_fwd(self.layer, narrow, self._cast(x), key)
+        return y.to(_dtype_of(params, x)), (narrow, residuals)
 
     def _bwd(self, params: Tree, residuals: Any, dy: Tensor, need: Need) -> tuple[Tree, Any]:
-        dparams, dx = run_bwd(self.layer, self._cast(params), residuals, self._cast(dy), need)
+        narrow, residuals = residuals
+        dparams, dx = run_bwd(self.layer, narrow, residuals, self._cast(dy), need)
         if need.params:
             dparams = optree.tree_map(lambda leaf, d: d.to(leaf.dtype), params, dparams)
         return dparams, None if dx is None else dx.to(dy.dtype)

@@ -10,6 +10,7 @@ _NOT_NEEDED = "the frame drops a gradient that nobody needs"
 _COPY = "a copy costs memory alone"
 _DERIVED = "what is derived from equal fields is equal"
 _STRICT = "the lengths have been checked"
+_UNCUT = "images that are cut though they are small give the same numbers"
 _REMEMBERED = "how many shapes are remembered costs time and changes no answer"
 _COMPARED = "what is only compared may be in any order"
 _KERNEL = "the kernel and the formula give the same numbers"
@@ -297,6 +298,8 @@ EQUIVALENT: dict[str, str] = {
     "combinators.sequential.Sequential:flip-flag:3": _DERIVED,
     "combinators.sequential.Sequential:flip-flag:5": _REPR,
     "combinators.sequential.Sequential:flip-flag:6": _DERIVED,
+    "combinators.sequential.Sequential._apply:condition:1": _UNCUT,
+    "combinators.sequential.Sequential._fwd:condition:1": _UNCUT,
     "combinators.sequential.Sequential._as_promised:drop-call:1": _TUPLE,
     "combinators.sequential.Sequential._as_promised:drop-call:2": _TUPLE,
     "combinators.sequential.Sequential._as_promised:drop-call:3": _TUPLE,
@@ -344,7 +347,6 @@ EQUIVALENT: dict[str, str] = {
     "combinators.sum.Sum._joined:flip-flag:1": _IN_PLACE,
     "combinators.tiling.bwd:drop-need:2": _COPY,
     "combinators.turns.Turns._bwd:drop-need:2": _COPY,
-    "combinators.sequential.Sequential._bwd:condition:2": _COPY,
     "combinators.sequential.Sequential._bwd:condition:4": _COPY,
     "combinators.sequential.Sequential._first_to_learn:drop-term:2": "never without layers",
     "running._as_promised:drop-call:1": _TUPLE,

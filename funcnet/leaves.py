@@ -1,7 +1,7 @@
 """The layers at the leaves of a network, by their paths; and networks with others in their places.
 
-The path of a layer joins the names that lead to it by dots: `2`, `stem.0`. The only layer of a
-combinator has its path; a network's is "".
+The path of a layer joins the names that lead to it by dots: `2`, `stem.0`. A dot in a name is
+escaped. The only layer of a combinator has its path; a network's is "".
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from funcnet.combinators.wrapper import Wrapper
 from funcnet.keys import Key
 from funcnet.layer import Joins, Layer, Tree, is_private
 from funcnet.running import run_apply, run_fwd, writes
+from funcnet.tree import child_names
 
 Ancestors: TypeAlias = tuple[Layer, ...]
 """The combinators around a layer, the outermost first."""
@@ -72,8 +73,8 @@ def same(layers: Sequence[Layer], before: Sequence[Layer]) -> bool:
 
 
 def joined(path: str, name: str) -> str:
-    """The path of a child."""
-    return ".".join(filter(None, (path, name)))
+    """The path of a child, with which the names of its parameters in files start."""
+    return next(child_names(path, [name])) if name else path
 
 
 def declares_none(layer: Layer) -> bool:

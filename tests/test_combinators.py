@@ -745,6 +745,10 @@ REFUSED = {
         lambda: fn.Sequential(CONV, layers=(CONV,)),
         "Sequential: expected layers by position or by name, got both: 1 layer and 'layers'",
     ),
+    "no name": (
+        lambda: fn.Sequential(**{"": CONV}),
+        "Sequential: expected names of one character or more, got ''",
+    ),
     "no branch": (fn.Product, "Product: expected at least 1 layer, got none"),
     "dim": (lambda: fn.Concat(CONV, dim=0), "Concat: expected dim to be an axis behind the batch"),
     "dim twice": (
@@ -752,7 +756,9 @@ REFUSED = {
         f"Concat: expected dim to be an int, got {CONV}: a layer cannot have the name dim",
     ),
     "n": (lambda: fn.Repeat(CONV, 0), "Repeat: expected n >= 1, got 0"),
+    "no pairs": (lambda: fn.Reversible(), "Reversible: expected an even number of layers, at"),
     "pairs": (lambda: fn.Reversible(CONV), "Reversible: expected an even number of layers, at"),
+    "odd": (lambda: fn.Reversible(CONV, CONV, CONV), "Reversible: expected an even number of lay"),
     "pairs by name": (lambda: fn.Reversible(f=CONV, g=CONV), "Reversible: expected layers by pos"),
     "kept shape": (
         init(fn.Residual(WRONG)),
@@ -832,6 +838,10 @@ REFUSED = {
             torch.zeros(2, 4, dtype=torch.int64),
         ),
         "Sum of 2 layers: expected results of one dtype, got torch.float32, torch.float64",
+    ),
+    "params of pairs": (
+        applied(fn.Reversible(fn.ReLU(), fn.ReLU()), ((),)),
+        "Reversible of 2 layers: expected params of 2 layers, got 1",
     ),
     "names": (
         applied(fn.Sum(a=CONV, b=CONV), {"a": (), "c": ()}),
@@ -928,8 +938,10 @@ def test_what_shares_memory_with_gradients_of_parameters_is_not_written_to():
             dx = dy.clone()
             return {"shift": dx[0]}, dx  # of a batch of one
 
-    x, grad = torch.zeros(1, 4), torch.tensor([[1.0, 2.0, 3.0, 4.0]])
-    for net in (fn.Reversible(Shift(), Shift()), fn.Residual(Shift()), fn.Sum(Shift(), Shift())):
+    x, grad = torch.tensor([[1.0, -1.0, 2.0, -2.0]]), torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    nets = [fn.Reversible(Shift(), Shift()), fn.Residual(Shift()), fn.Sum(Shift(), Shift())]
+    nets += [fn.Residual(fn.Recompute(Shift())), fn.Sequential(fn.ReLU(), fn.Recompute(Shift()))]
+    for net in nets:
         params = net.init(fn.key(0), (4,))
         leaves, structure = optree.tree_flatten(params)
         leaves = [leaf.clone().requires_grad_() for leaf in leaves]

@@ -250,6 +250,17 @@ def test_the_order_and_the_paths():
     assert paths == ["head", "turns.1", "turns.0", "body.1.1", "body.0", "stem"]
 
 
+def test_names_with_dots_are_escaped():
+    """As in files: two layers never have the same path."""
+    net = fn.Sequential(**{"a.b": fn.Linear(4), "a": fn.Sequential(b=fn.Linear(4)), "%": fn.Tanh()})
+    params, x, target = make(net, (3,))
+    found = dict(fn.gradients_by_layer(net, fn.MSE())(params, x, target))
+    grads = {"a": {"b": found["a.b"]}, "a.b": found["a%2Eb"], "%": ()}
+    assert same(grads, fn.value_and_grad(net, fn.MSE())(params, x, target)[1])
+    assert [record.path for record in fn.trace(net, params, x)] == ["a%2Eb", "a.b", "%25"]
+    assert "\na%2Eb " in str(fn.summary(net, (3,)))
+
+
 @dataclass(frozen=True)
 class Told(Dense):
     """A layer that tells when its backward pass runs, and keeps a residual of its own."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from funcnet.combinators.wrapper import Wrapper
 from funcnet.keys import Key
-from funcnet.layer import Tree, is_private
+from funcnet.layer import Tree
 from funcnet.ops.need import Need
 from funcnet.running import run_apply, run_bwd, run_fwd
 
@@ -32,11 +32,6 @@ class Recompute(Wrapper):
     """
 
     _joins = "apart"
-
-    @property
-    def _fresh(self) -> Any:  # type: ignore[override]
-        """x is all that is kept, and neither y nor dx shares memory with it."""
-        return is_private(self.layer)
 
     def _apply(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
         return run_apply(self.layer, params, x, key)

@@ -171,6 +171,8 @@ def _sorted_out(
             f"{who}: expected layers by position or by name, got both: "
             f"{count_of(layers)} and {_listed(names)}"
         )
+    if "" in names:
+        raise TypeError(f"{who}: expected names of one character or more, got ''")
     layers = layers or tuple(named.values())
     for i, layer in enumerate(layers):
         if not isinstance(layer, Layer):

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from funcnet.checks import name_of
-from funcnet.combinators import Sequential
 from funcnet.combinators.position import step
+from funcnet.combinators.several import Several
 from funcnet.keys import Key
 from funcnet.layer import Layer, Shape, Spec, Tree, check_net, count_of
 from funcnet.layers import (
@@ -45,7 +45,7 @@ from funcnet.layers import (
 )
 from funcnet.leaves import Ancestors, mapped, same
 from funcnet.ops.inplace import is_eager
-from funcnet.running import check, run_fwd
+from funcnet.running import check, run_fwd, writes
 
 Moments: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """(count, mean, M2) of a `BatchNorm`'s x, in float64; mean and M2 (C,).
@@ -168,7 +168,7 @@ def _collected(layer: Layer, params: Tree, copies: Shape, path: str) -> Tree:
     children = layer._children()
     if not children:
         return ()
-    names = [name for name, _ in children]
+    names = layer._param_names(params)
     copies = (*copies, *layer._copied())
     parts = [
         _collected(child, own, copies, path + step(name))
@@ -243,13 +243,13 @@ class _Inference:
             like = m[1] if self.like is None else self.like
             return ChannelAffine(), {"weight": scale.to(like), "bias": shift.to(like)}
         children = layer._children()
-        names = [name for name, _ in children]
+        names = layer._param_names(params)
         _check_trees(layer, names, params, m, path)
-        in_sequence = self.fold and isinstance(layer, Sequential)
+        in_sequence = self.fold and layer._composes and writes(layer, "_composes")
         made: list[tuple[str, Layer, Tree]] = []
-        parts = zip(children, _parts(params, names), _parts(m, names), strict=True)
-        for (name, child), own, found in parts:
-            where = path + step(name)
+        parts = zip(names, children, _parts(params, names), _parts(m, names), strict=True)
+        for name, (place, child), own, found in parts:
+            where = path + step(place)
             if (
                 isinstance(child, BatchNorm)
                 and made
@@ -265,7 +265,7 @@ class _Inference:
         if same(layers, [child for _, child in children]):
             return layer, params
         params = _whole(params, kept, [part for _, _, part in made])
-        if isinstance(layer, Sequential):  # which may have become shorter
+        if isinstance(layer, Several) and len(layers) < len(children):
             return layer._with(tuple(layers), tuple(kept) if layer.names else ()), params
         return layer._with_children(layers), params
 

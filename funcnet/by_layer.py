@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Thread
@@ -13,6 +14,7 @@ import optree
 import torch
 from torch import Tensor
 
+from funcnet.compat import dispatch_modes
 from funcnet.gradients import check_net_and_loss
 from funcnet.keys import Key
 from funcnet.layer import Layer, Tree, zeros_like
@@ -167,7 +169,8 @@ def _as_iterator(run: Callable[[Put], None], like: Tensor) -> Iterator[Any]:
     A backward pass is a recursion through all combinators, the user's too. So that it may wait in
     the middle, it runs in a thread of its own, in turn with the caller's: never both at a time.
     """
-    if not is_eager():  # another thread knows nothing of torch.func's transformations
+    # Another thread knows nothing of torch.func's transformations, nor of dispatch modes.
+    if not is_eager() or dispatch_modes():
         found: list[Any] = []
         run(found.append)
         yield from found
@@ -193,7 +196,8 @@ def _as_iterator(run: Callable[[Put], None], like: Tensor) -> Iterator[Any]:
         finally:
             given.put([])
 
-    thread = Thread(target=work, daemon=True)  # a program may end in the middle
+    # A program may end in the middle.
+    thread = Thread(target=copy_context().run, args=(work,), daemon=True)
     thread.start()
     try:
         while message := given.get():
@@ -211,7 +215,7 @@ class _GivenUpError(BaseException):
 
 
 def _modes(like: Tensor) -> Callable[[], ExitStack]:
-    """A context with what torch keeps for each thread, as it is in this one."""
+    """A context with this thread's grad mode, inference mode, threads of OpenMP and stream."""
     inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
     threads = torch.get_num_threads()
     stream = torch.cuda.current_stream(like.device) if like.is_cuda else None

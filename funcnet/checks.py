@@ -87,6 +87,12 @@ def as_axis(who: object, name: str, dim: int, shape: tuple[int, ...]) -> int:
     return axis
 
 
+def check_some_channels(who: object, channels: int) -> None:
+    """Raise ValueError unless there is at least one channel."""
+    if channels < 1:
+        raise ValueError(f"{name_of(who)}: expected at least 1 channel, got {channels}")
+
+
 def check_tensor(who: object, name: str, x: Any) -> None:
     """Raise TypeError unless x is a floating-point tensor."""
     if not isinstance(x, Tensor):
@@ -95,15 +101,23 @@ def check_tensor(who: object, name: str, x: Any) -> None:
         raise TypeError(f"{name_of(who)}: expected {name} to be floating-point, got {x.dtype}")
 
 
-def check_like(who: object, name: str, tensor: Any, x: Any) -> None:
-    """Raise TypeError unless a tensor has x's dtype and device."""
+def check_like(who: object, name: str, tensor: Any, x: Any, of: str = "x") -> None:
+    """Raise TypeError unless a tensor has the dtype and device of x, which messages call `of`."""
     if not isinstance(tensor, Tensor):
         check_tensor(who, name, tensor)
     if tensor.dtype != x.dtype or tensor.device != x.device:
         raise TypeError(
-            f"{name_of(who)}: expected {name} to have the dtype and device of x, "
+            f"{name_of(who)}: expected {name} to have the dtype and device of {of}, "
             f"{x.dtype} on {x.device}, got {tensor.dtype} on {tensor.device}"
         )
+
+
+def opened(who: object, residuals: Any) -> tuple[Tensor, Any]:
+    """(a tensor without entries for x, residuals), which `fwd` has wrapped up."""
+    if isinstance(residuals, tuple) and len(residuals) == 2 and isinstance(residuals[0], Tensor):
+        return residuals
+    got = type(residuals).__name__
+    raise TypeError(f"{name_of(who)}: expected residuals as fwd returns them, got {got}")
 
 
 def sizes(shape: Sequence[object]) -> str:

@@ -216,6 +216,11 @@ innermost_transformation: Callable[[], Any] = named(
 )
 """Returns the innermost one that is running, or None."""
 
+dispatch_modes: Callable[[], Sequence[Any]] = named(
+    "utils._python_dispatch._get_current_dispatch_mode_stack", list
+)
+"""Returns the modes that see every operation of this thread."""
+
 is_transformed: Callable[[Tensor], bool] = named(
     "_C._functorch.is_functorch_wrapped_tensor", _has_no_memory
 )

@@ -115,7 +115,7 @@ def source(value: Any, in_lines: bool = False) -> str:
         kind = kinds(type(value)).get(field.name)
         shown, default = _short(kind, argument), _short(kind, field.default)
         code = call("", [*map(repr, shown)]) if in_lines and type(shown) is tuple else repr(shown)
-        if position == 0 and field.default is MISSING:
+        if position == 0 and field.default is MISSING and not field.kw_only:
             arguments.append(code)
         elif shown != default:
             arguments.append(f"{field.name}={code}")
@@ -202,7 +202,10 @@ class PerAxis:
     entries_may_be_none: bool = False
 
     def convert(self, owner: Any, name: str, value: Any) -> Any:
-        who, count = owner.__name__, len(owner._axes) - 1
+        who = owner.__name__
+        if owner._axes is None:
+            raise TypeError(f"{who}: expected the class to declare _axes, for {name} by axis")
+        count = len(owner._axes) - 1
         if value is None and self.may_be_none:
             return value
         if isinstance(value, str) and self.words:
@@ -287,12 +290,13 @@ class BelowOne:
 
 @dataclass(frozen=True)
 class NumberButZero(Number):
-    """A finite number other than 0."""
+    """Such a number other than 0."""
 
     def convert(self, owner: type, name: str, value: Any) -> Any:
         number = super().convert(owner, name, value)
         if number == 0:
-            raise ValueError(f"{owner.__name__}: expected {name} not to be 0, got {value}")
+            expected = "> 0" if self.least == 0 else "not to be 0"
+            raise ValueError(f"{owner.__name__}: expected {name} {expected}, got {value}")
         return number
 
 
@@ -354,6 +358,9 @@ NonZero: TypeAlias = Annotated[float, NumberButZero()]
 
 NonNegative: TypeAlias = Annotated[float, Number(0.0)]
 """A finite number ≥ 0."""
+
+Positive: TypeAlias = Annotated[float, NumberButZero(0.0)]
+"""A finite number > 0."""
 
 Probability: TypeAlias = Annotated[float, Number(0.0, 1.0)]
 """A number in [0, 1]."""

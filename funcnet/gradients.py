@@ -13,7 +13,7 @@ from torch import Tensor
 from funcnet.checks import as_int, shown
 from funcnet.combinators.position import coupling
 from funcnet.keys import Key, fold_in
-from funcnet.layer import Layer, Tree, check_net, is_private
+from funcnet.layer import Layer, Tree, check_net, last_bwd
 from funcnet.losses.loss import Loss
 from funcnet.ops.accumulation import accumulator_dtype
 from funcnet.ops.need import Need
@@ -53,10 +53,8 @@ class ValueAndGrad:
             value, share = contribution(value, self.loss._count(target), whole)
         grad = self.loss.bwd(loss_residuals, share)
         del y, loss_residuals  # the network's backward pass needs the memory
-        if is_private(self.net):
-            need = Need(params=True, input=False, consume=True)
-            return value, self.net._checked_bwd(params, residuals, grad, need)[0]
-        return value, self.net.bwd(params, residuals, grad, input_grad=False)[0]
+        need = Need(params=True, input=False)
+        return value, last_bwd(self.net, params, residuals, grad, need)[0]
 
 
 def contribution(value: Tensor, count: Any, whole: Any) -> tuple[Tensor, Any]:

@@ -126,7 +126,7 @@ def uniform(
         raise ValueError(f"uniform: expected a range within {dtype}, got [{low}, {high})")
     unit = _generator("uniform", key).random(_sizes("uniform", shape), draw_dtype)
     x = (torch.from_numpy(np.asarray(unit)) * (high - low) + low).to(dtype)
-    return x.clamp(*_within(low, high, dtype)).to(_device(device))
+    return x.clamp(*_within(low, high, dtype)).to(device=device)
 
 
 def normal(
@@ -151,7 +151,7 @@ def normal(
     dtype, draw_dtype = _dtypes("normal", dtype)
     standard = _generator("normal", key).standard_normal(_sizes("normal", shape), draw_dtype)
     x = torch.from_numpy(np.asarray(standard)).mul_(std).add_(mean)
-    return x.to(dtype=dtype, device=_device(device))
+    return x.to(dtype=dtype, device=device)
 
 
 def bernoulli(
@@ -164,12 +164,12 @@ def bernoulli(
     >>> bernoulli(key(0), 1.0, (3,))
     tensor([True, True, True])
     """
-    if not isinstance(p, Real):
+    if isinstance(p, bool) or not isinstance(p, Real):
         raise TypeError(f"bernoulli: expected a probability p in [0, 1], got {shown(p)}")
     if not 0 <= p <= 1:
         raise ValueError(f"bernoulli: expected a probability p in [0, 1], got {p}")
     unit = _generator("bernoulli", key).random(_sizes("bernoulli", shape))
-    return torch.from_numpy(np.asarray(unit < p)).to(_device(device))
+    return torch.from_numpy(np.asarray(unit < p)).to(device=device)
 
 
 def permutation(key: Key, n: int) -> Tensor:
@@ -242,11 +242,16 @@ def _generator(who: str, key: Key) -> np.random.Generator:
 
 def _number(who: str, name: str, value: Any) -> float:
     try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{who}: expected {name} to be a number, got {shown(value)}") from None
+        number = None if isinstance(value, (bool, str)) else float(value)
+    except TypeError:
+        number = None
     except OverflowError:
         raise ValueError(f"{who}: expected {name} to fit in a float, got a larger int") from None
+    if number is None:
+        raise TypeError(f"{who}: expected {name} to be a number, got {shown(value)}")
+    if not math.isfinite(number):
+        raise ValueError(f"{who}: expected {name} to be finite, got {number}")
+    return number
 
 
 def _uint64(who: str, name: str, value: int) -> int:
@@ -283,7 +288,3 @@ def _within(low: float, high: float, dtype: torch.dtype) -> tuple[float, float]:
     if last.item() >= high:
         last = torch.nextafter(last, torch.full_like(last, -math.inf))
     return first.item(), max(first.item(), last.item())
-
-
-def _device(device: torch.device | str | None) -> torch.device | str:
-    return "cpu" if device is None else device

@@ -49,7 +49,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funcnet.checks import as_shape, check_like, check_tensor, name_of, shown, sizes
+from funcnet.checks import as_shape, check_like, check_tensor, name_of, opened, shown, sizes
 from funcnet.fields import Hyperparameters, source
 from funcnet.keys import Key, check_draw, check_key
 from funcnet.ops.autocast import without_autocast
@@ -121,10 +121,13 @@ class Layer(Hyperparameters):
     """
 
     _joins: ClassVar[Joins | None] = None
-    """The way in which a combinator joins its children's dparams: a part for each child ("apart"),
+    """How a combinator's dparams are made of its children's: a part for each child ("apart"),
     those of its copies stacked along a new first axis ("stacked"), those of several runs added up
     ("added"), or zeros ("zeros"). A layer with None counts as one without children.
     """
+
+    _composes: ClassVar[bool] = False
+    """Whether y is made by the children one after the other, and nothing else."""
 
     couples_examples: ClassVar[bool] = _TrueOfChildren()  # type: ignore[assignment]
     """Whether y of an example depends on the others in its batch. Such a layer says True."""
@@ -173,7 +176,8 @@ class Layer(Hyperparameters):
         """(source, layer): a part of y is what `layer` makes of a part of x, its source.
 
         `shape` is the shape of one example of x. None where the part may depend on all of x.
-        `combinators/tiling.py` works through large images so.
+        `combinators/tiling.py` works through large images so. A layer that draws numbers does not
+        write it: parts get no key.
         """
         return None
 
@@ -239,10 +243,7 @@ class Layer(Hyperparameters):
     ) -> tuple[Tree, Tensor | None]:
         """(dparams, dx): the vector-Jacobian product of `apply` with grad, which has y's shape."""
         _, residuals = self.fwd(params, x, key=key)
-        if is_private(self):
-            need = Need(param_grad, input_grad, consume=True)
-            return self._checked_bwd(params, residuals, grad, need)
-        return public_bwd(self, params, residuals, grad, Need(param_grad, input_grad))
+        return last_bwd(self, params, residuals, grad, Need(param_grad, input_grad))
 
     # --- What combinators write
 
@@ -297,14 +298,17 @@ class Layer(Hyperparameters):
 
     def _child_params(self, params: Tree) -> tuple[Tree, ...]:
         """The parameters of each child; all of params for an only one without a name."""
-        children = self._children()
-        if len(children) == 1 and not children[0][0]:
+        names = self._param_names(params)
+        if names == [""]:
             return (params,)
-        if isinstance(params, Mapping):
-            names = [name for name, _ in children]
-            by_field = [name for name, _ in _layer_fields(self)]
-            return tuple(params[name] for name in (names if names[0] in params else by_field))
-        return tuple(params)
+        return tuple(params[name] for name in names) if isinstance(params, Mapping) else (*params,)
+
+    def _param_names(self, params: Tree) -> list[str]:
+        """The children's names in params: their own, or in a dict perhaps those of the fields."""
+        names = [name for name, _ in self._children()]
+        if isinstance(params, Mapping) and names[:1] != [""] and params.keys().isdisjoint(names):
+            return [name for name, _ in _layer_fields(self)]
+        return names
 
     def _with_children(self, children: Sequence[Layer]) -> Layer:
         """The same combinator of other layers, as many as it has."""
@@ -329,10 +333,10 @@ class Layer(Hyperparameters):
     def _checked_bwd(
         self, params: Tree, residuals: Any, grad: Tensor, need: Need
     ) -> tuple[Tree, Tensor | None]:
-        like, kept = _opened(self, residuals)
+        like, kept = opened(self, residuals)
         y = self._admit(params, like, like.shape[1:])
         if not isinstance(grad, Tensor) or grad.dtype != y.dtype or grad.device != y.device:
-            check_like(self._describe_last(), "grad", grad, y)
+            check_like(self._describe_last(), "grad", grad, y, of="y")
         expected = (*like.shape[1:2], *y.shape)
         if grad.shape != expected:
             raise ValueError(
@@ -398,7 +402,7 @@ class Layer(Hyperparameters):
             check_no_params(self, params)
             return x
         like = x if x.dtype.is_floating_point else self._like_integers(params, x)
-        wrong = misshapen(self, declared, params, like)
+        wrong = misshapen(self, declared, params, like, "params" if like is not x else "x")
         if wrong is None:
             return like
         factors = [v for f in fields(self) if type(v := getattr(self, f.name)) is int]
@@ -483,6 +487,15 @@ def public_bwd(
     return None, layer.bwd(params, residuals, grad, input_grad=need.input)[1]
 
 
+def last_bwd(
+    layer: Layer, params: Tree, residuals: Any, grad: Tensor, need: Need
+) -> tuple[Tree, Tensor | None]:
+    """(dparams, dx) by a layer's `bwd`, from residuals that nobody needs any more."""
+    if is_private(layer):
+        return layer._checked_bwd(params, residuals, grad, need._replace(consume=True))
+    return public_bwd(layer, params, residuals, grad, need)
+
+
 def like_params(params: Tree, dparams: Tree) -> Tree:
     """dparams in the containers of params: a dict of the same kind, in the same order."""
     structure = structure_of(params)
@@ -502,14 +515,6 @@ def _spec(layer: Layer, x: Any, shape: Shape) -> Spec:
     if not isinstance(x, Tensor):
         check_tensor(layer, "x", x)
     return Spec(tuple(shape[:1]), tuple(shape[1:]), x.dtype, x.device)
-
-
-def _opened(layer: Layer, residuals: Any) -> tuple[Tensor, Any]:
-    """(a tensor without entries for x, the layer's residuals), which `fwd` has wrapped up."""
-    if isinstance(residuals, tuple) and len(residuals) == 2 and isinstance(residuals[0], Tensor):
-        return residuals
-    got = type(residuals).__name__
-    raise TypeError(f"{name_of(layer)}: expected residuals as fwd returns them, got {got}")
 
 
 def _layer_fields(layer: Layer) -> list[tuple[str, Any]]:

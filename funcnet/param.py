@@ -54,11 +54,11 @@ def draw(
 
 
 def misshapen(
-    who: object, declared: Declared, params: Any, like: Any, prefix: str = ""
+    who: object, declared: Declared, params: Any, like: Any, of: str, prefix: str = ""
 ) -> tuple[str, Param, tuple[int, ...]] | None:
     """(name, what was declared, the shape that came) of the first parameter of another shape.
 
-    Raises for another structure, or another dtype or device than `like` has.
+    Raises for another structure, or another dtype or device than `like` has, called `of`.
     """
     where = f"{prefix.rstrip('.')} " if prefix else "params "
     if not isinstance(params, dict):
@@ -73,9 +73,9 @@ def misshapen(
     wrong = None
     for name, param in declared.items():
         if isinstance(param, Mapping):
-            wrong = wrong or misshapen(who, param, params[name], like, f"{prefix}{name}.")
+            wrong = wrong or misshapen(who, param, params[name], like, of, f"{prefix}{name}.")
             continue
-        check_like(who, prefix + name, params[name], like)
+        check_like(who, prefix + name, params[name], like, of)
         if params[name].shape != param.shape:
             wrong = wrong or (prefix + name, param, tuple(params[name].shape))
     return wrong

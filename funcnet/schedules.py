@@ -137,6 +137,8 @@ class exponential(Schedule):
     rate: NonNegative
 
     def _at(self, t: Any) -> Any:
+        if self.first == 0:
+            return _fill(t, 0.0)  # where rateᵗ overflows, too
         try:
             lr = self.first * self.rate**t
             return lr if isinstance(t, Tensor) else float(lr)

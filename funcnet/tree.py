@@ -193,7 +193,8 @@ def _leaf_names(name: str, structure: optree.PyTreeSpec) -> Iterator[str]:
 def _keys(structure: optree.PyTreeSpec) -> Sequence[PathKey]:
     kind: Any = structure.type
     if _is_node_class(kind):
-        return field_names(kind)
+        is_tuple = issubclass(kind, tuple)
+        return kind._fields if is_tuple else _all_fields(kind)
     return [key if isinstance(key, (str, int)) else str(key) for key in structure.entries()]
 
 
@@ -221,6 +222,11 @@ def _check_class(cls: Any) -> None:
             )
 
 
+def _all_fields(cls: Any) -> list[str]:
+    """The names of a dataclass's fields, which are a node's children for optree."""
+    return [field.name for field in dataclasses.fields(cls)]
+
+
 def _is_node_class(cls: type) -> bool:
     if issubclass(cls, tuple):
         return hasattr(cls, "_fields")
@@ -237,7 +243,7 @@ def _public(name: str) -> type | None:
 
 
 def _register_with_pytrees(cls: type) -> None:
-    names = [field.name for field in dataclasses.fields(cls)]
+    names = _all_fields(cls)
 
     def flatten(node: Any) -> tuple[list[Any], None]:
         return [getattr(node, name) for name in names], None

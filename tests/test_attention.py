@@ -252,7 +252,7 @@ def test_what_is_refused():
     message = r"MultiheadAttention\(4\): expected a last axis that num_heads=4 divides, got 6"
     with pytest.raises(ValueError, match=message):
         layer.init(fn.key(0), (3, 6))
-    with pytest.raises(ValueError, match="divides, got 0"):
+    with pytest.raises(ValueError, match="expected at least 1 channel, got 0"):
         layer.init(fn.key(0), (3, 0))
     assert fn.MultiheadAttention(1).out_shape((3, 1)) == (3, 1)
     params = layer.init(fn.key(0), (3, 8))

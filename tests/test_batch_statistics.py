@@ -122,6 +122,65 @@ def test_a_subclass_absorbs_nothing():
     assert plain[1] == fn.ChannelAffine()
 
 
+@dataclass(frozen=True, init=False)
+class WithSkips(fn.Sequential):
+    """x + f(x) for each layer f, by other code than Sequential's."""
+
+    def _fwd(self, params, x, key):
+        residuals = []
+        for i, layer in enumerate(self.layers):
+            y, kept = layer.fwd(params[i], x, key=None if key is None else fn.fold_in(key, i))
+            x = x + y
+            residuals.append(kept)
+        return x, residuals
+
+
+class SameSequential(fn.Sequential):
+    pass
+
+
+def test_a_subclass_of_sequential_is_asked_what_it_computes():
+    check_law(WithSkips(fn.Conv2d(2, 1), fn.BatchNorm()), (2, 3, 3))
+    plain, _ = check_law(SameSequential(fn.Conv2d(2, 1), fn.BatchNorm()), (2, 3, 3))
+    assert plain == SameSequential(fn.Conv2d(2, 1))
+
+
+@dataclass(frozen=True)
+class TwoPaths(fn.Layer):
+    """a(x) + b(x), whose params are a dict by the names of its fields."""
+
+    a: fn.Layer
+    b: fn.Layer
+
+    _joins = "apart"
+
+    def _init(self, key, shape, dtype, device):
+        return {
+            name: layer.init(key, shape, dtype=dtype, device=device)
+            for name, layer in (("a", self.a), ("b", self.b))
+        }
+
+    def _check(self, params, x):
+        return x
+
+    def _fwd(self, params, x, key):
+        return sum(
+            layer.apply(params[name], x, key=key) for name, layer in (("a", self.a), ("b", self.b))
+        ), None
+
+
+def test_parameters_by_the_names_of_fields():
+    net = fn.Sequential(TwoPaths(fn.BatchNorm(), fn.Sequential(fn.Tanh(), fn.BatchNorm())))
+    plain, params = check_law(net, (3, 4))
+    affine = fn.ChannelAffine()
+    assert plain == fn.Sequential(TwoPaths(affine, fn.Sequential(fn.Tanh(), affine)))
+    assert params[0].keys() == {"a", "b"}
+    params, x = net.init(KEY, (3, 4)), torch.rand(5, 3, 4)
+    m = fn.moments(net, params, x, key=KEY)
+    assert m[0].keys() == {"a", "b"}
+    close(fn.merge_moments(m, fn.moments(net, params, x[:0], key=KEY)), m, rtol=0, atol=0)
+
+
 def test_without_batch_norm_nothing_changes():
     net = fn.Sequential(fn.Conv2d(2, 1), fn.Sequential(fn.ReLU()))
     params = net.init(KEY, (1, 2, 2))

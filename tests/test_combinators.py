@@ -750,7 +750,7 @@ REFUSED = {
         "Sequential: expected names of one character or more, got ''",
     ),
     "no branch": (fn.Product, "Product: expected at least 1 layer, got none"),
-    "dim": (lambda: fn.Concat(CONV, dim=0), "Concat: expected dim to be an axis behind the batch"),
+    "dim": (lambda: fn.Concat(CONV, dim=0), "Concat: expected dim not to be 0, the batch, got 0"),
     "dim twice": (
         lambda: fn.Concat(a=CONV, dim=CONV),
         f"Concat: expected dim to be an int, got {CONV}: a layer cannot have the name dim",
@@ -758,7 +758,10 @@ REFUSED = {
     "n": (lambda: fn.Repeat(CONV, 0), "Repeat: expected n >= 1, got 0"),
     "no pairs": (lambda: fn.Reversible(), "Reversible: expected an even number of layers, at"),
     "pairs": (lambda: fn.Reversible(CONV), "Reversible: expected an even number of layers, at"),
-    "odd": (lambda: fn.Reversible(CONV, CONV, CONV), "Reversible: expected an even number of lay"),
+    "three": (
+        lambda: fn.Reversible(CONV, CONV, CONV),
+        "Reversible: expected an even number of lay",
+    ),
     "pairs by name": (lambda: fn.Reversible(f=CONV, g=CONV), "Reversible: expected layers by pos"),
     "kept shape": (
         init(fn.Residual(WRONG)),

@@ -87,7 +87,7 @@ def test_another_dtype_of_grad(case, data):
     other = torch.float32 if x.dtype == torch.float64 else torch.float64
     if isinstance(layer, fn.Sequential) and not any(True for _ in _flat(layer)):
         return
-    with pytest.raises(TypeError, match="expected grad to have the dtype and device of x"):
+    with pytest.raises(TypeError, match="expected grad to have the dtype and device of y"):
         layer.vjp(params, x, torch.zeros(y.shape, dtype=other))
 
 
@@ -107,6 +107,25 @@ def _flat(net):
             yield from _flat(layer)
         else:
             yield layer
+
+
+def test_another_dtype_beside_integers():
+    """y has the dtype of the first parameter."""
+    layer = fn.Embedding(4, 2)
+    params, x = layer.init(fn.key(0), (3,)), torch.zeros(1, 3, dtype=torch.int64)
+    y, residuals = layer.fwd(params, x)
+    with refused(TypeError, "expected grad to have the dtype and device of y, torch.float32"):
+        layer.bwd(params, residuals, y.double())
+
+    class Shifted(fn.Embedding):
+        def _params(self, shape):
+            return {**super()._params(shape), "shift": fn.Param((2,), fn.initializers.Zeros())}
+
+    layer = Shifted(4, 2)
+    params = layer.init(fn.key(0), (3,))
+    params["shift"] = params["shift"].double()
+    with refused(TypeError, "expected weight to have the dtype and device of params, torch.float64"):
+        layer.apply(params, x)
 
 
 @given(strategies.cases(strategies.layers(fn.Conv2d) | strategies.layers(fn.UpsampleConv2d)))

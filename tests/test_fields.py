@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import pytest
 
+import funcnet as fn
 from funcnet import fields
 from funcnet.fields import (
     BelowOne,
@@ -271,6 +272,28 @@ def test_arguments_are_shown_as_the_constructor_takes_them(code):
 @dataclass(frozen=True)
 class OneDefault(Hyperparameters):
     size: Size = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByName(Hyperparameters):
+    size: Size
+
+
+def test_what_is_given_by_name_alone_is_shown_so():
+    assert repr(ByName(size=2)) == "ByName(size=2)"
+
+
+def test_sizes_by_axis_want_to_know_the_axes():
+    @dataclass(frozen=True)
+    class Lost(fn.Layer):
+        kernel_size: Sizes
+
+        def _fwd(self, params, x, key):
+            return x.clone(), None
+
+    message = "Lost: expected the class to declare _axes, for kernel_size by axis"
+    with pytest.raises(TypeError, match=message):
+        Lost(3)
 
 
 def test_a_long_tuple_has_lines_only_where_it_is_asked_for():

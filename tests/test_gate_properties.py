@@ -207,7 +207,7 @@ def test_tensors_on_another_device_are_refused(layer):
     params = layer.init(fn.key(0), (1, 2, 2))
     x = torch.zeros(1, 1, 2, 2)
     grad = torch.zeros(1, *layer.out_shape((1, 2, 2)))
-    with pytest.raises(TypeError, match="expected grad to have the dtype and device of x"):
+    with pytest.raises(TypeError, match="expected grad to have the dtype and device of y"):
         layer.vjp(params, x, grad.to("meta"))
     with pytest.raises(TypeError, match="expected target to have the dtype and device of x"):
         fn.MSE().apply(x, x.to("meta"))

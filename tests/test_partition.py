@@ -109,6 +109,26 @@ def test_frozen_leaves_come_back_as_they_are(method):
     assert [*state.parts] == ["w"]
 
 
+@pytest.mark.parametrize(
+    ("grads", "got"),
+    [
+        (((1, 2), (3,)), "none at '1.1'"),
+        (((1, 2), (3, 4), 5), "more at '2'"),
+        ((), "none at '0.0', '0.1', '1.0', '1.1'"),
+        ({"a": 1}, "none at '0.0', '0.1', '1.0', '1.1', more at 'a'"),
+        (((1, 2), (3, 4), 5, 6, 7, 8), "more at '2', '3', '4', '5'"),
+        (((1, 2), (3, 4), 5, 6, 7, 8, 9), "more at '2', '3', '4', '5', …"),
+        ([(1, 2), (3, 4)], "other containers"),
+    ],
+)
+def test_trees_of_another_structure_are_told_by_their_leaves(grads, got):
+    params = optree.tree_map(torch.tensor, ((1.0, 2.0), (3.0, 4.0)))
+    for optimizer in (SGD, fn.Partition(lambda path, _: "a", {"a": SGD})):
+        with pytest.raises(ValueError, match="expected grads with the structure of") as caught:
+            optimizer.step(params, optree.tree_map(float, grads), optimizer.init(params))
+        assert str(caught.value).endswith(f" of params, got {got}")
+
+
 @pytest.mark.parametrize("method", ["step", "step_"])
 def test_nothing_is_changed_by_a_step_that_is_refused(method):
     params = {"a": torch.ones(2), "b": torch.ones(2)}

@@ -3,6 +3,7 @@
 import gc
 import threading
 import weakref
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,6 +16,7 @@ from registry import EVERY_LAYER, EXAMPLE_IDS, EXAMPLES, key_for, make
 from test_gradients import draw_loss
 from test_per_example import NETWORKS, Siamese
 from test_properties import close, same
+from torch.utils._python_dispatch import TorchDispatchMode
 from users_layers import Dense
 
 import funcnet as fn
@@ -314,6 +316,39 @@ def test_parameters_may_be_written_in_place():
         for name, gradient in dparams.items():
             own[name].sub_(gradient, alpha=0.1)
     assert same(params, expected)
+
+
+class Counting(TorchDispatchMode):
+    """Counts operations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_modes_and_context_variables_of_the_caller_hold():
+    seen, variable = [], ContextVar("variable", default=None)
+
+    @dataclass(frozen=True)
+    class Reading(fn.Tanh):
+        def _bwd(self, params, y, dy, need):
+            seen.append(variable.get())
+            return super()._bwd(params, y, dy, need)
+
+    net = fn.Sequential(fn.Linear(4), Reading(), fn.Linear(4))
+    params, x, target = make(net, (4,))
+    variable.set(3)
+    gradients = fn.gradients_by_layer(net, fn.MSE())
+    list(gradients(params, x, target))
+    assert seen == [3]
+    with Counting() as forward:
+        loss = net.apply(params, x)
+    with Counting() as both:
+        list(gradients(params, x, target))
+    assert loss.shape == target.shape
+    assert both.count > 2 * forward.count
 
 
 def test_one_gradient_is_held_at_a_time():

@@ -244,6 +244,8 @@ def test_a_field_may_follow_from_others(tmp_path: Path) -> None:
     assert trees.defaults(Squared) == {}
     fn.save(tmp_path / "tree", Squared(3))
     assert fn.load(tmp_path / "tree") == Squared(3)
+    names = trees.leaf_names(optree.tree_structure({"a": Squared(3)}))
+    assert names == ["a.x", "a.square"]
 
 
 @fn.register_node

@@ -213,3 +213,17 @@ def test_low_resolution_where_it_saves_many_products(layer, channels, forward, b
     arguments = x, weight, layer.scale, layer._window, "auto"
     assert upsampling.implementation(*arguments) is forward
     assert upsampling.implementation(*arguments, backward=True) is backward
+
+
+def test_gradients_of_parameters_are_those_of_tensors():
+    """Where sums of the kernel overflow, the sums that do not are taken for both."""
+    layer = fn.UpsampleConv2d(16)
+    params, x = layer.init(fn.key(0), (64, 8, 8)), fn.normal(fn.key(1), (2, 64, 8, 8))
+    y, residuals = layer.fwd(params, x)
+    grad = torch.full_like(y, 1e38)
+    _, dx = layer.bwd(params, residuals, grad)
+    _, residuals = layer.fwd(params, torch.nn.Parameter(x))
+    with torch.no_grad():
+        _, other = layer.bwd(params, residuals, grad)
+    assert dx.isfinite().all()
+    assert torch.equal(other, dx)

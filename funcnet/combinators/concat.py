@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcnet.checks import name_of
 from funcnet.combinators.branches import Branches
-from funcnet.fields import Whole
+from funcnet.fields import Axis
 from funcnet.layer import Layer, Shape
 
 
@@ -38,7 +38,7 @@ class Concat(Branches):
     (12, 16, 16)
     """
 
-    dim: Annotated[int, Whole()] = 1
+    dim: Axis = 1
 
     def __init__(self, /, *layers: Layer, dim: int = 1, **named: Layer) -> None:
         if isinstance(dim, Layer):
@@ -48,11 +48,6 @@ class Concat(Branches):
             )
         object.__setattr__(self, "dim", dim)
         super().__init__(*layers, **named)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.dim == 0:
-            raise ValueError("Concat: expected dim to be an axis behind the batch, got 0")
 
     def _joined_shape(self, shapes: Sequence[Shape]) -> Shape:
         rank = 1 + len(shapes[0])

@@ -93,8 +93,9 @@ class Reversible(Several):
         y, key = residuals
         a, b = y.tensor_split(2, 1)
         da, db = dy.tensor_split(2, 1)
-        dparams: list[Tree] = list(map(zeros_like, params))
         first = 0 if need.input else self._first_to_learn(params)
+        dparams: list[Tree] = [zeros_like(own) for own in params[:first]]
+        dparams += [()] * (len(self) - first)
         above = need._replace(input=True, consume=True)  # nobody else has seen these residuals
         with self._position() as at:
             for at.i in range(len(self) - 1, first - 1, -1):
@@ -107,11 +108,6 @@ class Reversible(Several):
                 if da_of_layer is not None:
                     da, db = db, added(layer, da_of_layer, da)
         return self._packed(dparams, params), torch.cat([da, db], 1) if need.input else None
-
-    def _first_to_learn(self, params: Tree) -> int:
-        """The first layer that learns: below it no gradient is needed."""
-        learns = (layer._learns(own) for layer, own in self._pairs(params))
-        return next((i for i, does in enumerate(learns) if does), len(self))
 
 
 def _expect_kept(layer: Layer, half: Shape, out_shape: Shape) -> None:

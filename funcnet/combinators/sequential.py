@@ -49,6 +49,7 @@ class Sequential(Several):
     """
 
     _joins = "apart"
+    _composes = True
 
     _over_x: tuple[bool, ...] = field(init=False, repr=False, compare=False)
     """Whether each layer may write over its x, which the layer before has made for it alone."""
@@ -166,7 +167,8 @@ class Sequential(Several):
                 f"{name_of(self)}: expected residuals of {len(self)} layers, got {len(kept)}"
             )
         owns = self._child_params(params)
-        first = 0 if need.input else self._first_to_learn(owns)
+        last = max(len(self) - 1, 0)
+        first = 0 if need.input else min(self._first_to_learn(owns), last)
         dparams: list[Tree] = [zeros_like(own) for own in owns[:first]]
         dparams += [()] * (len(self) - first)
         dx: Any = grad if self.layers else grad.clone()
@@ -181,13 +183,6 @@ class Sequential(Several):
                 else:
                     dparams[at.i], dx = run_bwd(layer, own, kept.pop(), dx, wanted)
         return self._packed(dparams, params), dx
-
-    def _first_to_learn(self, params: tuple[Tree, ...]) -> int:
-        """The first layer that learns: below it no gradient is needed. At most the last."""
-        for i, layer in enumerate(self.layers[:-1]):
-            if layer._learns(params[i]):
-                return i
-        return max(len(self.layers) - 1, 0)
 
     def _describe_last(self) -> str:
         if not self.layers:

@@ -136,6 +136,13 @@ class Several(Layer):
                 f"{name_of(self)}: expected params of {count_of(self.layers)}, got {len(params)}"
             )
 
+    def _first_to_learn(self, params: tuple[Tree, ...]) -> int:
+        """The first layer that learns, below which no gradient is needed; or their number."""
+        for i, layer in enumerate(self.layers):
+            if layer._learns(params[i]):
+                return i
+        return len(self)
+
     # --- Names
 
     def _position(self) -> Position:

@@ -8,8 +8,8 @@ and where they saturate too.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -57,10 +57,8 @@ class Activation(Layer):
     _fresh = True
     _tile = same_part
 
-    @property
-    def _keeps_y(self) -> bool:
-        """Whether the slope is computed from y, which the next layer keeps anyway."""
-        return False
+    _keeps_y: ClassVar[bool] = False
+    """Whether the slope is computed from y, which the next layer keeps anyway."""
 
     def _value(self, x: Tensor) -> Tensor:
         """σ(x)."""
@@ -83,10 +81,7 @@ class InPlace(Activation):
     """An activation that keeps y, so that it can be written over x, and its gradient over dy."""
 
     _fresh = False
-
-    @property
-    def _keeps_y(self) -> bool:
-        return True
+    _keeps_y = True
 
     def _value_(self, x: Tensor) -> Tensor:
         """`_value`, written over x."""
@@ -199,7 +194,7 @@ class LeakyReLU(InPlace):
     negative_slope: Finite = 0.01
 
     @property
-    def _keeps_y(self) -> bool:
+    def _keeps_y(self) -> bool:  # type: ignore[override]
         return self.negative_slope >= 0
 
     def _value(self, x: Tensor) -> Tensor:
@@ -254,7 +249,7 @@ class Hardtanh(InPlace):
 
 
 @dataclass(frozen=True)
-class ReLU6(InPlace):
+class ReLU6(Hardtanh):
     """y = min(max(x, 0), 6), dx = dy where 0 < x < 6, else 0.
 
     Shapes: any; y has x's shape.
@@ -264,17 +259,8 @@ class ReLU6(InPlace):
     tensor([0., 2., 6.])
     """
 
-    def _value(self, x: Tensor) -> Tensor:
-        return F.relu6(x)
-
-    def _value_(self, x: Tensor) -> Tensor:
-        return F.relu6(x, inplace=True)
-
-    def _slope(self, y: Tensor, dy: Tensor) -> Tensor:
-        return _hardtanh_backward(dy, y, 0.0, 6.0)
-
-    def _slope_(self, y: Tensor, dy: Tensor) -> Tensor:
-        return _over(dy, _hardtanh_backward, y, 0.0, 6.0)
+    min_val: Finite = field(default=0.0, init=False)
+    max_val: Finite = field(default=6.0, init=False)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcnet.checks import name_of
+from funcnet.checks import check_some_channels, name_of
 from funcnet.fields import Flag, Probability, Size
 from funcnet.initializers import Uniform, Zeros
 from funcnet.keys import Key
@@ -80,7 +80,8 @@ class MultiheadAttention(Layer):
         }
 
     def _out_shape(self, shape: Shape) -> Shape:
-        if shape[1] < 1 or shape[1] % self.num_heads:
+        check_some_channels(self, shape[1])
+        if shape[1] % self.num_heads:
             raise ValueError(
                 f"{name_of(self)}: expected a last axis that num_heads={self.num_heads} divides, "
                 f"got {shape[1]}"

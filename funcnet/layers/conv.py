@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from torch import Tensor
 
-from funcnet.checks import name_of
+from funcnet.checks import check_some_channels, name_of
 from funcnet.fields import Flag, OneOf, Padding, Size, Sizes
 from funcnet.initializers import Initializer, InitializerOrNone, Uniform
 from funcnet.keys import Key
@@ -256,7 +256,8 @@ def check_groups(layer: Any) -> None:
 
 def check_channels(layer: Any, channels: int) -> None:
     """Raise ValueError unless there are channels, and groups divides them."""
-    if channels < 1 or channels % layer.groups:
+    check_some_channels(layer, channels)
+    if channels % layer.groups:
         raise ValueError(
             f"{layer}: expected channels that groups={layer.groups} divides, got {channels}"
         )
@@ -273,8 +274,7 @@ def check_size(who: object, size: Any) -> None:
 
 def check_entries(layer: Layer, channels: int, size: Any) -> None:
     """Raise ValueError unless x has at least one channel, and one entry on each axis."""
-    if channels < 1:
-        raise ValueError(f"{layer}: expected at least 1 channel, got {channels}")
+    check_some_channels(layer, channels)
     check_size(layer, size)
 
 

@@ -30,7 +30,7 @@ from typing import Annotated, Any, TypeAlias
 
 from torch import Tensor
 
-from funcnet.checks import name_of
+from funcnet.checks import check_some_channels, name_of
 from funcnet.fields import Flag, Number, Size
 from funcnet.initializers import Ones, Zeros
 from funcnet.keys import Key
@@ -243,7 +243,8 @@ class GroupNorm(OverGroups):
         return _weight_and_bias(shape[:1], self.affine)
 
     def _out_shape(self, shape: Shape) -> Shape:
-        if shape[0] < 1 or shape[0] % self.num_groups:
+        check_some_channels(self, shape[0])
+        if shape[0] % self.num_groups:
             raise ValueError(
                 f"{name_of(self)}: expected channels that num_groups={self.num_groups} divides, "
                 f"got {shape[0]}"

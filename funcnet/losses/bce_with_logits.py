@@ -8,7 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcnet.losses.loss import Loss, Reduction, scaled, share
+from funcnet.losses.loss import Loss, Reduction, share
+from funcnet.ops.inplace import multiply
 
 
 @dataclass(frozen=True)
@@ -42,4 +43,4 @@ class BCEWithLogits(Loss):
 
     def _bwd(self, residuals: Any, grad: Tensor | float) -> Tensor:
         x, target = residuals
-        return scaled(x.sigmoid() - target, grad * share(self.reduction, x.numel()))
+        return multiply(x.sigmoid() - target, grad * share(self.reduction, x.numel()))

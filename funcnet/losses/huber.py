@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcnet.fields import NonNegative
+from funcnet.fields import Positive
 from funcnet.losses.loss import Loss, Reduction, as_scalar, share
 from funcnet.ops.inplace import is_eager
 
@@ -34,13 +34,8 @@ class Huber(Loss):
     tensor([0.2500, 0.5000])
     """
 
-    delta: NonNegative = 1.0
+    delta: Positive = 1.0
     reduction: Reduction = "mean"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.delta > 0:
-            raise ValueError(f"Huber: expected delta > 0, got {self.delta}")
 
     def _fwd(self, x: Tensor, target: Any) -> tuple[Tensor, Any]:
         if is_eager():

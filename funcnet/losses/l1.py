@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from funcnet.losses.loss import Loss, Reduction, scaled, share
+from funcnet.losses.loss import Loss, Reduction, share
+from funcnet.ops.inplace import multiply
 
 
 @dataclass(frozen=True)
@@ -34,4 +35,4 @@ class L1(Loss):
         return self._reduced(difference.abs()), difference
 
     def _bwd(self, difference: Tensor, grad: Tensor | float) -> Tensor:
-        return scaled(difference.sign(), grad * share(self.reduction, difference.numel()))
+        return multiply(difference.sign(), grad * share(self.reduction, difference.numel()))

@@ -9,10 +9,9 @@ from typing import Annotated, Any, Literal, TypeAlias
 import optree
 from torch import Tensor
 
-from funcnet.checks import check_like, check_tensor, name_of
+from funcnet.checks import check_like, check_tensor, name_of, opened
 from funcnet.fields import Hyperparameters, OneOf
 from funcnet.ops.autocast import without_autocast
-from funcnet.ops.inplace import is_eager
 
 Reduction: TypeAlias = Annotated[Literal["mean", "sum"], OneOf(("mean", "sum"))]
 
@@ -78,7 +77,7 @@ class Loss(Hyperparameters):
 
     def bwd(self, residuals: Any, grad: Tensor | float = 1.0) -> Tensor:
         """dx, where grad is a scalar."""
-        like, kept = residuals
+        like, kept = opened(self, residuals)
         if isinstance(grad, Real):
             grad = float(grad)  # a number of NumPy's would make arrays of tensors
         else:
@@ -103,11 +102,6 @@ class Loss(Hyperparameters):
 def as_scalar(grad: Tensor | float, like: Tensor) -> Tensor:
     """grad as a tensor of `like`'s dtype, for kernels that want one."""
     return grad.to(like.dtype) if isinstance(grad, Tensor) else like.new_full((), grad)
-
-
-def scaled(x: Tensor, factor: Tensor | float) -> Tensor:
-    """factor · x, written over x."""
-    return x.mul_(factor) if is_eager() else x * factor
 
 
 def share(reduction: str, count: int) -> float:

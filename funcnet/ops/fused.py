@@ -9,9 +9,9 @@ from torch import Tensor
 
 from funcnet.compat import fused_adam, fused_adamw
 from funcnet.ops.each import Each, Scalar, Tensors
+from funcnet.ops.inplace import TENSORS
 
 _DTYPES = frozenset((torch.float32, torch.float64))  # in 16 bits it rounds less than torch.optim
-_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 
 def fits_adam(each: Each, lr: Scalar, p: Tensors, g: Tensors, *state: Tensors) -> bool:
@@ -22,7 +22,7 @@ def fits_adam(each: Each, lr: Scalar, p: Tensors, g: Tensors, *state: Tensors) -
         return False
     has_gradient = not each.write and torch.is_grad_enabled()
     for xs in (p, g, *state):
-        if not _TYPES.issuperset([type(x) for x in xs]):
+        if not TENSORS.issuperset([type(x) for x in xs]):
             return False
         if has_gradient and True in [x.requires_grad for x in xs]:
             return False

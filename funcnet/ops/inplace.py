@@ -43,7 +43,11 @@ _INT = frozenset((int,))
 
 def has_values(x: Tensor) -> bool:
     """Whether Python may read x's values, without waiting for a device."""
-    return x.is_cpu and is_eager() and type(x) is Tensor  # a FakeTensor has none
+    return x.is_cpu and is_eager() and type(x) in TENSORS  # a FakeTensor has none
+
+
+TENSORS = frozenset((Tensor, torch.nn.Parameter))
+"""The types of plain tensors; a subclass may be anything."""
 
 
 def is_expanded(x: Tensor) -> bool:
@@ -91,7 +95,7 @@ def add_over(x: Tensor, y: Tensor) -> Tensor:
     return x + y
 
 
-def multiply(x: Tensor, y: Tensor) -> Tensor:
+def multiply(x: Tensor, y: Tensor | float) -> Tensor:
     """x · y, written over x."""
     return x.mul_(y) if is_eager() else x * y
 

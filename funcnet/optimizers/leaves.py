@@ -5,6 +5,7 @@ A message starts with `who`, an optimiser or a function's name.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import optree
@@ -14,6 +15,7 @@ from torch import Tensor
 from funcnet.layer import Tree
 from funcnet.ops import trees
 from funcnet.ops.inplace import is_expanded
+from funcnet.tree import leaf_names
 
 
 def flatten(who: object, name: str, tree: Tree) -> tuple[list[Tensor], optree.PyTreeSpec]:
@@ -39,10 +41,40 @@ def flatten_up_to(who: object, name: str, tree: Tree, structure: optree.PyTreeSp
     try:
         return structure.flatten_up_to(tree)
     except ValueError:
-        other = optree.tree_structure(tree)
+        got = _difference(leaf_names_of(structure), leaf_names(optree.tree_structure(tree)))
         raise ValueError(
-            f"{who}: expected {name} with the structure of params, {structure}, got {other}"
+            f"{who}: expected {name} with the structure of params, got {got}"
         ) from None
+
+
+def _difference(ours: list[str], theirs: list[str]) -> str:
+    """`none at 0.bias, more at 0.scale`: how the leaves of two trees differ."""
+    missing = [name for name in ours if name not in theirs]
+    more = [name for name in theirs if name not in ours]
+    parts = [f"{what} at {_some(at)}" for what, at in (("none", missing), ("more", more)) if at]
+    return ", ".join(parts) or "other containers"
+
+
+def _some(names: list[str]) -> str:
+    """The first of the names, not a screenful."""
+    return ", ".join([*map(repr, names[:_MOST_NAMED]), *["…"] * (len(names) > _MOST_NAMED)])
+
+
+_MOST_NAMED = 4
+
+
+def leaf_names_of(structure: Any) -> list[str]:
+    """The names of the leaves of a structure that `flatten` returned."""
+    if isinstance(structure, trees.Compiled):
+        return structure.of_leaves(leaf_names(structure.spec))
+    try:
+        return _remembered_names(structure)
+    except TypeError:  # a user's node may hold what has no hash
+        return leaf_names(structure)
+
+
+# Names take half as long as a step of small tensors.
+_remembered_names = lru_cache(maxsize=64)(leaf_names)
 
 
 def flatten_like(

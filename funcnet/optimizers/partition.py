@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Annotated, Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
 from funcnet.checks import shown
 from funcnet.layer import Tree
-from funcnet.ops.trees import Compiled, flatten
-from funcnet.optimizers.leaves import flatten_up_to
+from funcnet.ops.trees import flatten
+from funcnet.optimizers.leaves import flatten_up_to, leaf_names_of
 from funcnet.optimizers.optimizer import Optimizer, Steps
-from funcnet.tree import leaf_names
 
 Label: TypeAlias = Callable[[str, Tensor], str]
 """A function (path, leaf) -> name."""
@@ -104,7 +102,7 @@ class Partition(Optimizer[PartitionState]):
     def init(self, params: Tree) -> PartitionState:
         """The parts' states before the first step."""
         leaves, structure = flatten(params)
-        return self._init_parts(dict(zip(_names(structure), leaves, strict=True)))
+        return self._init_parts(dict(zip(leaf_names_of(structure), leaves, strict=True)))
 
     def _init_parts(self, params: Named) -> PartitionState:
         parts = self._parts(params)
@@ -115,7 +113,7 @@ class Partition(Optimizer[PartitionState]):
     def _prepare(self, params: Tree, grads: Tree, state: Any, write: bool) -> Steps[PartitionState]:
         leaves, structure = flatten(params)
         gs = flatten_up_to("Partition", "grads", grads, structure)
-        names = _names(structure)
+        names = leaf_names_of(structure)
         step_of_parts = self._prepare_parts(
             dict(zip(names, leaves, strict=True)), dict(zip(names, gs, strict=True)), state, write
         )
@@ -191,16 +189,3 @@ def _prepare(
     if isinstance(optimizer, Partition):
         return optimizer._prepare_parts(part, grads, state, write)
     return optimizer._prepare(part, grads, state, write)
-
-
-def _names(structure: Any) -> list[str]:
-    if isinstance(structure, Compiled):
-        return structure.of_leaves(leaf_names(structure.spec))
-    try:
-        return _remembered_names(structure)
-    except TypeError:  # a user's node may hold what has no hash
-        return leaf_names(structure)
-
-
-# Names take half as long as a step of small tensors.
-_remembered_names = lru_cache(maxsize=64)(leaf_names)

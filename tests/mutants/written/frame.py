@@ -85,20 +85,20 @@ LAYER = in_file(
     ),
     Row(
         "vjp-ignores-param-grad",
-        "need = Need(param_grad, input_grad, consume=True)",
-        "need = Need(True, input_grad, consume=True)",
+        "last_bwd(self, params, residuals, grad, Need(param_grad, input_grad))",
+        "last_bwd(self, params, residuals, grad, Need(True, input_grad))",
         "vjp computes what is asked for",
     ),
     Row(
         "vjp-ignores-input-grad",
-        "need = Need(param_grad, input_grad, consume=True)",
-        "need = Need(param_grad, True, consume=True)",
+        "last_bwd(self, params, residuals, grad, Need(param_grad, input_grad))",
+        "last_bwd(self, params, residuals, grad, Need(param_grad, True))",
         "vjp computes what is asked for",
     ),
     Row(
         "vjp-of-a-users-layer-ignores-what-is-asked-for",
-        "public_bwd(self, params, residuals, grad, Need(param_grad, input_grad))",
-        "public_bwd(self, params, residuals, grad, Need(True, True))",
+        "return public_bwd(layer, params, residuals, grad, need)\n\n\ndef like_params",
+        "return public_bwd(layer, params, residuals, grad, Need(True, True))\n\n\ndef like_params",
         "vjp computes what is asked for",
     ),
     Row(
@@ -239,12 +239,6 @@ SEQUENTIAL = in_file(
         "                    x, kept = ",
         "fwd draws what apply draws",
     ),
-    Row(
-        "first-to-learn-left-out",
-        "                return i\n",
-        "                return i + 1\n",
-        "the first layer with parameters learns",
-    ),
 )
 
 SEVERAL = in_file(
@@ -261,6 +255,12 @@ SEVERAL = in_file(
         "return None if key is None else fold_in(key, i)",
         "return key",
         "branches draw independently",
+    ),
+    Row(
+        "first-to-learn-left-out",
+        "                return i\n",
+        "                return i + 1\n",
+        "the first layer with parameters learns",
     ),
     Row(
         "names-of-the-rest",

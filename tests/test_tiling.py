@@ -6,7 +6,7 @@ from unittest import mock
 import optree
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from registry import LAYERS, budget, cases_of
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -143,6 +143,13 @@ def unet():
     )
 
 
+class Generous(fn.PReLU):
+    _tile = fn.PReLU._tile
+
+    def _bwd(self, params, x, dy, need):
+        return super()._bwd(params, x, dy, need._replace(input=True))
+
+
 NETS = {
     "convolutions": fn.Sequential(fn.Conv2d(8, 2, stride=2), fn.ReLU(), fn.UpsampleConv2d(3)),
     "by name": fn.Sequential(first=fn.Conv2d(8, 3, padding=1), last=fn.Conv2d(3, 3, padding=1)),
@@ -150,6 +157,7 @@ NETS = {
         fn.Sequential(fn.Conv2d(8, 4, padding="same"), fn.ReLU()), fn.Conv2d(3, 3)
     ),
     "U-Net": unet(),
+    "dx that nobody asked for": fn.Sequential(Generous(), fn.Conv2d(3, 3, padding=1)),
 }
 
 
@@ -167,6 +175,9 @@ def test_what_is_cut(net, batch):
         torch.testing.assert_close(net.vjp(params, x, y), expected)
         dx = net.vjp(params, x, y, param_grad=False)[1]
         torch.testing.assert_close(dx, expected[1])
+        dparams, dx = net.vjp(params, x, y, input_grad=False)
+        torch.testing.assert_close(dparams, expected[0])
+        assert dx is None
 
 
 def test_small_images_are_cut_along_the_batch():
@@ -179,6 +190,7 @@ def test_small_images_are_cut_along_the_batch():
 
 
 @given(st.integers(1, 500), st.integers(0, 600))
+@example(33, 17)
 def test_an_axis_is_cut_into_few_parts_that_are_alike(n, most):
     parts = tiling._cut(n, most)
     assert [x for part in parts for x in range(n)[part]] == list(range(n))

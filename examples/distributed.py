@@ -70,9 +70,10 @@ def train(data: Data, steps: int, batch_size: int, every: int, out: Path) -> Any
     per_epoch = -(-len(data.noisy) // batch_size)
     for step in range(done, steps):
         epoch, batch = divmod(step, per_epoch)
-        order = fn.permutation(fn.fold_in(key, epoch), len(data.noisy))
+        epoch_key = fn.fold_in(key, epoch)
+        order = fn.permutation(epoch_key, len(data.noisy))
         rows = order.split(batch_size)[batch].tensor_split(size)[rank]
-        variant = fn.fold_in(key, per_epoch + step)
+        variant = fn.fold_in(epoch_key, batch)
         x, target = (varied(scaled(t[rows], device), variant) for t in (data.noisy, data.target))
         loss, grads = grads_of(params, x, target)
         grads, _ = fn.clip_by_global_norm(grads, max_norm=0.1)

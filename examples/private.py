@@ -16,10 +16,10 @@ and writes it as `runs/private.png`.
 import math
 from pathlib import Path
 
+import optree
 import torch
 from matplotlib import pyplot as plt
 from sklearn.datasets import load_digits
-from torch.utils._pytree import tree_leaves, tree_map
 
 import funcnet as fn
 
@@ -49,8 +49,8 @@ def train(net, x, y, key, clip, noise, steps=STEPS):
         batch_key, noise_key = fn.split(fn.fold_in(key, step))
         batch = fn.bernoulli(batch_key, BATCH / len(x), (len(x),))
         _, total = clipped(params, x[batch], y[batch])
-        keys = iter(fn.split(noise_key, len(tree_leaves(total))))
-        grads = tree_map(
+        keys = iter(fn.split(noise_key, len(optree.tree_leaves(total))))
+        grads = optree.tree_map(
             lambda leaf, keys=keys: (
                 (leaf + noise * clip * fn.normal(next(keys), leaf.shape)) / BATCH
             ),

@@ -383,9 +383,11 @@ def what_is_refused_at_once(rank, size):
     if rank == 1:
         with pytest.raises(ValueError, match="expected a group that rank 1"):
             fn.distributed.mean(torch.ones(2), others)
-    with pytest.raises(TypeError, match="mean: expected floating-point tensors, got"):
+    with pytest.raises(TypeError, match=r"distributed\.mean: expected floating-point tensors, got"):
         fn.distributed.mean({"a": torch.ones(2, dtype=torch.int64)}, dist.new_group())
-    with pytest.raises(ValueError, match="mean: expected weight to be finite and >= 0, got -1"):
+    with pytest.raises(
+        ValueError, match=r"distributed\.mean: expected weight to be finite and >= 0, got -1"
+    ):
         fn.distributed.mean(torch.ones(2), dist.new_group(), weight=-1)
 
 
@@ -439,7 +441,7 @@ def a_step_that_one_rank_refuses_changes_nothing_on_the_others(rank, size):
 def a_rank_that_does_not_come_is_named_after_the_timeout(rank, size):
     group = dist.new_group(timeout=timedelta(seconds=2))
     if rank != 1:
-        with pytest.raises(RuntimeError, match="mean: lost rank 1: "):
+        with pytest.raises(RuntimeError, match=r"distributed\.mean: lost rank 1: "):
             fn.distributed.mean(torch.ones(3), group)
     dist.barrier()
 

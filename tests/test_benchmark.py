@@ -56,6 +56,24 @@ def test_writes_report_json_and_plot(tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "wanted"), [("float32", 3), ("float32, mixed with bfloat16", 2)], ids=str
+)
+@pytest.mark.usefixtures("benchmark_modules")
+def test_mixed_precision_has_a_target_of_its_own(dtype: str, wanted: float) -> None:
+    from arithmetic import Rates
+    from entries import OURS, PURE
+    from results import Results, Row
+    from targets import targets
+    from timing import Times
+
+    times = dict.fromkeys((OURS, PURE, "torch.nn"), Times(1.0, 1.0, 1.0, 1))
+    rows = [Row("denoiser", 64, mode, times) for mode in ("train", "infer")]
+    found = targets(Results({"dtype": dtype, "device": "cpu"}, rows, {}, Rates(1e9, 1e9)))
+    step = "denoiser, batch 64: training step, against the fastest"
+    assert [target.wanted for target in found if target.name == step] == [wanted]
+
+
 @pytest.mark.usefixtures("benchmark_modules")
 def test_clipped_sums_agree(capsys: pytest.CaptureFixture[str]) -> None:
     from clipping import compare

@@ -105,6 +105,35 @@ def test_an_ordinary_layer_takes_few_forward_passes(monkeypatch):
     assert 0 < len(passes) < 1000
 
 
+@pytest.mark.parametrize("generator", [np.random.MT19937, np.random.PCG64, np.random.Philox])
+def test_any_generator_of_numpy_may_be_the_global_one(generator):
+    @dataclass(frozen=True)
+    class Drawing(Plain):
+        def fwd(self, params, x, *, key=None):
+            return x * np.random.rand(), None
+
+        def bwd(self, params, residuals, grad, *, input_grad=True):
+            return (), grad
+
+    before = np.random.get_bit_generator()
+    np.random.set_bit_generator(generator(1))
+    try:
+        check_vjp(fn.ReLU(), (), torch.tensor([[1.0, -2.0]]))
+        with pytest.raises(GradientMismatch, match="draws from the global random state of numpy"):
+            check_vjp(Drawing(), (), torch.tensor([[1.0, -2.0]]))
+    finally:
+        np.random.set_bit_generator(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_grad_gets_the_dtype_of_y(dtype):
+    x = torch.tensor([[1.0, -2.0]], dtype=dtype)
+    check_vjp(fn.ReLU(), (), x, torch.tensor([[1.0, 2.0]], dtype=torch.float64))
+    check_vjp(fn.ReLU(), (), x, [[1, 2]])
+    with pytest.raises(ValueError, match=r"expected grad of y's shape, \(1, 2\), got \(\)"):
+        check_vjp(fn.ReLU(), (), x, 2)
+
+
 def test_global_randomness_is_left_alone():
     torch.manual_seed(5), np.random.seed(5), random.seed(5)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
@@ -335,6 +364,42 @@ def test_a_snippet_with_numbers_that_no_key_draws():
         exec(caught.value.snippet, {"error": caught.value})
 
 
+def test_a_snippet_has_the_tolerances():
+    """Off by 1e-8: no entry is wrong clearly, so there are none to count, or to guess from."""
+    layer = Spoilt(4, lambda dweight, dbias, dx, x, grad: (dweight, dbias, dx * (1 + 1e-8)))
+    params, x = case(Spoilt(4, None), (3, 6))
+    with pytest.raises(GradientMismatch) as caught:
+        check_vjp(layer, params, x, rtol=1e-10, atol=1e-300)
+    assert "rtol=1e-10, atol=1e-300)" in caught.value.snippet
+    assert "wrong entries" not in str(caught.value)
+    assert caught.value.guess is None
+    check_vjp(layer, params, x)
+
+
+def test_a_class_without_code_is_taken_from_the_error():
+    class Bare(fn.Layer):
+        __repr__ = object.__repr__
+
+        def _fwd(self, params, x, key):
+            return x.square(), x
+
+        def _bwd(self, params, x, dy, need):
+            return (), x * dy
+
+    with pytest.raises(GradientMismatch) as caught:
+        check_vjp(Bare(), (), torch.ones(2, 3))
+    compile(caught.value.snippet, "snippet", "exec")
+    with pytest.raises(GradientMismatch, match="is wrong"):
+        exec(caught.value.snippet, {"error": caught.value})
+
+
+def test_a_network_is_named_by_its_kind_and_size():
+    net = fn.Sequential(*[fn.Linear(3), fn.ReLU()] * 20, Spoilt(4, SPOILS["sign"][0]))
+    message = str(mismatch(net))
+    assert message.startswith("Sequential of 41 layers: the gradient for")
+    assert len(message.partition("To replay")[0].splitlines()) < 12
+
+
 def test_a_snippet_imports_every_layer_of_a_network():
     layer = fn.Sequential(fn.ReLU(), Spoilt(4, SPOILS["sign"][0]))
     with pytest.raises(GradientMismatch) as caught:
@@ -478,6 +543,28 @@ class Huber(fn.Loss):
 
     def bwd(self, residuals, grad=1.0):
         return residuals.clamp(-1, 1) * grad * self.slope
+
+
+def test_a_loss_that_computes_in_float32_inside():
+    """Its target is in the dtype of x, whatever that is tried in."""
+
+    @dataclass(frozen=True)
+    class Inside(fn.Loss):
+        factor: float = 2.0
+
+        def _fwd(self, x, target):
+            difference = x.float() - target.float()
+            return difference.square().sum().to(x.dtype), (difference, x)
+
+        def _bwd(self, residuals, grad):
+            difference, x = residuals
+            return (self.factor * grad * difference).to(x.dtype)
+
+    for dtype in (torch.bfloat16, torch.float32):
+        x, target = (fn.normal(fn.key(i), (3, 4), dtype=dtype) for i in range(2))
+        check_vjp(Inside(), x, target)
+        with pytest.raises(GradientMismatch):
+            check_vjp(Inside(2.2), x, target)
 
 
 def test_losses():

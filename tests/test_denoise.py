@@ -456,6 +456,20 @@ def test_a_new_run_clears_the_checkpoints_of_the_old(tmp_path, bare, folder, fin
     assert names == ["step-00000000.safetensors", "step-00000004.safetensors"]
 
 
+def test_a_new_run_that_cannot_write_removes_nothing(tmp_path, bare, folder, finished, monkeypatch):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    before = snapshot(out / "checkpoints")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fn.Checkpoints, "save", full)
+    with pytest.raises((OSError, SystemExit)):
+        bare.main(tiny(folder, out, epochs=1))
+    assert snapshot(out / "checkpoints") == before
+
+
 def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4

@@ -942,6 +942,16 @@ def test_tied_parameters_stay_the_modules_own(build):
         assert not any(p.requires_grad for p in back.parameters())
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_wrapped_module_keeps_its_mode(training):
+    module = Calling(lambda self, x: x * (2 if self.training else 3)).train(training)
+    net = fn.Sequential(fn.Linear(3), wrap(module, (3,))[0], fn.Dropout(0.5))
+    params = net.init(KEY, (3,))
+    back, x = to_torch(net, params), fn.normal(KEY, (4, 3))
+    close(back(x), net.apply(params, x))
+    assert [part.training for part in (back, *back)] == [False, False, training, False]
+
+
 def test_a_module_of_buffers_alone_keeps_their_dtype():
     module = Calling(lambda self, x: x * self.scale)
     module.register_buffer("scale", torch.ones(3, dtype=torch.float64))

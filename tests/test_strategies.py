@@ -462,10 +462,23 @@ def test_a_module_that_lacks_another_is_not_missing(tmp_path, monkeypatch):
         command.main(["--import", "my_rows"])
 
 
+def test_what_is_not_there_is_refused_by_name():
+    class Mine(fn.ReLU):
+        pass
+
+    for strategy in (strategies.layers(Mine), strategies.losses(Mine)):
+        with pytest.raises(TypeError, match=r"expected a class in the registry, got Mine; st\.b"):
+            find(strategy, lambda _: True)
+    with pytest.raises(ValueError, match=r"expected one of contiguous, .*, got 'row_major'"):
+        find(strategies.tensors((2, 3), layouts=["row_major"]), lambda _: True)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         ["--examples", "0"],
+        ["--examples", "many"],
+        ["--device", "gpu"],
         ["--layer", "Nonsense"],
         ["--dtype", "int8"],
         ["--import", "nowhere"],

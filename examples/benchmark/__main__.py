@@ -115,7 +115,7 @@ def main() -> None:
 def run(options: argparse.Namespace, settings: Settings) -> Results:
     """Measure everything that was asked for."""
     dtype, device = DTYPES[options.dtype], options.device
-    rate = rates(dtype, device)
+    rate = rates(torch.bfloat16 if options.mixed else dtype, device)
     names = list(entries(device, not options.no_compile, not options.no_jax))
     seconds = 0.3 if options.quick else 0.6
     tolerance = agreement.TF32_TOLERANCE if options.tf32 else agreement.TOLERANCE[dtype]

@@ -13,7 +13,7 @@ from typing import Any
 
 import optree
 import torch
-from contenders import Contender, funcnet_in_place
+from contenders import Contender
 from problem import Problem
 from torch import Tensor
 from translate import leaves
@@ -24,8 +24,6 @@ from funcnet.layer import Tree
 
 def funcnet_graph(problem: Problem) -> Contender:
     """Forward, loss, backward and update, and the forward pass alone, each a graph."""
-    if problem.network.is_layer:
-        return funcnet_in_place(problem)
     net, params = problem.net, problem.params()
     x, target = problem.x(), problem.target()
     sgd: Any = problem.network.optimizer  # Adam's step count would be recorded as a constant
@@ -65,5 +63,5 @@ def record(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 def _leaves(params: Tree, state: fn.SGDState) -> list[Tensor]:
-    """What is in the fixed memory, in one order."""
+    """The tensors in the fixed memory, in one order."""
     return [*optree.tree_leaves(params), *optree.tree_leaves(state.momentum)]

@@ -61,7 +61,7 @@ def takes_part(name: str, problem: Problem) -> bool:
     if name == CHANNELS_LAST:
         return len(network.shape) > 2  # else it is torch.nn once more
     if name == GRAPH:
-        return isinstance(network.optimizer, fn.SGD)
+        return isinstance(network.optimizer, fn.SGD) and not network.is_layer
     if name == JAX:
         plain = (network.loss, network.optimizer) == (MSE, SGD) and not problem.mixed
         return plain and all(isinstance(layer, _IN_STAX) for layer in network.net)

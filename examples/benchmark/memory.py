@@ -28,7 +28,7 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class Memory:
-    """In bytes. `live` is None where the allocator is not PyTorch's."""
+    """Numbers of bytes. `live` is None where the allocator is not PyTorch's."""
 
     live: int | None
     baseline: int
@@ -53,7 +53,7 @@ def measure(entry: Entry, problem: Problem) -> Memory:
 
 @dataclass(frozen=True)
 class Pass:
-    """Of a forward pass or a training step: seconds, at the least, and bytes beyond the start."""
+    """The least seconds of a forward pass or training step, and its bytes beyond the start."""
 
     seconds: float
     peak: int

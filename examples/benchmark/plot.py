@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib
-from entries import GRAPH, OURS, PURE
+from entries import CHANNELS_LAST, COMPILED, GRAPH, OURS, PURE
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from results import Results, Row
@@ -19,8 +19,9 @@ _TITLES = {"train": "Training step", "infer": "Inference"}
 _STYLES = {
     PURE: ("#999999", "x"),
     GRAPH: ("#000000", "*"),
+    COMPILED: ("#756bb1", "v"),
     "torch.nn": ("#9ecae1", "o"),
-    "torch.nn channels_last": ("#2171b5", "s"),
+    CHANNELS_LAST: ("#2171b5", "s"),
     "torch.compile": ("#e6550d", "^"),
     "JAX stax, jit": ("#31a354", "D"),
 }

@@ -1,4 +1,4 @@
-"""What every contender is given: a network, its weights, and one batch of data."""
+"""A problem, the same for every contender: a network, its weights, and one batch of data."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Problem:
         return self._normal(1, self.network.shape)
 
     def target(self) -> Tensor:
-        """What the outputs should be; for a layer, the gradient that comes back to it."""
+        """The outputs to reach; for a layer, the gradient that comes back to it."""
         shape = self.network.net.out_shape(self.network.shape)
         if isinstance(self.network.loss, fn.CrossEntropy):
             return torch.arange(self.batch, device=self.device) % shape[0]

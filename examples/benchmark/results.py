@@ -76,8 +76,13 @@ class Results:
     residuals: list[Kept] = field(default_factory=list)
 
     @property
+    def is_mixed(self) -> bool:
+        """Whether products were made in bfloat16."""
+        return "mixed" in self.machine["dtype"]
+
+    @property
     def operations(self) -> int:
-        """What that step needs."""
+        """The operations of that step."""
         (network,) = (n for n in all_networks() if n.name == MEASURED[0])
         return operations(network.net, network.shape, MEASURED[1])
 
@@ -86,7 +91,7 @@ class Results:
         return [row for row in self.rows if row.mode == mode]
 
     def networks(self, mode: str) -> list[Row]:
-        """Those of whole networks, or of layers if that is all there is."""
+        """The rows of whole networks, or of layers if there are no others."""
         rows = self.mode(mode)
         return [row for row in rows if not row.is_layer] or rows
 
@@ -109,7 +114,7 @@ class Results:
 
 
 def machine(settings: Settings, dtype: torch.dtype, mixed: bool) -> dict[str, str]:
-    """Where this runs, and with what."""
+    """The machine and the versions."""
     device = settings.device
     versions = {
         package: importlib.metadata.version(package)

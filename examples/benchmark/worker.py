@@ -39,7 +39,7 @@ class Settings:
     """Whether the others, too, keep freed memory as funcnet does (`funcnet/memory.py`)."""
 
     def apply(self) -> None:
-        """To this process, and to those it starts."""
+        """Set up this process, and those it starts."""
         torch.set_num_threads(self.threads)
         torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = self.tf32
@@ -78,7 +78,7 @@ class Worker:
         return lambda calls: float(self._ask("clock", mode, calls))
 
     def memory(self, problem: Problem) -> Memory:
-        """That of a training step. The process must have done nothing else."""
+        """The memory of a training step, in a process that has done nothing else."""
         found: Memory = self._ask("memory", problem)
         return found
 
@@ -106,7 +106,7 @@ class Worker:
 
 
 class _Server:
-    """What a worker is asked for, in its own process."""
+    """The answers of a worker, in its own process."""
 
     def __init__(self, name: str, settings: Settings) -> None:
         entered = entries(settings.device, jax=name.startswith("JAX"))

@@ -14,7 +14,7 @@ import torch
 import funcnet as fn
 from denoising.data import Data, file_data, photograph_data
 from denoising.errors import InputError
-from denoising.noise import DEFAULT_LEVELS, MOST, Noise
+from denoising.noise import DEFAULT_LEVELS, MOST_LEVELS, Noise
 from denoising.pairs import pair_data
 
 
@@ -90,7 +90,7 @@ def add_data(add: Add) -> None:
     add("--noise", choices=DEFAULT_LEVELS, help="the kind of noise to add (gaussian)")
     add(
         "--level",
-        type=number(float, 1e-3, max(MOST.values())),
+        type=number(float, 1e-3, max(MOST_LEVELS.values())),
         help="255·σ (25) if gaussian, photons at white (30) if poisson",
     )
 
@@ -173,8 +173,8 @@ def read_data(options: argparse.Namespace, stride: int, key: fn.Key) -> Data:
         return pair_data(options.pairs, count, key)
     kind = options.noise or "gaussian"
     level = options.level or DEFAULT_LEVELS[kind]
-    if level > MOST[kind]:
+    if level > MOST_LEVELS[kind]:
         raise InputError(
-            f"--level: expected at most {MOST[kind]:g} for {kind} noise, got {level:g}"
+            f"--level: expected at most {MOST_LEVELS[kind]:g} for {kind} noise, got {level:g}"
         )
     return photograph_data(options.images, Noise(kind, level), count, key)

@@ -13,7 +13,7 @@ from torch import Tensor
 from denoising.data import Data, scaled
 from denoising.tiles import Denoiser
 
-MOST = 1024
+MOST_SIDE = 1024
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ def compare(denoiser: Denoiser, data: Data) -> list[Result]:
 
 
 def centre(picture: Tensor) -> Tensor:
-    """At most `MOST` by `MOST` pixels: non-local means take minutes for a large photograph."""
-    top, left = (max(0, (size - MOST) // 2) for size in picture.shape[1:])
-    return picture[:, top : top + MOST, left : left + MOST]
+    """The middle, at most `MOST_SIDE` pixels a side: non-local means take minutes for more."""
+    top, left = (max(0, (size - MOST_SIDE) // 2) for size in picture.shape[1:])
+    return picture[:, top : top + MOST_SIDE, left : left + MOST_SIDE]
 
 
 def denoise_all(denoiser: Denoiser, noisy: Tensor) -> Tensor:

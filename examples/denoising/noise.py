@@ -11,7 +11,7 @@ from torch import Tensor
 import funcnet as fn
 
 DEFAULT_LEVELS = {"gaussian": 25.0, "poisson": 30.0}
-MOST = {"gaussian": 1000.0, "poisson": 1e6}
+MOST_LEVELS = {"gaussian": 1000.0, "poisson": 1e6}
 
 
 @dataclass(frozen=True)

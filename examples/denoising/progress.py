@@ -20,11 +20,11 @@ class Progress(NamedTuple):
     """A checkpoint is this tree in a file."""
 
     settings: dict[str, Any]
-    """What the trained parameters depend on. A resumed run must share them."""
+    """All that the trained parameters depend on. A resumed run must share them."""
     unit: str
-    """Of the goals: epochs or minutes."""
+    """The unit of the goals: epochs or minutes."""
     goals: list[float]
-    """How many of them were asked for, each time more."""
+    """The goals, in that unit, each larger than the last."""
     ends: list[int]
     """The number of steps at which each of these goals is reached."""
     key: fn.Key

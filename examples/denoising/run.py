@@ -32,9 +32,9 @@ class Recipe:
 
     net: fn.Layer
     optimizer: Callable[[Any, float], Any]
-    """Of the learning rate and the momentum."""
+    """Made from the learning rate and the momentum."""
     schedule: Callable[[float, int], Schedule]
-    """Of the learning rate's peak and the number of steps."""
+    """Made from the peak of the learning rate and the number of steps."""
     lr: float
     epochs: int
 
@@ -84,9 +84,9 @@ class Run:
         if options.resume:
             p = load(checkpoints, p)
         p = run.with_goal(p, train_epoch)
+        checkpoints.save(p.steps, p)  # with the goal, which --minutes would not find again
         if p.steps == 0:
             clear(checkpoints)
-        checkpoints.save(p.steps, p)  # with the goal, which --minutes would not find again
         return run, p
 
     def settings(self, device: torch.device) -> dict[str, Any]:
@@ -234,8 +234,8 @@ def check(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def clear(checkpoints: fn.Checkpoints) -> None:
-    """Remove the checkpoints of an earlier run."""
-    for path in files_of(Path(checkpoints.folder)):
+    """Remove the checkpoints of an earlier run: all but the one of step 0, which is new."""
+    for path in files_of(Path(checkpoints.folder))[1:]:
         path.unlink()
 
 

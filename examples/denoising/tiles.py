@@ -34,7 +34,7 @@ class Denoiser:
     params: Tree
     stride: int
     reach: int | None
-    """How many pixels away the network sees; None if it may see the whole picture."""
+    """The distance in pixels that the network sees; None if it may be the whole picture."""
 
     @classmethod
     def of(cls, net: fn.Layer, params: Tree) -> Denoiser:
@@ -118,7 +118,7 @@ def keeps(net: fn.Layer, size: int) -> bool:
 
 
 def reach_of(net: fn.Layer, params: Tree, stride: int) -> int | None:
-    """How far the output depends on the input: a row of NaN is seen as far as the network reaches.
+    """The distance over which the output depends on the input: as far as a row of NaN is seen.
 
     Each row of one stride is tried, in an example of its own, and columns likewise. None if the
     reach is above `MOST_REACH`.
@@ -143,7 +143,7 @@ def reach_of(net: fn.Layer, params: Tree, stride: int) -> int | None:
 
 
 def distances(y: Tensor, axis: int, origin: int) -> list[int | None]:
-    """How far NaN has come along an axis in both directions; None where it has come to the end."""
+    """The distances that NaN has come along an axis, in both directions; None at the end."""
     is_nan = y.isnan().movedim(axis, 0).flatten(1).any(1).nonzero().flatten().tolist()
     if not is_nan:
         return [0]

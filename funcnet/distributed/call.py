@@ -18,13 +18,16 @@ from typing import Any
 from weakref import WeakKeyDictionary
 from zlib import crc32
 
+import optree
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from funcnet.tree import leaf_names
+
 _GLANCE = timedelta(seconds=0.5)
-"""How long a rank waits before it looks into the store: a hundred times longer than an exchange of
-a few numbers, so that a healthy group hardly ever looks."""
+"""The time after which a waiting rank looks into the store: a hundred times longer than an exchange
+of a few numbers, so that a healthy group hardly ever looks."""
 
 _calls: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 """The number of calls so far by group. They tell errors of this call from older ones, as
@@ -194,9 +197,10 @@ class Call:
             return None
 
 
-def signature(paths: list[str], leaves: list[Tensor]) -> list[tuple[Any, ...]]:
+def signature(structure: optree.PyTreeSpec, leaves: list[Tensor]) -> list[tuple[Any, ...]]:
     """The paths, shapes and dtypes of a tree's leaves, on which all ranks have to agree."""
-    return [(path, tuple(x.shape), x.dtype) for path, x in zip(paths, leaves, strict=True)]
+    named = zip(leaf_names(structure), leaves, strict=True)
+    return [(path, tuple(x.shape), x.dtype) for path, x in named]
 
 
 def _listed(ranks: list[int]) -> str:

@@ -20,7 +20,6 @@ from funcnet.leaves import joins, places
 from funcnet.losses.loss import Loss
 from funcnet.ops.accumulation import widened
 from funcnet.optimizers.leaves import flatten
-from funcnet.tree import leaf_names
 
 BUCKET_BYTES = 4 * 2**20
 """An all-reduce of n bytes by k ranks takes about 2(k − 1)·a + 2n/b, with a latency a of 30 µs and
@@ -100,7 +99,7 @@ class ValueAndGrad:
         leaves, structure = flatten(call.who, "params", params)
         is_mean = self.loss.reduction == "mean"
         count = self.loss._count(target) if is_mean else 0
-        counts = call.agree(signature(leaf_names(structure), leaves), count)
+        counts = call.agree(signature(structure, leaves), count)
         passes = Passes(self.net)
         y, residuals = passes.fwd(params, x, None if key is None else fold_in(key, call.rank))
         value, kept = self.loss.fwd(y, target)

@@ -12,7 +12,6 @@ from funcnet.distributed.sums import Sums
 from funcnet.layer import Tree
 from funcnet.ops.accumulation import widened
 from funcnet.optimizers.leaves import flatten
-from funcnet.tree import leaf_names
 
 
 @torch.no_grad()
@@ -36,10 +35,10 @@ def mean(tree: Tree, group: Any = None, weight: float | None = None) -> Tree:
     {'loss': tensor(2.)}
     >>> dist.destroy_process_group()
     """
-    with together("mean", group) as call:
-        leaves, structure = flatten("mean", "tree", tree)
-        own = 1.0 if weight is None else float(as_number("mean", "weight", weight, 0.0))
-        total = sum(call.agree(signature(leaf_names(structure), leaves), own)())
+    with together("distributed.mean", group) as call:
+        leaves, structure = flatten("distributed.mean", "tree", tree)
+        own = 1.0 if weight is None else float(as_number("distributed.mean", "weight", weight, 0.0))
+        total = sum(call.agree(signature(structure, leaves), own)())
         if not total:
             raise ValueError(f"mean: expected a weight above 0 on one of {call.size} ranks")
         sums = Sums(call)

@@ -11,7 +11,6 @@ from funcnet import batch_statistics
 from funcnet.distributed.call import signature, together
 from funcnet.layer import Tree
 from funcnet.optimizers.leaves import flatten
-from funcnet.tree import leaf_names
 
 
 @torch.no_grad()
@@ -33,10 +32,10 @@ def merge_moments(m: Tree, group: Any = None) -> Tree:
     [2.0, 2.0, 2.0]
     >>> dist.destroy_process_group()
     """
-    with together("merge_moments", group) as call:
-        leaves, structure = flatten("merge_moments", "m", m)
+    with together("distributed.merge_moments", group) as call:
+        leaves, structure = flatten("distributed.merge_moments", "m", m)
         batch_statistics.merge_moments(m, m)  # raises for what are not moments
-        call.agree(signature(leaf_names(structure), leaves))()
+        call.agree(signature(structure, leaves))()
         if not leaves:
             return m
         packed = torch.cat([leaf.reshape(-1) for leaf in leaves])

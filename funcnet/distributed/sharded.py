@@ -14,7 +14,6 @@ from funcnet.fields import InstanceOf
 from funcnet.layer import Tree
 from funcnet.optimizers.leaves import check_writable, flatten, flatten_up_to
 from funcnet.optimizers.optimizer import Optimizer, State, Steps
-from funcnet.tree import leaf_names
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Sharded(Optimizer[State]):
                 write,
             )
             # No rank begins to write unless all can.
-            call.agree(signature(leaf_names(structure), leaves))()
+            call.agree(signature(structure, leaves))()
 
         def step() -> tuple[Tree, State]:
             own, new_state = own_step()

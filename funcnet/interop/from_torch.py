@@ -15,7 +15,7 @@ from funcnet.checks import as_axis, as_shape, sizes
 from funcnet.combinators import Concat, Loop, Product, Residual, Reversible, Sequential, Sum
 from funcnet.interop import blocks
 from funcnet.interop.inputs import spec_of
-from funcnet.interop.report import refusal
+from funcnet.interop.refusal import refusal
 from funcnet.interop.twins import LAYERS
 from funcnet.interop.unrolled import UNROLLED
 from funcnet.layer import Layer, Shape, Tree
@@ -40,8 +40,8 @@ def from_torch(module: nn.Module, shape: Sequence[int]) -> tuple[Layer, Tree]:
     """Return (net, params) that compute what a torch.nn module does, for examples of `shape`.
 
     The module may be a torch.nn.Sequential, nested or not, of modules that have a twin here, or
-    one such module. Those that `to_torch` makes may be among them. The outputs are the same in the
-    mode that each module is in:
+    one such module. Those that `to_torch` makes may be among them, but for `Cast` and wrapped
+    modules. The outputs are the same in the mode that each module is in:
 
     - BatchNorm and InstanceNorm that evaluate by running statistics become `ChannelAffine`; by
       those of the batch, they become `BatchNorm`, which wants a key, and `InstanceNorm`.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from funcnet.checkpoint.memory_format import lay_out_as_init
 from funcnet.checks import name_of, sizes
-from funcnet.interop.report import refusal
+from funcnet.interop.refusal import refusal
 from funcnet.keys import key
 from funcnet.layer import Layer, Tree, check_net
 from funcnet.tree import child_names, children, leaf_names

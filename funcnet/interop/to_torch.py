@@ -30,7 +30,7 @@ from funcnet.combinators.several import Several
 from funcnet.interop import blocks
 from funcnet.interop.inputs import spec_of, takes_integers
 from funcnet.interop.observation import tensor_like
-from funcnet.interop.report import refusal
+from funcnet.interop.refusal import refusal
 from funcnet.interop.state_dict import state_dict, tensors_of
 from funcnet.interop.twins import MODULES
 from funcnet.interop.wrap import Wrapped
@@ -68,7 +68,7 @@ def to_torch(net: Layer, params: Tree, shape: Sequence[int] | None = None) -> nn
     left out. What torch.nn lacks, such as `Residual` and `Concat`, becomes a small module of this
     package. The gradients are autograd's. Parameters are copies. Those in `Frozen` require no
     gradient, and those in `Cast` have the dtype in which it computes. The module is in eval mode,
-    which is what no key means here.
+    which is what no key means here; a wrapped module keeps its own.
 
     `shape` is the shape of one example. It is needed where no parameter tells the sizes that a
     module wants, as for `LayerNorm(elementwise_affine=False)`; params and shape are then checked.
@@ -106,7 +106,10 @@ def to_torch(net: Layer, params: Tree, shape: Sequence[int] | None = None) -> nn
     if translator.problems:
         expected = "to_torch: expected layers that have a form in torch.nn"
         raise refusal(expected, translator.problems)
-    return module.eval()
+    module.eval()
+    for part, mode in translator.modes:  # on which its y may depend
+        part.training = mode
+    return module
 
 
 class _Translator:
@@ -114,6 +117,8 @@ class _Translator:
 
     def __init__(self) -> None:
         self.problems: list[str] = []
+        self.modes: list[tuple[nn.Module, bool]] = []
+        """The modules that were wrapped, and the mode that each was in."""
 
     def of(self, layer: Layer, params: Tree, shape: Shape | None, path: str) -> nn.Module:
         """Return the module of a layer."""
@@ -122,8 +127,10 @@ class _Translator:
                 layer._check_tree(params)
             if type(layer) in _COMBINATORS:
                 return _COMBINATORS[type(layer)](self, layer, params, shape, path)
-            translate = _SPECIAL.get(type(layer), _twin)
-            return translate(layer, params, shape)
+            module = _SPECIAL.get(type(layer), _twin)(layer, params, shape)
+            if isinstance(layer, Wrapped):
+                self.modes += [(part, part.training) for part in module.modules()]
+            return module
         except (ValueError, TypeError) as error:
             reason = str(error)
         except KeyError as error:  # of add_module
@@ -147,7 +154,7 @@ class _Translator:
 # --- Layers
 
 
-OURS = {"method", "weight_init", "bias_init", "num_dims"}
+NOT_IN_TORCH = {"method", "weight_init", "bias_init", "num_dims"}
 """The fields that torch.nn does not know."""
 
 
@@ -156,7 +163,7 @@ def _twin(layer: Layer, params: Tree, shape: Shape | None) -> nn.Module:
     if type(layer) not in MODULES:
         raise ValueError(f"{name_of(layer)} has no form in torch.nn")
     settings = {f.name: getattr(layer, f.name) for f in fields(layer) if f.init}
-    options = {name: value for name, value in settings.items() if name not in OURS}
+    options = {name: value for name, value in settings.items() if name not in NOT_IN_TORCH}
     for cls, arguments in _SIZES.items():
         if isinstance(layer, cls):
             options |= arguments(layer, params, shape)

@@ -217,7 +217,7 @@ def _cells(name: str, dtype: str, score: Score) -> tuple[str, ...]:
     else:
         errors = score.errors
         taylor = "exact" if math.isinf(errors.taylor) else f"{errors.taylor:.2f}"
-        rounding = "" if dtype == "float64" else f"{errors.working:.1e}"
+        rounding = "" if dtype == "float64" else f"{errors.rounding:.1e}"
         numbers = [f"{errors.autograd:.1e}", f"{errors.differences:.1e}", taylor, rounding]
     return (name, dtype, f"{score.cases:,}", *numbers, f"{score.seconds:.1f}")
 
@@ -262,15 +262,22 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MODULE",
         help="import these first, for rows of your own in the registry",
     )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, … (cpu)")
+    parser.add_argument("--device", type=_device, default="cpu", help="cpu, cuda, … (cpu)")
     return parser
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of cases >= 1, got {text}")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of cases >= 1, got {text!r}")
+    return int(text)
+
+
+def _device(text: str) -> str:
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from None
+    return text
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     >>> laid_out(torch.zeros(2, 3), "transposed").stride()
     (1, 2)
     """
+    if layout not in LAYOUTS:
+        raise ValueError(f"laid_out: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
     if not x.ndim:
         return x
     if layout == "channels_last":

@@ -48,11 +48,11 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from functools import lru_cache, partial
 from itertools import islice, product
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import optree
 import torch
@@ -66,6 +66,7 @@ except ModuleNotFoundError as error:
         "funcnet.testing.strategies needs hypothesis: pip install 'funcnet[test]'", name=error.name
     ) from error
 
+from funcnet.checks import name_of
 from funcnet.combinators import Sequential
 from funcnet.fields import Number, OneOf, PerAxis, Whole, kinds
 from funcnet.keys import Key
@@ -73,7 +74,7 @@ from funcnet.keys import key as make_key
 from funcnet.layer import Layer, Shape, Tree
 from funcnet.losses import Loss
 from funcnet.testing.layouts import LAYOUTS, fits, laid_out
-from funcnet.testing.registry import LOSSES, REGISTRY, draw_target
+from funcnet.testing.registry import LOSSES, REGISTRY, LossRow, Row, draw_target
 from funcnet.tree import register_node
 
 Strategy: TypeAlias = st.SearchStrategy
@@ -84,22 +85,35 @@ _LARGEST = 4096
 """The most entries of an example in a random network."""
 
 
+_Row = TypeVar("_Row", Row, LossRow)
+
+
 # --- Layers
 
 
 @st.composite
 def layers(draw: st.DrawFn, *classes: type[Layer]) -> Layer:
     """Any layer of the vocabulary, or any of these classes, with any hyperparameters."""
-    row = REGISTRY[draw(st.sampled_from(classes or _leaves()))]
+    row = _row_of(REGISTRY, draw(st.sampled_from(classes or _leaves())))
     try:
         return row.draw(lambda some: draw(st.sampled_from(list(some))))
     except ValueError:
         reject()
 
 
+def _row_of(rows: Mapping[Any, _Row], cls: type) -> _Row:
+    """The row of a class. Raises TypeError if there is none."""
+    if cls not in rows:
+        raise TypeError(
+            f"strategies: expected a class in the registry, got {cls.__name__}; "
+            f"st.builds({cls.__name__}, …) draws one of your own"
+        )
+    return rows[cls]
+
+
 def _leaves() -> tuple[type[Layer], ...]:
-    """The layers that are drawn where no class is asked for, behind any other: they evaluate
-    without a key, and take floating-point x."""
+    """The classes drawn by default: they evaluate without a key and take floating-point x, so that
+    they fit behind any other layer."""
     return tuple(
         cls
         for cls, row in REGISTRY.items()
@@ -167,7 +181,7 @@ def _fitting(draw: st.DrawFn, parts: Strategy[Layer], shape: Shape) -> Layer | N
 @st.composite
 def losses(draw: st.DrawFn, *classes: type[Loss]) -> Loss:
     """Any loss, or any of these classes, with any hyperparameters."""
-    row = LOSSES[draw(st.sampled_from(classes or tuple(LOSSES)))]
+    row = _row_of(LOSSES, draw(st.sampled_from(classes or tuple(LOSSES))))
     return row.draw(lambda some: draw(st.sampled_from(list(some))))
 
 
@@ -187,7 +201,9 @@ def shapes(draw: st.DrawFn, layer: Layer, max_extra: int = 3) -> Shape:
     """
     starts = _least_shapes(layer)
     if not starts:
-        raise ValueError(f"shapes: expected a layer that takes some small shape, got {layer}")
+        raise ValueError(
+            f"shapes: expected a layer that takes some small shape, got {name_of(layer)}"
+        )
     shape = draw(st.sampled_from(starts))
     for axis, least in enumerate(shape):
         others = [(*shape[:axis], n, *shape[axis + 1 :]) for n in range(least, least + 13)]

@@ -43,8 +43,7 @@ class Case:
     @property
     def names(self) -> list[str]:
         """The name of each leaf in messages: `params[0]['weight']`, …, `x`."""
-        trees = {"params": self.params, "x": self.x}
-        return [a.codify(name) for name, tree in trees.items() for a in optree.tree_accessors(tree)]
+        return [*named_leaves(params=self.params, x=self.x)]
 
     @property
     def first_of_x(self) -> int:
@@ -69,9 +68,8 @@ class Case:
     @property
     def inputs(self) -> dict[str, Any]:
         """Every tensor among the arguments, by name. A layer may have put other things there."""
-        named = zip(self.names, self.leaves, strict=True)
-        tensors = {name: leaf for name, leaf in named if isinstance(leaf, Tensor)}
-        return {**tensors, "grad": self.grad}
+        named = dict(zip(self.names, self.leaves, strict=True))
+        return {**_tensors(named), "grad": self.grad}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,12 +102,14 @@ class Case:
 
     def double(self) -> Case:
         """A contiguous copy in float64, on the CPU if the device has no float64."""
-        return self.at([_double(leaf) for leaf in self.leaves], _double(self.grad))
+        return self._changed(_double)
 
     def to(self, dtype: torch.dtype) -> Case:
-        """The case with all floating-point leaves and grad in a dtype."""
-        leaves = [leaf.to(dtype) if leaf.is_floating_point() else leaf for leaf in self.leaves]
-        return self.at(leaves, self.grad.to(dtype))
+        """The case with all floating-point tensors in a dtype."""
+        return self._changed(lambda x: x.to(dtype) if x.is_floating_point() else x)
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Case:
+        return self.at([change(leaf) for leaf in self.leaves], change(self.grad))
 
     def fwd(self) -> Any:
         return self.layer.fwd(self.params, self.x, key=self.key)
@@ -178,11 +178,7 @@ class LossCase(Case):
 
     @property
     def inputs(self) -> dict[str, Any]:
-        accessors = optree.tree_accessors(self.target)
-        names = [accessor.codify("target") for accessor in accessors]
-        named = zip(names, optree.tree_leaves(self.target), strict=True)
-        targets = {name: leaf for name, leaf in named if isinstance(leaf, Tensor)}
-        return {"x": self.x, **targets, "grad": self.grad}
+        return {"x": self.x, **_tensors(named_leaves(target=self.target)), "grad": self.grad}
 
     def with_target(self, change: Callable[[Tensor], Tensor]) -> LossCase:
         """The same case with another target: each tensor in it changed."""
@@ -193,10 +189,10 @@ class LossCase(Case):
             ),
         )
 
-    def double(self) -> Case:
-        there = super().double()
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Case:
+        there = super()._changed(change)
         assert isinstance(there, LossCase)
-        return there.with_target(_double)
+        return there.with_target(change)
 
     def fwd(self) -> Any:
         return self.layer.fwd(self.x, self.target)
@@ -225,14 +221,31 @@ def make_case(
         return LossCase(layer, (), x.detach(), drawn.detach().to(x.dtype), None, target)
     params, x = (optree.tree_map(lambda leaf: leaf.detach(), tree) for tree in (params, x))
     leaves = [*optree.tree_leaves(x), *optree.tree_leaves(params)]
+    like = next((leaf for leaf in leaves if leaf.is_floating_point()), None)
     if grad is None:
         # Of copies: what a layer writes over its input has to show later.
         y = layer.apply(_copied(params), _copied(x), key=key)
         if not isinstance(y, Tensor):
             raise GradientMismatch(f"apply: expected y to be a tensor, got {kind_of(y)}")
-        like = next((leaf for leaf in leaves if leaf.is_floating_point()), y)
-        grad = signed(y.shape, seed=1).to(like)
-    return Case(layer, params, x, torch.as_tensor(grad, device=leaves[0].device).detach(), key)
+        grad = signed(y.shape, seed=1).to(y if like is None else like)
+    dtype = None if like is None else like.dtype
+    grad = torch.as_tensor(grad, dtype=dtype, device=leaves[0].device).detach()
+    return Case(layer, params, x, grad, key)
+
+
+def named_leaves(**trees: Any) -> dict[str, Any]:
+    """The leaves of trees, each by the code that leads to it: `params[0]['weight']`."""
+    return {
+        accessor.codify(name): leaf
+        for name, tree in trees.items()
+        for accessor, leaf in zip(
+            optree.tree_accessors(tree), optree.tree_leaves(tree), strict=True
+        )
+    }
+
+
+def _tensors(named: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
 
 def tried(call: Callable[[], _Result]) -> _Result | None:

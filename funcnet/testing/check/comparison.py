@@ -17,13 +17,13 @@ class Errors:
     autograd: float = 0.0
     differences: float = 0.0
     taylor: float = math.inf
-    working: float = 0.0
+    rounding: float = 0.0
 
     def merge(self, other: Errors) -> None:
         self.autograd = max(self.autograd, other.autograd)
         self.differences = max(self.differences, other.differences)
         self.taylor = min(self.taylor, other.taylor)
-        self.working = max(self.working, other.working)
+        self.rounding = max(self.rounding, other.rounding)
 
 
 def excess(got: Tensor, want: Tensor, allowed: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from funcnet.testing.check.case import (
     Leaves,
     LossCase,
     kind_of,
+    named_leaves,
     other_numbers,
     tried,
     tried_y,
@@ -97,7 +98,7 @@ def _check_fwd(case: Case) -> tuple[Tensor, Any]:
 
 
 def _check_bwd(case: Case, y: Tensor, residuals: Any) -> Leaves:
-    kept = {"y": y, "grad": case.grad, **_named("residuals", residuals)}
+    kept = {"y": y, "grad": case.grad, **named_leaves(residuals=residuals)}
     result = pure(case, "bwd", lambda: case.bwd(residuals), kept)
     gradients = _check_gradients(case, "bwd", result)
     expect_own(case, gradients)
@@ -108,24 +109,23 @@ def _check_bwd(case: Case, y: Tensor, residuals: Any) -> Leaves:
 def _check_gradients(case: Case, who: str, result: Any, without: str = "") -> Leaves:
     """The gradients that were asked for. `without` names the argument of bwd that was False."""
     dparams, dx = _pair(who, "(dparams, dx)", result)
-    given = {"dparams": (case.params, dparams), "dx": (case.x, dx)}
-    for name, gradient, need in (("dparams", dparams, "param_grad"), ("dx", dx, "input_grad")):
+    for name, of, tree, gradient, need in (
+        ("dparams", "params", case.params, dparams, "param_grad"),
+        ("dx", "x", case.x, dx, "input_grad"),
+    ):
         if without == need and gradient is not None:
             raise GradientMismatch(
                 f"{who}: expected {name} to be None with {need}=False, got {kind_of(gradient)}"
             )
-    for name, of, need in (("dparams", "params", "param_grad"), ("dx", "x", "input_grad")):
-        tree, gradient = given[name]
         if without == need or _fits(tree, gradient):
             continue
         if isinstance(tree, Tensor):
             _expect_like(who, name, gradient, tree.shape, tree)
-        else:
-            expected = optree.tree_structure(tree)
-            got = kind_of(gradient) if gradient is None else optree.tree_structure(gradient)
-            raise GradientMismatch(
-                f"{who}: expected {name} with the tree of {of}, {expected}, got {got}"
-            )
+        expected = optree.tree_structure(tree)
+        got = kind_of(gradient) if gradient is None else optree.tree_structure(gradient)
+        raise GradientMismatch(
+            f"{who}: expected {name} with the tree of {of}, {expected}, got {got}"
+        )
     of_params, of_x = case.parts((dparams, dx))
     gradients = [
         *([] if without == "param_grad" else of_params or ()),
@@ -279,12 +279,12 @@ def _check_fresh(case: Case) -> None:
         return
     y, residuals = case.fwd()
     dparams, dx = case.bwd(residuals)
-    kept, why = _named("residuals", residuals), f" ({type(case.layer).__name__} declares _fresh)"
+    kept, why = named_leaves(residuals=residuals), f" ({type(case.layer).__name__} declares _fresh)"
     expect_unshared("y of fwd", y, kept, why)
     expect_not_expanded("y of fwd", y, why)
     if dx is not None:
         expect_not_expanded("dx of bwd", dx, why)
-        expect_unshared("dx of bwd", dx, {**kept, **_named("dparams", dparams)}, why)
+        expect_unshared("dx of bwd", dx, {**kept, **named_leaves(dparams=dparams)}, why)
 
 
 def _check_layouts(case: Case, residuals: Any, gradients: Leaves) -> None:
@@ -518,11 +518,6 @@ def expect_close(
         else:
             return
     raise GradientMismatch(complaint + place)
-
-
-def _named(name: str, tree: Any) -> dict[str, Any]:
-    names = (accessor.codify(name) for accessor in optree.tree_accessors(tree))
-    return dict(zip(names, optree.tree_leaves(tree), strict=True))
 
 
 def _copied(layer: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a search finds: an entry of a gradient that a numeric derivative refutes."""
+"""A finding: an entry of a gradient that a numeric derivative refutes."""
 
 from __future__ import annotations
 

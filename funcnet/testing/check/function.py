@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from funcnet.compat import version
 from funcnet.testing.check.beside import moved
-from funcnet.testing.check.case import Case, Leaves, other_numbers, signed, tried, unlike
+from funcnet.testing.check.case import (
+    Case,
+    Leaves,
+    named_leaves,
+    other_numbers,
+    signed,
+    tried,
+    unlike,
+)
 from funcnet.testing.check.comparison import Errors, excess, worst
 from funcnet.testing.check.contract import check_written_over, expect_close
 from funcnet.testing.check.laws import check_linear_in_grad
@@ -28,6 +36,7 @@ from funcnet.testing.check.purity import pure
 from funcnet.testing.check.report import wrong_gradient
 from funcnet.testing.check.rounding import TRIALS, gradient_noise, value_noise
 from funcnet.testing.check.search import Budget, find_wrong
+from funcnet.testing.check.tolerances import FROM_REFERENCE
 from funcnet.testing.check.vjp import check_limits, expect_something
 from funcnet.testing.errors import GradientMismatch, noted
 from funcnet.testing.layouts import other_layouts, row_major, same
@@ -109,8 +118,7 @@ class FunctionCase(Case):
 
     @property
     def names(self) -> list[str]:
-        trees = {"parameters": self.params, "inputs": self.x}
-        return [a.codify(name) for name, tree in trees.items() for a in optree.tree_accessors(tree)]
+        return [*named_leaves(parameters=self.params, inputs=self.x)]
 
     @property
     def batch(self) -> None:
@@ -235,30 +243,38 @@ def _make_case(
         followed = optree.tree_map(lambda p: p.clone().requires_grad_(), params)
         # Of copies: autograd lets nobody write to a leaf, and what does so has to show later.
         outputs = optree.tree_leaves(call(followed, tuple(leaf.clone() for leaf in tracked)))
+    chosen = _differentiable(_name(function), outputs)
+    shapes = tuple(outputs[i].shape for i in chosen)
+    joined = _joined(_grads(grad, shapes)).to(floats[0])
+    follows = None if reference is None else by_reference
+    return FunctionCase(call, params, x, joined, by_reference=follows, chosen=chosen, shapes=shapes)
+
+
+def _differentiable(name: str, outputs: Sequence[Any]) -> tuple[int, ...]:
+    """The positions of the outputs that have a gradient. Raises where none has one."""
     chosen = [i for i, y in enumerate(outputs) if isinstance(y, Tensor) and y.requires_grad]
     if not chosen:
-        raise GradientMismatch(f"{_name(function)}: expected an output that has a gradient")
+        raise GradientMismatch(f"{name}: expected an output that has a gradient")
     for i in chosen:
         if outputs[i].is_complex():
             raise TypeError(
                 f"check_function: expected outputs of real numbers, got {outputs[i].dtype}: "
                 "return y.real and y.imag"
             )
-    shapes = tuple(outputs[i].shape for i in chosen)
+    return tuple(chosen)
+
+
+def _grads(grad: Any, shapes: tuple[torch.Size, ...]) -> list[Tensor]:
+    """The gradient of each output: drawn with both signs, or the one given, if it fits."""
     if grad is None:
-        parts = [signed(shape, 1 + i) for i, shape in enumerate(shapes)]
-    else:
-        parts = optree.tree_leaves(grad)
-        if tuple(part.shape for part in parts) != shapes:
-            raise ValueError(
-                f"check_function: expected grad of the outputs' shapes, {_tuples(shapes)}, "
-                f"got {_tuples(part.shape for part in parts)}"
-            )
-    joined = _joined([part.detach() for part in parts]).to(floats[0])
-    follows = None if reference is None else by_reference
-    return FunctionCase(
-        call, params, x, joined, by_reference=follows, chosen=tuple(chosen), shapes=shapes
-    )
+        return [signed(shape, 1 + i) for i, shape in enumerate(shapes)]
+    parts = [torch.as_tensor(part).detach() for part in optree.tree_leaves(grad)]
+    if tuple(part.shape for part in parts) != shapes:
+        raise ValueError(
+            f"check_function: expected grad of the outputs' shapes, {_tuples(shapes)}, "
+            f"got {_tuples(part.shape for part in parts)}"
+        )
+    return parts
 
 
 def _examine(case: FunctionCase, rtol: float, atol: float, budget: Budget) -> None:
@@ -271,7 +287,7 @@ def _examine(case: FunctionCase, rtol: float, atol: float, budget: Budget) -> No
     try:
         own = _computed_in(double)
     except Exception:  # a kernel may refuse a dtype by any exception
-        own = torch.float64 if case.dtype == torch.float64 else case.dtype
+        own = case.dtype
     if own != torch.float64:
         _check_in_own_dtype(case, own)
         return
@@ -426,7 +442,7 @@ def _check_in_own_dtype(case: FunctionCase, dtype: torch.dtype) -> None:
 
 
 def _expect_value(y: Tensor, reference: Tensor, noise: Tensor) -> None:
-    index = worst(excess(y, reference, 1000 * noise))
+    index = worst(excess(y, reference, FROM_REFERENCE * noise))
     if index is not None:
         raise GradientMismatch(
             f"the result is not that of the reference: entry {index[0]} of all outputs is "

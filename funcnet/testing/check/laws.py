@@ -18,7 +18,7 @@ from funcnet.leaves import has_children
 from funcnet.ops import products
 from funcnet.ops.need import Need
 from funcnet.running import writes
-from funcnet.testing.check.case import Case, Leaves, scale_of, signed, tried
+from funcnet.testing.check.case import Case, Leaves, named_leaves, scale_of, signed, tried
 from funcnet.testing.check.comparison import excess, worst
 from funcnet.testing.check.purity import pure
 from funcnet.testing.check.rounding import (
@@ -126,7 +126,7 @@ def check_each_example(case: Case) -> None:
     The grad of the others is 0 then, so a mask that a key has drawn is the same on both sides. In a
     network, every layer that writes `_bwd_each` is held to it, on its own x and grad, without key.
     """
-    for own in _knowing(case):
+    for own in _cases_with_bwd_each(case):
         if len(own.grad) != own.batch or is_extreme(own):
             continue
         batch = _two_or_three(own)
@@ -136,9 +136,9 @@ def check_each_example(case: Case) -> None:
 
 def _check_each(case: Case) -> None:
     kept = case.layer._fwd(case.params, case.x, case.key)[1]
-    named = {f"residuals[{i}]": leaf for i, leaf in enumerate(optree.tree_leaves(kept))}
-    *gradients, dx = pure(case, "_bwd_each", partial(_formed, case, kept), named)
-    if not all(map(same, _formed(case, kept), [*gradients, dx])):
+    named = named_leaves(residuals=kept)
+    *gradients, dx = pure(case, "_bwd_each", partial(_gradients_of_each, case, kept), named)
+    if not all(map(same, _gradients_of_each(case, kept), [*gradients, dx])):
         raise GradientMismatch("_bwd_each: the same call twice gives different bits")
     for i in range(len(case.grad)):
         is_this = torch.arange(len(case.grad), device=case.grad.device) == i
@@ -153,7 +153,7 @@ def _check_each(case: Case) -> None:
             )
 
 
-def _knowing(case: Case) -> list[Case]:
+def _cases_with_bwd_each(case: Case) -> list[Case]:
     """The layers with parameters that write `_bwd_each`: the case's own, or those inside."""
     if not (isinstance(case.layer, Layer) and isinstance(case.x, Tensor)):
         return []
@@ -167,15 +167,15 @@ def _knowing(case: Case) -> list[Case]:
         ]
     else:
         cases = [case]
-    return [own for own in cases if _knows(own)]
+    return [own for own in cases if _writes_bwd_each(own)]
 
 
-def _knows(case: Case) -> bool:
+def _writes_bwd_each(case: Case) -> bool:
     has_params, couples = case.first_of_x > 0, case.layer.couples_examples
     return has_params and not couples and writes(case.layer, "_bwd_each")
 
 
-def _formed(case: Case, residuals: Any) -> list[Any]:
+def _gradients_of_each(case: Case, residuals: Any) -> list[Any]:
     """The gradients of each example by `_bwd_each`, (N, …), and behind them dx, zeros for None."""
     each, dx = case.layer._bwd_each(case.params, residuals, case.grad, Need())
     structure = optree.tree_structure(case.params)

@@ -52,7 +52,7 @@ def autograd_gradients(case: Case) -> Leaves | None:
             if not y.requires_grad or _is_handwritten(y):
                 return None
             found = iter(torch.autograd.grad((y * case.grad).sum(), inputs, allow_unused=True))
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:
         return None  # apply may write to its own intermediate results
     gradients = (next(found) if leaf.is_floating_point() else None for leaf in leaves)
     return [

@@ -101,7 +101,7 @@ def _check_gradients(case: Case, double: Case, errors: Errors) -> None:
                 f"in {a.dtype}, the gradient for {name} is on average about {mean:.4g} times that "
                 "in float64 at points beside x, which is more than rounding explains"
             )
-        errors.working = max(errors.working, epsilon * largest_error(a, b, move))
+        errors.rounding = max(errors.rounding, epsilon * largest_error(a, b, move))
 
 
 def _draws_other_numbers(case: Case) -> bool:
@@ -247,7 +247,7 @@ def _wrong_factor(a: Tensor, b: Tensor, move: Tensor) -> float | None:
 
 
 def _factor_rounding(a: Tensor, b: Tensor, move: Tensor) -> float:
-    """How far rounding may shift the factor that fits a best to float64's b, which is not 0."""
+    """The most that rounding may shift the factor that fits a best to float64's b, not 0."""
     unit, info = b / b.abs().max(), torch.finfo(a.dtype)
     shifts = (move + info.tiny) / b.abs().max() * unit.abs()
     # What cancels entirely is all rounding.

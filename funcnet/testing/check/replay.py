@@ -20,8 +20,8 @@ from funcnet.testing.check.case import Case, LossCase, make_case
 _MOST_LITERAL = 400
 
 
-def snippet(case: Case, fails: Callable[[Case], bool]) -> str:
-    """Code that raises the same again.
+def snippet(case: Case, fails: Callable[[Case], bool], limits: str = "") -> str:
+    """Code that raises the same again, with `limits` as further arguments of `check_vjp`.
 
     It draws its tensors from keys if such a case fails too, the smallest batch first. Otherwise it
     spells them out if they have few entries, or takes them from the exception.
@@ -37,17 +37,20 @@ def snippet(case: Case, fails: Callable[[Case], bool]) -> str:
         lines += [
             "# The tensors are not spelled out: catch the exception as `error`.",
             "layer, params, x, grad = error.layer, error.params, error.x, error.grad",
-            f"check_vjp(layer, {x}, grad=grad{key})",
+            f"check_vjp(layer, {x}, grad=grad{key}{limits})",
         ]
         return "\n".join(lines)
-    lines += [*_import_of(case.layer), f"layer = {_source(case.layer)}"]
+    source = _source(case.layer)
+    if "<" in source:  # the default repr of a class is no code
+        source = "error.layer  # catch the exception as `error`"
+    lines += [*_import_of(case.layer), f"layer = {source}"]
     if drawn is None:
-        return "\n".join([*lines, *_literally(case)])
+        return "\n".join([*lines, *_literally(case, limits)])
     shape, dtype, on = tuple(drawn.x.shape), drawn.x.dtype, _on(drawn.x.device)
     lines += [
         f"params = layer.init(fn.key(0), {shape[1:]}, dtype={dtype}{on})",
         f"x = fn.normal(fn.key(1), {shape}, dtype={dtype}{on})",
-        "check_vjp(layer, params, x)",
+        f"check_vjp(layer, params, x{limits})",
     ]
     return "\n".join(lines)
 
@@ -69,13 +72,13 @@ def _drawn(case: Case, fails: Callable[[Case], bool]) -> Case | None:
     return None
 
 
-def _literally(case: Case) -> list[str]:
+def _literally(case: Case, limits: str) -> list[str]:
     key = "" if case.key is None else f", key=fn.{case.key!r}"
     name, tree = ("target", case.target) if isinstance(case, LossCase) else ("params", case.params)
     lines = [f"x = {_spelled(case.x)}", f"{name} = {_spelled(tree)}"]
     arguments = "layer, x, target" if case.is_loss else "layer, params, x"
     lines.append(f"grad = {_literal(case.grad)}")
-    return [*lines, f"check_vjp({arguments}, grad=grad{key})"]
+    return [*lines, f"check_vjp({arguments}, grad=grad{key}{limits})"]
 
 
 def _spelled(tree: Any) -> str:

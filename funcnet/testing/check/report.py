@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from funcnet.checks import name_of
 from funcnet.layer import Layer
 from funcnet.testing.check import diagnose
 from funcnet.testing.check.case import Case, LossCase, make_case
@@ -32,14 +33,15 @@ def wrong_gradient(found: Finding) -> GradientMismatch:
         f"  relative error  {relative:.3g}",
     ]
     bad = diagnose.wrong_entries(found)
-    if bad is not None:
+    is_guessed = bad is None or bool(bad.any())  # the rest looks at entries that are clearly wrong
+    if bad is not None and is_guessed:
         mismatch.wrong_fraction = float(bad.double().mean())
         place = diagnose.where(found)
         place = f", all in {name}{place}" if place else ""
         lines.append(f"  wrong entries   {int(bad.sum())} of {bad.numel()}{place}")
     if found.taylor is not None:
         lines.append(f"  Taylor          the remainder falls as h^{found.taylor:.2f}, not as h^2")
-    mismatch.guess = diagnose.guess(found)
+    mismatch.guess = diagnose.guess(found) if is_guessed else None
     if mismatch.guess is not None:
         lines.append(f"  a guess         {mismatch.guess}")
     mismatch.args = ("\n".join(lines),)
@@ -63,7 +65,7 @@ def name_the_guilty(
         found = _wrong_alone(record, examine)
         if found is not None:
             place = f"layer {record.path}" if record.path else "the layer"
-            line = f"  alone           {place} is wrong: {record.layer}: {found}"
+            line = f"  alone           {place} is wrong: {name_of(record.layer)}: {found}"
             mismatch.args = (f"{mismatch.args[0]}\n{line}",)
             return
 
@@ -78,10 +80,12 @@ def _wrong_alone(record: Record, examine: Callable[[Case], None]) -> str | None:
     return None
 
 
-def complete(mismatch: GradientMismatch, case: Case, examine: Callable[[Case], None]) -> None:
+def complete(
+    mismatch: GradientMismatch, case: Case, examine: Callable[[Case], None], limits: str
+) -> None:
     """Add the layer, the sizes and the code that replays the case to an exception.
 
-    `examine` raises the GradientMismatch of another case.
+    `examine` raises the GradientMismatch of another case; `limits` are arguments of `check_vjp`.
     """
 
     def fails(drawn: Case) -> bool:
@@ -91,14 +95,14 @@ def complete(mismatch: GradientMismatch, case: Case, examine: Callable[[Case], N
             return _fault(other) == _fault(mismatch)
         return False
 
-    mismatch.snippet = snippet(case, fails)
+    mismatch.snippet = snippet(case, fails, limits)
     mismatch.layer, mismatch.params, mismatch.x = case.layer, case.params, case.x
     mismatch.grad, mismatch.key = case.grad, case.key
     mismatch.target = case.target if isinstance(case, LossCase) else None
     sizes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in case.inputs.items())
     code = mismatch.snippet.replace("\n", "\n    ")
     mismatch.args = (
-        f"{case.layer}: {mismatch.args[0]}\n  of              {sizes}; {case.dtype}\n"
+        f"{name_of(case.layer)}: {mismatch.args[0]}\n  of              {sizes}; {case.dtype}\n"
         f"To replay it:\n    {code}",
     )
 

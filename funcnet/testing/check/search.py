@@ -73,10 +73,12 @@ class Budget:
     seconds: float | None = None
     start: float = field(default_factory=time.monotonic)
 
+    @property
+    def is_out_of_time(self) -> bool:
+        return self.seconds is not None and time.monotonic() - self.start >= self.seconds
+
     def is_spent(self, evaluations: int, most: int) -> bool:
-        if self.seconds is None:
-            return evaluations >= most
-        return time.monotonic() - self.start >= self.seconds
+        return evaluations >= most if self.seconds is None else self.is_out_of_time
 
 
 def find_wrong(
@@ -201,7 +203,7 @@ class _Search:
 
     @cached_property
     def autograds_rounding(self) -> Leaves:
-        """What autograd's operations leave where their terms cancel, whatever the inputs are."""
+        """The rounding of autograd's operations whose terms cancel, whatever the inputs are."""
         moves = noise_on_the_way(self.case, _EPSILON, _by_autograd, trials=4)
         return [allowance(move, torch.float64) for move in moves]
 
@@ -297,7 +299,7 @@ class _Search:
                 (i, self._direction(i, 31 * i + trial, relative=trial != 1)) for i in self.examined
             ]
             for group in self._of_one_size(pairs):
-                if trial and self.budget.is_spent(0, 1):
+                if trial and self.budget.is_out_of_time:
                     break
                 if (found := self._wrong_among(group)) is not None:
                     return found

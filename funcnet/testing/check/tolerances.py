@@ -14,6 +14,8 @@ import torch
 # in float64, so it can be generous. Half precision accumulates its sums in float32: over all layers
 # of the package its entries are at most 5 moves off, those of float32 at most 9.
 SAFETY = {torch.float64: 1000.0, torch.float32: 64.0, torch.float16: 16.0, torch.bfloat16: 16.0}
+# Roundings of y that a function may be off its reference: the two compute in other ways.
+FROM_REFERENCE = 1000.0
 # ε that the factor between a leaf and float64's may be off 1, besides one move of its entries, most
 # of which cancel: 2 over all layers of the package. So a factor is seen from 4 to 6 ε on: 3 to 5 %
 # in bfloat16, 0.4 to 0.6 % in float16 and, in leaves of many entries, 7e-7 in float32.

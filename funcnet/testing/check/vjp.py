@@ -55,8 +55,9 @@ def check_vjp(
       with `bwd`; `input_grad=False`, and `param_grad=False` where the layer takes it; `out_shape`;
       `init` ignores global randomness; no call writes to its inputs or returns their memory; no
       global random state is used; the same call twice gives the same bits; no state between `fwd`
-      and `bwd`; any memory layout; a batch of 0; numbers drawn follow the key. y and dx of a layer
-      that declares `_fresh = True` share no storage with residuals or dparams and are not expanded.
+      and `bwd`; any memory layout; a batch of 0; numbers drawn follow the key; `apply` works under
+      `torch.func.vmap`, where autograd can follow it. y and dx of a layer that declares
+      `_fresh = True` share no storage with residuals or dparams and are not expanded.
     - The mathematics, in float64: autograd of `apply` where it can follow; central differences,
       entry by entry where that is little work and along random directions; the power that Taylor's
       remainder falls by; linearity in grad; a batch is the sum of its examples, whose gradients
@@ -118,7 +119,9 @@ def _attempt(
     except GradientMismatch as mismatch:
         if mismatch.snippet is None:  # it has one if the layer calls check_vjp itself
             name_the_guilty(mismatch, case, again)
-            complete(mismatch, case, again)
+            usual = (("rtol", rtol, 1e-6), ("atol", atol, 0.0))
+            limits = "".join(f", {name}={v!r}" for name, v, default in usual if v != default)
+            complete(mismatch, case, again, limits)
         raise
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from funcnet.interop import blocks
 from funcnet.layer import Layer, Shape
 from funcnet.layers import (
     BatchNorm,
@@ -20,19 +21,6 @@ from funcnet.layers import (
 from funcnet.testing.registry.row import Row, same_name
 
 _EPS = [1e-5, 0.1, 2.0]  # not 0, with which a constant set gives NaN
-
-
-class _Affine(nn.Module):
-    """`ChannelAffine` as torch.nn would write it."""
-
-    def __init__(self, channels: int, axes: int) -> None:
-        super().__init__()
-        self.weight, self.bias = (nn.Parameter(torch.zeros(channels)) for _ in range(2))
-        self.axes = axes
-
-    def forward(self, x: Tensor) -> Tensor:
-        shape = (-1, *(1,) * self.axes)
-        return self.weight.view(shape) * x + self.bias.view(shape)
 
 
 def _over_last_axes(layer: Any, shape: Shape) -> nn.Module:
@@ -53,17 +41,10 @@ class _InstanceNorm(nn.InstanceNorm2d):
         return F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
 
 
-class _BatchNorm(nn.BatchNorm2d):
-    """nn.BatchNorm1d, 2d and 3d in one: they differ in the rank that they take."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
-
-
 def _twin(layer: Any, shape: Shape) -> nn.Module:
     options = {"eps": layer.eps, "affine": layer.affine, "track_running_stats": False}
     if isinstance(layer, BatchNorm):
-        return _BatchNorm(shape[0], **options)
+        return blocks.BatchNorm(shape[0], **options)
     return _InstanceNorm(shape[0], **options)
 
 
@@ -124,6 +105,6 @@ ROWS = (
     Row(
         ChannelAffine,
         ((ChannelAffine(), (3, 4, 2)), (ChannelAffine(), (3,)), (ChannelAffine(), (2, 5))),
-        twin=lambda _, shape: _Affine(shape[0], len(shape) - 1),
+        twin=lambda _, shape: blocks.ChannelAffine(shape[0]),
     ),
 )

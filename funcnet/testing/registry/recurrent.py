@@ -12,22 +12,24 @@ from funcnet.layers import GRU, LSTM, RNN
 from funcnet.testing.registry.row import Row
 
 
-class _RNN(nn.RNN):
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        y: Tensor = super().forward(x)[0]
+class _First:
+    """The first result of a module of torch.nn that returns several, without its last state."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x)[0]  # type: ignore[misc]
         return y
 
 
-class _LSTM(nn.LSTM):
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        y: Tensor = super().forward(x)[0]
-        return y
+class _RNN(_First, nn.RNN):  # type: ignore[misc]
+    pass
 
 
-class _GRU(nn.GRU):
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        y: Tensor = super().forward(x)[0]
-        return y
+class _LSTM(_First, nn.LSTM):  # type: ignore[misc]
+    pass
+
+
+class _GRU(_First, nn.GRU):  # type: ignore[misc]
+    pass
 
 
 def _twin(layer: Any, shape: Shape) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 from torch import nn
 
 from funcnet.fields import Hyperparameters, Number, OneOf, PerAxis, Whole, kinds
-from funcnet.interop.to_torch import OURS
+from funcnet.interop.to_torch import NOT_IN_TORCH
 from funcnet.layer import Layer, Shape
 
 _Choice = TypeVar("_Choice")
@@ -50,7 +50,7 @@ class Row:
 
 def same_name(layer: Any, _: Shape, *sizes: Any) -> nn.Module:
     """The torch.nn module of the layer's name and settings, which come behind the sizes of x."""
-    names = [f.name for f in fields(layer) if f.init and f.name not in OURS]
+    names = [f.name for f in fields(layer) if f.init and f.name not in NOT_IN_TORCH]
     cls: Any = getattr(nn, type(layer).__name__)
     module: nn.Module = cls(*sizes, **{name: getattr(layer, name) for name in names})
     return module

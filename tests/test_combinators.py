@@ -390,6 +390,16 @@ def test_concat_along_any_axis(dim):
     parts = [fn.Sigmoid(), CONV, fn.ReLU()]
     net = fn.Concat(*parts, dim=dim)
     params, x, grad = drawn(net, (2, 3, 4))
+    assert net.out_shape((2, 3, 4)) == net.apply(params, x).shape[1:]
+    close(net.apply(params, x), expected(net, params, x, grad, None)[0])
+    close(net.vjp(params, x, grad), expected(net, params, x, grad, None)[1])
+
+
+@pytest.mark.parametrize(("dim", "kernel"), [(2, (2, 1)), (-2, (2, 1)), (3, (1, 2)), (-1, (1, 2))])
+def test_concat_of_other_sizes_along_its_axis(dim, kernel):
+    net = fn.Concat(fn.Sigmoid(), fn.MaxPool2d(kernel), dim=dim)
+    params, x, grad = drawn(net, (2, 4, 6))
+    assert net.out_shape((2, 4, 6)) == net.apply(params, x).shape[1:]
     close(net.apply(params, x), expected(net, params, x, grad, None)[0])
     close(net.vjp(params, x, grad), expected(net, params, x, grad, None)[1])
 
@@ -788,6 +798,12 @@ REFUSED = {
         init(fn.Concat(CONV, dim=4)),
         "Concat of 1 layer: expected results with ",
     ),
+    "behind all": (init(fn.Concat(CONV, dim=5)), "Concat of 1 layer: expected results with an"),
+    "before all": (init(fn.Concat(CONV, dim=-5)), "Concat of 1 layer: expected results with an"),
+    "other ranks": (
+        init(fn.Concat(fn.Identity(), fn.Select(2, 0), dim=2), (3, 4)),
+        "Concat of 2 layers: expected results that differ along dim=2 alone, got (3, 4), (3,)",
+    ),
     "the batch": (init(fn.Concat(CONV, dim=-4)), "Concat of 1 layer: expected results with "),
     "odd": (
         init(fn.Reversible(CONV, CONV), (3, 4, 4)),
@@ -1018,3 +1034,21 @@ def test_a_layer_without_parameters_is_asked_for_dx_or_not_at_all(net):
     for _ in fn.gradients_by_layer(net, fn.MSE())(params, x, target):
         pass
     fn.trace(net, params, x, grad)
+
+
+class Generous(fn.Linear):
+    """Gives dx whether it is asked for it or not."""
+
+    def _bwd(self, params, x, dy, need):
+        return super()._bwd(params, x, dy, need._replace(input=True))
+
+
+@pytest.mark.parametrize("cls", [fn.Sequential, fn.Sum, fn.Product, fn.Concat, fn.Reversible])
+def test_dx_that_nobody_asked_for_does_no_harm(cls):
+    for layers in ((Generous(4), fn.Linear(4)), (fn.Linear(4), Generous(4))):
+        net = cls(*layers)
+        params, x = net.init(fn.key(0), (8, 4)), fn.normal(fn.key(1), (2, 8, 4))
+        grad = torch.ones(2, *net.out_shape((8, 4)))
+        dparams, dx = net.vjp(params, x, grad, input_grad=False)
+        assert dx is None
+        assert same(dparams, net.vjp(params, x, grad)[0])

@@ -51,7 +51,7 @@ class Concat(Branches):
 
     def _joined_shape(self, shapes: Sequence[Shape]) -> Shape:
         rank = 1 + len(shapes[0])
-        axis = self.dim % rank if -rank <= self.dim < rank else 0
+        axis = self.dim % rank if abs(self.dim) < rank else 0
         if axis == 0:
             raise ValueError(
                 f"{name_of(self)}: expected results with an axis {self.dim} behind the batch, "

@@ -483,6 +483,9 @@ def test_what_is_not_there_is_refused_by_name():
         ["--dtype", "int8"],
         ["--import", "nowhere"],
         ["--import", "os.nowhere"],
+        ["--device", "nonsense"],
+        ["--device", "meta"],
+        ["--device", "cuda:99"],
     ],
 )
 def test_bad_arguments_of_the_command(arguments, capsys):

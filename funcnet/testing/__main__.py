@@ -280,5 +280,14 @@ def _device(text: str) -> str:
     return text
 
 
+def _device(text: str) -> str:
+    try:
+        torch.zeros((), device=text).item()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"expected a device, got {text!r}: {reason}") from None
+    return text
+
+
 if __name__ == "__main__":
     sys.exit(main())

@@ -26,7 +26,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funcnet.checks import name_of
+from funcnet.checks import name_of, shown
 from funcnet.combinators.position import step
 from funcnet.combinators.several import Several
 from funcnet.keys import Key
@@ -120,7 +120,7 @@ def for_inference(net: Layer, params: Tree, m: Tree, fold: bool = True) -> tuple
     """
     check_net("for_inference", net)
     if not isinstance(fold, bool):
-        raise TypeError(f"for_inference: expected fold to be True or False, got {fold!r}")
+        raise TypeError(f"for_inference: expected fold to be True or False, got {shown(fold)}")
     learned = (leaf for leaf in optree.tree_leaves(params) if isinstance(leaf, Tensor))
     like = next((leaf for leaf in learned if leaf.is_floating_point()), None)
     return _Inference(fold, like).of(net, params, m, "")

@@ -273,7 +273,7 @@ def _dtypes(who: object, dtype: torch.dtype | None) -> tuple[torch.dtype, type[n
     if dtype not in _DTYPES:
         raise TypeError(
             f"{name_of(who)}: expected a floating-point dtype of torch, of 16 bits or more, "
-            f"got {dtype!r}"
+            f"got {shown(dtype)}"
         )
     return dtype, np.float64 if dtype == torch.float64 else np.float32
 

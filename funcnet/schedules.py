@@ -29,7 +29,7 @@ from typing import Annotated, Any, TypeAlias, overload
 import torch
 from torch import Tensor
 
-from funcnet.checks import as_int, as_number
+from funcnet.checks import as_int, as_number, shown
 from funcnet.fields import Hyperparameters, NonNegative, Size, Whole, source
 
 __all__ = ["constant", "cosine", "exponential", "linear", "one_cycle", "piecewise"]
@@ -152,7 +152,7 @@ class _RatesKind:
     def convert(self, owner: type, name: str, value: Any) -> tuple[tuple[int, float], ...]:
         who = owner.__name__
         if not isinstance(value, (Mapping, tuple)):
-            raise TypeError(f"{who}: expected a dict {{step: lr}}, got {value!r}")
+            raise TypeError(f"{who}: expected a dict {{step: lr}}, got {shown(value)}")
         rates = {
             as_int(who, "every step", step, 0): as_number(who, "every lr", lr, 0.0)
             for step, lr in dict(value).items()

@@ -20,6 +20,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import optree
 
+from funcnet.checks import shown
 from funcnet.compat import register_pytree_node
 
 PathKey: TypeAlias = "str | int"
@@ -206,7 +207,9 @@ def _escape(key: PathKey, siblings: set[PathKey]) -> str:
 
 def _check_class(cls: Any) -> None:
     if not (isinstance(cls, type) and _is_node_class(cls)):
-        raise TypeError(f"register_node: expected a namedtuple or frozen dataclass, got {cls!r}")
+        raise TypeError(
+            f"register_node: expected a namedtuple or frozen dataclass, got {shown(cls)}"
+        )
     if issubclass(cls, tuple):
         return
     names = field_names(cls)

@@ -54,6 +54,38 @@ def test_how_a_message_shows_a_value():
     assert shown(fn.Sequential(*[fn.ReLU()] * 20)) == "Sequential of 20 layers"
 
 
+NET = fn.Sequential(fn.Linear(30), fn.ReLU(), fn.Linear(10))
+PARAMS = NET.init(fn.key(0), (20,))
+
+
+@pytest.mark.parametrize(
+    "refuse",
+    [
+        lambda: fn.Adam().step(PARAMS, PARAMS, PARAMS),
+        lambda: fn.Adam().step(PARAMS, PARAMS, fn.SGD(0.1, momentum=0.9).init(PARAMS)),
+        lambda: fn.Partition(lambda *_: "a", {"a": fn.Adam()}).step(PARAMS, PARAMS, PARAMS),
+        lambda: fn.Partition(lambda *_: "a", {"a": fn.Adam()}).step(
+            PARAMS, PARAMS, fn.Partition(lambda *_: "b", {"b": fn.Adam()}).init(PARAMS)
+        ),
+        lambda: fn.Partition(lambda _, leaf: leaf, {"a": fn.Adam()}).init(PARAMS),
+        lambda: fn.Checkpoints(PARAMS),
+        lambda: fn.Cast(NET, PARAMS),
+        lambda: fn.for_inference(NET, PARAMS, (), PARAMS),
+        lambda: fn.load_model("file", dtype=PARAMS),
+        lambda: fn.register_node(fn.SGD(0.1, momentum=0.9).init(PARAMS)),
+        lambda: fn.schedules.piecewise(list(PARAMS)),
+        lambda: fn.uniform(fn.key(0), (2,), dtype=PARAMS),
+    ],
+)
+def test_a_message_never_prints_a_tree(refuse):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        refuse()
+    message = str(caught.value)
+    assert "tensor(" not in message
+    assert "\n" not in message
+    assert len(message) < 150
+
+
 def test_shapes():
     for shape in (3, None, "ab", {3: 4}):
         with refused(TypeError, f"ReLU(): expected shape to be a tuple of ints, got {shape!r}"):

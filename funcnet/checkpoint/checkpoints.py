@@ -20,7 +20,7 @@ from funcnet.checkpoint.data import read_data
 from funcnet.checkpoint.files import named, opened, read_tensors, save
 from funcnet.checkpoint.memory_format import all_laid_out_like
 from funcnet.checkpoint.structure import CheckpointError, Node, decode
-from funcnet.checks import as_int
+from funcnet.checks import as_int, shown
 from funcnet.fields import Hyperparameters, Size
 from funcnet.layer import Tree
 
@@ -37,7 +37,7 @@ _UNREADABLE = {
 class _FolderKind:
     def convert(self, owner: type, name: str, value: Any) -> str:
         if not isinstance(value, (str, os.PathLike)):
-            raise TypeError(f"{owner.__name__}: expected {name} to be a path, got {value!r}")
+            raise TypeError(f"{owner.__name__}: expected {name} to be a path, got {shown(value)}")
         return os.fsdecode(value)
 
 

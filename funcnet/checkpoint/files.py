@@ -266,7 +266,7 @@ def read_tensors(
 
 def _check_dtype(who: str, dtype: Any) -> None:
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"{who}: expected a floating-point dtype, got {dtype!r}")
+        raise TypeError(f"{who}: expected a floating-point dtype, got {shown(dtype)}")
 
 
 def _converted(dtype: torch.dtype, floating: torch.dtype | None) -> torch.dtype:

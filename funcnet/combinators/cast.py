@@ -9,7 +9,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funcnet.checks import name_of
+from funcnet.checks import name_of, shown
 from funcnet.combinators.wrapper import Wrapper
 from funcnet.keys import Key
 from funcnet.layer import Tree
@@ -25,7 +25,7 @@ class FloatingPoint:
         if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
             return dtype
         raise TypeError(
-            f"{owner.__name__}: expected {name} to be a floating-point dtype, got {value!r}"
+            f"{owner.__name__}: expected {name} to be a floating-point dtype, got {shown(value)}"
         )
 
 

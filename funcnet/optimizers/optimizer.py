@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Generic, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from funcnet.checks import as_number
+from funcnet.checks import as_number, shown
 from funcnet.fields import Hyperparameters
 from funcnet.layer import Tree
 from funcnet.ops.each import Each, Scalar, Tensors
@@ -118,7 +118,7 @@ class Elementwise(Optimizer[State]):
     def _prepare(self, params: Tree, grads: Tree, state: Any, write: bool) -> Steps[State]:
         if not isinstance(state, self._State):
             raise TypeError(
-                f"{self}: expected an {self._State.__name__}, as init makes it, got {state!r:.80}"
+                f"{self}: expected an {self._State.__name__}, as init makes it, got {shown(state)}"
             )
         ps, structure = flatten(self, "params", params)
         gs = flatten_like(self, "grads", grads, ps, structure)

@@ -130,9 +130,10 @@ class Partition(Optimizer[PartitionState]):
         """The step of a dict of leaves by path, in the same order."""
         names = [name for name, _ in self._active()]
         if not isinstance(state, PartitionState) or sorted(state.parts) != names:
+            is_state = isinstance(state, PartitionState)
+            got = f"one of {sorted(state.parts)}" if is_state else shown(state)
             raise TypeError(
-                f"Partition: expected a PartitionState of {names}, as init makes it, "
-                f"got {state!r:.80}"
+                f"Partition: expected a PartitionState of {names}, as init makes it, got {got}"
             )
         parts = self._parts(params)
         steps = {
@@ -168,7 +169,7 @@ class Partition(Optimizer[PartitionState]):
             if not isinstance(name, str) or name not in parts:
                 raise ValueError(
                     f"Partition: expected label({path!r}, leaf) to be one of {[*parts]}, "
-                    f"got {name!r}"
+                    f"got {shown(name)}"
                 )
             parts[name][path] = leaf
         return parts

@@ -99,6 +99,27 @@ def test_combinators(net):
     close(found, one_by_one(net, fn.MSE(), params, x, target), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jvp, of PyTorch's own
+@pytest.mark.parametrize(("layer", "shape"), ALONE)
+def test_they_can_be_differentiated(layer, shape):
+    """Along a direction, added up over the examples: as the gradients of the batch change."""
+    loss, (params, x, target) = fn.MSE("sum"), make(layer, shape, batch=3, dtype=torch.float64)
+    leaves, structure = optree.tree_flatten((params, x))
+    inputs = tuple(leaf for leaf in leaves if leaf.is_floating_point())
+
+    def along(function):
+        def change(*inputs):
+            rest = iter(inputs)
+            leaf_or_next = (next(rest) if leaf.is_floating_point() else leaf for leaf in leaves)
+            return function(*structure.unflatten(leaf_or_next), target)
+
+        draws = (fn.normal(fn.key(6), leaf.shape, dtype=leaf.dtype) for leaf in inputs)
+        return torch.func.jvp(change, inputs, tuple(draws))[1]
+
+    each = along(fn.per_example(layer, loss))
+    close(optree.tree_map(lambda leaf: leaf.sum(0), each), along(fn.value_and_grad(layer, loss)))
+
+
 @pytest.mark.parametrize(("layer", "shape"), ALONE)
 def test_a_layer_with_parameters_knows_how(layer, shape):
     """No layer of the vocabulary is left to the examples one by one."""

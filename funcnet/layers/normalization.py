@@ -132,7 +132,7 @@ class LayerNorm(OverLastAxes):
 
     def _bwd_each(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
         x, mean, rstd = residuals
-        normalised = normalization.layer_normalised(x, mean, rstd, self.num_dims)
+        normalised = normalization.layer_normalised(x, mean, rstd, self.num_dims, self.eps)
         dweight = rows(dy * normalised, self.num_dims).sum(1)
         dbias = rows(dy, self.num_dims).sum(1) if self.bias else None
         return _gradients(params, dweight, dbias), dx_alone(self, params, residuals, dy, need)

@@ -254,9 +254,15 @@ def _of_channels(of_groups: Tensor, x: Tensor) -> Tensor:
     return of_groups.repeat_interleave(x.shape[1] // of_groups.shape[1], 1).unsqueeze(1)
 
 
-def layer_normalised(x: Tensor, mean: Tensor, rstd: Tensor, num_dims: int) -> Tensor:
+def layer_normalised(x: Tensor, mean: Tensor, rstd: Tensor, num_dims: int, eps: float) -> Tensor:
     """x̂, in float32 for half precision."""
-    return (widened(_exact(x, math.prod(x.shape[-num_dims:]))) - mean) * rstd
+    shape = x.shape[-num_dims:]
+    x = _exact(widened(x), math.prod(shape))
+    if inplace.is_untracked(x):
+        return (x - mean) * rstd
+    # To autograd, the mean and rstd that the kernel returns are constants.
+    normalised: Tensor = _layer_norm(x, shape, None, None, eps)[0]
+    return normalised
 
 
 def group_normalised(x: Tensor, mean: Tensor, rstd: Tensor, groups: int) -> Tensor:

@@ -221,6 +221,21 @@ dispatch_modes: Callable[[], Sequence[Any]] = named(
 )
 """Returns the modes that see every operation of this thread."""
 
+def _dual_level(forward_ad: Any) -> int:
+    """Return 0 where dual tensors can be made, else -1."""
+    number = torch.zeros((), device="cpu")
+    try:
+        forward_ad.make_dual(number, number)
+    except RuntimeError:
+        return -1
+    return 0
+
+
+dual_level: Callable[[Any], int] = _attributes(
+    "_current_level", of=torch.autograd.forward_ad, fallback=_dual_level
+)
+"""Returns the level of torch.autograd.forward_ad, which it takes; below 0 outside of every one."""
+
 is_transformed: Callable[[Tensor], bool] = named(
     "_C._functorch.is_functorch_wrapped_tensor", _has_no_memory
 )

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.autograd import forward_ad
 from without_private_names import COMPAT, UNDOCUMENTED, is_private, load, results, taken_away
 
 from funcnet import compat
@@ -292,6 +293,14 @@ def test_questions_about_transformations(name):
     is_one = name not in ("none", "autograd")
     assert answers == [(is_one, is_one, False)] * 2
     assert GONE.innermost_transformation() is None
+
+
+@pytest.mark.parametrize("of", [compat, GONE])
+def test_questions_about_dual_numbers(of):
+    assert of.dual_level(forward_ad) < 0
+    with forward_ad.dual_level():
+        assert of.dual_level(forward_ad) >= 0
+    assert of.dual_level(forward_ad) < 0
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

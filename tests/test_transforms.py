@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from registry import EVERY_LAYER, EXAMPLE_IDS, EXAMPLES, FLOAT_EXAMPLES, draw_x, key_for, make
 from test_properties import close, same
+from torch.autograd import forward_ad
 
 import funcnet as fn
 from funcnet.testing import check_vjp, strategies
@@ -235,6 +236,26 @@ def test_forward_derivatives_along_one_direction(layer, shape, device):
 
     mapped = torch.func.vmap(derivative)(xs)
     close(mapped, stack([derivative(x) for x in xs]))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:An output with one or more")
+@examples_of_floats
+def test_dual_numbers_do_as_torch_func(layer, shape, device):
+    """In float32 too, where kernels stand in for formulas."""
+    key = key_for(layer)
+    params, x, grad = make(layer, shape, device=device)
+    direction = fn.normal(fn.key(6), x.shape, device=device)
+
+    def values_and_gradients(x):
+        return layer.apply(params, x, key=key), layer.vjp(params, x, grad, key=key)
+
+    _, expected = torch.func.jvp(values_and_gradients, (x,), (direction,))
+    with forward_ad.dual_level():
+        found = values_and_gradients(forward_ad.make_dual(x, direction))
+        tangents = [forward_ad.unpack_dual(leaf).tangent for leaf in optree.tree_leaves(found)]
+    for tangent, leaf in zip(tangents, optree.tree_leaves(expected), strict=True):
+        close(torch.zeros_like(leaf) if tangent is None else tangent, leaf)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -2,21 +2,26 @@
 
 It saves a pass over memory and changes no number. Autograd refuses some writes, and torch.func may
 refuse them halfway; torch.jit.trace loses them. There the same numbers are written to new memory.
+Of dual numbers, some kernels lose the tangents: these are computed in new memory, too.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from funcnet.compat import innermost_transformation
+from funcnet.compat import dual_level, innermost_transformation
 
 
 def is_eager() -> bool:
-    """Whether torch runs eagerly: not inside torch.func, torch.compile, torch.export or a trace."""
+    """Whether torch runs eagerly: not inside torch.func, torch.compile, torch.export or a trace.
+
+    Nor on dual numbers, which forward-mode autograd makes.
+    """
     if torch.compiler.is_compiling() or is_tracing():
         return False
-    return innermost_transformation() is None
+    return innermost_transformation() is None and dual_level(forward_ad) < 0
 
 
 def is_tracing() -> bool:

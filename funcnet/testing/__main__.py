@@ -274,14 +274,6 @@ def _positive(text: str) -> int:
 
 def _device(text: str) -> str:
     try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from None
-    return text
-
-
-def _device(text: str) -> str:
-    try:
         torch.zeros((), device=text).item()
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
         reason = str(error).splitlines()[0]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from registry import EVERY_LAYER, EXAMPLE_IDS, EXAMPLES, budget, draw_x, key_for, make
 from test_properties import close, same
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from users_layers import Dense
 
@@ -888,6 +889,33 @@ def test_wrapped_modules_under_torch_func(build, shape):
     close(alone, mapped[0])
     with torch.inference_mode():
         close(layer.vjp(params, x + 0, grad), vjps[0])
+
+
+@wrapped
+def test_gradients_of_wrapped_modules_can_be_differentiated(build, shape):
+    """By autograd as by torch.func: by params and x, and by grad alone."""
+    layer, params = wrap(build(), shape)
+    net = fn.Sequential(layer, fn.Tanh())
+    x = fn.normal(KEY, (3, *shape), dtype=torch.float64)
+    params = (optree.tree_map(torch.Tensor.double, params), ())
+    grad = fn.normal(fn.key(8), net.apply(params, x).shape, dtype=torch.float64)
+    leaves, structure = optree.tree_flatten((params, x, grad))
+
+    def penalty(*leaves):
+        (params, _), x, grad = structure.unflatten(leaves)
+        return sum(
+            leaf.square().sum() for leaf in optree.tree_leaves(net.vjp((params, ()), x, grad))
+        )
+
+    everything = tuple(range(len(leaves)))
+    for moved in (everything, everything[-1:]):
+        starts = [leaf.clone().requires_grad_(i in moved) for i, leaf in enumerate(leaves)]
+        with sdpa_kernel(SDPBackend.MATH):  # the other kernels' gradients have none
+            expected = torch.func.grad(penalty, moved)(*leaves)
+            found = torch.autograd.grad(
+                penalty(*starts), [starts[i] for i in moved], materialize_grads=True
+            )
+        close(found, expected)
 
 
 def test_what_is_not_a_function_of_params_and_x_is_refused():

@@ -20,7 +20,7 @@ from funcnet.initializers import Initializer
 from funcnet.interop.observation import Traits, observe, shape_of_one, tensor_like
 from funcnet.keys import Key, key
 from funcnet.layer import Layer, Shape, Spec, Tree
-from funcnet.ops.inplace import is_eager
+from funcnet.ops.inplace import is_eager, is_untracked
 from funcnet.ops.need import Need
 from funcnet.param import Param
 
@@ -154,9 +154,9 @@ class Wrapped(Layer):
         return self._unshared(self._called(self.tensors(params, x), x), params, x)
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
-        if not is_eager():  # autograd of one's own does not work there
-            return self._apply(params, x, key), x
         leaves, structure = optree.tree_flatten(params)
+        if not is_untracked(x, *leaves):  # no derivative passes a graph of one's own
+            return self._apply(params, x, key), x
         with torch.inference_mode(False), torch.enable_grad():
             starts = [_start(tensor) for tensor in (*leaves, x)]
             tensors = self.tensors(structure.unflatten(starts[:-1]), starts[-1])
@@ -167,6 +167,8 @@ class Wrapped(Layer):
         if isinstance(residuals, Tensor):
             return self._recomputed(params, residuals, dy, need)
         *leaves, x = residuals.starts
+        if not is_untracked(dy, *optree.tree_leaves(params)):
+            return self._recomputed(params, x.detach(), dy, need)
         wanted = [*(leaves if need.params else []), *([x] if need.input else [])]
         found = [_unshared(d, [dy]) for d in residuals.gradients(wanted, dy, need)]
         dx = found.pop() if need.input else None

@@ -281,6 +281,23 @@ def test_gradients_can_be_differentiated(layer, shape, device):
     close(inner(w, change), inner(backward(w), v), rtol=1e-9, atol=1e-9)
 
 
+@examples_of_floats
+def test_gradients_can_be_differentiated_by_one_tensor_alone(layer, shape, device):
+    """As by all together, in float32, where kernels stand in for formulas."""
+    key = key_for(layer)
+    leaves, structure = optree.tree_flatten(make(layer, shape, device=device))
+
+    def derivatives(moved):
+        starts = [leaf.clone().requires_grad_(i in moved) for i, leaf in enumerate(leaves)]
+        found = optree.tree_leaves(layer.vjp(*structure.unflatten(starts), key=key))
+        total = sum((leaf.square().sum() for leaf in found), sum(start.sum() for start in starts))
+        return torch.autograd.grad(total, [starts[i] for i in moved])
+
+    together = derivatives(range(len(leaves)))
+    for i, expected in enumerate(together):
+        close(derivatives([i]), [expected], rtol=1e-4, atol=1e-4)
+
+
 def test_what_apply_returns_may_be_written_over():
     layer = fn.UpsampleConv2d(16, bias=False)
     params, x, grad = make(layer, (3, 4, 4))

@@ -185,7 +185,8 @@ class LSTM(Cell):
     def backward(self, run: Run, dh: Tensor, weights: Weights, reverse: bool, need: Need) -> Any:
         x, h, kept = run
         if isinstance(kept, Workspace):
-            if _is_for_kernel(x, *weights, dh) and not need.each:
+            # The h of one direction may be a part of what autograd tracks for the other's.
+            if _is_for_kernel(x, h, *weights, dh) and not need.each:
                 return _kernel_backward(run, dh, weights, reverse, need)
             # Nothing but the kernel can read its workspace.
             x, dh = widened(x), widened(dh)

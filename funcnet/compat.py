@@ -211,16 +211,6 @@ def _has_no_memory(x: Tensor) -> bool:
     return False
 
 
-innermost_transformation: Callable[[], Any] = named(
-    "_C._functorch.peek_interpreter_stack", _innermost
-)
-"""Returns the innermost one that is running, or None."""
-
-dispatch_modes: Callable[[], Sequence[Any]] = named(
-    "utils._python_dispatch._get_current_dispatch_mode_stack", list
-)
-"""Returns the modes that see every operation of this thread."""
-
 def _dual_level(forward_ad: Any) -> int:
     """Return 0 where dual tensors can be made, else -1."""
     number = torch.zeros((), device="cpu")
@@ -230,6 +220,16 @@ def _dual_level(forward_ad: Any) -> int:
         return -1
     return 0
 
+
+innermost_transformation: Callable[[], Any] = named(
+    "_C._functorch.peek_interpreter_stack", _innermost
+)
+"""Returns the innermost one that is running, or None."""
+
+dispatch_modes: Callable[[], Sequence[Any]] = named(
+    "utils._python_dispatch._get_current_dispatch_mode_stack", list
+)
+"""Returns the modes that see every operation of this thread."""
 
 dual_level: Callable[[Any], int] = _attributes(
     "_current_level", of=torch.autograd.forward_ad, fallback=_dual_level

@@ -91,11 +91,11 @@ def _rows(layer: Layer, shape: Shape | None, path: str, depth: int) -> Iterator[
             # A combinator of one's own may hand something else to its layers than x.
             if not depth:
                 raise
-    leaves: list[Tensor] = optree.tree_leaves(params)  # type: ignore[arg-type]
-    count = None if output is None else sum(leaf.numel() for leaf in leaves)
-    kept = None if shape is None or output is None else _residual_bytes(layer, params, shape)
-    name = name_of(layer) if children else repr(layer)
-    yield Row(path, depth, name, output, count, kept)
+    count = kept = None
+    if shape is not None and params is not None:
+        count = sum(leaf.numel() for leaf in optree.tree_leaves(params))
+        kept = _residual_bytes(layer, params, shape)
+    yield Row(path, depth, name_of(layer), output, count, kept)
     for i, (child_name, child) in enumerate(children):
         below = shapes[i] if shapes else None
         yield from _rows(child, below, joined(path, child_name), depth + 1)

@@ -102,3 +102,25 @@ def test_a_layer_that_does_not_fit_is_refused_as_by_init(shape):
         net.init(fn.key(0), shape)
     with pytest.raises(expected.type, match=re.escape(str(expected.value))):
         fn.summary(net, shape)
+
+
+def test_no_number_is_made():
+    """2⁴⁰ parameters are four tebibytes."""
+    rows = table(fn.Sequential(fn.Linear(2**20), fn.ReLU()), (2**20,))
+    assert rows[0] == ["Sequential of 2 layers", "(1048576,)", f"{2**40 + 2**20:,}", f"{2**23:,}"]
+
+
+def test_a_layer_whose_parameters_cannot_be_drawn():
+    class Refusing(fn.Linear):
+        def _params(self, shape):
+            raise ValueError("expected another day")
+
+    @dataclass(frozen=True)
+    class Without(fn.Layer):
+        layer: fn.Layer
+
+        def _fwd(self, params, x, key):
+            return x.clone(), None
+
+    rows = table(Without(Refusing(2)), (3,))
+    assert rows[1] == ["Refusing(2)", "(2,)", "?", "?"]

@@ -297,6 +297,7 @@ EQUIVALENT: dict[str, str] = {
     "combinators.tiling._joined:condition:2": "autograd goes through parts, too, in more memory",
     "combinators.tiling._tiles:drop-term:4": "what has other axes than images is local nowhere",
     "combinators.tiling._tiles:off-by-one:3": "what has other axes than images is local nowhere",
+    "summary._rows:condition:1": "no layer takes None for a shape",
     "combinators.branches.Branches._bwd:condition:6": _COPY,
     "combinators.branches.Branches._bwd:flip-flag:1": "it is set before it is read",
     "combinators.branches.Branches._bwd:flip-flag:2": _COPY,

@@ -25,18 +25,10 @@ from funcnet.fields import Flag, Margins, Size, Sizes
 from funcnet.initializers import InitializerOrNone
 from funcnet.keys import Key
 from funcnet.layer import Shape
-from funcnet.layers.conv import (
-    Kernels,
-    check_channels,
-    check_groups,
-    check_size,
-    kernel_gradients,
-    kernel_gradients_each,
-    kernel_params,
-)
+from funcnet.layers.kernels import Kernels, check_size
 from funcnet.ops import conv_transpose, convolution, kernel_products
 from funcnet.ops.need import Need
-from funcnet.ops.window import Window, padding_sides
+from funcnet.ops.window import Window
 from funcnet.param import Layout, Param
 
 
@@ -59,30 +51,26 @@ class ConvTranspose(Kernels):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_groups(self)
-        sizes: Any = self
-        steps = zip(sizes.output_padding, sizes.stride, sizes.dilation, strict=True)
+        self._set_window()
+        steps = zip(self._extra, self._window.stride, self._window.dilation, strict=True)
         if not all(extra < max(stride, dilation) for extra, stride, dilation in steps):
             raise ValueError(
                 f"{type(self).__name__}: expected output_padding smaller than stride or dilation, "
                 f"got output_padding={self.output_padding}, stride={self.stride}, "
                 f"dilation={self.dilation}"
             )
-        sides = padding_sides(sizes.padding, sizes.kernel_size, sizes.dilation)
-        window = Window(sizes.kernel_size, sizes.stride, sides, sizes.dilation, self.groups)
-        object.__setattr__(self, "_window", window)
 
     def _params(self, shape: Shape) -> dict[str, Param]:
         own = self.out_channels // self.groups
         weight_shape = (shape[0], own, *self._window.kernel_size)
-        return kernel_params(self, weight_shape)
+        return self._kernel_params(weight_shape)
 
     def _layout(self, name: str) -> Layout | None:
         return convolution.layout if name == "weight" else None
 
     def _out_shape(self, shape: Shape) -> Shape:
         channels, *size = shape
-        check_channels(self, channels)
+        self._check_channels(channels)
         check_size(self, size)
         window, extra = self._window, self._extra
         steps = zip(size, window.stride, window.sides, window.reach, extra, strict=True)
@@ -100,11 +88,11 @@ class ConvTranspose(Kernels):
 
     def _bwd(self, params: Any, x: Tensor, grad: Tensor, need: Need) -> Any:
         dweight, dx = conv_transpose.gradients(x, params["weight"], grad, self._window, need)
-        return kernel_gradients(dweight, grad, self.bias), dx
+        return self._kernel_gradients(dweight, grad), dx
 
     def _bwd_each(self, params: Any, x: Tensor, grad: Tensor, need: Need) -> Any:
         dweight = kernel_products.transposed(x, params["weight"], grad, self._window)
-        return kernel_gradients_each(self, dweight, params, x, grad, need)
+        return self._kernel_gradients_each(dweight, params, x, grad, need)
 
     @property
     def _extra(self) -> Any:

@@ -27,7 +27,7 @@ from funcnet.checks import name_of
 from funcnet.fields import Flag, Margins, Sizes, SizesOrNone, SizesWithNone
 from funcnet.keys import Key
 from funcnet.layer import Layer, Part, Shape
-from funcnet.layers.conv import check_entries
+from funcnet.layers.kernels import check_entries
 from funcnet.ops import pooling, tiles
 from funcnet.ops.need import Need
 from funcnet.ops.window import Ints, Window, padding_sides

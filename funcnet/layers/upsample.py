@@ -11,16 +11,8 @@ from funcnet.fields import Flag, OneOf, Padding, Sizes
 from funcnet.initializers import InitializerOrNone
 from funcnet.keys import Key
 from funcnet.layer import Layer, Part, Shape
-from funcnet.layers.conv import (
-    Conv2d,
-    Kernels,
-    check_entries,
-    count_windows,
-    kernel_gradients,
-    kernel_gradients_each,
-    kernel_params,
-    windowed_tile,
-)
+from funcnet.layers.conv import Conv2d
+from funcnet.layers.kernels import Kernels, check_entries, count_windows
 from funcnet.ops import karatsuba, kernel_products, low_resolution, two_steps, upsampling
 from funcnet.ops.need import Need
 from funcnet.ops.window import Pair, Window, padding_sides
@@ -140,7 +132,7 @@ class UpsampleConv2d(Kernels):
 
     def _params(self, shape: Shape) -> dict[str, Param]:
         weight_shape = (self.out_channels, shape[0], *self._window.kernel_size)
-        return kernel_params(self, weight_shape)
+        return self._kernel_params(weight_shape)
 
     def _layout(self, name: str) -> Layout | None:
         return low_resolution.layout if name == "weight" and self.method != "unfold" else None
@@ -153,7 +145,7 @@ class UpsampleConv2d(Kernels):
         return self.out_channels, *count_windows(self, upsampled, ", after upsampling")
 
     def _tile(self, shape: Shape, part: Part) -> tuple[Part, Layer] | None:
-        return windowed_tile(self, shape, part, _pair(self.scale))
+        return self._windowed_tile(shape, part, _pair(self.scale))
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor]:
         if self.method == "unfold":
@@ -171,12 +163,12 @@ class UpsampleConv2d(Kernels):
             return dparams, upsample._bwd((), kept, dupsampled, need)[1] if need.input else None
         weight, scale, window = params["weight"], _pair(self.scale), self._window
         dweight, dx = upsampling.gradients(x, weight, grad, scale, window, self.method, need)
-        return kernel_gradients(dweight, grad, self.bias), dx
+        return self._kernel_gradients(dweight, grad), dx
 
     def _bwd_each(self, params: Any, x: Tensor, grad: Tensor, need: Need) -> Any:
         scale = _pair(self.scale)
         dweight = kernel_products.upsampled(x, params["weight"], grad, scale, self._window)
-        return kernel_gradients_each(self, dweight, params, x, grad, need)
+        return self._kernel_gradients_each(dweight, params, x, grad, need)
 
 
 def _pair(sizes: Any) -> Pair:

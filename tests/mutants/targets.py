@@ -40,13 +40,17 @@ _QUICK = ("test_what_is_not_asked_for_is_not_computed", _DEFAULTS)
 
 
 _WRITTEN = {
+    "class Kernels(": (
+        "test_conv.py test_conv_ranks.py test_conv_transpose.py test_upsample_conv.py "
+        "test_pooling.py"
+    ),
     "_tile": "test_tiling.py",
     "def cropped(": "test_tiling.py",
     "_bwd_each": "test_per_example.py",
     "_bwd_(": "test_sequential.py",
     "coupling(": "test_gradients.py::test_what_micro_batches_refuse test_batch_statistics.py",
 }
-"""The tests of what a layer may write besides its formula."""
+"""The tests of what a file of layers may hold besides formulas."""
 
 
 def _properties(row: Row) -> Iterator[str]:

@@ -17,8 +17,8 @@ so that, with dy for ∂L/∂y and means over the same set,
     InstanceNorm  one channel of an example, all positions            a number a channel
     BatchNorm     one channel of all examples, all positions          a number a channel
 
-`ops/normalization.py` calls PyTorch's kernels for these formulas. What is kept for the gradient is
-x, and μ and r of each set. In half precision both are in float32.
+`ops/normalization.py` and `ops/group_norm.py` call PyTorch's kernels for these formulas. What is
+kept for the gradient is x, and μ and r of each set. In half precision both are in float32.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from funcnet.initializers import Ones, Zeros
 from funcnet.keys import Key
 from funcnet.layer import Layer, Shape, Spec, same_part
 from funcnet.ops import normalization
+from funcnet.ops.group_norm import group_norm, group_norm_gradients, group_normalised
 from funcnet.ops.need import Need
 from funcnet.ops.products import over_positions, rows
 from funcnet.param import Param
@@ -197,19 +198,17 @@ class OverGroups(Layer):
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
         layer: Any = self  # eps is a field of each subclass
         weight, bias = _opened(params)
-        y, mean, rstd = normalization.group_norm(x, self._groups(x), weight, bias, layer.eps)
+        y, mean, rstd = group_norm(x, self._groups(x), weight, bias, layer.eps)
         return y, (x, mean, rstd)
 
     def _bwd(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
         (x, mean, rstd), (weight, _) = residuals, _opened(params)
-        dx, dweight, dbias = normalization.group_norm_gradients(
-            dy, x, mean, rstd, weight, self._groups(x), need
-        )
+        dx, dweight, dbias = group_norm_gradients(dy, x, mean, rstd, weight, self._groups(x), need)
         return _gradients(params, dweight, dbias), dx
 
     def _bwd_each(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
         x, mean, rstd = residuals
-        normalised = normalization.group_normalised(x, mean, rstd, self._groups(x))
+        normalised = group_normalised(x, mean, rstd, self._groups(x))
         dweight, dbias = over_positions(dy * normalised), over_positions(dy)
         return _gradients(params, dweight, dbias), dx_alone(self, params, residuals, dy, need)
 

@@ -78,6 +78,13 @@ _CELLS = " ".join(
     for cls in ("RNN", "LSTM", "GRU")
 )
 
+_NORMS = (
+    f"test_normalization.py test_properties.py::{_QUICK[0]} "
+    "test_per_example.py::test_every_layer "
+    "test_export.py::test_gradients_of_norms_traced_for_any_batch "
+    "test_transforms.py::test_gradients_can_be_differentiated"
+)
+
 _OPS = {
     "attention": "test_attention.py test_fake_cuda.py::test_layers",
     "conv_transpose": (
@@ -99,12 +106,7 @@ _OPS = {
     ),
     "fused": "test_optimizers.py",
     "nll": "test_losses.py",
-    "normalization": (
-        f"test_normalization.py test_properties.py::{_QUICK[0]} "
-        "test_per_example.py::test_every_layer "
-        "test_export.py::test_gradients_of_norms_traced_for_any_batch "
-        "test_transforms.py::test_gradients_can_be_differentiated"
-    ),
+    **dict.fromkeys(("group_norm", "norm_kernels", "normalization"), _NORMS),
     "pooling": "test_pooling.py",
     "recurrent": f"test_recurrent.py {_CELLS}",
     "stacking": "test_combinators.py",

@@ -76,7 +76,7 @@ NORMALIZATION = (
         ),
     ),
     *in_file(
-        "ops/normalization.py",
+        "ops/group_norm.py",
         "test_normalization.py",
         Row(
             "gradient-through-the-mean-lost",

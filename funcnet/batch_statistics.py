@@ -169,7 +169,7 @@ def _collected(layer: Layer, params: Tree, copies: Shape, path: str) -> Tree:
     if not children:
         return ()
     names = layer._param_names(params)
-    copies = (*copies, *layer._copied())
+    copies = (*copies, *layer._copy_axes())
     parts = [
         _collected(child, own, copies, path + step(name))
         for (name, child), own in zip(children, layer._child_params(params), strict=True)

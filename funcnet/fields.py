@@ -178,7 +178,7 @@ class AfterBatch:
 
 
 @dataclass(frozen=True)
-class Several:
+class IntTuple:
     """A tuple of ints that are at least `least`, any ints if that is None."""
 
     least: int | None

@@ -288,7 +288,7 @@ class Layer(Hyperparameters):
         layers = [layer for _, value in found for layer in _as_tuple(value)]
         return tuple((str(i), layer) for i, layer in enumerate(layers))
 
-    def _copied(self) -> Shape:
+    def _copy_axes(self) -> Shape:
         """The axes that its children's parameters have in front: (n,) for n copies of a child."""
         return ()
 

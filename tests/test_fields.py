@@ -14,9 +14,9 @@ from funcnet.fields import (
     BelowOne,
     Hyperparameters,
     InstanceOf,
+    IntTuple,
     Number,
     OneOf,
-    Several,
     Size,
     Sizes,
 )
@@ -24,8 +24,8 @@ from funcnet.fields import (
 WORD = Annotated[str, OneOf(("mean", "sum"))]
 ONE_WORD = Annotated[str, OneOf(("auto",))]
 NUMBER_OR_NONE = Annotated[float | None, Number(0.0, may_be_none=True)]
-INTS = Annotated[tuple[int, ...], Several(0)]
-ANY_INTS = Annotated[tuple[int, ...], Several(None)]
+INTS = Annotated[tuple[int, ...], IntTuple(0)]
+ANY_INTS = Annotated[tuple[int, ...], IntTuple(None)]
 TEXT = Annotated[Any, InstanceOf(lambda: str, "a str")]
 TEXT_OR_NONE = Annotated[Any, InstanceOf(lambda: str, "a str or None", may_be_none=True)]
 

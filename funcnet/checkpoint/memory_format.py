@@ -49,7 +49,7 @@ def _laid_out_like(tensor: Tensor, like: Tensor) -> Tensor:
 def _layouts(layer: Layer, params: Tree, copies: int) -> Iterator[tuple[Tensor, Layout, int]]:
     """Yield (leaf, layout, the number of axes in front) of each leaf that its layer lays out."""
     children = layer._children()
-    copies += len(layer._copied())
+    copies += len(layer._copy_axes())
     if children:
         for (_, child), own in zip(children, layer._child_params(params), strict=True):
             yield from _layouts(child, own, copies)

@@ -61,7 +61,7 @@ class Repeat(Turns):
                 )
         return super()._check(optree.tree_map(_first, params), x)
 
-    def _copied(self) -> Shape:
+    def _copy_axes(self) -> Shape:
         return (self.n,)
 
     def _params_of_turns(self, params: Tree) -> list[Tree]:

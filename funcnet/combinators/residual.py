@@ -40,7 +40,7 @@ class Residual(SameShape):
             return None
         source = union([found[0], part])
         layer = Cropped(found[1], within(found[0], source))
-        return source, _Tile(layer, within(part, source))
+        return source, _ResidualTile(layer, within(part, source))
 
     def _apply(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
         return added(self.layer, run_apply(self.layer, params, x, key), x)
@@ -55,7 +55,7 @@ class Residual(SameShape):
 
 
 @dataclass(frozen=True)
-class _Tile(Residual):
+class _ResidualTile(Residual):
     """A part of a connection, which is added up where it lies in the part that f sees."""
 
     part: Part

@@ -102,7 +102,7 @@ class Sequential(Several):
             part, tile = found
             tiles.insert(0, tile)
         fields: Any = {"layers": tuple(tiles), "names": self.names}
-        return part, _Tile(**fields)
+        return part, _SequentialTile(**fields)
 
     def _apply(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
         y = tiling.apply(self, params, x) if tiling.is_large(x) else None
@@ -198,7 +198,7 @@ def _works_in_place(layer: Layer) -> bool:
 
 
 @dataclass(frozen=True, init=False)
-class _Tile(Sequential):
+class _SequentialTile(Sequential):
     """A part of a composition, small enough."""
 
     def _apply(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:

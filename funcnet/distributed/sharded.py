@@ -13,7 +13,7 @@ from funcnet.distributed.call import Call, signature, together
 from funcnet.fields import InstanceOf
 from funcnet.layer import Tree
 from funcnet.optimizers.leaves import check_writable, flatten, flatten_up_to
-from funcnet.optimizers.optimizer import Optimizer, State, Steps
+from funcnet.optimizers.optimizer import Optimizer, PreparedStep, State
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Sharded(Optimizer[State]):
         call = Call("Sharded", self.group)
         return self.optimizer.init(_own(leaves, structure, _owners(leaves, call.size), call.rank))
 
-    def _prepare(self, params: Tree, grads: Tree, state: State, write: bool) -> Steps[State]:
+    def _prepare(self, params: Tree, grads: Tree, state: State, write: bool) -> PreparedStep[State]:
         with together("Sharded", self.group) as call:
             leaves, structure = flatten(self, "params", params)
             gs = flatten_up_to(self, "grads", grads, structure)

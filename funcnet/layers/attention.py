@@ -28,7 +28,7 @@ from funcnet.keys import Key
 from funcnet.layer import Layer, Shape
 from funcnet.ops import attention, counter
 from funcnet.ops.need import Need
-from funcnet.ops.products import Each, Products, product_of_rows
+from funcnet.ops.products import ExampleGradients, Products, product_of_rows
 from funcnet.ops.window import Ints
 from funcnet.param import Param
 
@@ -107,7 +107,7 @@ class MultiheadAttention(Layer):
         residuals: Any,
         grad: Tensor,
         need: Need,
-        product: Callable[[Tensor, Tensor], Each],
+        product: Callable[[Tensor, Tensor], ExampleGradients],
         summed: Ints,
     ) -> Any:
         """(dparams, dx), where weights get a product of rows, and biases sums over some axes."""

@@ -15,7 +15,7 @@ from funcnet.initializers import Initializer, Uniform
 from funcnet.layer import Layer, Part, Shape
 from funcnet.ops import tiles
 from funcnet.ops.need import Need
-from funcnet.ops.products import Each, Products, over_positions
+from funcnet.ops.products import ExampleGradients, Products, over_positions
 from funcnet.ops.window import Ints, Window, padding_sides
 from funcnet.param import Param
 from funcnet.running import dx_alone
@@ -82,9 +82,9 @@ class Kernels(Layer):
 
     def _kernel_gradients_each(
         self: Any, dweight: Products, params: Any, x: Tensor, grad: Tensor, need: Need
-    ) -> tuple[dict[str, Each], Tensor | None]:
+    ) -> tuple[dict[str, ExampleGradients], Tensor | None]:
         """The gradients of weight and bias for each example, given the first; and dx."""
-        each: dict[str, Each] = {"weight": dweight}
+        each: dict[str, ExampleGradients] = {"weight": dweight}
         if self.bias:
             each["bias"] = over_positions(grad)
         return each, dx_alone(self, params, x, grad, need)

@@ -13,7 +13,7 @@ from funcnet.initializers import InitializerOrNone, Uniform
 from funcnet.keys import Key
 from funcnet.layer import Layer, Shape
 from funcnet.ops.need import Need
-from funcnet.ops.products import Each, Products, rows
+from funcnet.ops.products import ExampleGradients, Products, rows
 from funcnet.param import Param
 
 
@@ -69,7 +69,7 @@ class Linear(Layer):
         return dparams, dy @ params["weight"] if need.input else None
 
     def _bwd_each(self, params: Any, x: Tensor, dy: Tensor, need: Need) -> Any:
-        each: dict[str, Each] = {"weight": Products(rows(dy), rows(x))}
+        each: dict[str, ExampleGradients] = {"weight": Products(rows(dy), rows(x))}
         if self.bias:
             each["bias"] = rows(dy).sum(1)
         return each, dy @ params["weight"] if need.input else None

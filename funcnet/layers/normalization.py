@@ -44,7 +44,7 @@ from funcnet.running import dx_alone
 
 
 @dataclass(frozen=True)
-class _Small(Number):
+class _EpsilonKind(Number):
     """A finite number ≥ 0, of ints 0 and 1: in torch's order, the number of channels comes here."""
 
     least: float = 0.0
@@ -59,10 +59,10 @@ class _Small(Number):
         return number
 
 
-Epsilon: TypeAlias = Annotated[float, _Small()]
+Epsilon: TypeAlias = Annotated[float, _EpsilonKind()]
 """A finite number ≥ 0."""
 
-EpsilonOrNone: TypeAlias = Annotated["float | None", _Small(may_be_none=True)]
+EpsilonOrNone: TypeAlias = Annotated["float | None", _EpsilonKind(may_be_none=True)]
 """A finite number ≥ 0, or None."""
 
 _CHANNELS = "C…"

@@ -28,7 +28,7 @@ from funcnet.keys import Key
 from funcnet.layer import Layer, Shape
 from funcnet.ops import recurrent
 from funcnet.ops.need import Need
-from funcnet.ops.products import Each
+from funcnet.ops.products import ExampleGradients
 from funcnet.param import Param
 
 Nonlinearity: TypeAlias = Annotated[Literal["tanh", "relu"], OneOf(("tanh", "relu"))]
@@ -77,7 +77,7 @@ class Recurrent(Layer):
         dweights, dx = recurrent.gradients(self._cell, residuals, weights, grad, need)
         if not need.params:
             return None, dx
-        dparams: dict[str, Each] = {}
+        dparams: dict[str, ExampleGradients] = {}
         for named, computed in zip(self._names, dweights, strict=True):
             for names, own in zip(named, computed, strict=True):
                 dparams |= dict(zip(names, own, strict=False))

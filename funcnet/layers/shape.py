@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from funcnet.checks import as_axis, name_of
-from funcnet.fields import Axis, Index, Several
+from funcnet.fields import Axis, Index, IntTuple
 from funcnet.keys import Key
 from funcnet.layer import Layer, Shape, same_part
 from funcnet.ops import native
@@ -146,7 +146,7 @@ class Reshape(Reshaped):
     torch.Size([2, 3, 8])
     """
 
-    shape: Annotated[tuple[int, ...], Several(-1)]
+    shape: Annotated[tuple[int, ...], IntTuple(-1)]
 
     def __init__(self, *shape: int, **field: Any) -> None:
         object.__setattr__(self, "shape", _given("Reshape", "shape", shape, field))
@@ -188,7 +188,7 @@ class Permute(Rearranged):
     torch.Size([2, 4, 5, 3])
     """
 
-    dims: Annotated[tuple[int, ...], Several(None)]
+    dims: Annotated[tuple[int, ...], IntTuple(None)]
 
     def __init__(self, *dims: int, **field: Any) -> None:
         object.__setattr__(self, "dims", _given("Permute", "dims", dims, field))

@@ -107,7 +107,7 @@ class CrossEntropy(Loss):
                 kept = target != self.ignore_index
                 of_all = torch.where(kept, exact.sum(1), 0.0).sum()
                 of_all = of_all / count if self.reduction == "mean" else of_all
-                value = value * (1 - self.label_smoothing) - of_all * self._share(x)
+                value = value * (1 - self.label_smoothing) - of_all * self._of_each_class(x)
         return value.to(x.dtype), (log_p, target, count)
 
     def _bwd(self, residuals: Any, grad: Tensor | float) -> Tensor:
@@ -121,17 +121,17 @@ class CrossEntropy(Loss):
             of_class = scale * (1 - self.label_smoothing)
             kept = (target != self.ignore_index).unsqueeze(1)
             dlog_p = nll.backward(of_class, log_p, target, self.ignore_index)
-            dlog_p = dlog_p - torch.where(kept, scale * self._share(log_p), 0.0)
+            dlog_p = dlog_p - torch.where(kept, scale * self._of_each_class(log_p), 0.0)
         return log_softmax_backward(dlog_p, log_p, 1, log_p.dtype)
 
     def _smoothed(self, probabilities: Tensor) -> Tensor:
         """t′."""
         if self.label_smoothing:
-            return probabilities * (1 - self.label_smoothing) + self._share(probabilities)
+            return probabilities * (1 - self.label_smoothing) + self._of_each_class(probabilities)
         return probabilities
 
-    def _share(self, x: Tensor) -> float:
-        """ε / C."""
+    def _of_each_class(self, x: Tensor) -> float:
+        """ε / C, what smoothing gives each class."""
         return self.label_smoothing / max(x.shape[1], 1)
 
     def _count(self, target: Any) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from funcnet.ops.accumulation import widened
 
-Each: TypeAlias = "Tensor | Products | Rows"
+ExampleGradients: TypeAlias = "Tensor | Products | Rows"
 """A parameter's gradient for each example: (N, …), or a form from which it follows."""
 
 
@@ -78,12 +78,12 @@ class Rows:
         return sums.scatter_add(1, index.unsqueeze(2).expand_as(rows), rows)
 
 
-def formed(each: Each) -> Tensor:
+def formed(each: ExampleGradients) -> Tensor:
     """The gradients themselves, (N, …)."""
     return each if isinstance(each, Tensor) else each.formed()
 
 
-def squares(each: Each) -> Tensor:
+def squares(each: ExampleGradients) -> Tensor:
     """Σ of the squared entries for each example, (N,), in float32 for half precision."""
     return _squares(each) if isinstance(each, Tensor) else each.squares()
 

@@ -16,9 +16,9 @@ from funcnet.ops.each import Each, Scalar, Tensors
 from funcnet.optimizers.leaves import check_writable, flatten, flatten_like
 
 State = TypeVar("State")
-Steps: TypeAlias = Callable[[], "tuple[Tree, State]"]
+PreparedStep: TypeAlias = Callable[[], "tuple[Tree, State]"]
 
-Schedule: TypeAlias = Callable[[int], float]
+RateByStep: TypeAlias = Callable[[int], float]
 """The learning rate as a function of the number of steps taken, which starts at 0."""
 
 
@@ -27,7 +27,7 @@ class _RateKind:
         return value if callable(value) else as_number(owner.__name__, name, value, 0.0)
 
 
-Rate: TypeAlias = Annotated[float | Schedule, _RateKind()]
+Rate: TypeAlias = Annotated[float | RateByStep, _RateKind()]
 """A finite number ≥ 0, or a function of the number of steps taken."""
 
 
@@ -73,7 +73,7 @@ class Optimizer(Hyperparameters, Generic[State]):
         """(params, new state): `step`, written into the tensors of params and of the state."""
         return self._prepare(params, grads, state, write=True)()
 
-    def _prepare(self, params: Tree, grads: Tree, state: State, write: bool) -> Steps[State]:
+    def _prepare(self, params: Tree, grads: Tree, state: State, write: bool) -> PreparedStep[State]:
         """The step as a function that raises nothing, and so leaves nothing half-done."""
         raise NotImplementedError
 
@@ -115,7 +115,7 @@ class Elementwise(Optimizer[State]):
         state: State = self._State(torch.tensor(0, device="cpu"), *kept)
         return state
 
-    def _prepare(self, params: Tree, grads: Tree, state: Any, write: bool) -> Steps[State]:
+    def _prepare(self, params: Tree, grads: Tree, state: Any, write: bool) -> PreparedStep[State]:
         if not isinstance(state, self._State):
             raise TypeError(
                 f"{self}: expected an {self._State.__name__}, as init makes it, got {shown(state)}"

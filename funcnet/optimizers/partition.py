@@ -12,7 +12,7 @@ from funcnet.checks import shown
 from funcnet.layer import Tree
 from funcnet.ops.trees import flatten
 from funcnet.optimizers.leaves import flatten_up_to, leaf_names_of
-from funcnet.optimizers.optimizer import Optimizer, Steps
+from funcnet.optimizers.optimizer import Optimizer, PreparedStep
 
 Label: TypeAlias = Callable[[str, Tensor], str]
 """A function (path, leaf) -> name."""
@@ -110,7 +110,9 @@ class Partition(Optimizer[PartitionState]):
             {name: _init(optimizer, parts[name]) for name, optimizer in self._active()}
         )
 
-    def _prepare(self, params: Tree, grads: Tree, state: Any, write: bool) -> Steps[PartitionState]:
+    def _prepare(
+        self, params: Tree, grads: Tree, state: Any, write: bool
+    ) -> PreparedStep[PartitionState]:
         leaves, structure = flatten(params)
         gs = flatten_up_to("Partition", "grads", grads, structure)
         names = leaf_names_of(structure)
@@ -126,7 +128,7 @@ class Partition(Optimizer[PartitionState]):
 
     def _prepare_parts(
         self, params: Named, grads: Named, state: Any, write: bool
-    ) -> Steps[PartitionState]:
+    ) -> PreparedStep[PartitionState]:
         """The step of a dict of leaves by path, in the same order."""
         names = [name for name, _ in self._active()]
         if not isinstance(state, PartitionState) or sorted(state.parts) != names:
@@ -186,7 +188,7 @@ def _init(optimizer: Optimizer[Any], part: Named) -> Any:
 
 def _prepare(
     optimizer: Optimizer[Any], part: Named, grads: Named, state: Any, write: bool
-) -> Steps[Any]:
+) -> PreparedStep[Any]:
     if isinstance(optimizer, Partition):
         return optimizer._prepare_parts(part, grads, state, write)
     return optimizer._prepare(part, grads, state, write)

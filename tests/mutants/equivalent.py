@@ -134,7 +134,7 @@ EQUIVALENT: dict[str, str] = {
     "losses.cross_entropy.CrossEntropy._check_classes:off-by-one:1": _QUICK_FIRST,
     "losses.cross_entropy.CrossEntropy._smoothed:condition:1": "t · 1 + 0 is t",
     "losses.cross_entropy.CrossEntropy._bwd:condition:6": "a share of 0 changes nothing",
-    "losses.cross_entropy.CrossEntropy._share:off-by-one:3": "log p of the only class is 0",
+    "losses.cross_entropy.CrossEntropy._of_each_class:off-by-one:3": "log p of the only class is 0",
     "losses.huber.Huber._fwd:condition:2": _KERNEL,
     "losses.huber.Huber._fwd:swap-arguments:1": "the loss is even",
     "losses.huber.Huber._fwd:swap-operands:1": "the loss is even",

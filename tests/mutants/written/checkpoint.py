@@ -189,7 +189,7 @@ CHECKPOINT = (
         "test_checkpoint_roundtrip.py",
         Row(
             "copies-not-counted",
-            "copies += len(layer._copied())",
+            "copies += len(layer._copy_axes())",
             "copies += 0",
             "parameters of Repeat lie in memory as init lays them out",
         ),

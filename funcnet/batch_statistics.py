@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from funcnet.checks import name_of, shown
-from funcnet.combinators.position import step
 from funcnet.combinators.several import Several
 from funcnet.keys import Key
 from funcnet.layer import Layer, Shape, Spec, Tree, check_net, count_of
@@ -171,7 +170,7 @@ def _collected(layer: Layer, params: Tree, copies: Shape, path: str) -> Tree:
     names = layer._param_names(params)
     copies = (*copies, *layer._copy_axes())
     parts = [
-        _collected(child, own, copies, path + step(name))
+        _collected(child, own, copies, path + layer._path_step(name))
         for (name, child), own in zip(children, layer._child_params(params), strict=True)
     ]
     return _whole(params, names, parts)
@@ -209,8 +208,10 @@ def _merged(m: Tree, other: Tree, path: str) -> Tree:
             f"merge_moments: {path}expected moments of the same layers, "
             f"{_description(m)}, got {_description(other)}"
         )
+    before = "" if isinstance(m, Mapping) else "layer "
     pairs = zip(names, _parts(m, names), _parts(other, names), strict=True)
-    return _whole(m, names, [_merged(a, b, path + step(name)) for name, a, b in pairs])
+    parts = [_merged(a, b, f"{path}{before}{name}: ") for name, a, b in pairs]
+    return _whole(m, names, parts)
 
 
 def _merged_moments(m: Moments, other: Moments) -> Moments:
@@ -249,7 +250,7 @@ class _Inference:
         made: list[tuple[str, Layer, Tree]] = []
         parts = zip(names, children, _parts(params, names), _parts(m, names), strict=True)
         for name, (place, child), own, found in parts:
-            where = path + step(place)
+            where = path + layer._path_step(place)
             if (
                 isinstance(child, BatchNorm)
                 and made

@@ -288,6 +288,10 @@ class Layer(Hyperparameters):
         layers = [layer for _, value in found for layer in _as_tuple(value)]
         return tuple((str(i), layer) for i, layer in enumerate(layers))
 
+    def _path_step(self, name: str) -> str:
+        """A child on the path to a layer, as errors name it: `layer 1: `; "" for an only one."""
+        return f"layer {name}: " if name else ""
+
     def _copy_axes(self) -> Shape:
         """The axes that its children's parameters have in front: (n,) for n copies of a child."""
         return ()

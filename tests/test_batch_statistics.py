@@ -495,3 +495,19 @@ def test_refusals():
     ):
         with pytest.raises(ValueError, match=r"merge_moments: .*expected moments of"):
             fn.merge_moments(m, other)
+
+
+def test_a_name_of_digits_is_a_name_in_every_message():
+    net = fn.Sequential(**{"0": fn.Sequential(**{"7": fn.BatchNorm()})})
+    params, x, m = measured(net, (2, 3, 3))
+    looped = fn.Sequential(**{"0": fn.Sequential(**{"7": fn.Loop(fn.BatchNorm(), 2)})})
+    other = {"0": {"7": tuple(part[..., :1] for part in m["0"]["7"])}}
+    for call in (
+        lambda: net.apply(params, x),
+        lambda: fn.value_and_grad(net, fn.MSE(), micro_batch=2),
+        lambda: fn.moments(looped, params, x, key=KEY),
+        lambda: fn.for_inference(net, params, {"0": {"7": ()}}),
+        lambda: fn.merge_moments(m, other),
+    ):
+        with pytest.raises(ValueError, match=r"(?<!layer )0: 7: (BatchNorm|expected)"):
+            call()

@@ -35,16 +35,9 @@ class Position:
             error.add_note(f"raised in {where}")
 
 
-def step(name: str) -> str:
-    """A child on the path to a layer, as errors name it: `layer 1: `, `stem: `."""
-    if not name:
-        return ""
-    return f"layer {name}: " if name.isdecimal() else f"{name}: "
-
-
 def coupling(layer: Layer) -> str:
     """The path to the first layer that couples examples, and its name: `layer 1: BatchNorm()`."""
     for name, child in layer._children():
         if child.couples_examples:
-            return step(name) + coupling(child)
+            return layer._path_step(name) + coupling(child)
     return name_of(layer)

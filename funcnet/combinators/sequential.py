@@ -188,7 +188,7 @@ class Sequential(Several):
         if not self.layers:
             return repr(self)
         name, last = self._children()[-1]
-        return f"{name if self.names else f'layer {name}'}: {last._describe_last()}"
+        return self._path_step(name) + last._describe_last()
 
 
 def _works_in_place(layer: Layer) -> bool:

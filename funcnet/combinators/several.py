@@ -89,6 +89,9 @@ class Several(Layer):
         names = self.names or map(str, range(len(self)))
         return tuple(zip(names, self.layers, strict=True))
 
+    def _path_step(self, name: str) -> str:
+        return f"{name}: " if self.names else super()._path_step(name)
+
     def _child_params(self, params: Tree) -> tuple[Tree, ...]:
         children: tuple[Tree, ...] = (
             tuple(params[name] for name in self.names) if self.names else params

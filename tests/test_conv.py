@@ -144,7 +144,7 @@ def test_dweight_of_large_images_is_faster_over_patches(
         torch.empty((2, *shape), dtype=dtype),
         torch.empty(layer._params(shape)["weight"].shape),
     )
-    assert patches.sum_faster(x, weight, layer._window) == faster
+    assert patches.dweight_is_faster(x, weight, layer._window) == faster
 
 
 @pytest.mark.parametrize(

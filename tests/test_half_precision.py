@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import funcnet as fn
-from funcnet.ops import half, native, pixelwise
+from funcnet.ops import bfloat16, native, pixelwise
 from funcnet.testing import strategies
 
 
@@ -21,7 +21,7 @@ def both(multiplied):
 def from_the_first_channel(chunk=2**20, large=2**20):
     """Our own ways for all images that are not large, so many entries at a time."""
     numbers = {"_MANY": 1, "_MUCH": 0, "_MUCH_STRIDED": 0, "_CHUNK_ENTRIES": chunk, "_LARGE": large}
-    return mock.patch.multiple(half, **numbers)
+    return mock.patch.multiple(bfloat16, **numbers)
 
 
 def cases(cls):
@@ -47,7 +47,7 @@ def magnitudes(tree):
 @given(
     data=st.data(),
     chunk=st.sampled_from([1, 2**9, 2**20]),
-    large=st.sampled_from([half._LARGE, 2**20]),
+    large=st.sampled_from([bfloat16._LARGE, 2**20]),
 )
 def test_results_are_a_few_roundings_off(cls, multiplied, data, chunk, large):
     """Relative to the sum of the magnitudes of what is added up."""
@@ -83,9 +83,9 @@ def test_many_channels(layer, size):
     x = fn.normal(fn.key(1), (5, 32, *size), dtype=torch.bfloat16)
     grad = fn.normal(fn.key(2), (5, *layer.out_shape((32, *size))), dtype=torch.bfloat16)
     exact = layer.apply(*wide((params, x))), layer.vjp(*wide((params, x, grad)))
-    for sizes in ({"chunk": 1}, {"chunk": 2**14}, {}, {"large": half._LARGE}):
+    for sizes in ({"chunk": 1}, {"chunk": 2**14}, {}, {"large": bfloat16._LARGE}):
         with both(True), from_the_first_channel(**sizes):
-            assert half.serves(x, layer._window)
+            assert bfloat16.serves(x, layer._window)
             found = layer.apply(params, x), layer.vjp(params, x, grad)
         for ours, theirs in zip(optree.tree_leaves(found), optree.tree_leaves(exact), strict=True):
             assert (ours.double() - theirs).norm() <= 3e-3 * theirs.norm()

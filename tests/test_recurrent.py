@@ -18,7 +18,7 @@ CLASSES = (fn.RNN, fn.LSTM, fn.GRU)
 LAYERS = strategies.layers(*CLASSES)
 DOUBLE = strategies.cases(LAYERS, dtypes=st.just(torch.float64))
 SINGLE = strategies.cases(strategies.layers(fn.LSTM), dtypes=st.just(torch.float32))
-MULTIPLIES = pixelwise.is_multiplied(torch.empty(0, dtype=torch.bfloat16))
+MULTIPLIES = pixelwise.multiplies_bfloat16(torch.empty(0, dtype=torch.bfloat16))
 each_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 
 

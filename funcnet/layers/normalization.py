@@ -297,8 +297,8 @@ class BatchNorm(Layer):
 
     σ² is the population variance. There are no running averages: `moments` measures means and
     variances on examples of your choice, and `for_inference` makes a network of them that evaluates
-    each example alone. So this layer is for training: it wants a key, and its value does not
-    matter. The gradients stand at the head of this module. `eps` is ε.
+    each example alone. So this layer is for training: `apply` needs a key, any key: it draws
+    nothing. The gradients stand at the head of this module. `eps` is ε.
 
     Shapes: x (N, C, …), with any number of axes behind the channels, or none; y has x's shape.
     Parameters: {"weight": (C,), "bias": (C,)}, ones and zeros; () if affine=False.

@@ -3,7 +3,7 @@
 unfold        the derivation by matrix products, for images and method "unfold"
 patches       products of matrices over patches of images, where windows do not overlap and are few
 few_channels  products with each tap, then their sums, from many channels of images to few
-half          images in bfloat16, by products of matrices where those kernels are wrong in it
+bfloat16      images in bfloat16, by products of matrices where those kernels are wrong in it
 native        PyTorch's convolution kernels, for all else
 
 A signal (N, C, L) is convolved as an image (N, C, 1, L), whose kernels are faster.
@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from funcnet.ops import few_channels, half, native, patches, unfold
+from funcnet.ops import bfloat16, few_channels, native, patches, unfold
 from funcnet.ops.need import Need
 from funcnet.ops.window import Window
 
@@ -73,15 +73,17 @@ def implementation(
         return unfold
     if window.cuts_patches and x.ndim == 4 and patches.are_faster(x, weight, window, backward):
         return patches
-    if half.serves(x, window):
-        return half
+    if bfloat16.serves(x, window):
+        return bfloat16
     # Backward, dweight and dx may each have a module of their own.
-    return few_channels if not backward and few_channels.serve(x, weight, window)[0] else native
+    if backward or not few_channels.which_are_faster(x, weight, window)[0]:
+        return native
+    return few_channels
 
 
 def _apart(x: Tensor, weight: Tensor, window: Window) -> tuple[Any, Any]:
     """The modules that are fastest for dweight alone and for dx alone; native for both at once."""
-    if patches.sum_faster(x, weight, window):
+    if patches.dweight_is_faster(x, weight, window):
         return patches, native
-    to_few, from_few = few_channels.serve(x, weight, window)
+    to_few, from_few = few_channels.which_are_faster(x, weight, window)
     return few_channels if to_few else native, few_channels if from_few else native

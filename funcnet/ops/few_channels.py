@@ -32,7 +32,7 @@ Both were measured on an AMD EPYC (Zen 4), with one thread and with two, which s
 kernels more: 32 channels to 1, 64 to 2 and 128 to 3, with 3×3 and 5×5 taps."""
 
 
-def serve(x: Tensor, weight: Tensor, window: Window) -> tuple[bool, bool]:
+def which_are_faster(x: Tensor, weight: Tensor, window: Window) -> tuple[bool, bool]:
     """Whether this is faster for y and dweight, and whether for dx."""
     shape = weight.shape
     out_channels, channels = shape[0], shape[1]

@@ -36,7 +36,7 @@ def are_faster(x: Tensor, weight: Tensor, window: Window, backward: bool) -> boo
     if not (window.cuts_patches and x.is_cpu and not inplace.has_open_sizes(x)):
         return False
     if x.element_size() < 4:
-        return pixelwise.is_multiplied(x)
+        return pixelwise.multiplies_bfloat16(x)
     if x.shape[0] == 1 and x.numel() <= _TINY:
         return False
     rows, columns = window.count(x.shape[2:])
@@ -45,7 +45,7 @@ def are_faster(x: Tensor, weight: Tensor, window: Window, backward: bool) -> boo
     return windows <= few and pixelwise.are_faster(windows, weight)
 
 
-def sum_faster(x: Tensor, weight: Tensor, window: Window) -> bool:
+def dweight_is_faster(x: Tensor, weight: Tensor, window: Window) -> bool:
     """Whether this is a convolution over patches of which dweight alone is faster so."""
     return (
         window.cuts_patches

@@ -49,11 +49,11 @@ def are_faster(pixels: int, kernel: Tensor) -> bool:
 
 def upcast(x: Tensor) -> Tensor:
     """x, in float32 if the processor does not multiply matrices in its dtype."""
-    return x if is_multiplied(x) else native.upcast(x)
+    return x if multiplies_bfloat16(x) else native.upcast(x)
 
 
-def is_multiplied(x: Tensor) -> bool:
-    """Whether x is in half precision, and the processor multiplies matrices in it."""
+def multiplies_bfloat16(x: Tensor) -> bool:
+    """Whether x is bfloat16 on a CPU that multiplies matrices in it."""
     return _HAS_BFLOAT16 and x.dtype == torch.bfloat16 and x.is_cpu
 
 

@@ -296,7 +296,7 @@ def _is_for_kernel(x: Tensor, *others: Tensor | None) -> bool:
     """Whether the kernel takes this: it has no rule for vmap nor a second derivative."""
     return (
         x.is_cpu
-        and (x.dtype == torch.float32 or pixelwise.is_multiplied(x))
+        and (x.dtype == torch.float32 or pixelwise.multiplies_bfloat16(x))
         and x.numel() > 0
         and is_untracked(x, *others)
         and _IS_THERE

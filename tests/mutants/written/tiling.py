@@ -83,8 +83,8 @@ _SUMMATION = in_file(
     ),
 )
 
-_HALF = in_file(
-    "ops/half.py",
+_BFLOAT16 = in_file(
+    "ops/bfloat16.py",
     "test_half_precision.py",
     Row(
         "kernel-not-turned",
@@ -164,7 +164,7 @@ TILING = (
     *_CROPPED,
     *_TILING,
     *_SUMMATION,
-    *_HALF,
+    *_BFLOAT16,
     *_FEW_CHANNELS,
     *_LOW_RESOLUTION,
 )

@@ -53,7 +53,7 @@ def serves(x: Tensor, window: Window) -> bool:
     """Whether x is images in bfloat16, and the processor multiplies in it."""
     return (
         x.ndim == 4
-        and pixelwise.is_multiplied(x)
+        and pixelwise.multiplies_bfloat16(x)
         and window.groups == 1
         and not window.is_dilated
         and not inplace.has_open_sizes(x)

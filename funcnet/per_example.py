@@ -36,7 +36,8 @@ from funcnet.running import dx_alone, run_bwd, run_fwd, writes
 
 
 def per_example(net: Layer, loss: Loss) -> PerExample:
-    """The function (params, x, target, key=None) ↦ (values (N,), grads): those of each example.
+    """The function (params, x, target, key=None) ↦ (values (N,), grads): the loss and the gradient
+    of each example.
 
     Entry i of the values, and of each gradient, (N, …) in the tree of params, is what
     `value_and_grad` gives for `x[i:i+1]` and `target[i:i+1]`: with reduction "mean" a mean over

@@ -66,7 +66,7 @@ def dx_alone(layer: Layer, params: Tree, residuals: Any, grad: Tensor, need: Nee
 
 
 def tile_of(layer: Layer, shape: Shape, part: Part) -> tuple[Part, Layer] | None:
-    """`_tile` of a layer that has not changed what it says of."""
+    """`layer._tile`, unless a subclass has changed `_fwd` or `_bwd` without it."""
     return layer._tile(shape, part) if writes(layer, "_tile") else None
 
 
@@ -81,7 +81,7 @@ def added(layer: Layer, made: Tensor, given: Tensor) -> Tensor:
 
 
 def writes(layer: Layer, name: str) -> bool:
-    """Whether the class that writes an attribute knows the `_fwd` and `_bwd` that go with it.
+    """Whether the class that defines an attribute is no older than those of `_fwd` and `_bwd`.
 
     A subclass that writes one of these anew has to write the attribute, too.
     """

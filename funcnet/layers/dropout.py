@@ -1,7 +1,7 @@
 """Dropout, of entries and of whole channels.
 
-Given a key, keep m (1 with probability 1 − p, else 0) decides what stays, scaled so that the mean
-is that of x:
+Given a key, the mask m (1 with probability 1 − p, else 0) decides which entries stay. They are
+scaled so that y has x's mean:
 
     y = m ∘ x / (1 − p),  dx = m ∘ dy / (1 − p).
 

@@ -45,7 +45,7 @@ from funcnet.running import dx_alone
 
 @dataclass(frozen=True)
 class _EpsilonKind(Number):
-    """A finite number ≥ 0, of ints 0 and 1: in torch's order, the number of channels comes here."""
+    """A finite number ≥ 0. An int above 1 is refused: it is torch.nn's channel count."""
 
     least: float = 0.0
 

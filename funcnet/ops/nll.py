@@ -36,7 +36,7 @@ def backward(grad: Tensor, log_p: Tensor, classes: Tensor, ignored: int) -> Tens
 
 
 def _as_images(log_p: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """log_p of 2 or 4 axes: one kernel takes those, another these."""
+    """Both with 2 or 4 axes of log_p, for which PyTorch has kernels."""
     if log_p.ndim == 2:
         return log_p, classes
     if log_p.ndim == 3:

@@ -46,7 +46,7 @@ def are_faster(x: Tensor, weight: Tensor, window: Window, backward: bool) -> boo
 
 
 def dweight_is_faster(x: Tensor, weight: Tensor, window: Window) -> bool:
-    """Whether this is a convolution over patches of which dweight alone is faster so."""
+    """Whether windows cut patches, and dweight alone is faster as a product of matrices."""
     return (
         window.cuts_patches
         and x.ndim == 4

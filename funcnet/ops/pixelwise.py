@@ -43,7 +43,7 @@ _HAS_BFLOAT16 = not {"avx512_bf16", "amx_bf16"}.isdisjoint(_PROCESSOR.split())
 
 
 def are_faster(pixels: int, kernel: Tensor) -> bool:
-    """Whether products of matrices are: of few pixels with the kernel, or in bfloat16."""
+    """Whether `torch.mm` beats PyTorch's convolution: for few multiplications, or in bfloat16."""
     return pixels * kernel.numel() <= _FEW or kernel.dtype == torch.bfloat16
 
 

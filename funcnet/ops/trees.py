@@ -34,7 +34,7 @@ class Compiled:
         return self.of_leaves(self.spec.paths())
 
     def of_leaves(self, values: Iterable[Any]) -> list[Any]:
-        """Those of values, one for each node, that are of leaves."""
+        """The values of the leaves, given one value for each node."""
         pairs = zip(values, self.nodes, strict=True)
         return [value for value, node in pairs if not _is_bare(node)]
 

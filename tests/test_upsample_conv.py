@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import optree
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import funcnet as fn
-from funcnet.ops import low_resolution, pixelwise, transposed, upsampling
+from funcnet.ops import low_resolution, native, pixelwise, transposed, upsampling
 from funcnet.ops import two_steps as two_steps_of
 from funcnet.ops.need import Need
 from funcnet.ops.window import Window, padding_sides
@@ -227,3 +228,32 @@ def test_gradients_of_parameters_are_those_of_tensors():
         _, other = layer.bwd(params, residuals, grad)
     assert dx.isfinite().all()
     assert torch.equal(other, dx)
+
+
+def test_unfold_is_the_derivations_products_alone(monkeypatch):
+    """By no way that "auto" would choose, nor by PyTorch's convolutions."""
+    layer = fn.UpsampleConv2d(3, method="unfold")
+    params, x = layer.init(fn.key(0), (2, 4, 5)), fn.normal(fn.key(1), (2, 2, 4, 5))
+    grad = fn.normal(fn.key(2), (2, *layer.out_shape((2, 4, 5))))
+    expected = layer.apply(params, x), layer.vjp(params, x, grad)
+
+    def forbidden(*_, **__):
+        raise AssertionError
+
+    for module in (upsampling, native):
+        monkeypatch.setattr(module, "convolve", forbidden)
+        monkeypatch.setattr(module, "gradients", forbidden)
+    found = layer.apply(params, x), layer.vjp(params, x, grad)
+    assert all(map(torch.equal, optree.tree_leaves(found), optree.tree_leaves(expected)))
+
+
+def test_sizes_are_told_by_height_and_width():
+    with pytest.raises(ValueError, match=r"images of at least 1×1, got size \(0, 3\)"):
+        fn.UpsampleConv2d(2).out_shape((1, 0, 3))
+
+
+@pytest.mark.parametrize("options", [{"scale": 3}, {"kernel_size": 5}, {"padding": 0}], ids=str)
+def test_what_karatsuba_takes(options):
+    with pytest.raises(ValueError, match="expected scale 2, kernel_size 3 and padding 1"):
+        fn.UpsampleConv2d(2, **options, method="karatsuba")
+    assert fn.UpsampleConv2d(2, **options).method == "auto"

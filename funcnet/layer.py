@@ -524,11 +524,12 @@ def _spec(layer: Layer, x: Any, shape: Shape) -> Spec:
 def _layer_fields(layer: Layer) -> list[tuple[str, Any]]:
     """(name, value) of each field that is a layer, or a tuple of layers."""
     found = [(field.name, getattr(layer, field.name)) for field in fields(layer) if field.init]
-    return [
-        (name, value)
-        for name, value in found
-        if (layers := _as_tuple(value)) and all(isinstance(each, Layer) for each in layers)
-    ]
+    return [(name, value) for name, value in found if _holds_layers(value)]
+
+
+def _holds_layers(value: Any) -> bool:
+    values = _as_tuple(value)
+    return bool(values) and all(isinstance(each, Layer) for each in values)
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

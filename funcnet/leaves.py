@@ -88,6 +88,9 @@ class Watched(Wrapper):
 
     path: str
 
+    def __post_init__(self) -> None:
+        """Convert nothing: inside of torch.compile, a class cannot be asked for its fields."""
+
     def _apply(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
         return run_apply(self.layer, params, x, key)
 

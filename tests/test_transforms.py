@@ -348,6 +348,27 @@ def test_compiled_for_pictures_of_any_size():
         close(compiled(params, x), GLOBAL.apply(params, x))
 
 
+FUNCTIONS_OF_NETWORKS = {
+    "per_example": lambda net: fn.per_example(net, fn.MSE()),
+    "clipped_value_and_grad": lambda net: fn.clipped_value_and_grad(net, fn.MSE(), 0.1),
+    "gradients_by_layer": lambda net: (
+        lambda *args: [own for _, own in fn.gradients_by_layer(net, fn.MSE())(*args)]
+    ),
+    "trace": lambda net: lambda *args: [(r.y, r.grad) for r in fn.trace(net, *args)],
+    "moments": lambda net: lambda params, x, _, key: fn.moments(net, params, x, key=key),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", FUNCTIONS_OF_NETWORKS)
+def test_compiled_functions_of_networks(name):
+    net = fn.Sequential(stem=fn.Linear(2), rest=fn.Residual(fn.Sequential(fn.Linear(2), fn.Tanh())))
+    params, x, target = make(net, (3,))
+    function = FUNCTIONS_OF_NETWORKS[name](net)
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    close(compiled(params, x, target, fn.key(7)), function(params, x, target, fn.key(7)))
+
+
 @pytest.mark.parametrize("layer", [fn.PReLU(6), fn.Reshape(2, -1), fn.Reshape(6)], ids=repr)
 def test_compiled_where_hyperparameters_are_dynamic(layer, monkeypatch):
     """Those of a layer that is a global become numbers without a value, as sizes do."""

@@ -57,7 +57,15 @@ from funcnet.ops.inplace import is_eager, is_tracing
 from funcnet.ops.need import Need
 from funcnet.ops.trees import structure_of
 from funcnet.ops.without_entries import without_entries
-from funcnet.param import Layout, check_no_params, draw, first_tensor, misshapen, size_that_fits
+from funcnet.param import (
+    Layout,
+    check_declared,
+    check_no_params,
+    draw,
+    first_tensor,
+    misshapen,
+    size_that_fits,
+)
 
 Tree: TypeAlias = Any
 """Nested containers of tensors, as `optree` understands them."""
@@ -161,7 +169,7 @@ class Layer(Hyperparameters):
 
         A layer without parameters is asked for dx, or not at all.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{name_of(self)} writes neither _bwd nor bwd")
 
     def _bwd_each(self, params: Any, residuals: Any, grad: Tensor, need: Need) -> tuple[Any, Any]:
         """(each, dx): what `_bwd` returns, but with gradients of the parameters for each example.
@@ -251,7 +259,10 @@ class Layer(Hyperparameters):
         self, key: Key, shape: Shape, dtype: torch.dtype | None, device: torch.device | str | None
     ) -> Tree:
         declared = self._params(shape)
-        return draw(declared, key, dtype, device, self._layout) if declared else ()
+        if not declared:
+            return ()
+        check_declared(self, declared)
+        return draw(declared, key, dtype, device, self._layout)
 
     def _apply(self, params: Any, x: Tensor, key: Key | None) -> Tensor:
         """y alone."""

@@ -10,7 +10,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funcnet.checks import check_like, name_of
+from funcnet.checks import check_like, name_of, shown
 from funcnet.initializers import Initializer
 from funcnet.keys import Key, split
 
@@ -28,6 +28,23 @@ class Param:
 
 Declared: TypeAlias = Mapping[str, Any]
 """What a layer declares: a `Param`, or a dict of such, by name."""
+
+
+def check_declared(who: object, declared: Any, prefix: str = "") -> None:
+    """Raise TypeError unless a layer's author declares a dict of `Param`s, or of such dicts."""
+    if not isinstance(declared, Mapping):
+        raise TypeError(
+            f"{name_of(who)}: expected _params to return a dict of fn.Param by name, "
+            f"got {shown(declared)}"
+        )
+    for name, param in declared.items():
+        if isinstance(name, str) and isinstance(param, Mapping):
+            check_declared(who, param, f"{prefix}{name}.")
+        elif not (isinstance(name, str) and _can_be_drawn(param)):
+            raise TypeError(
+                f"{name_of(who)}: expected _params to return fn.Param(shape, initializer) "
+                f"by the name of each, got {shown(param)} by {prefix}{name}"
+            )
 
 
 def draw(
@@ -112,6 +129,12 @@ def first_tensor(params: Any, default: Any) -> Any:
     """The first leaf of params that is a tensor, or the default."""
     leaves = optree.tree_leaves(params)
     return next((leaf for leaf in leaves if isinstance(leaf, Tensor)), default)
+
+
+def _can_be_drawn(param: Any) -> bool:
+    """Whether this is a `Param` with an initialiser, not with the class of one."""
+    draws = param.initializer if isinstance(param, Param) else None
+    return callable(draws) and not isinstance(draws, type)
 
 
 def _flat(declared: Declared) -> list[Param]:

@@ -205,6 +205,48 @@ def test_a_memory_format_is_asked_for_by_the_whole_name():
     assert asked == ["scale.weight", "bias"]
 
 
+ZEROS = fn.initializers.Zeros
+
+
+@pytest.mark.parametrize(
+    ("declared", "got"),
+    [
+        ([fn.Param((2,), ZEROS())], "dict of fn.Param by name, got [Param("),
+        ({"weight": ((2,), ZEROS())}, "got ((2,), initializers.Zeros()) by weight"),
+        ({"weight": fn.Param((2,), ZEROS)}, "got Param(shape=(2,), initializer=<class"),
+        ({"weight": fn.Param((2,), 0.5)}, "initializer=0.5) by weight"),
+        ({"inner": {"weight": torch.zeros(2)}}, "got tensor([0., 0.]) by inner.weight"),
+        ({0: fn.Param((2,), ZEROS())}, "by 0"),
+    ],
+)
+def test_what_is_not_declared_by_param_is_refused(declared, got):
+    @dataclass(frozen=True)
+    class Declaring(fn.Layer):
+        def _params(self, shape):
+            return declared
+
+        def _fwd(self, params, x, key):
+            return x, ()
+
+    with pytest.raises(
+        TypeError, match=r"^layer 0: Declaring\(\): expected _params to return "
+    ) as caught:
+        fn.Sequential(Declaring()).init(fn.key(0), (2,))
+    assert got in str(caught.value)
+
+
+def test_a_layer_without_a_gradient_says_so():
+    @dataclass(frozen=True)
+    class Valued(fn.Layer):
+        def _fwd(self, params, x, key):
+            return 2 * x, ()
+
+    x = torch.ones(3, 2)
+    assert torch.equal(Valued().apply((), x), 2 * x)
+    with pytest.raises(NotImplementedError, match=r"^Valued\(\) writes neither _bwd nor bwd$"):
+        Valued().vjp((), x, x)
+
+
 def test_a_layer_may_declare_an_empty_dict():
     class Empty(fn.ReLU):
         def _params(self, shape):

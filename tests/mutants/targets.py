@@ -42,7 +42,7 @@ _QUICK = ("test_what_is_not_asked_for_is_not_computed", _DEFAULTS)
 _WRITTEN = {
     "class Kernels(": (
         "test_conv.py test_conv_ranks.py test_conv_transpose.py test_upsample_conv.py "
-        "test_pooling.py"
+        "test_pooling.py test_per_example.py"
     ),
     "_tile": "test_tiling.py",
     "def cropped(": "test_tiling.py",

@@ -352,7 +352,7 @@ def test_who_couples_examples():
             lambda: fn.GroupNorm(3).init(KEY, (4, 2)),
             r"GroupNorm\(3\): expected channels that num_groups=3 divides, got 4",
         ),
-        (lambda: fn.GroupNorm(3).init(KEY, (0, 2)), "divides, got 0"),
+        (lambda: fn.GroupNorm(3).init(KEY, (0, 2)), "expected at least 1 channel, got 0"),
         (lambda: fn.GroupNorm(3).out_shape(()), r"expected the shape of one example, \(C, …\)"),
         (
             lambda: fn.GroupNorm(2).apply(

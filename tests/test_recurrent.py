@@ -229,6 +229,7 @@ def test_what_the_kernel_has_kept_serves_vmap_in_bfloat16():
     assert all(
         isinstance(kept, recurrent.Workspace) for _, _, both in residuals[1] for kept in both
     )
+    assert all(x.dtype == h.dtype == torch.bfloat16 for x, h, _ in residuals[1])
     mapped = torch.func.vmap(lambda g: layer.bwd(params, residuals, g))(grad[None])
     expected = layer.bwd(params, residuals, grad)
     for found, kernels in zip(*map(optree.tree_leaves, (mapped, expected)), strict=True):

@@ -321,7 +321,8 @@ class Layer(Hyperparameters):
     def _param_names(self, params: Tree) -> list[str]:
         """The children's names in params: their own, or in a dict perhaps those of the fields."""
         names = [name for name, _ in self._children()]
-        if isinstance(params, Mapping) and names[:1] != [""] and params.keys().isdisjoint(names):
+        by_others = isinstance(params, Mapping) and not any(name in params for name in names)
+        if by_others and names[:1] != [""]:
             return [name for name, _ in _layer_fields(self)]
         return names
 

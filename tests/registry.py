@@ -27,9 +27,9 @@ def key_for(layer):
     return fn.key(11) if needs_key(layer) else None
 
 
-def budget(examples):
+def budget(examples, **options):
     """Examples a class, under the quick profile; in proportion under another."""
-    return settings(max_examples=max(1, settings().max_examples * examples // 30))
+    return settings(max_examples=max(1, settings().max_examples * examples // 30), **options)
 
 
 def draw_x(layer, shape, dtype=torch.float32, device="cpu"):

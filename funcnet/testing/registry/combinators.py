@@ -153,6 +153,7 @@ ROWS = (
         (
             (Recompute(Sequential(_CONV, ReLU(), _CONV, Sigmoid())), (2, 4, 3)),
             (Recompute(Sequential(Recompute(_CONV), Recompute(ReLU()))), (2, 4, 3)),
+            (Recompute(_CONV), (2, 4, 3)),
         ),
         build=_wrapped(Recompute),
     ),

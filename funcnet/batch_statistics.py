@@ -246,7 +246,7 @@ class _Inference:
         children = layer._children()
         names = layer._param_names(params)
         _check_trees(layer, names, params, m, path)
-        in_sequence = self.fold and layer._composes and writes(layer, "_composes")
+        in_sequence = self.fold and _composes(layer)
         made: list[tuple[str, Layer, Tree]] = []
         parts = zip(names, children, _parts(params, names), _parts(m, names), strict=True)
         for name, (place, child), own, found in parts:
@@ -269,6 +269,11 @@ class _Inference:
         if isinstance(layer, Several) and len(layers) < len(children):
             return layer._with(tuple(layers), tuple(kept) if layer.names else ()), params
         return layer._with_children(layers), params
+
+
+def _composes(layer: Layer) -> bool:
+    """Whether y is what the children make one after the other, and nothing else."""
+    return isinstance(layer, Several) and layer._composes and writes(layer, "_composes")
 
 
 def _check_trees(layer: Layer, names: list[str], params: Tree, m: Tree, path: str) -> None:

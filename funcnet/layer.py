@@ -134,9 +134,6 @@ class Layer(Hyperparameters):
     ("added"), or zeros ("zeros"). A layer with None counts as one without children.
     """
 
-    _composes: ClassVar[bool] = False
-    """Whether y is made by the children one after the other, and nothing else."""
-
     couples_examples: ClassVar[bool] = _TrueOfChildren()  # type: ignore[assignment]
     """Whether y of an example depends on the others in its batch. Such a layer says True."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from keyword import iskeyword
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
 
@@ -30,6 +30,9 @@ class Several(Layer):
     layers: tuple[Layer, ...]
     # Files and the repr put the names to the layers.
     names: tuple[str, ...] = field(default=(), metadata={"stored": False})
+
+    _composes: ClassVar[bool] = False
+    """Whether y is made by the layers one after the other, and nothing else."""
 
     def __init__(self, /, *layers: Layer, **named: Layer) -> None:
         layers, names = _sorted_out(type(self).__name__, layers, named)

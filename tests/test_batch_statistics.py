@@ -1,5 +1,6 @@
 """Batch normalisation without state: what is measured, merged, and folded."""
 
+import re
 from dataclasses import dataclass
 
 import optree
@@ -495,6 +496,45 @@ def test_refusals():
     ):
         with pytest.raises(ValueError, match=r"merge_moments: .*expected moments of"):
             fn.merge_moments(m, other)
+
+
+MOMENTS = tuple(torch.zeros(shape) for shape in ((), (3,), (3,)))
+SMALLER = tuple(torch.zeros(shape) for shape in ((), (2,), (2,)))
+
+
+@pytest.mark.parametrize(
+    ("m", "other", "message"),
+    [
+        (MOMENTS, (), "expected moments of the same layers, (count, mean, M2), got ()"),
+        ((), MOMENTS, "expected moments of the same layers, (), got (count, mean, M2)"),
+        ((MOMENTS, ()), MOMENTS, "of the same layers, a tuple of 2, got (count, mean, M2)"),
+        (MOMENTS, ((), (), ()), "same layers, (count, mean, M2), got a tuple of 3"),
+        (((), (), ()), MOMENTS, "same layers, a tuple of 3, got (count, mean, M2)"),
+        (None, (), "expected moments of the same layers, NoneType, got ()"),
+        (
+            ((), MOMENTS),
+            ((), SMALLER),
+            "merge_moments: layer 1: expected moments of shapes ((), (3,), (3,)), got ((), (2,)",
+        ),
+        ({"a": MOMENTS}, {"a": SMALLER}, "merge_moments: a: expected moments of shapes"),
+    ],
+)
+def test_what_is_not_merged(m, other, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fn.merge_moments(m, other)
+
+
+def test_moments_of_copies_are_merged_copy_by_copy():
+    net = fn.Repeat(fn.Sequential(fn.BatchNorm(), fn.Sigmoid()), 3)
+    params, x = net.init(KEY, (2,)), fn.normal(KEY, (6, 2), dtype=torch.float64)
+    params = optree.tree_map(torch.Tensor.double, params)
+    (whole, _) = fn.moments(net, params, x, key=KEY)
+    m, other = (tuple(part[i] for part in whole) for i in (0, 1))
+    by_copies = tuple(torch.stack(parts) for parts in zip(m, other, m, strict=True))
+    backwards = tuple(torch.stack(parts) for parts in zip(other, m, other, strict=True))
+    merged = fn.merge_moments(by_copies, backwards)
+    for i in range(3):
+        close(tuple(part[i] for part in merged), fn.merge_moments(m, other))
 
 
 def test_a_name_of_digits_is_a_name_in_every_message():

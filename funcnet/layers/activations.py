@@ -8,7 +8,7 @@ and where they saturate too.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -249,7 +249,7 @@ class Hardtanh(InPlace):
 
 
 @dataclass(frozen=True)
-class ReLU6(Hardtanh):
+class ReLU6(InPlace):
     """y = min(max(x, 0), 6), dx = dy where 0 < x < 6, else 0.
 
     Shapes: any; y has x's shape.
@@ -259,8 +259,17 @@ class ReLU6(Hardtanh):
     tensor([0., 2., 6.])
     """
 
-    min_val: Finite = field(default=0.0, init=False)
-    max_val: Finite = field(default=6.0, init=False)
+    def _value(self, x: Tensor) -> Tensor:
+        return F.relu6(x)
+
+    def _value_(self, x: Tensor) -> Tensor:
+        return F.relu6(x, inplace=True)
+
+    def _slope(self, y: Tensor, dy: Tensor) -> Tensor:
+        return _hardtanh_backward(dy, y, 0.0, 6.0)
+
+    def _slope_(self, y: Tensor, dy: Tensor) -> Tensor:
+        return _over(dy, _hardtanh_backward, y, 0.0, 6.0)
 
 
 @dataclass(frozen=True)

@@ -59,13 +59,13 @@ class Cast(Wrapper):
         return y.to(_dtype_of(params, x))
 
     def _fwd(self, params: Tree, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
-        narrow = self._cast(params)
-        y, residuals = run_fwd(self.layer, narrow, self._cast(x), key)
-        return y.to(_dtype_of(params, x)), (narrow, residuals)
+        inner = self._cast(params)
+        y, residuals = run_fwd(self.layer, inner, self._cast(x), key)
+        return y.to(_dtype_of(params, x)), (inner, residuals)
 
     def _bwd(self, params: Tree, residuals: Any, dy: Tensor, need: Need) -> tuple[Tree, Any]:
-        narrow, residuals = residuals
-        dparams, dx = run_bwd(self.layer, narrow, residuals, self._cast(dy), need)
+        inner, residuals = residuals
+        dparams, dx = run_bwd(self.layer, inner, residuals, self._cast(dy), need)
         if need.params:
             dparams = optree.tree_map(lambda leaf, d: d.to(leaf.dtype), params, dparams)
         return dparams, None if dx is None else dx.to(dy.dtype)

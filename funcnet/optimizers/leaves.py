@@ -49,8 +49,9 @@ def flatten_up_to(who: object, name: str, tree: Tree, structure: optree.PyTreeSp
 
 def _difference(ours: list[str], theirs: list[str]) -> str:
     """`none at 0.bias, more at 0.scale`: how the leaves of two trees differ."""
-    missing = [name for name in ours if name not in theirs]
-    more = [name for name in theirs if name not in ours]
+    known, given = set(ours), set(theirs)
+    missing = [name for name in ours if name not in given]
+    more = [name for name in theirs if name not in known]
     parts = [f"{what} at {_some(at)}" for what, at in (("none", missing), ("more", more)) if at]
     return ", ".join(parts) or "other containers"
 

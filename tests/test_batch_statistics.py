@@ -127,6 +127,9 @@ def test_a_subclass_absorbs_nothing():
 class WithSkips(fn.Sequential):
     """x + f(x) for each layer f, by other code than Sequential's."""
 
+    def _apply(self, params, x, key):
+        return self._fwd(params, x, key)[0]
+
     def _fwd(self, params, x, key):
         residuals = []
         for i, layer in enumerate(self.layers):

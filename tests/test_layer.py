@@ -217,6 +217,7 @@ ZEROS = fn.initializers.Zeros
         ({"weight": fn.Param((2,), 0.5)}, "initializer=0.5) by weight"),
         ({"inner": {"weight": torch.zeros(2)}}, "got tensor([0., 0.]) by inner.weight"),
         ({0: fn.Param((2,), ZEROS())}, "by 0"),
+        ({0: {"weight": fn.Param((2,), ZEROS())}}, "by 0"),
     ],
 )
 def test_what_is_not_declared_by_param_is_refused(declared, got):

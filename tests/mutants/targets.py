@@ -137,7 +137,7 @@ TARGETS: tuple[tuple[str, str], ...] = (
         "funcnet/layer.py",
         "test_layer.py test_errors.py test_sequential.py test_combinators.py "
         "test_gate_properties.py::test_tensors_on_another_device_are_refused "
-        "test_linear.py::test_refusals test_tiling.py::test_what_is_cut",
+        "test_linear.py::test_refusals test_tiling.py::test_what_is_cut test_batch_statistics.py",
     ),
     (
         "funcnet/fields.py",

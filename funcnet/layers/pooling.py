@@ -208,8 +208,8 @@ class AvgPool2d(AvgPool):
 class AvgPool3d(AvgPool):
     """The mean of each window of a volume: `AvgPool2d` with three axes.
 
-    On the CPU, half precision is computed in float32. x without its padding is at least as
-    large as the kernel, as PyTorch asks.
+    On the CPU, half precision is computed in float32. x without its padding is at least as large as
+    the kernel, as PyTorch asks.
 
     Shapes: x (N, C, D, H, W); y (N, C, D′, H′, W′), D′ by the rule at the head of this module.
     No parameters.

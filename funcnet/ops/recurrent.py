@@ -28,7 +28,7 @@ from torch import Tensor
 
 from funcnet.compat import is_mkldnn_enabled, mkldnn_rnn, mkldnn_rnn_backward
 from funcnet.ops import pixelwise
-from funcnet.ops.accumulation import widened
+from funcnet.ops.accumulation import accumulator_dtype, widened
 from funcnet.ops.inplace import is_untracked
 from funcnet.ops.need import Need
 from funcnet.ops.products import Products, product_of_rows
@@ -64,8 +64,8 @@ class Run(NamedTuple):
 class Cell(Protocol):
     """All steps of one direction."""
 
-    def keeps_dtype(self, x: Tensor, layers: Layers) -> bool:
-        """Whether x is computed in its own dtype. One of 16 bits is widened otherwise."""
+    def takes_half(self, x: Tensor, layers: Layers) -> bool:
+        """Whether x, of 16 bits, is computed in its own dtype. It is widened otherwise."""
         return False
 
     def forward(self, x: Tensor, weights: Weights, reverse: bool, keep: bool) -> Any:
@@ -78,9 +78,9 @@ class Cell(Protocol):
 def forward(cell: Cell, x: Tensor, layers: Layers, keep: bool = True) -> tuple[Tensor, Any]:
     """(y, residuals if `keep`): y (N, T, H), or (N, T, 2H) in both directions, of x (N, T, C)."""
     dtype, residuals = x.dtype, []
-    x = x.transpose(0, 1)
-    if not cell.keeps_dtype(x, layers):
-        x = widened(x)
+    x, wide = x.transpose(0, 1), accumulator_dtype(dtype)
+    if dtype != wide and not cell.takes_half(x, layers):
+        x = x.to(wide)
     for directions in layers:
         hs, kept = [], []
         for i, weights in enumerate(directions):
@@ -161,7 +161,7 @@ class LSTM(Cell):
     errors are autocast's, 1.2 to 2 times those of float32 at the weights that `init` draws.
     """
 
-    def keeps_dtype(self, x: Tensor, layers: Layers) -> bool:
+    def takes_half(self, x: Tensor, layers: Layers) -> bool:
         return all(_is_for_kernel(x, *weights) for directions in layers for weights in directions)
 
     def forward(self, x: Tensor, weights: Weights, reverse: bool, keep: bool) -> Any:

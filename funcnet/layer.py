@@ -128,6 +128,12 @@ class Layer(Hyperparameters):
     `_fwd_` and `_bwd_`, which do in place what `_fwd` and `_bwd` do. `check_vjp` verifies it.
     """
 
+    _views: ClassVar[bool] = False
+    """Whether `_fwd_` and `_bwd_` write nothing: y is a view of x and dx one of dy, or new.
+
+    A combinator that copies its layers' results calls these.
+    """
+
     _joins: ClassVar[Joins | None] = None
     """How a combinator's dparams are made of its children's: a part for each child ("apart"),
     those of its copies stacked along a new first axis ("stacked"), those of several runs added up

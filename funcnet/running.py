@@ -75,6 +75,17 @@ def is_fresh(layer: Layer) -> bool:
     return layer._fresh and is_private(layer)
 
 
+def works_in_place(layer: Layer) -> bool:
+    """Whether a layer's `_fwd_` and `_bwd_` do what its `apply`, `_fwd` and `_bwd` do."""
+    is_ours = type(layer).apply is Layer.apply
+    return is_ours and writes(layer, "_fwd_") and writes(layer, "_bwd_")
+
+
+def makes_views(layer: Layer) -> bool:
+    """Whether `_fwd_` and `_bwd_` write nothing, as `_views` says."""
+    return layer._views and writes(layer, "_views") and works_in_place(layer)
+
+
 def added(layer: Layer, made: Tensor, given: Tensor) -> Tensor:
     """The sum of what a layer has made and what was handed in, written over the former if new."""
     return add_over(made, given) if is_fresh(layer) else made + given

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from registry import make
-from test_properties import close, same
+from test_properties import Operations, close, same
 
 import funcnet as fn
 from funcnet.fields import Size
@@ -411,6 +411,54 @@ def test_a_u_net():
     assert net.out_shape((2, 8, 8)) == (4, 8, 8)
     params, x, grad = drawn(net, (2, 8, 8))
     close(net.vjp(params, x, grad), expected(net, params, x, grad, None)[1])
+
+
+@dataclass(frozen=True)
+class Overwriting(fn.Identity):
+    """An identity that doubles and halves, in place where it may."""
+
+    def _fwd(self, params, x, key):
+        return x * 2, None
+
+    def _bwd(self, params, residuals, dy, need):
+        return (), dy * 2
+
+    def _fwd_(self, params, x, key):
+        return x.mul_(2), None
+
+    def _bwd_(self, params, residuals, dy, need):
+        return (), dy.mul_(2)
+
+
+@dataclass(frozen=True)
+class SaysSo(Overwriting):
+    _views = False
+
+
+@pytest.mark.parametrize("cls", [fn.Sum, fn.Product, fn.Concat])
+@pytest.mark.parametrize(
+    "view", [fn.Identity(), fn.Permute(0, 1), Overwriting(), SaysSo()], ids=str
+)
+def test_branches_copy_no_view(cls, view):
+    """What they join is copied anyway; a layer that writes in place is not taken for a view."""
+    tanh = fn.Tanh()
+    for net in (cls(view, tanh), cls(tanh, view), cls(view, view), cls(tanh, view, view)):
+        params, x, grad = drawn(net, (3,))
+        with Operations() as operations:
+            net.apply(params, x)
+            net.vjp(params, x, grad)
+        assert not [name for name, _ in operations.ran if "clone" in name]
+    check_vjp(fn.Sequential(tanh, cls(view, tanh), tanh), ((), ((), ()), ()), x)
+    check_vjp(cls(view), ((),), x)
+
+
+def test_an_apply_of_its_own_is_called_for_a_view():
+    class Doubling(fn.Identity):
+        def apply(self, params, x, *, key=None):
+            return 2 * x
+
+    x = torch.tensor([[1.0, 2.0]])
+    assert same(fn.Sum(Doubling(), fn.Identity()).apply(((), ()), x), 3 * x)
 
 
 # --- Parameters and keys

@@ -15,7 +15,15 @@ from funcnet.keys import Key
 from funcnet.layer import Layer, Part, Shape, Spec, Tree, asks, zeros_like
 from funcnet.ops.inplace import add_over
 from funcnet.ops.need import Need
-from funcnet.running import check, is_fresh, run_apply, run_bwd, run_fwd, tile_of
+from funcnet.running import (
+    check,
+    is_fresh,
+    makes_views,
+    run_apply,
+    run_bwd,
+    run_fwd,
+    tile_of,
+)
 
 
 @dataclass(frozen=True, init=False)
@@ -49,6 +57,14 @@ class Branches(Several):
     def _fresh(self) -> Any:  # type: ignore[override]
         """Whether y and dx are new tensors: they are, of several layers."""
         return len(self) > 1 or is_fresh(self.layers[0])
+
+    def _takes_view(self, i: int) -> bool:
+        """Whether yᵢ may be a view of x and dxᵢ one of dy: joining several makes new tensors."""
+        return len(self) > 1 and makes_views(self.layers[i])
+
+    def _is_new(self, i: int) -> bool:
+        """Whether the memory of yᵢ and dxᵢ is nobody else's."""
+        return is_fresh(self.layers[i]) and not self._takes_view(i)
 
     def _out_shape(self, shape: Shape) -> Shape:
         shapes = []
@@ -85,16 +101,24 @@ class Branches(Several):
 
     def _apply(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
         ys = []
+        layer: Any
         with self._position() as at:
             for at.i, (layer, own) in enumerate(self._pairs(params)):
-                ys.append(run_apply(layer, own, x, key_of(key, at.i)))
+                if self._takes_view(at.i):
+                    ys.append(layer._fwd_(own, x, None)[0])
+                else:
+                    ys.append(run_apply(layer, own, x, key_of(key, at.i)))
         return self._joined(ys)[0]
 
     def _fwd(self, params: Tree, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
         ys, residuals = [], []
+        layer: Any
         with self._position() as at:
             for at.i, (layer, own) in enumerate(self._pairs(params)):
-                y, kept = run_fwd(layer, own, x, key_of(key, at.i))
+                if self._takes_view(at.i):
+                    y, kept = layer._fwd_(own, x, None)
+                else:
+                    y, kept = run_fwd(layer, own, x, key_of(key, at.i))
                 ys.append(y)
                 residuals.append(kept)
         y, kept = self._joined(ys)
@@ -107,6 +131,7 @@ class Branches(Several):
         dx: Any = None
         is_own = False  # whether the memory of dx is nobody else's
         owns = self._child_params(params)
+        layer: Any
         with self._position() as at:
             for at.i in range(len(self) - 1, -1, -1):
                 layer, own, own_residuals = self.layers[at.i], owns[at.i], rest.pop()
@@ -114,9 +139,12 @@ class Branches(Several):
                     dparams[at.i] = zeros_like(own)
                     continue
                 part = self._part(kept, dy, at.i)
-                dparams[at.i], more = run_bwd(layer, own, own_residuals, part, need)
+                if self._takes_view(at.i):
+                    dparams[at.i], more = layer._bwd_(own, own_residuals, part, need)
+                else:
+                    dparams[at.i], more = run_bwd(layer, own, own_residuals, part, need)
                 if dx is None:
-                    dx, is_own = more, is_fresh(layer)
+                    dx, is_own = more, self._is_new(at.i)
                 elif more is not None:
                     dx, is_own = (add_over(dx, more) if is_own else dx + more), True
         return self._packed(dparams, params), dx

@@ -16,7 +16,7 @@ from funcnet.keys import Key, fold_in
 from funcnet.layer import Layer, Part, Shape, Spec, Tree, is_private, zeros_like
 from funcnet.ops.inplace import is_eager
 from funcnet.ops.need import Need
-from funcnet.running import check, is_fresh, run_apply, run_bwd, tile_of, writes
+from funcnet.running import check, is_fresh, run_apply, run_bwd, tile_of, works_in_place
 
 
 @dataclass(frozen=True, init=False)
@@ -59,7 +59,7 @@ class Sequential(Several):
     def __post_init__(self) -> None:
         super().__post_init__()
         fresh = list(map(is_fresh, self.layers))
-        over = list(map(_works_in_place, self.layers))
+        over = list(map(works_in_place, self.layers))
         before, behind = [False, *fresh], [*fresh[1:], False]
         object.__setattr__(self, "_over_x", tuple(map(all, zip(over, before, strict=False))))
         object.__setattr__(self, "_over_grad", tuple(map(all, zip(over, behind, strict=False))))
@@ -189,12 +189,6 @@ class Sequential(Several):
             return repr(self)
         name, last = self._children()[-1]
         return self._path_step(name) + last._describe_last()
-
-
-def _works_in_place(layer: Layer) -> bool:
-    """Whether a layer's `_fwd_` and `_bwd_` do what its `apply`, `_fwd` and `_bwd` do."""
-    is_ours = type(layer).apply is Layer.apply
-    return is_ours and writes(layer, "_fwd_") and writes(layer, "_bwd_")
 
 
 @dataclass(frozen=True, init=False)

@@ -12,7 +12,6 @@ from funcnet.checks import name_of
 from funcnet.combinators.branches import Branches
 from funcnet.layer import Shape
 from funcnet.ops.inplace import add_over
-from funcnet.running import is_fresh
 
 
 @dataclass(frozen=True, init=False)
@@ -39,7 +38,7 @@ class Sum(Branches):
         return shapes[0]
 
     def _joined(self, ys: list[Tensor]) -> tuple[Tensor, Any]:
-        y, is_own = ys[0], is_fresh(self.layers[0])
+        y, is_own = ys[0], self._is_new(0)
         for other in ys[1:]:
             y, is_own = (add_over(y, other) if is_own else y + other), True
         return y, None

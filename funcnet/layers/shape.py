@@ -28,10 +28,12 @@ _select_backward = torch.ops.aten.select_backward
 class Rearranged(Layer):
     """y is a view of a copy of x, and dx of a copy of dy.
 
-    In a network, where x or dy belongs to this layer alone, a view of itself will do.
+    In a network, where x or dy belongs to this layer alone, a view of itself will do; so it will in
+    front of a combinator that copies it.
     """
 
     _fresh = True
+    _views = True
 
     def _view(self, x: Tensor) -> Tensor:
         """x's entries as y has them; it may share x's memory."""

@@ -287,7 +287,7 @@ BRANCHES = in_file(
     ),
     Row(
         "gradients-of-branches-over-what-others-hold",
-        "dx, is_own = more, is_fresh(layer)",
+        "dx, is_own = more, self._is_new(at.i)",
         "dx, is_own = more, True",
         "dx of a layer that promises nothing may be its residual",
     ),

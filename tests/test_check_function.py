@@ -1,5 +1,7 @@
 """check_function passes right autograd.Functions, modules and functions, and names wrong ones."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -455,3 +457,24 @@ def test_state_that_depends_on_signs_alone():
 
     with pytest.raises(GradientMismatch, match="state is kept outside ctx"):
         check_function(Rectifier, draw(4, 4))
+
+
+@pytest.mark.parametrize("outside", [-1.0, math.nan, -math.inf])
+def test_entries_of_y_that_are_not_finite_are_left_out(outside):
+    class Log(torch.autograd.Function):
+        factor = 1.0
+
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.log()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return Log.factor * grad / ctx.saved_tensors[0]
+
+    x = torch.tensor([outside, 2.0, 3.0])
+    check_function(Log, x)
+    Log.factor = 5.0
+    with pytest.raises(GradientMismatch, match=r"inputs\[0\]\[[12]\] is wrong"):
+        check_function(Log, x)

@@ -446,6 +446,71 @@ def test_nan_is_wrong_where_y_is_finite():
         check_vjp(Norm(False), (), x)
 
 
+@dataclass(frozen=True)
+class Log(Plain):
+    """log x, whose gradient where x < 0 anybody may choose; `factor` is right if it is 1."""
+
+    factor: float
+    beyond: float
+
+    def fwd(self, params, x, *, key=None):
+        return x.log(), x
+
+    def bwd(self, params, x, grad, *, input_grad=True):
+        dx = self.factor * grad * torch.where(x > 0, 1 / x, self.beyond)
+        return (), dx if input_grad else None
+
+
+@pytest.mark.parametrize("beyond", [math.nan, math.inf, 0.0, 7.0])
+@pytest.mark.parametrize("outside", [-1.0, math.nan, -math.inf])
+def test_entries_of_y_that_are_not_finite_are_left_out(beyond, outside):
+    x = torch.tensor([[outside, 2.0, 3.0]], dtype=torch.float64)
+    check_vjp(Log(1.0, beyond), (), x)
+    with pytest.raises(GradientMismatch, match=r"x\[0, [12]\] is wrong"):
+        check_vjp(Log(5.0, beyond), (), x)
+
+
+def test_kinks_beside_what_is_not_finite():
+    @dataclass(frozen=True)
+    class Both(Plain):
+        slope: float
+
+        def fwd(self, params, x, *, key=None):
+            return torch.cat([1 / x[:, :1], x[:, 1:].abs()], 1), x
+
+        def bwd(self, params, x, grad, *, input_grad=True):
+            sign = torch.where(x[:, 1:] >= 0, self.slope, -self.slope)
+            dx = grad * torch.cat([-(x[:, :1] ** -2), sign], 1)
+            return (), dx if input_grad else None
+
+    x = torch.tensor([[0.0, 0.0, 2.0]], dtype=torch.float64)
+    check_vjp(Both(1.0), (), x)
+    with pytest.raises(GradientMismatch, match=r"x\[0, 2\] is wrong"):
+        check_vjp(Both(1.5), (), x)
+
+
+def test_nan_is_wrong_where_a_step_shows_in_what_is_finite():
+    @dataclass(frozen=True)
+    class Sums(Plain):
+        of_5: float
+
+        def out_shape(self, shape):
+            return (2,)
+
+        def fwd(self, params, x, *, key=None):
+            return torch.stack([x.sum(1), x.log().sum(1)], 1), x
+
+        def bwd(self, params, x, grad, *, input_grad=True):
+            dx = grad[:, :1] + torch.where(x > 0, grad[:, 1:] / x, 0.0)
+            dx = torch.where(x == 5, self.of_5, 1.0) * dx
+            return (), dx if input_grad else None
+
+    x = torch.tensor([[-1.0, 5.0], [2.0, 3.0]], dtype=torch.float64)
+    check_vjp(Sums(1.0), (), x)
+    with pytest.raises(GradientMismatch, match=r"x\[0, 1\] is wrong"):
+        check_vjp(Sums(math.nan), (), x)
+
+
 # --- Keys
 
 

@@ -30,6 +30,7 @@ from funcnet.testing.check.beside import (
 )
 from funcnet.testing.check.case import Case, Leaves, scale_of, tried, tried_y
 from funcnet.testing.check.comparison import Errors, excess, largest_error, ravel, unravel
+from funcnet.testing.check.defined import DefinedCase, where_defined
 from funcnet.testing.check.finding import Finding
 from funcnet.testing.check.oracles import Line, Slope, autograd_gradients, slope, taylor_slope
 from funcnet.testing.check.rounding import (
@@ -141,21 +142,39 @@ class _Search:
     def __init__(
         self, case: Case, rtol: float, atol: float, errors: Errors, budget: Budget
     ) -> None:
-        self.case, self.rtol, self.atol, self.errors = case, rtol, atol, errors
+        self.case = case = where_defined(case)
+        self.rtol, self.atol, self.errors = rtol, atol, errors
         self.budget = budget
         self.gradients = case.gradients()
         self.evaluations = 0
         self.frozen = case.frozen
-        self.examined = [
-            i
-            for i, leaf in enumerate(case.leaves)
-            if movable(leaf) and leaf.numel() and not self.frozen[i].all()
-        ]
         self.autograd = autograd_gradients(case)
         y = case.apply()
+        self.defined = not isinstance(case, DefinedCase)
         self.finite = bool(y.isfinite().all())
         work = y.numel() + sum(leaf.numel() for leaf in case.leaves)
         self.most = max(_WORK // max(work, 1), 48)
+
+    @cached_property
+    def still(self) -> list[Tensor]:
+        """A mask for each leaf: True for entries that no direction moves.
+
+        Where y is not finite everywhere, a gradient that is not may be due to that alone.
+        """
+        triples = zip(self.frozen, self.case.leaves, self.gradients, strict=True)
+        return [
+            frozen | ~leaf.isfinite() | (~ours.isfinite() & (not self.defined))
+            for frozen, leaf, ours in triples
+        ]
+
+    @cached_property
+    def examined(self) -> list[int]:
+        """The numbers of the leaves that directions move."""
+        return [
+            i
+            for i, leaf in enumerate(self.case.leaves)
+            if leaf.is_floating_point() and not self.still[i].all()
+        ]
 
     @cached_property
     def noise(self) -> Tensor:  # of y
@@ -227,7 +246,7 @@ class _Search:
 
     def _not_a_number(self) -> Finding | None:
         """An entry that is NaN, though y and the entries of the leaf are finite."""
-        if not (self.finite and self.case.grad.isfinite().all()):
+        if not (self.defined and self.finite and self.case.grad.isfinite().all()):
             return None
         for i in self.examined:
             undefined = self.gradients[i].isnan()
@@ -258,7 +277,7 @@ class _Search:
             mine = float(self.gradients[i].flatten()[position])
             other = float(references[i].flatten()[position])
             if not (self.finite and math.isfinite(mine)):
-                if self.extreme:
+                if self.extreme or not (self.defined or self._reaches(i, position)):
                     continue
                 return self._finding(i, position, other)
             found = self._entry_slope(i, position)
@@ -276,6 +295,11 @@ class _Search:
             if abs(mine - other) > float(self.autograds_rounding[i].flatten()[position]):
                 return self._finding(i, position, other)  # autograd decides
         return self._along_ties(differing) if self.finite else None
+
+    def _reaches(self, i: int, position: int) -> bool:
+        """Whether a step of an entry shows in y where it is finite."""
+        found = self._entry_slope(i, position)
+        return found.resolves(found.value)
 
     def _score(self, ours: Tensor, theirs: Tensor) -> None:
         self.errors.autograd = max(self.errors.autograd, largest_error(ours, theirs, theirs))
@@ -354,7 +378,7 @@ class _Search:
                 v = direction(values, 57 + i, relative=True)[which]
             else:
                 v = torch.full_like(leaf, max(scale_of(leaf), SHORTEST))
-            v = v.masked_fill(self.frozen[i], 0.0)
+            v = v.masked_fill(self.still[i], 0.0)
             directions = self._only((i, v))
             taylor = self._refuted(directions, at_ties=True)
             if taylor is not None:
@@ -392,12 +416,12 @@ class _Search:
     def _alike(self, i: int, numbers: Tensor, values: Tensor) -> Tensor:
         """A direction of a leaf in which equal numbers move alike, and what is frozen stays."""
         v = for_each(self.case.leaves[i], numbers, values)
-        return v.masked_fill(self.frozen[i], 0.0)
+        return v.masked_fill(self.still[i], 0.0)
 
     def _direction(self, i: int, seed: int, relative: bool) -> Tensor:
         """A random direction of a leaf, in which what is frozen stays."""
         v = direction(self.case.leaves[i], seed, relative)
-        return v.masked_fill(self.frozen[i], 0.0)
+        return v.masked_fill(self.still[i], 0.0)
 
     def _refuted(
         self,
@@ -506,7 +530,7 @@ class _Search:
             generator = torch.Generator().manual_seed(i)
             count = leaf.numel() if i in self.examined else 0
             shuffled = torch.randperm(count, generator=generator, device="cpu")
-            thawed = ~self.frozen[i].flatten().cpu()[shuffled] if count else shuffled.bool()
+            thawed = ~self.still[i].flatten().cpu()[shuffled] if count else shuffled.bool()
             orders.append(shuffled[thawed][: self.most].tolist())
         for turn in itertools.zip_longest(*orders):
             yield from ((i, position) for i, position in enumerate(turn) if position is not None)

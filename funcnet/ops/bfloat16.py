@@ -106,13 +106,13 @@ def _has_many(weight: Tensor) -> bool:
 
 def _windows(x: Tensor, window: Window) -> Iterator[tuple[slice, Tensor]]:
     """Yield a few examples at a time, and what each window sees of them, (n, kh·kw·C, H′, W′)."""
-    x = native.layout(native.pad(x, window.flat_sides))
     unpadded = replace(window, sides=())
-    entries = math.prod((*unpadded.count(x.shape[2:]), *window.kernel_size, x.shape[1]))
+    entries = math.prod((*window.count(x.shape[2:]), *window.kernel_size, x.shape[1]))
     examples = math.ceil(len(x) / math.ceil(len(x) * entries / _CHUNK_ENTRIES))
     for start in range(0, len(x), examples):
         part = slice(start, start + examples)
-        yield part, patches.windows(x[part], unpadded)
+        padded = native.layout(native.pad(x[part], window.flat_sides))
+        yield part, patches.windows(padded, unpadded)
 
 
 def _dweight(x: Tensor, weight: Tensor, grad: Tensor, window: Window) -> Tensor:

@@ -10,7 +10,8 @@ from each other, plane by plane.
 PyTorch's convolution kernels do the same, but lay K out anew at every call, which takes most of the
 time of a small product. Large products are left to them where `torch.mm`, done by MKL, is slower:
 on processors that are not Intel's. In bfloat16, products of matrices are right on every processor,
-where those kernels are not (`native.py`): they add up in float32, and round what they return.
+where those kernels are not for windows with a stride (`native.py`): they add up in float32, and
+round what they return.
 """
 
 from __future__ import annotations
@@ -42,6 +43,12 @@ _HAS_BFLOAT16 = not {"avx512_bf16", "amx_bf16"}.isdisjoint(_PROCESSOR.split())
 """Whether the processor multiplies in bfloat16: 2.4 times as fast as in float32 on an AMD EPYC."""
 
 
+_MUCH_BIAS = 2**16
+"""Entries of y in bfloat16 from which PyTorch's convolution, which adds bias as it multiplies,
+takes 0.4 to 1.0 times as long as `torch.addmm`: measured on an AMD EPYC (Zen 4), one thread, from 3
+to 512 channels. Below, it takes up to 1.2 times as long."""
+
+
 def are_faster(pixels: int, kernel: Tensor) -> bool:
     """Whether `torch.mm` beats PyTorch's convolution: for few multiplications, or in bfloat16."""
     return pixels * kernel.numel() <= _FEW or kernel.dtype == torch.bfloat16
@@ -59,11 +66,18 @@ def multiplies_bfloat16(x: Tensor) -> bool:
 
 def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
     """y (N, O, H, W) in channels_last, of x (N, C, H, W) and the kernel (O, C)."""
-    if not are_faster(_pixels(x), kernel):
+    if not are_faster(_pixels(x), kernel) or _copies_much_bias(x, kernel, bias):
         return F.conv2d(x, kernel[:, :, None, None], bias)
     rows, transposed = _rows(x), kernel.t()
     y = torch.mm(rows, transposed) if bias is None else torch.addmm(bias, rows, transposed)
     return _images(y, x)
+
+
+def _copies_much_bias(x: Tensor, kernel: Tensor, bias: Tensor | None) -> bool:
+    """Whether y is in bfloat16, and so large that `torch.addmm` loses by copying bias into it."""
+    if bias is None or kernel.dtype != torch.bfloat16:
+        return False
+    return _pixels(x) * len(kernel) >= _MUCH_BIAS
 
 
 def convolve_to_planes(x: Tensor, kernel: Tensor) -> Tensor:

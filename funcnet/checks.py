@@ -52,17 +52,23 @@ def as_int(who: object, name: str, value: Any, least: int | None) -> int:
     return number
 
 
-def as_number(who: object, name: str, value: Any, least: float) -> float:
+_INF = float("inf")
+
+
+def as_number(
+    who: object, name: str, value: Any, least: float = -_INF, most: float = _INF
+) -> float:
     """`value` as an int or a float, which files hold and NumPy's numbers are not.
 
-    Raises unless it is a finite number and at least `least`.
+    Raises unless it is a finite number in [least, most].
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name_of(who)}: expected {name} to be a number, got {shown(value)}")
     number: Any = value
-    if not (float("-inf") < number < float("inf") and number >= least):
-        bound = "" if least == float("-inf") else f" and >= {least:g}"
-        raise ValueError(f"{name_of(who)}: expected {name} to be finite{bound}, got {value}")
+    if not (-_INF < number < _INF and least <= number <= most):
+        expected = "to be finite" if least == -_INF else f"to be finite and >= {least:g}"
+        expected = expected if most == _INF else f"in [{least:g}, {most:g}]"
+        raise ValueError(f"{name_of(who)}: expected {name} {expected}, got {value}")
     return int(number) if isinstance(value, Integral) else float(number)
 
 

@@ -87,10 +87,12 @@ def _hint(cls: type, name: str) -> Any:
     """The annotation of a field, evaluated where its class was defined; None where it cannot be."""
     owner = next(base for base in cls.__mro__ if name in inspect.get_annotations(base))
     annotated: Any = SimpleNamespace(__annotations__={name: inspect.get_annotations(owner)[name]})
+    # A module that was loaded from a file need not be registered.
+    module = sys.modules.get(owner.__module__)
     try:
-        namespace = vars(sys.modules[owner.__module__])
+        namespace = {} if module is None else vars(module)
         return get_type_hints(annotated, namespace, include_extras=True)[name]
-    except (NameError, KeyError, TypeError, AttributeError, SyntaxError):
+    except (NameError, TypeError, AttributeError, SyntaxError):
         return None  # a user's annotation may name what exists for the type checker alone
 
 
@@ -261,10 +263,7 @@ class Number:
     def convert(self, owner: type, name: str, value: Any) -> Any:
         if value is None and self.may_be_none:
             return None
-        number = as_number(owner.__name__, name, value, self.least)
-        if not number <= self.most:
-            raise ValueError(f"{owner.__name__}: expected {name} <= {self.most:g}, got {value}")
-        return number
+        return as_number(owner.__name__, name, value, self.least, self.most)
 
 
 @dataclass(frozen=True)

@@ -114,8 +114,8 @@ def test_what_a_field_takes_and_keeps(kind, given, kept):
         (fields.Finite, None, TypeError, "to be a number, got None"),
         (fields.NonZero, 0.0, ValueError, "not to be 0, got 0.0"),
         (fields.NonNegative, -0.5, ValueError, "to be finite and >= 0, got -0.5"),
-        (fields.Probability, -0.5, ValueError, "to be finite and >= 0, got -0.5"),
-        (fields.Probability, 1.5, ValueError, "<= 1, got 1.5"),
+        (fields.Probability, -0.5, ValueError, "in [0, 1], got -0.5"),
+        (fields.Probability, 1.5, ValueError, "in [0, 1], got 1.5"),
         (fields.Fractions, (0.5,), ValueError, "to be a pair of numbers, got (0.5,)"),
         (fields.Fractions, 0.5, ValueError, "to be a pair of numbers, got 0.5"),
         (WORD, "none", ValueError, 'to be "mean" or "sum", got \'none\''),
@@ -183,6 +183,22 @@ class Derived(Hyperparameters):
     def __post_init__(self):
         super().__post_init__()
         object.__setattr__(self, "square", self.size**2)
+
+
+def test_the_module_of_a_class_need_not_be_registered():
+    names = {"__name__": "loaded_from_a_file", "Share": fields.Probability, "fn": fn}
+    code = """
+@dataclass(frozen=True)
+class Shrink(fn.Layer):
+    p: Share
+
+    def _fwd(self, params, x, key):
+        return x * self.p, None
+"""
+    exec(code, names | {"dataclass": dataclass}, names)
+    assert names["Shrink"](0.5).p == 0.5
+    with pytest.raises(ValueError, match=r"Shrink: expected p in \[0, 1\], got -1"):
+        names["Shrink"](-1)
 
 
 def test_what_is_derived_from_fields_is_no_part_of_the_value():

@@ -255,7 +255,7 @@ def test_positions_of_arguments():
         (lambda: fn.Huber(0.0), ValueError, "Huber: expected delta > 0, got 0.0"),
         (lambda: fn.Huber(-1), ValueError, "Huber: expected delta to be finite and >= 0, got -1"),
         (lambda: fn.L1("none"), ValueError, 'L1: expected reduction to be "mean" or "sum", got'),
-        (lambda: fn.CrossEntropy(2.0), ValueError, "expected label_smoothing <= 1, got 2.0"),
+        (lambda: fn.CrossEntropy(2.0), ValueError, "expected label_smoothing in [0, 1], got 2.0"),
         (lambda: fn.CrossEntropy(0, 0.5), TypeError, "expected ignore_index to be an int, got 0.5"),
     ],
 )

@@ -525,7 +525,7 @@ def test_they_are_values(optimizer):
         (lambda: fn.Adam(betas=("a", 0)), TypeError, "every number in betas to be a number"),
         (lambda: fn.Adam(eps=-1e-8), ValueError, "Adam: expected eps to be finite and >= 0"),
         (lambda: fn.Adam(amsgrad=1), TypeError, "Adam: expected amsgrad to be True or False"),
-        (lambda: fn.RMSprop(alpha=1.5), ValueError, "RMSprop: expected alpha <= 1, got 1.5"),
+        (lambda: fn.RMSprop(alpha=1.5), ValueError, "RMSprop: expected alpha in [0, 1], got 1.5"),
         (lambda: fn.RMSprop(momentum=math.inf), ValueError, "RMSprop: expected momentum to be fin"),
         (lambda: fn.RMSprop(centered=None), TypeError, "RMSprop: expected centered to be True or"),
     ],

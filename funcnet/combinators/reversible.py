@@ -32,7 +32,7 @@ class Reversible(Several):
     f has number 0 and g number 1.
 
     Raises ValueError for an odd number of layers or of channels, and for a layer that does not keep
-    the shape of a half.
+    the shape of a half; TypeError for layers by name.
     Gomez et al., "The reversible residual network", NeurIPS 2017.
 
     >>> import funcnet as fn

@@ -23,9 +23,7 @@ def average(average: Tree, params: Tree, decay: float) -> Tree:
     >>> average({"w": torch.tensor([1.0])}, {"w": torch.tensor([2.0])}, 0.75)
     {'w': tensor([1.2500])}
     """
-    as_number("average", "decay", decay, 0.0)
-    if not decay <= 1:
-        raise ValueError(f"average: expected decay <= 1, got {decay}")
+    as_number("average", "decay", decay, 0.0, 1.0)
     ps, structure = flatten("average", "params", params)
     averages = flatten_like("average", "average", average, ps, structure, any_dtype=True)
     flatten("average", "average", average)

@@ -537,9 +537,7 @@ def _refused(cls: type[Layer], kind: Any) -> Iterator[tuple[Any, type[Exception]
     elif isinstance(kind, Number):
         yield "1", TypeError, " to be a number, got '1'"
         yield True, TypeError, " to be a number, got True"
-        for number in (math.nan, math.inf, -math.inf):
-            yield number, ValueError, " to be finite"
-        if kind.least > -math.inf:
-            yield kind.least - 1, ValueError, " to be finite and >= "
-        if kind.most < math.inf:
-            yield kind.most + 1, ValueError, f" <= {kind.most:g}, got "
+        is_bounded = kind.most < math.inf
+        expected = f" in [{kind.least:g}, {kind.most:g}], got " if is_bounded else " to be finite"
+        for number in (math.nan, math.inf, -math.inf, kind.least - 1, kind.most + 1):
+            yield number, ValueError, expected

@@ -395,8 +395,8 @@ CHECKS = in_file(
     ),
     Row(
         "nan-is-a-number",
-        'if not (float("-inf") < number < float("inf") and number >= least):',
-        'if number < least or number == float("inf"):',
+        "if not (-_INF < number < _INF and least <= number <= most):",
+        "if number < least or number > most or number == _INF:",
         "NaN is out of range",
     ),
 )

@@ -147,6 +147,21 @@ def test_large_means(layer, offset, size, layout):
     assert (found_dx - dx).abs().max() < 6 * rounding
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("offset", [8.0, 15.0, 30.0, 200.0])
+@pytest.mark.parametrize("layer", [fn.GroupNorm(2), fn.InstanceNorm()], ids=repr)
+def test_means_in_half_precision_cost_no_digit(layer, offset, dtype):
+    """In channels_last, torch's group_norm of 16 bits is off by 2 for a mean of 200."""
+    x = (fn.normal(KEY, (4, 64, 16, 16)) + offset).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    params = layer.init(KEY, x.shape[1:], dtype=dtype)
+    exact = layer.apply(optree.tree_map(torch.Tensor.double, params), x.double())
+    error = (layer.apply(params, x).double() - exact).abs().max()
+    assert error <= exact.abs().max() * torch.finfo(dtype).eps
+    mapped = torch.func.vmap(lambda one: layer.apply(params, one[None])[0])(x)
+    assert (mapped.double() - exact).abs().max() <= exact.abs().max() * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("offset", [0.0, 0.7, 1.5, 5.0])
 def test_small_means_cost_no_digit(offset):
     x = (fn.normal(KEY, (4, 32, 32, 32)) + offset).contiguous(memory_format=torch.channels_last)

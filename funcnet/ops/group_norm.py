@@ -30,9 +30,9 @@ from funcnet.ops.norm_kernels import (
 _group_norm = torch.ops.aten.native_group_norm.default
 _group_norm_backward = torch.ops.aten.native_group_norm_backward.default
 
-_SMALL_MEAN = 1.0
+_SMALL_MEAN, _SMALL_MEAN_IN_HALF = 1.0, 16.0
 """Up to how many standard deviations a mean may be from 0 for its square to leave the variance
-exact: errors of y are up to 2.6 times as large as at 0."""
+exact: errors of y are up to 2.6 times as large as at 0, in half precision as large."""
 
 
 def group_norm(
@@ -51,14 +51,17 @@ def group_norm(
     weight, bias = in_float32(x, weight, x.shape[1:2]), in_float32(x, bias)
     sizes = _sizes(x)
     x = exact(x, sizes[1] * sizes[2] // groups)
-    if memory_format == torch.contiguous_format or is_half(x):
+    if memory_format == torch.contiguous_format:
         normalised = _group_norm(like_weights(x), weight, bias, *sizes, groups, eps)
         return in_dtype(normalised, x.dtype)
     # In channels_last the kernel takes the variance for E[x²] − E[x]²: wrong for a large mean.
     if inplace.has_values(x):
         found: Normalised = _group_norm(x, weight, bias, *sizes, groups, eps)
-        if bool((found[1] * found[2]).abs().max() <= _SMALL_MEAN):
+        small = _SMALL_MEAN_IN_HALF if is_half(x) else _SMALL_MEAN
+        if bool((found[1] * found[2]).abs().max() <= small):
             return found
+    if is_half(x):
+        return _group_norm_by_channels(x, groups, weight, bias, eps)
     means = x.mean(tuple(range(2, x.ndim)))
     around = means.reshape(len(x), groups, -1).mean(2)
     centred = x - spatial(around.repeat_interleave(x.shape[1] // groups, 1), x)

@@ -239,6 +239,27 @@ def test_softsign_far_out():
     assert gradient(fn.Softsign(), x).tolist() == pytest.approx(expected, rel=1e-14)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_softsign_s_slope_is_0_nowhere_that_the_dtype_holds_it(dtype):
+    x = torch.tensor([300.0, -1000.0, 3000.0], dtype=dtype)
+    exact = (1 + x.double().abs()) ** -2
+    torch.testing.assert_close(gradient(fn.Softsign(), x).double(), exact, rtol=0.02, atol=6e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@given(st.floats(0.001, 1e4), st.booleans())
+def test_bounds_that_a_dtype_rounds(dtype, bound, far):
+    """Rounded inward, a bound itself is within the bounds."""
+    layer = fn.Hardtanh(-bound, 6e4 if far else bound)
+    x = torch.tensor([-3 * bound, -bound, -bound / 2, 0.0, bound / 2, bound, 3 * bound]).to(dtype)
+    for net, params in ((layer, ()), (fn.Sequential(fn.Tanh(), layer), ((), ()))):
+        dx = net.vjp(params, x, torch.ones_like(x))[1]
+        leaf = x.clone().requires_grad_()
+        before = leaf if net is layer else leaf.tanh()
+        y = F.hardtanh(before, layer.min_val, layer.max_val)
+        torch.testing.assert_close(dx, torch.autograd.grad(y.sum(), leaf)[0])
+
+
 # --- Softmax
 
 

@@ -7,6 +7,7 @@ and where they saturate too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -92,6 +93,8 @@ class InPlace(Activation):
         return self._slope(y, dy)
 
     def _fwd_(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor]:
+        if not self._keeps_y:
+            return self._fwd(params, x, key)
         y = self._value_(x)
         return y, y
 
@@ -209,13 +212,12 @@ class LeakyReLU(InPlace):
     def _slope_(self, kept: Tensor, dy: Tensor) -> Tensor:
         return _over(dy, _leaky_relu_backward, kept, self.negative_slope, False)
 
-    def _fwd_(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor]:
-        return super()._fwd_(params, x, key) if self._keeps_y else self._fwd(params, x, key)
-
 
 @dataclass(frozen=True)
 class Hardtanh(InPlace):
     """y = min(max(x, a), b) with a = `min_val` and b = `max_val`; dx = dy where a < x < b, else 0.
+
+    y is kept if 16 bits hold a and b exactly, otherwise x is: a rounded bound may lie inside.
 
     Shapes: any; y has x's shape.
     Raises ValueError or TypeError unless both are finite numbers and a < b.
@@ -235,17 +237,27 @@ class Hardtanh(InPlace):
                 f"Hardtanh: expected min_val < max_val, got {self.min_val} and {self.max_val}"
             )
 
+    @property
+    def _keeps_y(self) -> bool:  # type: ignore[override]
+        return _fits_16_bits(self.min_val) and _fits_16_bits(self.max_val)
+
     def _value(self, x: Tensor) -> Tensor:
         return F.hardtanh(x, self.min_val, self.max_val)
 
     def _value_(self, x: Tensor) -> Tensor:
         return F.hardtanh(x, self.min_val, self.max_val, inplace=True)
 
-    def _slope(self, y: Tensor, dy: Tensor) -> Tensor:
-        return _hardtanh_backward(dy, y, self.min_val, self.max_val)
+    def _slope(self, kept: Tensor, dy: Tensor) -> Tensor:
+        return _hardtanh_backward(dy, kept, self.min_val, self.max_val)
 
-    def _slope_(self, y: Tensor, dy: Tensor) -> Tensor:
-        return _over(dy, _hardtanh_backward, y, self.min_val, self.max_val)
+    def _slope_(self, kept: Tensor, dy: Tensor) -> Tensor:
+        return _over(dy, _hardtanh_backward, kept, self.min_val, self.max_val)
+
+
+def _fits_16_bits(number: float) -> bool:
+    """Whether float16 and bfloat16 hold a number exactly: in 8 bits, and as a normal number."""
+    fraction, exponent = math.frexp(number)
+    return 256 * fraction % 1 == 0 and -13 <= exponent <= 16
 
 
 @dataclass(frozen=True)
@@ -547,7 +559,8 @@ class Softsign(Activation):
         return F.softsign(x)
 
     def _slope(self, x: Tensor, dy: Tensor) -> Tensor:
-        return dy / (1 + x.abs()).square()
+        size = 1 + x.abs()
+        return dy / size / size  # whose square may overflow
 
 
 # --- With parameters

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Sequence, Sized
+import sys
+from collections.abc import Mapping, Sequence, Sized
 from numbers import Integral, Real
 from typing import Any
 
@@ -52,7 +54,14 @@ def as_int(who: object, name: str, value: Any, least: int | None) -> int:
     return number
 
 
-_INF = float("inf")
+def is_items(value: Any) -> bool:
+    """Whether this is a dict, or a tuple of the items of one."""
+    if isinstance(value, tuple):
+        return all(isinstance(item, tuple) and len(item) == 2 for item in value)
+    return isinstance(value, Mapping)
+
+
+_INF, _LARGEST = math.inf, sys.float_info.max
 
 
 def as_number(
@@ -65,7 +74,8 @@ def as_number(
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name_of(who)}: expected {name} to be a number, got {shown(value)}")
     number: Any = value
-    if not (-_INF < number < _INF and least <= number <= most):
+    # An int may be larger than any float.
+    if not (-_LARGEST <= number <= _LARGEST and least <= number <= most):
         expected = "to be finite" if least == -_INF else f"to be finite and >= {least:g}"
         expected = expected if most == _INF else f"in [{least:g}, {most:g}]"
         raise ValueError(f"{name_of(who)}: expected {name} {expected}, got {value}")

@@ -29,7 +29,7 @@ from typing import Annotated, Any, TypeAlias, overload
 import torch
 from torch import Tensor
 
-from funcnet.checks import as_int, as_number, shown
+from funcnet.checks import as_int, as_number, is_items, shown
 from funcnet.fields import Hyperparameters, NonNegative, Size, Whole, source
 
 __all__ = ["constant", "cosine", "exponential", "linear", "one_cycle", "piecewise"]
@@ -86,7 +86,8 @@ class linear(Schedule):
     steps: Size
 
     def _at(self, t: Any) -> Any:
-        return self.first + (self.last - self.first) * _min(t, self.steps) / self.steps
+        lr = self.first + (self.last - self.first) * _min(t, self.steps) / self.steps
+        return _max(lr, 0.0)  # which a rounding may pass
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class _RatesKind:
 
     def convert(self, owner: type, name: str, value: Any) -> tuple[tuple[int, float], ...]:
         who = owner.__name__
-        if not isinstance(value, (Mapping, tuple)):
+        if not is_items(value):
             raise TypeError(f"{who}: expected a dict {{step: lr}}, got {shown(value)}")
         rates = {
             as_int(who, "every step", step, 0): as_number(who, "every lr", lr, 0.0)
@@ -229,6 +230,10 @@ def _fill(t: Any, value: float) -> Any:
 
 def _min(t: Any, most: int) -> Any:
     return t.clamp(max=most) if isinstance(t, Tensor) else min(t, most)
+
+
+def _max(x: Any, least: float) -> Any:
+    return x.clamp(min=least) if isinstance(x, Tensor) else max(x, least)
 
 
 def _cos(x: Any) -> Any:

@@ -83,7 +83,15 @@ def test_the_code_of_a_schedule():
 @given(RATES, RATES, STEPS, st.integers(0, 80))
 def test_linear(first, last, steps, step):
     expected = first + (last - first) * min(step, steps) / steps
-    assert schedules.linear(first, last, steps)(step) == expected
+    assert schedules.linear(first, last, steps)(step) == max(expected, 0.0)
+
+
+@pytest.mark.parametrize("steps", [3, 6, 12, 24, 41])
+def test_linear_ends_at_0_not_below(steps):
+    """0.1 − 0.1·3/3 is −1.4e−17, which an optimiser refuses."""
+    schedule = schedules.linear(0.1, 0.0, steps)
+    assert schedule(steps) == schedule(10**9) == 0
+    assert schedule(torch.tensor(steps)) >= 0
 
 
 @given(cosines(), st.integers(0, 80))
@@ -197,6 +205,7 @@ def test_no_global_state():
         ),
         (lambda: schedules.exponential(0.1, -0.5), ValueError, "expected rate to be finite and"),
         (lambda: schedules.one_cycle("1", 5), TypeError, "one_cycle: expected peak to be a number"),
+        (lambda: schedules.piecewise((1, 2)), TypeError, "piecewise: expected a dict"),
         (lambda: schedules.piecewise({}), ValueError, "piecewise: expected the lr of step 0"),
         (
             lambda: schedules.piecewise({1: 0.1}),

@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from funcnet.checks import shown
+from funcnet.checks import is_items, shown
 from funcnet.layer import Tree
 from funcnet.ops.trees import flatten
 from funcnet.optimizers.leaves import flatten_up_to, leaf_names_of
@@ -41,10 +41,7 @@ class _PartsKind:
     """A dict, kept as a sorted tuple of its items, which can be hashed."""
 
     def convert(self, owner: type, name: str, value: Any) -> tuple[tuple[str, Any], ...]:
-        is_items = isinstance(value, tuple) and all(
-            isinstance(item, tuple) and len(item) == 2 for item in value
-        )
-        if not (isinstance(value, Mapping) or is_items):
+        if not is_items(value):
             raise TypeError(
                 f"{owner.__name__}: expected a dict of optimisers by name, got {shown(value)}"
             )

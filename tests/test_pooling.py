@@ -115,6 +115,14 @@ def test_nan_is_the_largest(cls):
     assert layer.vjp((), x, torch.ones_like(y))[1].flatten()[1] == 1
 
 
+@given(strategies.cases(strategies.layers(fn.MaxPool1d)))
+def test_apply_of_signals_is_fwd_without_indices(case):
+    layer, params, x = case
+    torch.testing.assert_close(
+        layer.apply(params, x), layer.fwd(params, x)[0], rtol=0, atol=0, equal_nan=True
+    )
+
+
 def test_infinities_are_entries_as_others():
     x = torch.full((1, 1, 4), -torch.inf)
     y = fn.MaxPool1d(3, 2, 1).apply((), x)

@@ -95,6 +95,9 @@ class MaxPool1d(MaxPool):
 
     _axes = "CL"
 
+    def _apply(self, params: Any, x: Tensor, key: Key | None) -> Tensor:
+        return pooling.maximum_of_signal(x, self._window, self.ceil_mode)
+
 
 @dataclass(frozen=True)
 class MaxPool2d(MaxPool):

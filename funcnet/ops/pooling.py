@@ -71,6 +71,12 @@ def maximum(x: Tensor, window: Window, ceil_mode: bool) -> tuple[Tensor, Tensor]
     return y, indices
 
 
+def maximum_of_signal(x: Tensor, window: Window, ceil_mode: bool) -> Tensor:
+    """y of `maximum` of signals (N, C, L), by a kernel that finds no indices."""
+    sizes = window.kernel_size, window.stride, window.before, window.dilation
+    return torch.max_pool1d(x, *sizes, ceil_mode)
+
+
 def maximum_backward(
     dy: Tensor, indices: Tensor, window: Window, ceil_mode: bool, shape: Ints
 ) -> Tensor:

@@ -60,9 +60,10 @@ def gradients(
 def upsample(x: Tensor, scale: Pair) -> Tensor:
     """u (N, C, s_h·H, s_w·W) of x (N, C, H, W), in channels_last."""
     rows, columns = scale
+    x = native.layout(x)
     if not rows & (rows - 1) and not columns & (columns - 1) and all(x.shape[1:]):
         # Of other scales, PyTorch's kernel rounds 1/s, and may take a neighbour.
-        return F.interpolate(native.layout(x), scale_factor=(float(rows), float(columns)))
+        return F.interpolate(x, scale_factor=(float(rows), float(columns)))
     pixels = x.permute(0, 2, 3, 1).unsqueeze(2).unsqueeze(4)  # (N, H, 1, W, 1, C)
     blocks = pixels.expand(-1, -1, rows, -1, columns, -1)
     # Where expanding changes nothing, flatten() would return a view of x.

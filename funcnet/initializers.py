@@ -87,7 +87,7 @@ class Initializer(Hyperparameters):
 class Constant(Initializer):
     """One number everywhere.
 
-    Raises ValueError or TypeError unless `value` is a finite number.
+    Raises ValueError or TypeError unless `value` is a finite number, in the range of the dtype.
 
     >>> import funcnet as fn
     >>> Constant(0.25)(fn.key(0), (2,))
@@ -99,6 +99,8 @@ class Constant(Initializer):
     def _draw(
         self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
     ) -> Tensor:
+        if not abs(self.value) <= torch.finfo(dtype).max:
+            raise ValueError(f"{self}: expected a value within {dtype}")
         return torch.full(shape, self.value, dtype=dtype, device=device)
 
 
@@ -256,7 +258,7 @@ class _Kaiming(Initializer):
 
     def _std(self, shape: Sequence[int]) -> float:
         fan = fans(shape)[self.mode == "fan_out"]
-        gain = _GAINS.get(self.nonlinearity) or math.sqrt(2 / (1 + self.a**2))
+        gain = _GAINS.get(self.nonlinearity) or math.sqrt(2 / (1 + self.a * self.a))
         return gain / math.sqrt(max(fan, 1))
 
 

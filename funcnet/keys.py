@@ -139,8 +139,9 @@ def normal(
 ) -> Tensor:
     """Numbers from the normal distribution N(mean, std²); float32 on the CPU unless told otherwise.
 
-    Raises ValueError unless std ≥ 0, TypeError for another dtype than float16, bfloat16,
-    float32 and float64, or what is not a number, key or shape.
+    Raises ValueError unless std ≥ 0, and mean ± std within the range of the dtype; TypeError for
+    another dtype than float16, bfloat16, float32 and float64, or what is not a number, key or
+    shape.
 
     >>> normal(key(0), (2, 3), dtype=torch.float64).dtype
     torch.float64
@@ -149,6 +150,8 @@ def normal(
     if not std >= 0:
         raise ValueError(f"normal: expected std >= 0, got {std}")
     dtype, draw_dtype = _dtypes("normal", dtype)
+    if not abs(mean) + std <= torch.finfo(dtype).max:
+        raise ValueError(f"normal: expected mean ± std within {dtype}, got {mean} ± {std}")
     standard = _generator("normal", key).standard_normal(_sizes("normal", shape), draw_dtype)
     x = torch.from_numpy(np.asarray(standard)).mul_(std).add_(mean)
     return x.to(dtype=dtype, device=device)
@@ -175,12 +178,15 @@ def bernoulli(
 def permutation(key: Key, n: int) -> Tensor:
     """The numbers 0 … n − 1 in random order, int64 on the CPU. Every order is equally probable.
 
-    Raises ValueError if n is negative, TypeError for what is not a key or an int.
+    Raises ValueError unless 0 ≤ n < 2⁶³, TypeError for what is not a key or an int.
 
     >>> sorted(permutation(key(0), 5).tolist())
     [0, 1, 2, 3, 4]
     """
-    order = _generator("permutation", key).permutation(as_int("permutation", "n", n, 0))
+    count = as_int("permutation", "n", n, 0)
+    if count >= 2**63:
+        raise ValueError(f"permutation: expected n < 2**63, got {count}")
+    order = _generator("permutation", key).permutation(count)
     return torch.from_numpy(order.astype(np.int64, copy=False))
 
 

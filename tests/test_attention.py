@@ -258,6 +258,8 @@ def test_what_is_refused():
         layer.init(fn.key(0), (3, 0))
     assert fn.MultiheadAttention(1).out_shape((3, 1)) == (3, 1)
     params = layer.init(fn.key(0), (3, 8))
+    with pytest.raises(ValueError, match=r"expected x of shape \(N, T, 8\), got \(2, 3, 0\)"):
+        layer.apply(params, torch.zeros(2, 3, 0))
     with pytest.raises(ValueError, match=r"expected x of shape \(N, T, E\), got \(3, 8\)"):
         layer.apply(params, torch.zeros(3, 8))
     with pytest.raises(ValueError, match=r"expected x of shape \(N, T, 8\), got \(2, 3, 12\)"):

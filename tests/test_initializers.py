@@ -110,6 +110,15 @@ def test_hyperparameters_are_converted_and_have_defaults():
         (lambda: init.TruncatedNormal(-1.0), "TruncatedNormal: expected std to be finite and >= 0"),
         (lambda: init.Normal(std=math.nan), "Normal: expected std to be finite and >= 0, got nan"),
         (lambda: init.Constant(math.inf), "Constant: expected value to be finite, got inf"),
+        (lambda: init.Constant(10**400), "Constant: expected value to be finite, got 1000"),
+        (
+            lambda: init.Constant(1e6)(fn.key(0), (2,), torch.float16),
+            "Constant(1000000.0): expected a value within torch.float16",
+        ),
+        (
+            lambda: init.Normal(1e6)(fn.key(0), (2,), torch.float16),
+            "normal: expected mean ± std within torch.float16, got 1000000.0 ± 1.0",
+        ),
         (lambda: init.Uniform(1.0, 0.0), "Uniform: expected low <= high, got 1.0 and 0.0"),
         (lambda: init.Uniform(0.0, math.nan), "Uniform: expected high to be finite, got nan"),
         (lambda: init.XavierNormal(-1.0), "XavierNormal: expected gain to be finite and >= 0"),

@@ -194,6 +194,11 @@ def test_numbers_may_be_large_ints():
         (lambda: fn.split(fn.key(0), 2.0), TypeError, "split: expected num to be an int"),
         (lambda: fn.permutation(0, 3), TypeError, "permutation: expected a key"),
         (lambda: fn.permutation(fn.key(0), -1), ValueError, "permutation: expected n >= 0, got -1"),
+        (
+            lambda: fn.permutation(fn.key(0), 2**63),
+            ValueError,
+            r"permutation: expected n < 2\*\*63",
+        ),
         (lambda: fn.permutation(fn.key(0), 3.0), TypeError, "permutation: expected n to be an int"),
         (lambda: fn.split(0), TypeError, "split: expected a key made by funcnet.key"),
         (lambda: fn.fold_in(fn.key(0), -1), ValueError, "fold_in: expected data in"),

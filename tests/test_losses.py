@@ -267,6 +267,15 @@ def test_settings_that_are_refused(make, error, message):
 # --- Awkward corners
 
 
+def test_a_delta_beyond_the_dtype():
+    x, target = torch.tensor([0.0, 3.0]), torch.tensor([1.0, -1.0])
+    loss = fn.Huber(1e300)
+    mapped = torch.func.vmap(loss.apply)(x, target)
+    torch.testing.assert_close(mapped, torch.tensor([0.5, 8.0]))
+    dx = torch.func.vmap(loss.vjp)(x, target)
+    torch.testing.assert_close(dx, torch.tensor([-1.0, 4.0]))
+
+
 def test_at_ties_and_kinks():
     """L1 has slope 0 at 0; the two sides of Huber agree at ±δ."""
     x = torch.tensor([0.0, 0.7, -0.7, 1.0, 1e4, -1e4], dtype=torch.float64)

@@ -68,7 +68,7 @@ class MultiheadAttention(Layer):
 
     def _params(self, shape: Shape) -> dict[str, Any]:
         size = shape[1]
-        glorot, bound = (1.5 / size) ** 0.5, size**-0.5
+        glorot, bound = (1.5 / max(size, 1)) ** 0.5, max(size, 1) ** -0.5
         in_weight = Param((3 * size, size), Uniform(-glorot, glorot))
         out_weight = Param((size, size), Uniform(-bound, bound))
         if not self.bias:

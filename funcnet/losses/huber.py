@@ -42,7 +42,7 @@ class Huber(Loss):
             value = F.huber_loss(x, target, reduction=self.reduction, delta=self.delta)
         else:  # torch.func.vmap has no rules for PyTorch's kernels
             difference = x - target
-            slope = difference.clamp(-self.delta, self.delta)
+            slope = _clamped(difference, self.delta)
             value = self._reduced(slope * (difference - slope / 2))
         return value, (x, target)
 
@@ -54,6 +54,12 @@ class Huber(Loss):
                 as_scalar(grad, x), x, target, mean_or_sum, self.delta
             )
         else:
-            slope = (x - target).clamp(-self.delta, self.delta)
+            slope = _clamped(x - target, self.delta)
             dx = slope * (grad * share(self.reduction, slope.numel()))
         return dx
+
+
+def _clamped(difference: Tensor, delta: float) -> Tensor:
+    """The difference within ±delta, which may be beyond the range of its dtype."""
+    most = min(delta, torch.finfo(difference.dtype).max)
+    return difference.clamp(-most, most)

@@ -63,8 +63,8 @@ def moments(net: Layer, params: Tree, x: Tensor, *, key: Key) -> Tree:
     float64. All are 0 for no examples.
 
     Raises what `apply` raises; ValueError if a `BatchNorm` runs more than once with the same
-    parameters, as in a `Loop`, since no one pair of mean and variance describes it; TypeError if
-    net is not a Layer.
+    parameters, as in a `Loop`, because one mean and one variance cannot describe both runs;
+    TypeError if net is not a Layer.
 
     >>> import funcnet as fn
     >>> import torch

@@ -49,6 +49,17 @@ class Initializer(Hyperparameters):
     """A function (key, shape, dtype=None, device=None) -> tensor that is a value.
 
     A subclass writes `_draw`, and the letters of the axes that it needs in `_first_axes`.
+
+    >>> import funcnet as fn
+    >>> @dataclass(frozen=True)
+    ... class Eye(Initializer):
+    ...     _first_axes = "OI"
+    ...
+    ...     def _draw(self, key, shape, dtype, device):
+    ...         return torch.eye(*shape, dtype=dtype, device=device)
+    >>> fn.Linear(2, bias=False, weight_init=Eye()).init(fn.key(0), (3,))
+    {'weight': tensor([[1., 0., 0.],
+            [0., 1., 0.]])}
     """
 
     _first_axes: ClassVar[str] = ""

@@ -20,7 +20,12 @@ Layout: TypeAlias = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Param:
-    """A parameter as a layer declares it: its shape, and how it is drawn."""
+    """A parameter as a layer declares it: its shape, and how it is drawn.
+
+    >>> import funcnet as fn
+    >>> {"weight": fn.Param((8, 3), fn.initializers.Ones())}  # what a layer's `_params` returns
+    {'weight': Param(shape=(8, 3), initializer=initializers.Ones())}
+    """
 
     shape: tuple[int, ...]
     initializer: Initializer

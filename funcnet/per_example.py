@@ -59,7 +59,7 @@ def per_example(net: Layer, loss: Loss) -> PerExample:
 
 
 def gradient_norms(net: Layer, loss: Loss) -> GradientNorms:
-    """The function (params, x, target, key=None) ↦ (values (N,), norms (N,)): of each example.
+    """The function (params, x, target, key=None) ↦ (values, norms) of each example, both (N,).
 
     Entry i of the norms is √(Σ g²) over all numbers of the gradient of example i, as `per_example`
     gives it; in float32 where that is in half precision. A layer that knows how finds the norm of

@@ -416,7 +416,9 @@ class Mish(Activation):
 
 @dataclass(frozen=True)
 class Softplus(Activation):
-    """y = log(1 + e^βx) / β, dx = σ(βx) dy, σ the logistic function; y = x where βx > `threshold`.
+    """y = log(1 + e^βx) / β, dx = σ(βx) dy, with σ the logistic function.
+
+    Where βx > `threshold`, y = x and dx = dy.
 
     Shapes: any; y has x's shape.
     Raises ValueError or TypeError unless both are finite numbers and β is not 0.

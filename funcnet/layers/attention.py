@@ -35,7 +35,7 @@ from funcnet.param import Param
 
 @dataclass(frozen=True)
 class MultiheadAttention(Layer):
-    """Self-attention with `num_heads` heads; the formulas stand at the head of this module.
+    """Self-attention with `num_heads` heads, by the formulas in `funcnet.layers.attention`.
 
     With `causal`, a step looks at itself and at earlier steps alone. With a key, each attention
     weight is dropped with probability `dropout`, and what is left is divided by 1 − dropout; the

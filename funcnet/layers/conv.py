@@ -120,7 +120,7 @@ class Conv1d(Convolution):
 
 @dataclass(frozen=True)
 class Conv2d(Convolution):
-    """A convolution of images; the formulas stand at the head of this module.
+    """A convolution of images, by the formulas in `funcnet.layers.conv`.
 
     `kernel_size`, `stride`, `padding` and `dilation` are ints or pairs (height, width); `padding`
     may also be "valid" (none) or "same" (y as large as x; stride 1 only), with PyTorch's meaning.

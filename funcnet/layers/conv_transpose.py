@@ -124,7 +124,7 @@ class ConvTranspose1d(ConvTranspose):
 
 @dataclass(frozen=True)
 class ConvTranspose2d(ConvTranspose):
-    """A transposed convolution of images; the formulas stand at the head of this module.
+    """A transposed convolution of images, by the formulas in `funcnet.layers.conv_transpose`.
 
     `kernel_size`, `stride`, `padding`, `output_padding` and `dilation` are ints or pairs (height,
     width). `padding` takes entries away on both sides of y, as many as a convolution from y to x

@@ -27,7 +27,7 @@ from funcnet.ops.need import Need
 @dataclass(frozen=True)
 class Dropout(Layer):
     """y = m ∘ x / (1 − p): entries of x are dropped with probability p; the formulas stand at the
-    head of this module.
+    head of `funcnet.layers.dropout`.
 
     The mask m costs a dozen integer operations a pair of entries, on x's device; m is kept, a bool
     an entry. Under torch.func.vmap every slice sees the same key, so the same mask.

@@ -93,7 +93,7 @@ class OverLastAxes(Layer):
 class LayerNorm(OverLastAxes):
     """y = weight ∘ (x − μ)/√(σ² + ε) + bias, with μ and σ² over the last `num_dims` axes.
 
-    The gradients stand at the head of this module. `eps` is ε.
+    The gradients stand at the head of `funcnet.layers.normalization`. `eps` is ε.
 
     Shapes: x (N, …, D₁, …, Dₖ) with k = num_dims ≥ 1; y has x's shape.
     Parameters: {"weight": (D₁, …, Dₖ), "bias": (D₁, …, Dₖ)}, ones and zeros; without "bias" if
@@ -218,7 +218,7 @@ class GroupNorm(OverGroups):
     """y = weight ∘ (x − μ)/√(σ² + ε) + bias, with μ and σ² over a group of channels of an example.
 
     The C channels are cut into `num_groups` groups of neighbours. The gradients stand at the head
-    of this module. `eps` is ε.
+    of `funcnet.layers.normalization`. `eps` is ε.
 
     Shapes: x (N, C, …), with any number of axes behind the channels, or none; y has x's shape.
     Parameters: {"weight": (C,), "bias": (C,)}, ones and zeros; () if affine=False.
@@ -298,7 +298,7 @@ class BatchNorm(Layer):
     σ² is the population variance. There are no running averages: `moments` measures means and
     variances on examples of your choice, and `for_inference` makes a network of them that evaluates
     each example alone. So this layer is for training: `apply` needs a key, any key: it draws
-    nothing. The gradients stand at the head of this module. `eps` is ε.
+    nothing. The gradients stand at the head of `funcnet.layers.normalization`. `eps` is ε.
 
     Shapes: x (N, C, …), with any number of axes behind the channels, or none; y has x's shape.
     Parameters: {"weight": (C,), "bias": (C,)}, ones and zeros; () if affine=False.

@@ -26,7 +26,7 @@ from funcnet.ops.need import Need
 class PixelShuffle(Layer):
     """Each pixel's r² channels become a block of r×r pixels; dx is dy, unshuffled.
 
-    The formula stands at the head of this module; r is `upscale_factor`.
+    The formula stands at the head of `funcnet.layers.pixel_shuffle`; r is `upscale_factor`.
 
     Shapes: x (N, C·r², H, W); y (N, C, H·r, W·r). No parameters.
     Raises ValueError or TypeError for x that is not of such a shape.
@@ -64,7 +64,7 @@ class PixelShuffle(Layer):
 class PixelUnshuffle(Layer):
     """Each block of r×r pixels becomes r² channels of one pixel; dx is dy, shuffled.
 
-    The formula stands at the head of this module; r is `downscale_factor`.
+    The formula stands at the head of `funcnet.layers.pixel_shuffle`; r is `downscale_factor`.
 
     Shapes: x (N, C, H·r, W·r); y (N, C·r², H, W). No parameters.
     Raises ValueError or TypeError for x that is not of such a shape.

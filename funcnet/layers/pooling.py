@@ -84,7 +84,8 @@ class MaxPool(Layer):
 class MaxPool1d(MaxPool):
     """The largest entry of each window of a signal: `MaxPool2d` with a single axis.
 
-    Shapes: x (N, C, L); y (N, C, L′), L′ by the rule at the head of this module. No parameters.
+    Shapes: x (N, C, L); y (N, C, L′), L′ by the rule in `funcnet.layers.pooling`.
+    No parameters.
     Raises ValueError or TypeError for hyperparameters and shapes that do not fit.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.MaxPool1d.html
 
@@ -101,12 +102,12 @@ class MaxPool1d(MaxPool):
 
 @dataclass(frozen=True)
 class MaxPool2d(MaxPool):
-    """The largest entry of each window of an image; the formulas are at the head of this module.
+    """The largest entry of each window of an image, by the formulas in `funcnet.layers.pooling`.
 
     `kernel_size`, `stride`, `padding` and `dilation` are ints or pairs (height, width). `stride` is
     the kernel's size where it is None. `padding` is at most half the kernel's size.
 
-    Shapes: x (N, C, H, W); y (N, C, H′, W′), H′ by the rule at the head of this module.
+    Shapes: x (N, C, H, W); y (N, C, H′, W′), H′ by the rule in `funcnet.layers.pooling`.
     No parameters.
     Raises ValueError or TypeError for hyperparameters and shapes that do not fit, and for shapes
     where a dilated window would see nothing but padding.
@@ -126,7 +127,7 @@ class MaxPool2d(MaxPool):
 class MaxPool3d(MaxPool):
     """The largest entry of each window of a volume: `MaxPool2d` with three axes.
 
-    Shapes: x (N, C, D, H, W); y (N, C, D′, H′, W′), D′ by the rule at the head of this module.
+    Shapes: x (N, C, D, H, W); y (N, C, D′, H′, W′), D′ by the rule in `funcnet.layers.pooling`.
     No parameters.
     Raises ValueError or TypeError for hyperparameters and shapes that do not fit.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.MaxPool3d.html
@@ -173,7 +174,8 @@ class AvgPool(Layer):
 class AvgPool1d(AvgPool):
     """The mean of each window of a signal: `AvgPool2d` with a single axis.
 
-    Shapes: x (N, C, L); y (N, C, L′), L′ by the rule at the head of this module. No parameters.
+    Shapes: x (N, C, L); y (N, C, L′), L′ by the rule in `funcnet.layers.pooling`.
+    No parameters.
     Raises ValueError or TypeError for hyperparameters and shapes that do not fit.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.AvgPool1d.html
 
@@ -187,14 +189,14 @@ class AvgPool1d(AvgPool):
 
 @dataclass(frozen=True)
 class AvgPool2d(AvgPool):
-    """The mean of each window of an image; the formulas stand at the head of this module.
+    """The mean of each window of an image, by the formulas in `funcnet.layers.pooling`.
 
     `kernel_size`, `stride` and `padding` are ints or pairs (height, width). `stride` is the
     kernel's size where it is None. `padding` is at most half the kernel's size. A mean divides by
     the number of the window's taps in x and its padding, or in x alone if `count_include_pad` is
     False; taps behind the padding, which `ceil_mode` may bring, never count.
 
-    Shapes: x (N, C, H, W); y (N, C, H′, W′), H′ by the rule at the head of this module.
+    Shapes: x (N, C, H, W); y (N, C, H′, W′), H′ by the rule in `funcnet.layers.pooling`.
     No parameters.
     Raises ValueError or TypeError for hyperparameters and shapes that do not fit.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.AvgPool2d.html
@@ -214,7 +216,7 @@ class AvgPool3d(AvgPool):
     On the CPU, half precision is computed in float32. x without its padding is at least as large as
     the kernel, as PyTorch asks.
 
-    Shapes: x (N, C, D, H, W); y (N, C, D′, H′, W′), D′ by the rule at the head of this module.
+    Shapes: x (N, C, D, H, W); y (N, C, D′, H′, W′), D′ by the rule in `funcnet.layers.pooling`.
     No parameters.
     Raises ValueError or TypeError for hyperparameters and shapes that do not fit.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.AvgPool3d.html
@@ -265,7 +267,7 @@ class AdaptiveAvgPool(Adaptive):
 
 @dataclass(frozen=True)
 class AdaptiveAvgPool1d(AdaptiveAvgPool):
-    """The means of `output_size` windows of a signal, by the rule at the head of this module.
+    """The means of `output_size` windows of a signal, by the rule in `funcnet.layers.pooling`.
 
     Shapes: x (N, C, L); y (N, C, output_size), or x's for None. No parameters.
     Raises ValueError or TypeError for an output size and shapes that do not fit.
@@ -281,7 +283,7 @@ class AdaptiveAvgPool1d(AdaptiveAvgPool):
 
 @dataclass(frozen=True)
 class AdaptiveAvgPool2d(AdaptiveAvgPool):
-    """The means of H′×W′ windows of an image, by the rule at the head of this module.
+    """The means of H′×W′ windows of an image, by the rule in `funcnet.layers.pooling`.
 
     `output_size` is an int or None, or a pair of such (height, width); None keeps the axis.
 
@@ -329,7 +331,7 @@ class AdaptiveMaxPool(Adaptive):
 
 @dataclass(frozen=True)
 class AdaptiveMaxPool1d(AdaptiveMaxPool):
-    """The largest entries of `output_size` windows of a signal: see the head of this module.
+    """The largest entries of a signal's windows, by the rule in `funcnet.layers.pooling`.
 
     Shapes: x (N, C, L); y (N, C, output_size), or x's for None. No parameters.
     Raises ValueError or TypeError for an output size and shapes that do not fit.
@@ -345,7 +347,7 @@ class AdaptiveMaxPool1d(AdaptiveMaxPool):
 
 @dataclass(frozen=True)
 class AdaptiveMaxPool2d(AdaptiveMaxPool):
-    """The largest entries of H′×W′ windows of an image, by the rule at the head of this module.
+    """The largest entries of H′×W′ windows of an image, by the rule in `funcnet.layers.pooling`.
 
     `output_size` is an int or None, or a pair of such (height, width); None keeps the axis.
 

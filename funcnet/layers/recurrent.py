@@ -106,7 +106,7 @@ class Recurrent(Layer):
 
 @dataclass(frozen=True)
 class RNN(Recurrent):
-    """Elman's recurrent layers; the formulas stand at the head of this module.
+    """Elman's recurrent layers, by the formulas in `funcnet.layers.recurrent`.
 
     Shapes: x (N, T, C) with T ≥ 1; y (N, T, H), or (N, T, 2H) if bidirectional, H = hidden_size.
     Parameters, for each layer k: {"weight_ih_lk": (H, C), "weight_hh_lk": (H, H), "bias_ih_lk":
@@ -136,7 +136,7 @@ class RNN(Recurrent):
 
 @dataclass(frozen=True)
 class LSTM(Recurrent):
-    """Layers of long short-term memory; the formulas stand at the head of this module.
+    """Layers of long short-term memory, by the formulas in `funcnet.layers.recurrent`.
 
     Shapes: x (N, T, C) with T ≥ 1; y (N, T, H), or (N, T, 2H) if bidirectional, H = hidden_size.
     Parameters, for each layer k: {"weight_ih_lk": (4H, C), "weight_hh_lk": (4H, H), "bias_ih_lk":
@@ -165,7 +165,7 @@ class LSTM(Recurrent):
 
 @dataclass(frozen=True)
 class GRU(Recurrent):
-    """Layers of gated recurrent units; the formulas stand at the head of this module.
+    """Layers of gated recurrent units, by the formulas in `funcnet.layers.recurrent`.
 
     Shapes: x (N, T, C) with T ≥ 1; y (N, T, H), or (N, T, 2H) if bidirectional, H = hidden_size.
     Parameters, for each layer k: {"weight_ih_lk": (3H, C), "weight_hh_lk": (3H, H), "bias_ih_lk":

@@ -23,7 +23,7 @@ class Choose(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """A layer class: settings to try, examples worth trying every time, its twin in torch.nn.
+    """A layer class: settings to try, examples to try every time, its twin in torch.nn.
 
     `settings` gives the choices for a hyperparameter, the simplest first; the others' choices
     follow from the kinds of their fields, and what the constructor refuses is drawn again. `build`

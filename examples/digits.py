@@ -2,8 +2,8 @@
 
     python examples/digits.py           8×8 images from scikit-learn; under a minute on two cores
 
-Prints both curves as a table and writes `runs/digits.png`: held-out digits that the ResNet got
-wrong, or was least sure of.
+Prints a line for each network and writes `runs/digits.png`: the ten held-out digits whose true
+class got the least probability from the ResNet.
 """
 
 import math
@@ -75,19 +75,19 @@ def main(epochs=EPOCHS):
 
 
 def draw(x, y, probabilities):
-    """The digits whose true class was given the least probability."""
+    """Draw the ten digits whose true class got the least probability, and the two likeliest classes."""
     least = probabilities[torch.arange(len(y)), y].argsort()[:10]
     _, axes = plt.subplots(2, 5, figsize=(8, 4))
     for ax, i in zip(axes.flat, least.tolist(), strict=True):
         first, second = probabilities[i].argsort(descending=True)[:2].tolist()
         sure, less = (float(probabilities[i, digit]) for digit in (first, second))
         ax.imshow(x[i, 0].numpy(), cmap="gray_r")
-        ax.set_title(f"a {y[i]}\n{first}: {sure:.0%}, {second}: {less:.0%}", fontsize=9)
+        ax.set_title(f"is {y[i]}\n{first}: {sure:.0%}, {second}: {less:.0%}", fontsize=9)
         ax.axis("off")
     OUT.parent.mkdir(exist_ok=True)
     plt.tight_layout()
     plt.savefig(OUT, dpi=120)
-    print(f"The ten it was least sure of: {OUT}")
+    print(f"The ten whose true class got the least probability: {OUT}")
 
 
 if __name__ == "__main__":

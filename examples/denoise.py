@@ -1,4 +1,4 @@
-"""Noise2Noise: train a denoiser that never sees a clean picture, then use it (docs/denoiser.md).
+"""Noise2Noise: train a denoiser that never sees a clean image, then use it (docs/denoiser.md).
 
 python examples/denoise.py                                 # on scikit-image's photographs
 python examples/denoise.py --pairs SHOTS OTHER_SHOTS       # on your own noisy pairs

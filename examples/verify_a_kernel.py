@@ -56,7 +56,7 @@ class RMSNorm(Hasty):
 
 
 def plain(x, weight):
-    """The same in plain PyTorch, as a reference."""
+    """The same in PyTorch, as a reference."""
     r = (x.square().mean(-1, keepdim=True) + EPS).sqrt()
     return weight * x / r, r
 

@@ -212,7 +212,7 @@ def test_data_of_the_course(tmp_path, denoise, capsys):
     torch.save([pictures[7:], pictures[7:].clone()], tmp_path / "val.pkl")
     files = ["--data", tmp_path / "train.pkl", "--val", tmp_path / "val.pkl"]
     denoise.main([*map(str, files), "--epochs", "1", "--out", str(tmp_path / "run")])
-    assert "PSNR of the 3 pictures of val.pkl:" in capsys.readouterr().out
+    assert "PSNR of the 3 images of val.pkl:" in capsys.readouterr().out
     assert all((tmp_path / "run" / name).is_file() for name in OUTPUTS)
 
 
@@ -503,7 +503,7 @@ def test_pairs(tmp_path, denoise, shots, capsys):
     assert "epoch 2: loss 0." in printed
     assert "held-out loss 0." in printed
     assert "Mean squared error against the other noisy copy, 1 held-out patches of first" in printed
-    assert "(no PSNR: no picture is clean)" in printed
+    assert "(no PSNR: no image is clean)" in printed
     assert " dB" not in printed
     assert all((out / name).is_file() for name in OUTPUTS)
     assert "held_out_loss" in fn.inspect(out / "denoiser.safetensors").metadata
@@ -528,14 +528,14 @@ def test_pairs_that_are_refused(tmp_path, bare, shots, capsys):
         bare, capsys, ["--pairs", shots[0], tmp_path / "none", "--out", tmp_path / "run"]
     )
     save_picture(shots[0] / "3.png", smooth_picture(3, 40, 50))
-    assert f"{shots[1]}: expected the other shot of each picture, lacking 1 (3)" in refusal(
+    assert f"{shots[1]}: expected the other shot of each image, lacking 1 (3)" in refusal(
         bare, capsys, run
     )
     save_picture(shots[1] / "3.png", smooth_picture(3, 50, 40))
     message = refusal(bare, capsys, run)
     assert f"{shots[1] / '3.png'}: expected the size of {shots[0] / '3.png'}, 50×40" in message
     shutil.copy(shots[0] / "3.png", shots[0] / "3.tif")
-    assert "expected one picture a name" in refusal(bare, capsys, run)
+    assert "expected one image a name" in refusal(bare, capsys, run)
     for option in (["--images", shots[0]], ["--noise", "poisson"], ["--level", 3]):
         assert "does not go with it" in refusal(bare, capsys, [*run, *option])
     assert not (tmp_path / "run").exists()
@@ -561,14 +561,14 @@ def test_folders_that_are_refused(tmp_path, denoise, precious, capsys):
     run = ["--images", pictures, "--out", precious]
     assert "pictures: no such folder" in refusal(denoise, capsys, run)
     pictures.mkdir()
-    assert "expected at least 2 pictures" in refusal(denoise, capsys, run)
+    assert "expected at least 2 images" in refusal(denoise, capsys, run)
     save_picture(pictures / "0.png", smooth_picture(0, 40, 40))
     assert "one of which is held out, got 1" in refusal(denoise, capsys, run)
     save_picture(pictures / "1.png", smooth_picture(1, 31, 90))
     message = refusal(denoise, capsys, run)
-    assert "1.png: expected a picture of at least 32×32, got 90×31" in message
+    assert "1.png: expected an image of at least 32×32, got 90×31" in message
     (pictures / "1.png").write_bytes((pictures / "0.png").read_bytes()[:200])
-    assert "1.png: expected a picture, got what cannot be read" in refusal(denoise, capsys, run)
+    assert "1.png: expected an image, got what cannot be read" in refusal(denoise, capsys, run)
 
 
 def pair_of(*shape: int, dtype: torch.dtype = torch.uint8) -> tuple[torch.Tensor, torch.Tensor]:

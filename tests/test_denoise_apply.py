@@ -241,18 +241,18 @@ def write_kind(path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("pages", "expected one picture, got 2 pages"),
-        ("animation", "expected one picture, got 2 pages"),
+        ("pages", "expected one image, got 2 pages"),
+        ("animation", "expected one image, got 2 pages"),
         ("LAB", "expected gray or RGB, got colours of the kind CIELAB"),
         ("LAB of 16 bits", "expected gray or RGB, got colours of the kind CIELAB"),
         ("CMYK", "expected gray or RGB, got colours of the kind CMYK"),
         ("float32", "expected 8 or 16 bits a channel, got float32"),
         ("uint32", "expected 8 or 16 bits a channel, got uint32"),
         ("int16", "expected 8 or 16 bits a channel, got int16"),
-        ("GIF", "expected a picture, got what cannot be read"),
-        ("half", "expected a picture, got what cannot be read"),
-        ("half of 16 bits", "expected a picture, got what cannot be read"),
-        ("text", "expected a picture, got what cannot be read"),
+        ("GIF", "expected an image, got what cannot be read"),
+        ("half", "expected an image, got what cannot be read"),
+        ("half of 16 bits", "expected an image, got what cannot be read"),
+        ("text", "expected an image, got what cannot be read"),
         ("nothing", "no such file"),
     ],
 )
@@ -337,8 +337,8 @@ def test_one_that_cannot_be_read_does_not_stop_the_others(tmp_path, denoising, u
         Image.fromarray(random_pixels((9, 9, 3), np.uint8)).save(path)
     paths[1].write_text("no picture")
     message = refusal(denoising, ["apply", unchanged, *paths, tmp_path / "out"])
-    assert "1 of 3 pictures could not be denoised" in message
-    assert f"warning: {paths[1]}: expected a picture" in capsys.readouterr().err
+    assert "1 of 3 images could not be denoised" in message
+    assert f"warning: {paths[1]}: expected an image" in capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "c.png"]
 
 
@@ -381,7 +381,7 @@ def test_what_apply_refuses(tmp_path, denoising, unchanged):
         ([gray, picture, out], "gray.safetensors: "),
         ([norm, picture, out], "norm.safetensors: "),
         ([unchanged, tmp_path / "none.png", out], "none.png: no such file"),
-        ([unchanged, tmp_path / "empty", out], "empty: expected pictures"),
+        ([unchanged, tmp_path / "empty", out], "empty: expected images"),
         ([unchanged, picture, tmp_path / "out.doc"], "out.doc: expected a name that ends in"),
         ([unchanged, picture, tmp_path / "none" / "out.png"], "none: no such folder"),
         ([unchanged, picture, tmp_path / "more", tmp_path / "new"], "two of this one"),

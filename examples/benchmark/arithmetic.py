@@ -2,7 +2,7 @@
 
 A convolution needs its products forward, as many for the gradient of the weights, and as many for
 that of x, which the first layer with weights can do without. Upsampling followed by a k×k
-convolution needs k² products for each pixel of the small picture, whatever the scale (funcnet's
+convolution needs k² products for each pixel of the small image, whatever the scale (funcnet's
 `low_resolution.py` says why; where `karatsuba.py` makes do with fewer, this counts as speed). A
 product and its sum are two operations.
 """

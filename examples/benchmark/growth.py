@@ -1,4 +1,4 @@
-"""How time and memory grow with one picture, from 256×256 to 2048×2048 pixels."""
+"""How time and memory grow with one image, from 256×256 to 2048×2048 pixels."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Growth:
 
 
 def grow(problem: Problem, settings: Settings, sides: tuple[int, ...] = SIDES) -> list[Growth]:
-    """The denoiser on a larger and larger picture, each time in new processes."""
+    """The denoiser on a larger and larger image, each time in new processes."""
     (denoiser,) = (network for network in all_networks() if network.name == MEASURED[0])
     found = []
     for mode, side in product(("infer", "train"), sides):

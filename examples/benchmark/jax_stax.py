@@ -1,6 +1,6 @@
 """The contender from JAX: stax under jit. Imported only where JAX is installed.
 
-JAX's pictures are (N, H, W, C) here, its fastest layout, and its kernels (h, w, C, O); weights and
+JAX's images are (N, H, W, C) here, its fastest layout, and its kernels (h, w, C, O); weights and
 data are turned once, outside of what is timed.
 """
 
@@ -136,7 +136,7 @@ def _picture_array(pictures: Tensor) -> Array:
 
 
 def _tensor(result: Array) -> Tensor:
-    """A loss, or pictures, as a tensor."""
+    """A loss, or images, as a tensor."""
     tensor = from_dlpack(result)
     return tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor
 

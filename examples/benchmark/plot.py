@@ -1,4 +1,4 @@
-"""The results as a picture: how many times longer the others take."""
+"""The results as a figure: how many times longer the others take."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def _growth(results: Results) -> list[str]:
         "The least of three forward passes or training steps, and the memory of the process at its "
         "peak in the first one, beyond what it was before."
     )
-    return ["## The denoiser on one large picture", explanation, _table(heads, lines)]
+    return ["## The denoiser on one large image", explanation, _table(heads, lines)]
 
 
 def _residuals(results: Results) -> list[str]:

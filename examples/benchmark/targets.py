@@ -83,5 +83,5 @@ def _gpu(results: Results) -> list[Target]:
         for name, time in row.times.items()
         if name.startswith(OURS)
     )
-    name = f"denoiser: an epoch of {_EPOCH} pictures at the best batch size"
+    name = f"denoiser: an epoch of {_EPOCH} images at the best batch size"
     return [Target(name, epoch, 0.5, at_most=True, unit=" s")]

@@ -1,4 +1,4 @@
-"""The command `apply`: denoise pictures in files with a saved model."""
+"""The command `apply`: denoise images in files with a saved model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from denoising.tiles import Denoiser
 
 
 def apply(options: argparse.Namespace) -> None:
-    """Denoise one picture, several, or all in a folder.
+    """Denoise one image, several, or all in a folder.
 
     Of several, one that cannot be used is passed over with a warning, and the command fails at the
     end.
@@ -43,11 +43,11 @@ def apply(options: argparse.Namespace) -> None:
             warn(one_line(error))
             failed += 1
     if failed:
-        raise InputError(f"{failed} of {len(jobs)} pictures could not be denoised")
+        raise InputError(f"{failed} of {len(jobs)} images could not be denoised")
 
 
 def read_model(path: Path, device: torch.device) -> Denoiser:
-    """A network that makes an RGB picture of an RGB picture of the same size."""
+    """A network that makes an RGB image of an RGB image of the same size."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     net, params = fn.load_model(path, device=device, dtype=torch.float32)
@@ -58,7 +58,7 @@ def read_model(path: Path, device: torch.device) -> Denoiser:
 
 
 def plan(inputs: list[Path], output: Path, force: bool) -> list[tuple[Path, Path]]:
-    """(source, target) of each picture. Targets lie in the folder `output` for several pictures, or
+    """(source, target) of each image. Targets lie in the folder `output` for several images, or
     if there is such a folder. Raises InputError for what is there already, unless told to replace
     it."""
     sources: list[Path] = []
@@ -67,7 +67,7 @@ def plan(inputs: list[Path], output: Path, force: bool) -> list[tuple[Path, Path
             raise InputError(f"{path}: no such file")
         sources += list_pictures(path) if path.is_dir() else [path]
     if not sources:
-        raise InputError(f"{inputs[0]}: expected pictures ({', '.join(sorted(SUFFIXES))}) in it")
+        raise InputError(f"{inputs[0]}: expected images ({', '.join(sorted(SUFFIXES))}) in it")
     is_folder = output.is_dir() or len(inputs) > 1 or inputs[0].is_dir()
     targets = [output / source.name if is_folder else output for source in sources]
     for target in targets:
@@ -75,7 +75,7 @@ def plan(inputs: list[Path], output: Path, force: bool) -> list[tuple[Path, Path
             raise InputError(f"{target}: expected a name that ends in one of {sorted(SUFFIXES)}")
     if len(set(targets)) < len(targets):
         twice = next(target for target in targets if targets.count(target) > 1)
-        raise InputError(f"{twice}: expected pictures of different names, got two of this one")
+        raise InputError(f"{twice}: expected images of different names, got two of this one")
     if not (output if output.is_dir() else output.parent).is_dir():
         raise InputError(f"{output.parent}: no such folder")
     present = [target for target in targets if target.exists()]
@@ -91,7 +91,7 @@ def denoise_file(denoiser: Denoiser, source: Path, target: Path) -> None:
     picture = read(source)
     check_output(target, picture)
     if denoiser.reach is None:
-        warn(f"{source}: denoised in one piece, since the network may see the whole picture")
+        warn(f"{source}: denoised in one piece, since the network may see the whole image")
     denoise_in_place(denoiser, picture.pixels, source.name)
     write(target, picture)
 

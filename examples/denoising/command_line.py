@@ -56,13 +56,13 @@ def parse(
     add_training(parser.add_argument_group("training").add_argument, networks)
     add_run(parser.add_argument_group("the run").add_argument)
     commands = parser.add_subparsers(title="other commands", metavar="apply")
-    applying = commands.add_parser("apply", help="denoise pictures with a trained model")
+    applying = commands.add_parser("apply", help="denoise images with a trained model")
     applying.set_defaults(command="apply")
     add = applying.add_argument
     add("model", type=Path, metavar="MODEL")
-    add("inputs", type=Path, nargs="+", metavar="IN", help="pictures, or folders of pictures")
-    add("output", type=Path, metavar="OUT", help="a picture; a folder for several")
-    add("--force", action="store_true", help="replace pictures that are there already")
+    add("inputs", type=Path, nargs="+", metavar="IN", help="images, or folders of images")
+    add("output", type=Path, metavar="OUT", help="an image; a folder for several")
+    add("--force", action="store_true", help="replace images that are there already")
     add_device(add)
     return parser.parse_args(arguments)
 
@@ -75,14 +75,14 @@ def add_data(add: Add) -> None:
         "--images",
         type=Path,
         metavar="DIR",
-        help="the pictures in a folder, but every tenth, which is held out",
+        help="the images in a folder, but every tenth, which is held out",
     )
     add(
         "--pairs",
         type=Path,
         nargs=2,
         metavar="DIR",
-        help="noisy pictures in two folders: two shots of each scene, under the same names",
+        help="noisy images in two folders: two shots of each scene, under the same names",
     )
     add("--data", type=Path, metavar="FILE", help="a pair of tensors (noisy, noisy)")
     add("--val", type=Path, metavar="FILE", help="with --data: the held-out pair (noisy, clean)")

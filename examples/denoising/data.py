@@ -47,7 +47,7 @@ class Data:
     """A whole held-out photograph, (noisy, target)."""
     title: str
     is_clean: bool = True
-    """Whether the held-out targets are clean pictures."""
+    """Whether the held-out targets are clean images."""
 
     def checksum(self) -> str:
         total = 0
@@ -69,7 +69,7 @@ def read_photograph(path: Path) -> Tensor:
     height, width = picture.shape[1:]
     if min(height, width) < PATCH:
         raise InputError(
-            f"{path}: expected a picture of at least {PATCH}×{PATCH}, got {width}×{height}"
+            f"{path}: expected an image of at least {PATCH}×{PATCH}, got {width}×{height}"
         )
     return picture
 
@@ -79,7 +79,7 @@ def list_photographs(folder: Path) -> tuple[list[Path], list[Path]]:
     paths = list_pictures(folder)
     if len(paths) < 2:
         raise InputError(
-            f"{folder}: expected at least 2 pictures ({', '.join(sorted(SUFFIXES))}), "
+            f"{folder}: expected at least 2 images ({', '.join(sorted(SUFFIXES))}), "
             f"one of which is held out, got {len(paths)}"
         )
     return [path for i, path in enumerate(paths) if i % 10], paths[::10]
@@ -87,7 +87,7 @@ def list_photographs(folder: Path) -> tuple[list[Path], list[Path]]:
 
 def cut_patches(picture: Tensor, count: int, key: fn.Key, scales: Sequence[int] = SCALES) -> Tensor:
     """(count, C, 32, 32) of (C, H, W), from random places, shared evenly between the scales at
-    which the picture is large enough."""
+    which the image is large enough."""
     scaled = [F.avg_pool2d(picture, s) for s in scales if min(picture.shape[1:]) >= s * PATCH]
     patches = []
     for i, image in enumerate(scaled):
@@ -106,7 +106,7 @@ def patches_of(
     key: fn.Key,
     scales: Sequence[int] = SCALES,
 ) -> Tensor:
-    """`count` patches, shared evenly between the pictures, which are read one at a time."""
+    """`count` patches, shared evenly between the images, which are read one at a time."""
     shares = [len(range(i, count, len(pictures))) for i in range(len(pictures))]
     return torch.cat(
         [
@@ -142,7 +142,7 @@ def file_data(train: Path, val: Path, stride: int) -> Data:
     """What `torch.save` wrote: pairs (noisy, noisy) to train on, (noisy, clean) held out."""
     noisy, target = read_tensors(train, stride)
     held_out_noisy, held_out_clean = read_tensors(val, stride)
-    title = f"the {len(held_out_clean)} pictures of {val.name}"
+    title = f"the {len(held_out_clean)} images of {val.name}"
     return Data(noisy, target, held_out_noisy, held_out_clean, None, title)
 
 

@@ -1,4 +1,4 @@
-"""What a denoiser is worth, beside the noisy pictures and a classical denoiser."""
+"""What a denoiser is worth, beside the noisy images and a classical denoiser."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_SIDE = 1024
 
 @dataclass(frozen=True)
 class Result:
-    """Pictures of one size, (N, 3, H, W), and what became of them."""
+    """Images of one size, (N, 3, H, W), and what became of them."""
 
     title: str
     noisy: Tensor
@@ -26,7 +26,7 @@ class Result:
     denoised: Tensor
     target: Tensor
     is_clean: bool
-    """Whether the target is the clean picture, or another noisy copy."""
+    """Whether the target is the clean image, or another noisy copy."""
 
     def rows(self) -> dict[str, Tensor]:
         return {
@@ -36,15 +36,15 @@ class Result:
         }
 
     def quality(self, pictures: Tensor) -> float:
-        """PSNR, or the mean squared error where no picture is clean."""
+        """PSNR, or the mean squared error where no image is clean."""
         return (mean_psnr if self.is_clean else mse)(pictures, self.target)
 
     def table(self) -> str:
-        """PSNR and SSIM, or the loss between the copies where no picture is clean."""
+        """PSNR and SSIM, or the loss between the copies where no image is clean."""
         if not self.is_clean:
             lines = [f"Mean squared error against the other noisy copy, {self.title}:"]
             lines += [f"  {name:<15}  {self.quality(x):.6f}" for name, x in self.rows().items()]
-            return "\n".join([*lines, "  (no PSNR: no picture is clean)"])
+            return "\n".join([*lines, "  (no PSNR: no image is clean)"])
         lines = [f"PSNR of {self.title}:"]
         before = self.quality(self.noisy)
         for name, x in self.rows().items():
@@ -98,7 +98,7 @@ def mse(pictures: Tensor, target: Tensor) -> float:
 
 
 def psnr(pictures: Tensor, clean: Tensor) -> Tensor:
-    """The peak signal-to-noise ratio of each picture in dB, 10 · log₁₀(1 / MSE), at most 100."""
+    """The peak signal-to-noise ratio of each image in dB, 10 · log₁₀(1 / MSE), at most 100."""
     errors = (pictures - clean).square().flatten(1).mean(1)
     return -10 * torch.log10(errors.clamp_min(1e-10))
 

@@ -1,4 +1,4 @@
-"""The pictures and curves that a run leaves."""
+"""The images and curves that a run leaves."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def one_of(result: Result, i: int) -> Result:
 
 
 def detail_of(photograph: Result) -> Result:
-    """The square of the noisy picture in which brightness differs most."""
+    """The square of the noisy image in which brightness differs most."""
     _, _, height, width = photograph.noisy.shape
     side = min(DETAIL, height, width)
     gray = photograph.classical[0].mean(0)
@@ -76,7 +76,7 @@ def crop(result: Result, examples: slice, rows: slice, columns: slice) -> Result
 
 
 def write_curves(path: Path, history: Sequence[dict[str, float]], result: Result) -> None:
-    """Loss and quality by epoch, beside the noisy pictures and non-local means."""
+    """Loss and quality by epoch, beside the noisy images and non-local means."""
     figure = Figure(figsize=(10, 4), layout="constrained", dpi=100)
     left, right = figure.subplots(1, 2)
     epochs = [int(row["epoch"]) for row in history]
@@ -89,9 +89,9 @@ def write_curves(path: Path, history: Sequence[dict[str, float]], result: Result
         level = result.quality(result.rows()[baseline])
         right.axhline(level, color=color, linestyle="--", label=baseline)
     right.set(
-        ylabel="PSNR of held-out pictures [dB]"
+        ylabel="PSNR of held-out images [dB]"
         if result.is_clean
-        else "MSE to the other copy of held-out pictures"
+        else "MSE to the other copy of held-out images"
     )
     right.legend()
     for ax in (left, right):

@@ -1,4 +1,4 @@
-"""Noise of mean zero, to be added to clean pictures."""
+"""Noise of mean zero, to be added to clean images."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def pair_data(folders: tuple[Path, Path], count: int, key: fn.Key) -> Data:
     training = [pair for i, pair in enumerate(pairs) if i % 10]
     held_out = pairs[::10]
     keys = fn.split(key)
-    # Scaling a picture down would average its noise away: patches are cut at full size.
+    # Scaling an image down would average its noise away: patches are cut at full size.
     first, second = patches_of(training, read_pair, count, keys[0], (1,)).chunk(2, dim=1)
     held_out_patches = patches_of(held_out, read_pair, max(1, count // 10), keys[1], (1,))
     held_out_first, held_out_second = held_out_patches.chunk(2, dim=1)
@@ -38,18 +38,18 @@ def pair_data(folders: tuple[Path, Path], count: int, key: fn.Key) -> Data:
 
 
 def match(first: Path, second: Path) -> list[Pair]:
-    """The pictures of both folders whose names are the same but for the suffix."""
+    """The images of both folders whose names are the same but for the suffix."""
     by_stem = [stems(folder) for folder in (first, second)]
     names, others = (set(found) for found in by_stem)
     for folder, missing in ((second, names - others), (first, others - names)):
         if missing:
             raise InputError(
-                f"{folder}: expected the other shot of each picture, "
+                f"{folder}: expected the other shot of each image, "
                 f"lacking {len(missing)} ({', '.join(sorted(missing)[:3])})"
             )
     if len(names) < 2:
         raise InputError(
-            f"{first}: expected at least 2 pictures ({', '.join(sorted(SUFFIXES))}), "
+            f"{first}: expected at least 2 images ({', '.join(sorted(SUFFIXES))}), "
             f"one of which is held out, got {len(names)}"
         )
     return [(by_stem[0][name], by_stem[1][name]) for name in sorted(names)]
@@ -60,7 +60,7 @@ def stems(folder: Path) -> dict[str, Path]:
     for path in list_pictures(folder):
         if path.stem in found:
             raise InputError(
-                f"{path}: expected one picture a name, got {found[path.stem].name} too"
+                f"{path}: expected one image a name, got {found[path.stem].name} too"
             )
         found[path.stem] = path
     return found

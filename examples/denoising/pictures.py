@@ -1,4 +1,4 @@
-"""Pictures in files: gray or RGB, 8 or 16 bits a channel, with or without transparency.
+"""Images in files: gray or RGB, 8 or 16 bits a channel, with or without transparency.
 
 Pillow reads and writes 8 bits. It cuts 16-bit colours to 8 bits, so tifffile and imagecodecs (PNG)
 are there for 16 bits.
@@ -32,13 +32,13 @@ READ_AS = {"1": "L", "La": "LA", "PA": "RGBA", "RGBX": "RGB", "RGBa": "RGBA"}
 ORIENTATION = 0x0112
 PNG, TIFFS = b"\x89PNG", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
-# A user's own pictures may be large. Pillow refuses twice as many pixels as this.
+# A user's own images may be large. Pillow refuses twice as many pixels as this.
 Image.MAX_IMAGE_PIXELS = 2**29
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture the right way up."""
+    """An image the right way up."""
 
     pixels: np.ndarray
     """(H, W, C) of uint8 or uint16, C = 1 (gray), 2 (gray, alpha), 3 (RGB) or 4 (RGB, alpha)."""
@@ -47,7 +47,7 @@ class Picture:
 
 
 def read(path: Path) -> Picture:
-    """Read a picture from a file.
+    """Read an image from a file.
 
     Raises InputError for several pages, for colours that are neither gray nor RGB, and for numbers
     of other than 8 or 16 bits.
@@ -63,7 +63,7 @@ def read(path: Path) -> Picture:
         *(OSError, SyntaxError, ValueError, IndexError, RuntimeError),
         Image.DecompressionBombError,
     ) as error:
-        raise InputError(f"{path}: expected a picture, got what cannot be read ({error})") from None
+        raise InputError(f"{path}: expected an image, got what cannot be read ({error})") from None
 
 
 def read_deep_tiff(path: Path) -> Picture | None:
@@ -72,7 +72,7 @@ def read_deep_tiff(path: Path) -> Picture | None:
     with tifffile.TiffFile(path) as file:
         page: Any = file.pages[0]
         if len(file.pages) > 1:
-            raise InputError(f"{path}: expected one picture, got {len(file.pages)} pages")
+            raise InputError(f"{path}: expected one image, got {len(file.pages)} pages")
         color = getattr(page.photometric, "name", page.photometric)
         if color not in ("MINISBLACK", "MINISWHITE", "PALETTE", "RGB", "YCBCR"):
             raise InputError(f"{path}: expected gray or RGB, got colours of the kind {color}")
@@ -90,11 +90,11 @@ def read_deep_tiff(path: Path) -> Picture | None:
 
 
 def read_by_pillow(path: Path, is_deep: bool) -> Picture:
-    """A picture of 8 bits, or a PNG of 16, of which Pillow reads all but the pixels."""
+    """An image of 8 bits, or a PNG of 16, of which Pillow reads all but the pixels."""
     with Image.open(path, formats=FORMATS) as image:
         pages = getattr(image, "n_frames", 1)
         if pages > 1 and image.format != "MPO":  # cameras put previews behind a JPEG
-            raise InputError(f"{path}: expected one picture, got {pages} pages")
+            raise InputError(f"{path}: expected one image, got {pages} pages")
         if is_deep:
             pixels = imagecodecs.png_decode(path.read_bytes())
         else:
@@ -122,7 +122,7 @@ def with_channels(pixels: np.ndarray, path: Path) -> np.ndarray:
 
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """The picture turned as Exif's tag Orientation says, 1 to 8, in memory that can be written."""
+    """The image turned as Exif's tag Orientation says, 1 to 8, in memory that can be written."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.transpose(1, 0, 2)
     if orientation in (3, 4, 7, 8):
@@ -133,18 +133,18 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def write(path: Path, picture: Picture) -> None:
-    """Write a picture, in the format that the suffix names, whole or not at all."""
+    """Write an image, in the format that the suffix names, whole or not at all."""
     with writing(path) as file:
         encode(file, path, picture)
 
 
 def check_output(path: Path, picture: Picture) -> None:
-    """Raise InputError if the format that the suffix names cannot hold such a picture."""
+    """Raise InputError if the format that the suffix names cannot hold such an image."""
     encode(io.BytesIO(), path, Picture(picture.pixels[:1, :1], picture.icc_profile))
 
 
 def encode(file: Any, path: Path, picture: Picture) -> None:
-    """Write a picture to an open file, in the format that the path's suffix names."""
+    """Write an image to an open file, in the format that the path's suffix names."""
     pixels, profile = picture.pixels, picture.icc_profile
     mode, suffix = MODES[pixels.shape[2]], path.suffix.lower()
     flat = pixels[:, :, 0] if pixels.shape[2] == 1 else pixels
@@ -220,7 +220,7 @@ def colors_of(pixels: np.ndarray) -> int:
 
 
 def list_pictures(folder: Path) -> list[Path]:
-    """The pictures in a folder by name, without hidden files (macOS leaves `._NAME.png`)."""
+    """The images in a folder by name, without hidden files (macOS leaves `._NAME.png`)."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     return sorted(

@@ -96,7 +96,7 @@ def start(
     device: torch.device,
     settings: dict[str, Any],
 ) -> Progress:
-    """New parameters for pictures of `shape`, and no goal yet."""
+    """New parameters for images of `shape`, and no goal yet."""
     init_key, shuffle_key = fn.split(key)
     params = net.init(init_key, shape, device=device)
     return Progress(

@@ -1,8 +1,8 @@
-"""Denoising a picture of any size in bounded memory, by tiles that overlap.
+"""Denoising an image of any size in bounded memory, by tiles that overlap.
 
-A network that keeps the size of pictures whose sizes are multiples of its `stride`, and whose
+A network that keeps the size of images whose sizes are multiples of its `stride`, and whose
 output at a pixel depends on the pixels up to `reach` away, gives the same numbers for a tile as for
-the whole picture, if the tile begins at a multiple of the stride and is seen with a margin of at
+the whole image, if the tile begins at a multiple of the stride and is seen with a margin of at
 least `reach`. Both numbers are found by trying, for any network.
 """
 
@@ -34,7 +34,7 @@ class Denoiser:
     params: Tree
     stride: int
     reach: int | None
-    """The distance in pixels that the network sees; None if it may be the whole picture."""
+    """The distance in pixels that the network sees; None if it may be the whole image."""
 
     @classmethod
     def of(cls, net: fn.Layer, params: Tree) -> Denoiser:
@@ -84,9 +84,9 @@ class Denoiser:
         width: int,
         margin: int,
     ) -> Tensor:
-        """A window of the picture, denoised with a margin around it.
+        """A window of the image, denoised with a margin around it.
 
-        At its right and lower end, the picture is continued by reflection to a multiple of the
+        At its right and lower end, the image is continued by reflection to a multiple of the
         stride.
         """
         seen = [
@@ -102,7 +102,7 @@ class Denoiser:
 
 
 def stride_of(net: fn.Layer) -> int:
-    """The least s such that the network keeps pictures whose sizes are multiples of s."""
+    """The least s such that the network keeps images whose sizes are multiples of s."""
     for stride in range(1, MOST_STRIDE + 1):
         first = -(-256 // stride)
         if all(keeps(net, k * stride) for k in (first, first + 1)):

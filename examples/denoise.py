@@ -69,7 +69,7 @@ def train(options: argparse.Namespace) -> None:
 
 
 def varied(x: Tensor, key: fn.Key) -> Tensor:
-    """Flipped and turned in one of eight ways; gray, one channel for all three, in one of eight."""
+    """x flipped and turned in one of eight ways, and gray in one batch of eight."""
     turn, other = fn.permutation(key, 8)[:2].tolist()
     if other == 0:
         x = x[:, fn.permutation(key, 3)[:1].expand(3)]

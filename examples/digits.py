@@ -75,7 +75,7 @@ def main(epochs=EPOCHS):
 
 
 def draw(x, y, probabilities):
-    """Draw the ten digits whose true class got the least probability, and the two likeliest classes."""
+    """Draw the ten digits whose true class got the least probability, with their likeliest two."""
     least = probabilities[torch.arange(len(y)), y].argsort()[:10]
     _, axes = plt.subplots(2, 5, figsize=(8, 4))
     for ax, i in zip(axes.flat, least.tolist(), strict=True):

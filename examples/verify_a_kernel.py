@@ -56,7 +56,7 @@ class RMSNorm(Hasty):
 
 
 def plain(x, weight):
-    """The same in PyTorch, as a reference."""
+    """The normalisation in PyTorch's own operations, as a reference."""
     r = (x.square().mean(-1, keepdim=True) + EPS).sqrt()
     return weight * x / r, r
 

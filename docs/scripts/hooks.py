@@ -11,7 +11,7 @@ _LOADED = {
     ".html": rf"<(?:link|script|img|iframe|source)\b[^>]*?\b(?:src|href)={_ELSEWHERE}",
     ".css": rf"(?:url\(|@import)\s*{_ELSEWHERE}",
 }
-"""By a file's ending, the addresses that a browser loads without being asked. Links that a reader
+"""The addresses that a browser loads without being asked, by a file's ending. Links that a reader
 may follow are not among them."""
 
 

@@ -136,7 +136,7 @@ def run(options: argparse.Namespace, settings: Settings) -> Results:
 
 
 def _memory(options: argparse.Namespace, settings: Settings, names: list[str]) -> dict[str, Memory]:
-    """Of each contender, where the run includes the denoiser at batch 64."""
+    """The memory of each contender, where the run includes the denoiser at batch 64."""
     found = {}
     for problem in chosen(options):
         if (problem.network.name, problem.batch) == MEASURED:

@@ -1,4 +1,4 @@
-"""Before anything is timed: all contenders must compute the same numbers."""
+"""The check before anything is timed: all contenders must compute the same numbers."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ TOLERANCE = {
     torch.bfloat16: 5e-1,
     torch.float16: 1e-1,
 }
-"""Of each tensor's change, in the Euclidean norm. The wide part of it is for a ReLU whose input
-rounds to the other side of 0: without such, float32 agrees to 2e-6. In half precision most of an
+"""Tolerances of each tensor's change, in the Euclidean norm. float32's is for a ReLU whose input
+rounds to the other side of 0: without one, float32 agrees to 2e-6. In half precision most of an
 update is lost in the rounding of the parameters: there only gross errors are noticed."""
 
 MIXED_TOLERANCE = 5e-1
-"""For float32 parameters in a network that computes in bfloat16. Deep networks amplify its
-rounding, ours and autocast's alike: only gross errors are noticed."""
+"""The tolerance of float32 parameters in a network that computes in bfloat16. Deep networks amplify
+its rounding, ours and autocast's alike: only gross errors are noticed."""
 
 TF32_TOLERANCE = 2e-2
-"""For float32 in matrix products of 10 bits."""
+"""The tolerance of float32 in matrix products of 10 bits."""
 
 
 class DisagreementError(AssertionError):

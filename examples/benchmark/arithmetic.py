@@ -60,13 +60,13 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def rates(dtype: torch.dtype, device: torch.device) -> Rates:
-    """Measured here and now, at the best of a few sizes."""
+    """Rates measured here and now, at the best of a few sizes."""
     measured = [_rates(channels, dtype, device) for channels in (256, 512, 1024)]
     return Rates(max(rate.mm for rate in measured), max(rate.conv1x1 for rate in measured))
 
 
 def _rates(channels: int, dtype: torch.dtype, device: torch.device) -> Rates:
-    """Of (_PIXELS, channels) × (channels, channels)."""
+    """Rates of a product (_PIXELS, channels) × (channels, channels)."""
     x = torch.randn(_PIXELS // 256, channels, 16, 16, dtype=dtype, device=device)
     x = x.contiguous(memory_format=torch.channels_last)
     kernel = torch.randn(channels, channels, 1, 1, dtype=dtype, device=device)

@@ -23,7 +23,7 @@ from funcnet.testing.registry import LOSSES
 
 @dataclass(frozen=True)
 class Contender:
-    """What can be timed.
+    """A training step and an inference to be timed.
 
     `train` does one training step and returns the loss, `infer` returns the output. `state` is what
     the steps have made of it, in PyTorch's order and layouts: the parameters, or for a layer on its
@@ -34,7 +34,7 @@ class Contender:
     infer: Callable[[], Any]
     state: Callable[[], list[Tensor]]
     as_tensor: Callable[[Any], Tensor] = torch.as_tensor
-    """Of what `train` and `infer` return."""
+    """Makes a tensor of what `train` and `infer` return."""
 
 
 def funcnet_in_place(problem: Problem) -> Contender:
@@ -116,7 +116,7 @@ def laid_out(tensor: Tensor, layout: torch.memory_format) -> Tensor:
 
 
 def _format_of(x: Tensor, layout: torch.memory_format) -> torch.memory_format:
-    """What a layout of images, (N, C, H, W), is for tensors of x's rank."""
+    """The memory format for x's rank that a format of images, (N, C, H, W), stands for."""
     if layout == torch.contiguous_format:
         return layout
     return {4: layout, 5: torch.channels_last_3d}.get(x.ndim, torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""Who takes part: all contenders by name."""
+"""All contenders by name."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _IN_STAX = (fn.Conv2d, fn.UpsampleConv2d, fn.Upsample2d, fn.Sigmoid, fn.ReLU)
 
 
 def entries(device: torch.device, compiled: bool = True, jax: bool = True) -> dict[str, Entry]:
-    """Ours first; JAX's where it is installed."""
+    """The contenders by name, ours first; JAX's where it is installed."""
     chosen: dict[str, Entry] = {
         OURS: funcnet_in_place,
         PURE: funcnet_pure,

@@ -1,4 +1,4 @@
-"""How time and memory grow with one image, from 256×256 to 2048×2048 pixels."""
+"""Time and memory as one image grows, from 256×256 to 2048×2048 pixels."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def measure_pass(entry: Entry, problem: Problem, mode: str) -> Pass:
 
 
 def _live_bytes(entry: Entry, problem: Problem) -> int:
-    """At most, from before the contender is made until after its second step."""
+    """The most bytes held, from before the contender is made until after its second step."""
     if problem.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         _two_steps(entry, problem)

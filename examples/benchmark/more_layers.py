@@ -1,4 +1,4 @@
-"""What `--only layers` leaves out, beside torch.nn: layers with a key or whole numbers, and losses.
+"""Layers with a key or integers, and losses, beside torch.nn: what `--only layers` leaves out.
 
 A row is forward and backward, and for layers the forward pass alone. What both compute is compared
 first, but for dropout, whose masks are others. Contenders run in turns; ratios are of medians.
@@ -34,7 +34,7 @@ class Row(NamedTuple):
 
 
 def rows(scale: int = 8) -> Iterator[Row]:
-    """All of them; `scale` is the batch over 2."""
+    """The rows of all layers and losses; `scale` is the batch over 2."""
     n = 2 * scale
     image = laid_out(_normal(n, 64, 32, 32), torch.channels_last)
     yield from _layer("batch norm", fn.BatchNorm(), nn.BatchNorm2d(64), image)

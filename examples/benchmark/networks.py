@@ -30,8 +30,8 @@ class Network:
     loss: fn.MSE | fn.CrossEntropy = MSE
     optimizer: fn.SGD | fn.Adam = SGD
     gain: float = 6**0.5
-    """How much larger weights start than `init` draws them. √6 is of a scale that no depth of
-    convolutions and ReLU makes vanish (He et al., 2015)."""
+    """The factor by which weights start larger than `init` draws them. √6 is of a scale that no
+    depth of convolutions and ReLU makes vanish (He et al., 2015)."""
 
 
 def all_networks() -> tuple[Network, ...]:
@@ -127,7 +127,7 @@ def thin() -> fn.Sequential:
 
 
 def decoder() -> fn.Sequential:
-    """From 4×4 to 64×64 pixels by upsampling by 4, twice."""
+    """A decoder from 4×4 to 64×64 pixels, by upsampling by 4, twice."""
     return fn.Sequential(
         fn.UpsampleConv2d(64, scale=4), fn.ReLU(), fn.UpsampleConv2d(3, scale=4), fn.Sigmoid()
     )

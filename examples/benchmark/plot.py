@@ -48,7 +48,7 @@ def save_plot(results: Results, path: Path) -> None:
 
 
 def _limits(rows: list[Row]) -> tuple[float, float]:
-    """Of an axis with room for every median."""
+    """The limits of an axis with room for every median."""
     units = [time.median / row.times[OURS].median for row in rows for time in row.times.values()]
     return min(units) / 1.3, max(units) * 1.3
 

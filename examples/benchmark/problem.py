@@ -50,5 +50,5 @@ class Problem:
         return self._own(fn.normal(fn.key(seed), (self.batch, *shape)))
 
     def _own(self, tensor: Tensor) -> Tensor:
-        """In this dtype, rounded to what bfloat16 can hold: the same numbers in every dtype."""
+        """The tensor in this dtype, rounded to bfloat16: the same numbers in every dtype."""
         return tensor.bfloat16().to(dtype=self.dtype, device=self.device)

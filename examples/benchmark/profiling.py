@@ -1,4 +1,4 @@
-"""Where a training step of funcnet spends its time: by layer, and by PyTorch operation."""
+"""The time of a training step of funcnet, by layer and by PyTorch operation."""
 
 from __future__ import annotations
 

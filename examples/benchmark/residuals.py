@@ -1,4 +1,4 @@
-"""What `Recompute` and `Reversible` save in residuals, and what that costs in time.
+"""The residuals that `Recompute` and `Reversible` save, and the time that it costs.
 
 The network has n residual blocks. `Recompute` on √n segments of √n blocks keeps the segments'
 inputs, and in the backward pass the residuals of one segment. `Reversible` makes as many blocks
@@ -52,7 +52,7 @@ def kept(device: torch.device, batch: int = 16, side: int = 32, seconds: float =
 
 
 def networks() -> dict[str, tuple[fn.Layer, int]]:
-    """By name: a network, and the channels that it takes. All need the same products."""
+    """Networks by name, with the channels that they take. All need the same products."""
     block = fn.Sequential(fn.Conv2d(_CHANNELS, 3, padding=1), fn.ReLU())
     blocks = [fn.Residual(block)] * _BLOCKS
     size = math.isqrt(_BLOCKS)

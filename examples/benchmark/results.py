@@ -1,4 +1,4 @@
-"""What a run of the benchmark found."""
+"""The results of a run of the benchmark."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Row:
     times: dict[str, Times]
     is_layer: bool = False
     first_seconds: dict[str, float] = field(default_factory=dict)
-    """Until a contender had inferred once and trained three steps; compiling is in it."""
+    """Seconds until a contender had inferred once and trained three steps; compiling is in them."""
 
     @property
     def fastest(self) -> str:
@@ -70,7 +70,7 @@ class Results:
     machine: dict[str, str]
     rows: list[Row]
     memory: dict[str, Memory]
-    """Of a training step of `MEASURED`, by contender; empty if not measured."""
+    """The memory of a training step of `MEASURED`, by contender; empty if not measured."""
     rates: Rates
     growth: list[Growth] = field(default_factory=list)
     residuals: list[Kept] = field(default_factory=list)
@@ -82,7 +82,7 @@ class Results:
 
     @property
     def operations(self) -> int:
-        """The operations of that step."""
+        """The operations of a training step of `MEASURED`."""
         (network,) = (n for n in all_networks() if n.name == MEASURED[0])
         return operations(network.net, network.shape, MEASURED[1])
 
@@ -96,7 +96,7 @@ class Results:
         return [row for row in rows if not row.is_layer] or rows
 
     def row(self, network: str, batch: int, mode: str) -> Row | None:
-        """One of them, if it was run."""
+        """One of the rows, or None if it was not run."""
         wanted = (network, batch, mode)
         return next((r for r in self.rows if (r.network, r.batch, r.mode) == wanted), None)
 
@@ -105,7 +105,7 @@ class Results:
         return geometric_mean(row.ratio for row in self.networks(mode))
 
     def as_json(self) -> dict[str, Any]:
-        """All of it in plain containers, times in seconds and memory in bytes."""
+        """The results as dicts, lists and numbers, times in seconds and memory in bytes."""
         rows = [
             {**asdict(row), "fastest_other": row.fastest, "ratio": row.ratio, "spread": row.spread}
             for row in self.rows

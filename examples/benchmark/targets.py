@@ -1,4 +1,4 @@
-"""What the project set out to reach, beside what was measured."""
+"""The project's targets, beside what was measured."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Target:
 
     @property
     def reached(self) -> bool:
-        """Whether it is."""
+        """Whether the value meets the target."""
         return self.value <= self.wanted if self.at_most else self.value >= self.wanted
 
     @property
     def wish(self) -> str:
-        """What was wanted: "≥ 3×"."""
+        """The target as text: "≥ 3×"."""
         return f"{'≤' if self.at_most else '≥'} {self.wanted:g}{self.unit}"
 
 

@@ -55,7 +55,7 @@ def side_by_side(clocks: Mapping[str, Clock], seconds: float) -> dict[str, Times
 
 
 def _calls_a_slice(clock: Clock) -> tuple[int, float]:
-    """How many calls fill a slice, and what one takes, after a few calls to warm up."""
+    """The number of calls that fill a slice, and the time of one, after a few calls to warm up."""
     clock(2)
     duration = min(clock(1) for _ in range(2))
     return max(1, math.ceil(_SLICE / duration)), duration
@@ -72,7 +72,7 @@ def duration(function: Function, calls: int, device: torch.device) -> float:
 
 
 def _cuda_duration(function: Function, calls: int) -> float:
-    """The same, as the device's own clock saw it."""
+    """Seconds a call, on average over `calls`, by the device's own clock."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()

@@ -30,7 +30,7 @@ from funcnet.memory import SWITCH
 
 @dataclass(frozen=True)
 class Settings:
-    """The same for all."""
+    """The settings that all contenders share."""
 
     device: torch.device
     threads: int

@@ -19,7 +19,7 @@ from denoising.pairs import pair_data
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors in one line."""
+    """A parser that prints an error in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"denoise.py: {message}\n")

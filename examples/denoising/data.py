@@ -1,4 +1,4 @@
-"""What the denoiser learns from and is measured by: photographs, or tensors in files."""
+"""The data to learn from and to measure by: photographs, or tensors in files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PHOTOGRAPHS = [
 ]
 
 Reader: TypeAlias = Callable[[Any], Tensor]
-"""From a name or a path to a photograph, (3, H, W) in [0, 1]."""
+"""A function from a name or a path to a photograph, (3, H, W) in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def photograph_data(folder: Path | None, noise: Noise, count: int, key: fn.Key) 
 
 
 def file_data(train: Path, val: Path, stride: int) -> Data:
-    """What `torch.save` wrote: pairs (noisy, noisy) to train on, (noisy, clean) held out."""
+    """Data that `torch.save` wrote: pairs (noisy, noisy) to train on, (noisy, clean) held out."""
     noisy, target = read_tensors(train, stride)
     held_out_noisy, held_out_clean = read_tensors(val, stride)
     title = f"the {len(held_out_clean)} images of {val.name}"

@@ -1,4 +1,4 @@
-"""What a denoiser is worth, beside the noisy images and a classical denoiser."""
+"""The measures of a denoiser, beside the noisy images and a classical denoiser."""
 
 from __future__ import annotations
 

@@ -59,9 +59,7 @@ def stems(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in list_pictures(folder):
         if path.stem in found:
-            raise InputError(
-                f"{path}: expected one image a name, got {found[path.stem].name} too"
-            )
+            raise InputError(f"{path}: expected one image a name, got {found[path.stem].name} too")
         found[path.stem] = path
     return found
 

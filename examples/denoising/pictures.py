@@ -43,7 +43,7 @@ class Picture:
     pixels: np.ndarray
     """(H, W, C) of uint8 or uint16, C = 1 (gray), 2 (gray, alpha), 3 (RGB) or 4 (RGB, alpha)."""
     icc_profile: bytes | None = None
-    """What the numbers mean as colours."""
+    """The colour profile, which says what colours the numbers are."""
 
 
 def read(path: Path) -> Picture:

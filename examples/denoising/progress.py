@@ -1,4 +1,4 @@
-"""All that training carries from step to step."""
+"""The tree that training carries from step to step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder, and prints at its end."""
+"""The files that a run leaves in its folder, and the tables that it prints at its end."""
 
 from __future__ import annotations
 

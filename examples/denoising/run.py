@@ -41,7 +41,7 @@ class Recipe:
 
 @dataclass
 class Run:
-    """What stays the same from the first step to the last."""
+    """The constants of a run, from the first step to the last."""
 
     options: argparse.Namespace
     recipe: Recipe

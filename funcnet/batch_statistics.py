@@ -29,7 +29,7 @@ from torch import Tensor
 from funcnet.checks import name_of, shown
 from funcnet.combinators.several import Several
 from funcnet.keys import Key
-from funcnet.layer import Layer, Shape, Spec, Tree, check_net, count_of
+from funcnet.layer import Layer, Shape, Spec, Tree, check_net, count_of, writes
 from funcnet.layers import (
     BatchNorm,
     ChannelAffine,
@@ -44,7 +44,7 @@ from funcnet.layers import (
 )
 from funcnet.leaves import Ancestors, mapped, same
 from funcnet.ops.inplace import is_eager
-from funcnet.running import check, run_fwd, writes
+from funcnet.running import check, run_fwd
 
 Moments: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """(count, mean, M2) of a `BatchNorm`'s x, in float64; mean and M2 (C,).

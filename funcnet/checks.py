@@ -73,13 +73,13 @@ def as_number(
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name_of(who)}: expected {name} to be a number, got {shown(value)}")
-    number: Any = value
+    number = int(value) if isinstance(value, Integral) else float(value)
     # An int may be larger than any float.
     if not (-_LARGEST <= number <= _LARGEST and least <= number <= most):
         expected = "to be finite" if least == -_INF else f"to be finite and >= {least:g}"
         expected = expected if most == _INF else f"in [{least:g}, {most:g}]"
         raise ValueError(f"{name_of(who)}: expected {name} {expected}, got {value}")
-    return int(number) if isinstance(value, Integral) else float(number)
+    return number
 
 
 def as_shape(who: object, shape: Any) -> tuple[int, ...]:

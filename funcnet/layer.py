@@ -218,7 +218,7 @@ class Layer(Hyperparameters):
             return self.fwd(params, x, key=key)[0]
         self._admit(params, x, getattr(x, "shape", ()), key)
         with without_autocast(x):
-            return self._apply(params, x, key)
+            return y_alone(self, params, x, key)
 
     def fwd(self, params: Tree, x: Tensor, *, key: Key | None = None) -> tuple[Tensor, Any]:
         """(y, residuals). `key` is for layers that draw numbers; without one they evaluate."""
@@ -477,6 +477,27 @@ def is_private(layer: Layer) -> bool:
     """Whether a layer leaves `fwd` and `bwd` to the base class, so that they may be passed by."""
     cls = type(layer)
     return cls.fwd is Layer.fwd and cls.bwd is Layer.bwd
+
+
+def writes(layer: Layer, name: str) -> bool:
+    """Whether the class that defines an attribute is no older than those of `_fwd` and `_bwd`.
+
+    A subclass that writes one of these anew has to write the attribute, too.
+    """
+    bases = type(layer).__mro__
+    owner, *others = (
+        next((base for base in bases if attribute in vars(base)), object)
+        for attribute in (name, "_fwd", "_bwd")
+    )
+    return is_private(layer) and all(issubclass(owner, other) for other in others)
+
+
+def y_alone(layer: Layer, params: Tree, x: Tensor, key: Key | None) -> Tensor:
+    """y by `_apply`, or by `_fwd` where a subclass has written that anew without `_apply`."""
+    if type(layer)._apply is Layer._apply or writes(layer, "_apply"):
+        return layer._apply(params, x, key)
+    y: Tensor = layer._fwd(params, x, key)[0]
+    return y
 
 
 def asks(layer: Layer, params: Tree, need: Need) -> bool:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from funcnet.combinators.wrapper import Wrapper
 from funcnet.keys import Key
-from funcnet.layer import Joins, Layer, Tree, is_private
-from funcnet.running import run_apply, run_fwd, writes
+from funcnet.layer import Joins, Layer, Tree, is_private, writes
+from funcnet.running import run_apply, run_fwd
 from funcnet.tree import child_names
 
 Ancestors: TypeAlias = tuple[Layer, ...]

@@ -25,14 +25,14 @@ from torch import Tensor
 
 from funcnet.gradients import check_batch, check_net_and_loss, check_uncoupled
 from funcnet.keys import Key
-from funcnet.layer import Layer, Tree
+from funcnet.layer import Layer, Tree, writes
 from funcnet.leaves import Ancestors, Watched, declares_none, joins, mapped, nothing_like
 from funcnet.losses.loss import Loss
 from funcnet.ops import products
 from funcnet.ops.accumulation import accumulator_dtype
 from funcnet.ops.need import Need
 from funcnet.optimizers.norms import check_max_norm
-from funcnet.running import dx_alone, run_bwd, run_fwd, writes
+from funcnet.running import dx_alone, run_bwd, run_fwd
 
 
 def per_example(net: Layer, loss: Loss) -> PerExample:

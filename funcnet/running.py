@@ -8,7 +8,7 @@ from torch import Tensor
 
 from funcnet.checks import name_of
 from funcnet.keys import Key
-from funcnet.layer import Layer, Part, Shape, Spec, Tree, is_private, public_bwd
+from funcnet.layer import Layer, Part, Shape, Spec, Tree, is_private, public_bwd, writes, y_alone
 from funcnet.ops.inplace import add_over
 from funcnet.ops.need import Need
 from funcnet.param import first_tensor
@@ -25,7 +25,7 @@ def check(layer: Layer, params: Tree, x: Spec) -> Spec:
 def run_apply(layer: Layer, params: Tree, x: Tensor, key: Key | None) -> Tensor:
     """y of a layer whose params and x have been checked by `check`."""
     if is_private(layer) and type(layer).apply is Layer.apply:
-        return layer._apply(params, x, key)
+        return y_alone(layer, params, x, key)
     return _as_promised(layer, x, layer.apply(params, x, key=key))
 
 
@@ -89,16 +89,3 @@ def makes_views(layer: Layer) -> bool:
 def added(layer: Layer, made: Tensor, given: Tensor) -> Tensor:
     """The sum of what a layer has made and what was handed in, written over the former if new."""
     return add_over(made, given) if is_fresh(layer) else made + given
-
-
-def writes(layer: Layer, name: str) -> bool:
-    """Whether the class that defines an attribute is no older than those of `_fwd` and `_bwd`.
-
-    A subclass that writes one of these anew has to write the attribute, too.
-    """
-    bases = type(layer).__mro__
-    owner, *others = (
-        next((base for base in bases if attribute in vars(base)), object)
-        for attribute in (name, "_fwd", "_bwd")
-    )
-    return is_private(layer) and all(issubclass(owner, other) for other in others)

@@ -300,6 +300,22 @@ KERNELS_OF_BOTH = (fn.PReLU, fn.LSTM)
 
 
 @examples
+def test_apply_is_that_of_a_subclass(layer, shape):
+    """Who writes `_fwd` anew need not know how the class computes y alone."""
+
+    class Twice(type(layer)):
+        def _fwd(self, params, x, key):
+            y, residuals = super()._fwd(params, x, key)
+            return 2 * y, residuals
+
+    twice = object.__new__(Twice)
+    twice.__setstate__(layer.__getstate__())
+    params, x, _ = make(layer, shape)
+    key = key_for(layer)
+    assert same(twice.apply(params, x, key=key), twice.fwd(params, x, key=key)[0])
+
+
+@examples
 def test_what_is_not_asked_for_is_not_computed(layer, shape):
     params, x, grad = make(layer, shape)
     _, residuals = layer.fwd(params, x, key=key_for(layer))

@@ -15,15 +15,7 @@ from funcnet.keys import Key
 from funcnet.layer import Layer, Part, Shape, Spec, Tree, asks, zeros_like
 from funcnet.ops.inplace import add_over
 from funcnet.ops.need import Need
-from funcnet.running import (
-    check,
-    is_fresh,
-    makes_views,
-    run_apply,
-    run_bwd,
-    run_fwd,
-    tile_of,
-)
+from funcnet.running import check, is_fresh, makes_views, run_apply, run_bwd, run_fwd, tile_of
 
 
 @dataclass(frozen=True, init=False)

@@ -66,7 +66,7 @@ def is_expanded(x: Tensor) -> bool:
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
-    """x + y, written over x."""
+    """x + y, written over x, which autograd does not need."""
     return x.add_(y) if is_eager() else x + y
 
 

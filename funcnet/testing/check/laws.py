@@ -13,11 +13,10 @@ import optree
 import torch
 from torch import Tensor
 
-from funcnet.layer import Layer
+from funcnet.layer import Layer, writes
 from funcnet.leaves import has_children
 from funcnet.ops import products
 from funcnet.ops.need import Need
-from funcnet.running import writes
 from funcnet.testing.check.case import Case, Leaves, named_leaves, scale_of, signed, tried
 from funcnet.testing.check.comparison import excess, worst
 from funcnet.testing.check.purity import pure

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import operator
-import sys
 from collections.abc import Mapping, Sequence, Sized
 from numbers import Integral, Real
 from typing import Any
@@ -61,7 +59,7 @@ def is_items(value: Any) -> bool:
     return isinstance(value, Mapping)
 
 
-_INF, _LARGEST = math.inf, sys.float_info.max
+_INF = float("inf")
 
 
 def as_number(
@@ -74,8 +72,7 @@ def as_number(
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name_of(who)}: expected {name} to be a number, got {shown(value)}")
     number = int(value) if isinstance(value, Integral) else float(value)
-    # An int may be larger than any float.
-    if not (-_LARGEST <= number <= _LARGEST and least <= number <= most):
+    if not (-_INF < number < _INF and least <= number <= most):
         expected = "to be finite" if least == -_INF else f"to be finite and >= {least:g}"
         expected = expected if most == _INF else f"in [{least:g}, {most:g}]"
         raise ValueError(f"{name_of(who)}: expected {name} {expected}, got {value}")

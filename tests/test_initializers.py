@@ -110,7 +110,6 @@ def test_hyperparameters_are_converted_and_have_defaults():
         (lambda: init.TruncatedNormal(-1.0), "TruncatedNormal: expected std to be finite and >= 0"),
         (lambda: init.Normal(std=math.nan), "Normal: expected std to be finite and >= 0, got nan"),
         (lambda: init.Constant(math.inf), "Constant: expected value to be finite, got inf"),
-        (lambda: init.Constant(10**400), "Constant: expected value to be finite, got 1000"),
         (
             lambda: init.Constant(1e6)(fn.key(0), (2,), torch.float16),
             "Constant(1000000.0): expected a value within torch.float16",

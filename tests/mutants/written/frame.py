@@ -395,7 +395,7 @@ CHECKS = in_file(
     ),
     Row(
         "nan-is-a-number",
-        "if not (-_LARGEST <= number <= _LARGEST and least <= number <= most):",
+        "if not (-_INF < number < _INF and least <= number <= most):",
         "if number < least or number > most or number == _INF:",
         "NaN is out of range",
     ),

@@ -21,6 +21,7 @@ from test_properties import close, same
 from test_transforms import compile_whole
 
 import funcnet as fn
+from funcnet.ops import fused
 from funcnet.testing import strategies
 
 
@@ -233,8 +234,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("other", LAYOUTS)
 def test_memory_layouts_do_not_matter(optimizer, layout, other):
     p, g = (fn.normal(fn.key(seed), (2, 3, 4, 5), dtype=torch.float64) for seed in (0, 1))
-    expected = optimizer.step({"w": p}, {"w": g}, optimizer.init({"w": p}))
-    laid_out, grads = {"w": LAYOUTS[layout](p)}, {"w": LAYOUTS[other](g)}
+    expected = optimizer.step({"v": p, "w": p}, {"v": g, "w": g}, optimizer.init({"v": p, "w": p}))
+    laid_out, grads = {"v": p.clone(), "w": LAYOUTS[layout](p)}, {"v": g, "w": LAYOUTS[other](g)}
     for method in (optimizer.step, optimizer.step_):
         found = method(laid_out, grads, optimizer.init(laid_out))
         close(found, expected, rtol=1e-14, atol=1e-14)
@@ -260,6 +261,47 @@ def test_adams_numbers_are_torchs_in_every_order_of_axes(cls, shape):
             assert same([params["w"]], twin.step({"w": g * (step + 1)}, step))
 
 
+@pytest.mark.parametrize("method", ["step", "step_"])
+def test_parameters_that_want_gradients_have_the_same_bits(method):
+    """Autograd sees no step_, and no step under torch.no_grad."""
+    params, optimizer = parameters(), fn.Adam(0.1)
+    tracked = optree.tree_map(lambda p: p.clone().requires_grad_(), params)
+    args = gradients(params, 0), optimizer.init(params)
+    expected, _ = optimizer.step(params, *args)
+    with torch.no_grad():
+        found, _ = getattr(optimizer, method)(tracked, *args)
+    assert same(found, expected)
+
+
+class NoKernels(torch.Tensor):
+    """A tensor that knows no kernel for a whole step."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        assert "fused" not in func.__name__
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@optimizers
+def test_subclasses_of_tensor_are_asked_for_elementwise_operations_alone(optimizer):
+    for which in range(3):
+        args = [fn.normal(fn.key(seed), (3,)) for seed in range(2)]
+        args = [*args, optimizer.init(args[0])]
+        expected, _ = optimizer.step(*args)
+        args[which] = optree.tree_map(lambda x: x.as_subclass(NoKernels), args[which])
+        found, _ = optimizer.step(*args)
+        close(found.as_subclass(torch.Tensor), expected)
+
+
+@pytest.mark.parametrize("cls", [fn.Adam, fn.AdamW])
+def test_without_torchs_kernel_adam_is_its_formula(cls, monkeypatch):
+    params, optimizer = parameters(torch.float64), cls(0.1, weight_decay=0.1)
+    args = params, gradients(params, 0), optimizer.init(params)
+    expected = optimizer.step(*args)
+    monkeypatch.setattr(fused, "fused_adam", None)
+    close(optimizer.step(*args), expected, rtol=1e-14, atol=1e-15)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @optimizers
 def test_the_order_of_axes_in_memory_changes_no_bit(optimizer, dtype):
@@ -281,6 +323,15 @@ def test_the_order_of_axes_in_memory_changes_no_bit(optimizer, dtype):
             params, state = optimizer.step(params, {"w": laid_out(g, theirs)}, state)
         runs.append((params, state))
     assert all(same(run, runs[0]) for run in runs)
+
+
+@optimizers
+def test_a_stride_along_an_axis_of_size_1_changes_no_bit(optimizer):
+    p, g = (fn.normal(fn.key(i), (4, 8, 1, 3)) for i in range(2))
+    p = p.contiguous(memory_format=torch.channels_last)
+    odd = p.as_strided(p.shape, (24, 1, 77, 8))
+    expected = optimizer.step(p, g, optimizer.init(p))
+    assert same(optimizer.step(odd, g, optimizer.init(odd)), expected)
 
 
 @optimizers
@@ -317,6 +368,20 @@ def test_steps_are_differentiable(optimizer):
     assert torch.autograd.gradcheck(steps, inputs)
     with torch.no_grad():
         close(steps(p, g, h), torch.func.vmap(steps)(*(x[None] for x in (p, g, h)))[0])
+
+
+@optimizers
+def test_steps_are_differentiable_by_the_rate(optimizer):
+    """A schedule may return a tensor that has a gradient."""
+    p, g = (fn.normal(fn.key(seed), (3,), dtype=torch.float64) for seed in range(2))
+
+    def step(lr):
+        by_rate = dataclasses.replace(optimizer, lr=lambda step: lr)
+        return by_rate.step(p, g, by_rate.init(p))[0]
+
+    rate = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(step, rate)
+    close(step(rate), optimizer.step(p, g, optimizer.init(p))[0])
 
 
 @optimizers
@@ -442,6 +507,15 @@ def test_any_tree_will_do(tree, momentum):
     assert int(state.step) == 1
 
 
+@optimizers
+@pytest.mark.parametrize("method", ["step", "step_"])
+def test_without_parameters_a_step_counts(optimizer, method):
+    params = ((), {})
+    new, state = getattr(optimizer, method)(params, params, optimizer.init(params))
+    assert new == params
+    assert int(state.step) == 1
+
+
 def test_schedules_count_from_zero():
     seen = []
     sgd = fn.SGD(lambda step: seen.append(step) or 0.1)
@@ -464,6 +538,16 @@ def test_the_count_is_an_int_on_the_cpu_whatever_the_default_device(optimizer):
     with torch.device("meta"):
         count = optimizer.init({"w": torch.ones(2, device="cpu")}).step
     assert (count.dtype, count.device.type, int(count)) == (torch.int64, "cpu", 0)
+
+
+@optimizers
+def test_the_default_device_changes_no_step(optimizer):
+    params = parameters()
+    args = params, gradients(params, 0), optimizer.init(params)
+    expected = optimizer.step(*args)
+    with torch.device("meta"):
+        found = optimizer.step(*args)
+    assert same(found, expected)
 
 
 def test_by_hand():

@@ -20,11 +20,10 @@ def fits_adam(each: Each, lr: Scalar, p: Tensors, g: Tensors, *state: Tensors) -
         return False
     if not (each.eager and isinstance(lr, float) and _DTYPES.issuperset([x.dtype for x in p])):
         return False
-    has_gradient = not each.write and torch.is_grad_enabled()
     for xs in (p, g, *state):
         if not TENSORS.issuperset([type(x) for x in xs]):
             return False
-        if has_gradient and True in [x.requires_grad for x in xs]:
+        if torch.is_grad_enabled() and True in [x.requires_grad for x in xs]:
             return False
     return all(x.is_cpu and _is_dense(x) for x in p)
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from registry import budget, key_for
 from test_properties import close
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import funcnet as fn
 from funcnet.testing import check_vjp, strategies
@@ -160,6 +161,38 @@ def test_means_in_half_precision_cost_no_digit(layer, offset, dtype):
     assert error <= exact.abs().max() * torch.finfo(dtype).eps
     mapped = torch.func.vmap(lambda one: layer.apply(params, one[None])[0])(x)
     assert (mapped.double() - exact).abs().max() <= exact.abs().max() * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(
+    ("means", "deviation"), [([-1e3] * 4, 1.0), ([0, 1e3, 0, 0], 1.0), ([0.9], 1e-3), ([1e4], 8.0)]
+)
+def test_means_are_large_beside_the_deviation_whatever_their_sign(means, deviation):
+    """One group's is enough."""
+    of_groups = torch.tensor(means).expand(4).repeat_interleave(8)[:, None, None]
+    x = fn.normal(KEY, (8, 32, 16, 16)) * deviation + of_groups
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = fn.GroupNorm(4, eps=0.0, affine=False).apply((), x)
+    exact = F.group_norm(x.double(), 4, eps=0.0)
+    rounding = of_groups.abs().max() / deviation * torch.finfo(torch.float32).eps
+    assert (y - exact).abs().max() < 3 * rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("offset", [0.5, 3.0, 20.0, 100.0])
+def test_in_half_precision_y_is_rounded_once(dtype, offset):
+    """Beside a mean of 1000 standard deviations, too."""
+    x = (fn.normal(KEY, (2, 64, 9, 9)) / 10 + offset).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    y, exact = fn.GroupNorm(2, affine=False).apply((), x), F.group_norm(x.double(), 2)
+    assert y.dtype == dtype
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert ((y - exact).abs() <= 0.6 * torch.finfo(dtype).eps * exact.abs().clamp(min=1)).all()
+
+
+def test_of_a_fake_tensor_no_mean_is_read():
+    with FakeTensorMode():
+        x = torch.zeros(2, 32, 4, 4).contiguous(memory_format=torch.channels_last)
+        assert fn.GroupNorm(2, affine=False).apply((), x).shape == x.shape
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.7, 1.5, 5.0])
@@ -469,13 +502,28 @@ def test_compiled(cls):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_vmap_over_expanded_inputs(layer, dtype):
     """vmap hides an axis of stride 0 from contiguous(), and the dtype of y from the kernel."""
-    for shape in ((1, 1, 2), (3, 2, 4)):
-        x = fn.normal(KEY, (2, *shape), dtype=dtype)
-        params = layer.init(KEY, shape, dtype=dtype)
+    for batch, *shape in ((2, 1, 1, 2), (2, 3, 2, 4), (1, 3, 2, 4)):
+        x = fn.normal(KEY, (batch, *shape), dtype=dtype)
+        params = layer.init(KEY, tuple(shape), dtype=dtype)
         y = layer.apply(params, x)
         found = torch.func.vmap(layer.apply, in_dims=(None, 0))(params, x.expand(3, *x.shape))
         assert found.dtype == dtype
         torch.testing.assert_close(found[1], y)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("order", [(0, 2, 3, 1), (3, 2, 1, 0)])
+def test_other_memory_layouts_under_transforms(order):
+    """There, kernels take contiguous tensors alone."""
+    layer = fn.GroupNorm(2, affine=False)
+    x, grad = fn.normal(KEY, (2, 2, 6, 4, 3), dtype=torch.float64)
+    laid_out = x.permute(order).contiguous().permute([order.index(axis) for axis in range(4)])
+    y, dx = layer.apply((), x), layer.vjp((), x, grad)[1]
+    found, tangent = torch.func.jvp(lambda x: layer.apply((), x), (laid_out,), (grad,))
+    close(found, y)
+    torch.testing.assert_close((tangent * grad).sum(), (dx * grad).sum())
+    mapped = torch.func.vmap(lambda grad: layer.vjp((), laid_out, grad)[1])(grad[None])
+    close(mapped[0], dx)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -266,7 +266,7 @@ class _Inference:
         if same(layers, [child for _, child in children]):
             return layer, params
         params = _whole(params, kept, [part for _, _, part in made])
-        if isinstance(layer, Several) and len(layers) < len(children):
+        if isinstance(layer, Several):
             return layer._with(tuple(layers), tuple(kept) if layer.names else ()), params
         return layer._with_children(layers), params
 
@@ -351,17 +351,16 @@ def _folded(
     Weights are (O, C/groups, …), of a transposed convolution (C, O/groups, …), with an axis for
     the copies of a layer in front; scale and shift are (…, O).
     """
-    weight, transposed = params["weight"], type(layer) in _TRANSPOSED
-    copies, groups = scale.ndim - 1, layer.groups if transposed else 1
-    channels = weight.shape[copies] if not transposed else weight.shape[copies + 1] * groups
+    weight, copies, transposed = params["weight"], scale.ndim - 1, type(layer) in _TRANSPOSED
+    channels = weight.shape[copies + 1] * layer.groups if transposed else weight.shape[copies]
     if weight.shape[:copies] != scale.shape[:-1] or channels != scale.shape[-1]:
         raise ValueError(
             f"{path}expected moments m of {channels} channels, got shape {tuple(scale.shape)}"
         )
     wide = weight.to(scale)
     if transposed:
-        wide = torch.unflatten(wide, copies, (groups, -1))
-        factor = scale.reshape((*scale.shape[:-1], groups, 1, channels // groups))
+        wide = torch.unflatten(wide, copies, (layer.groups, -1))
+        factor = torch.unflatten(scale, -1, (layer.groups, 1, -1))
     else:
         factor = scale[..., None]
     factor = factor.reshape((*factor.shape, *(1,) * (wide.ndim - factor.ndim)))
@@ -393,7 +392,7 @@ def _parts(tree: Tree, names: list[str]) -> list[Tree]:
     """The parts of a tree that belong to the children of these names."""
     if names == [""]:
         return [tree]
-    return [tree[name] for name in names] if isinstance(tree, Mapping) else list(tree)[: len(names)]
+    return [tree[key] for key in (names if isinstance(tree, Mapping) else range(len(names)))]
 
 
 def _whole(like: Tree, names: list[str], parts: Sequence[Tree]) -> Tree:

@@ -204,6 +204,28 @@ def test_no_variance_and_no_eps():
     close(plain.apply(learned, x), net.apply(params, x, key=KEY))
 
 
+def test_two_values_are_enough():
+    net = fn.BatchNorm(affine=False)
+    x = fn.normal(KEY, (2, 3), dtype=torch.float64)
+    plain, params = fn.for_inference(net, (), fn.moments(net, (), x, key=KEY))
+    close(plain.apply(params, x), net.apply((), x, key=KEY))
+
+
+def test_of_a_constant_channel_without_eps_the_bias_is_left():
+    net = fn.BatchNorm(eps=0.0, affine=False)
+    m = fn.moments(net, (), torch.ones(4, 2), key=KEY)
+    _, params = fn.for_inference(net, (), m)
+    assert not params["weight"].any()
+    assert not params["bias"].any()
+
+
+def test_without_parameters_new_ones_have_the_dtype_of_the_moments():
+    net = fn.BatchNorm(affine=False)
+    m = fn.moments(net, (), torch.rand(4, 2), key=KEY)
+    _, params = fn.for_inference(net, (), optree.tree_map(torch.Tensor.float, m))
+    assert {leaf.dtype for leaf in params.values()} == {torch.float32}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtypes(dtype):
     net = fn.Sequential(fn.Conv2d(4, 3), fn.BatchNorm(), fn.ReLU(), fn.BatchNorm(affine=False))
@@ -317,6 +339,20 @@ def test_the_same_parameters_twice_are_refused():
         fn.moments(net, params, torch.rand(4, 2), key=KEY)
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (fn.Linear(3), (3,)),
+        (fn.Conv2d(4, 3, padding=1, groups=2), (4, 3, 3)),
+        (fn.ConvTranspose2d(4, 3, padding=1, groups=2), (4, 3, 3)),
+    ],
+    ids=repr,
+)
+def test_copies_absorb(layer, shape):
+    plain, _ = check_law(fn.Repeat(fn.Sequential(layer, fn.BatchNorm()), 2), shape)
+    assert plain == fn.Repeat(fn.Sequential(layer), 2)
+
+
 def test_linear_absorbs_features_alone():
     net = fn.Sequential(fn.Linear(4), fn.BatchNorm())
     assert check_law(net, (3,))[0] == fn.Sequential(fn.Linear(4))
@@ -392,6 +428,8 @@ def test_sets_of_nothing_merge():
     close(fn.merge_moments(m, nothing), m)
     close(fn.merge_moments(nothing, m), m)
     close(fn.merge_moments(nothing, nothing), nothing)
+    one = (torch.ones(()), torch.ones(2), torch.zeros(2))
+    close(fn.merge_moments(optree.tree_map(torch.zeros_like, one), one), one)
 
 
 @pytest.mark.parametrize(("channels", "expected"), [(0, 0), (1, 20), (3, 20)])
@@ -406,6 +444,34 @@ def test_no_examples_have_moments():
     params, x, m = measured(net, (3, 4, 4))
     nothing = fn.moments(net, params, x[:0], key=KEY)
     close(nothing, optree.tree_map(torch.zeros_like, m))
+
+
+@dataclass(frozen=True)
+class Times(fn.Layer):
+    """A user's layer, whose parameters are one number, or a tensor without axes."""
+
+    as_tensor: bool
+
+    def init(self, key, shape, *, dtype=None, device=None):
+        return torch.tensor(2.0, dtype=dtype) if self.as_tensor else 2.0
+
+    def out_shape(self, shape):
+        return shape
+
+    def fwd(self, params, x, *, key=None):
+        return x * params, ()
+
+    def bwd(self, params, residuals, grad, *, input_grad=True):
+        return params, grad
+
+
+@pytest.mark.parametrize("as_tensor", [True, False])
+def test_parameters_without_parts_stay_as_they_are(as_tensor):
+    net, x = fn.Sequential(Times(as_tensor), fn.BatchNorm()), fn.normal(KEY, (4, 2))
+    params = net.init(KEY, (2,))
+    plain, learned = fn.for_inference(net, params, fn.moments(net, params, x, key=KEY))
+    assert learned[0] is params[0]
+    close(plain.apply(learned, x), net.apply(params, x, key=KEY), rtol=1e-5, atol=1e-6)
 
 
 @dataclass(frozen=True)
@@ -472,12 +538,30 @@ def test_refusals():
             r"layer 1: layer 0: BatchNorm\(\): expected moments of at least "
             "2 values per channel, got count 1",
         ),
-        (((), (narrow, nothing, last)), r"layer 1: layer 0: BatchNorm\(\): expected params"),
+        (
+            ((), (narrow, nothing, last)),
+            r"layer 1: layer 0: BatchNorm\(\): expected params of the shapes of m, "
+            r"{'weight': \(1,\), 'bias': \(1,\)}, got {'weight': \(2,\), 'bias': \(2,\)}",
+        ),
         (((), (first, nothing, narrow)), "layer 1: layer 2: expected moments m of 3 channels"),
+        (
+            ((), first),
+            "layer 1: Sequential of 3 layers: expected moments m to be those of 3 layers",
+        ),
+        (
+            ((), ((*first[:2], ()), nothing, last)),
+            r"BatchNorm\(\): expected moments m to be \(count, mean, M2\), got a tuple of 3",
+        ),
+        ({"a": first}, "those of 2 layers, got a dict with keys 'a'"),
     ]
     for wrong, message in cases:
         with pytest.raises(ValueError, match=message):
             fn.for_inference(net, params, wrong)
+    lone = fn.Sequential(fn.Linear(2), fn.BatchNorm())
+    with pytest.raises(ValueError, match=r"layer 1: BatchNorm\(\): expected moments m to be \(c"):
+        fn.for_inference(lone, lone.init(KEY, (2,)), ((), ()))
+    with pytest.raises(ValueError, match=r"^BatchNorm\(\): expected params of the.*, got \(\)$"):
+        fn.for_inference(fn.BatchNorm(), (), first)
     with pytest.raises(ValueError, match="expected params of 2 layers, got a tuple of 1"):
         fn.for_inference(net, params[:1], m)
     with pytest.raises(
@@ -538,6 +622,16 @@ def test_moments_of_copies_are_merged_copy_by_copy():
     merged = fn.merge_moments(by_copies, backwards)
     for i in range(3):
         close(tuple(part[i] for part in merged), fn.merge_moments(m, other))
+
+
+def test_moments_of_a_copy_without_values_or_of_other_copies_are_refused():
+    net = fn.Repeat(fn.Sequential(fn.Linear(2), fn.BatchNorm(affine=False)), 2)
+    params, _, (nothing, (count, mean, m2)) = measured(net, (2,))
+    some = count.index_fill(0, torch.tensor(0), 1.0)
+    with pytest.raises(ValueError, match=r"of at least 2 values per channel, got count 1"):
+        fn.for_inference(net, params, (nothing, (some, mean, m2)))
+    with pytest.raises(ValueError, match=r"expected moments m of 2 channels, got shape \(1, 2\)"):
+        fn.for_inference(net, params, (nothing, (count[:1], mean[:1], m2[:1])))
 
 
 def test_a_name_of_digits_is_a_name_in_every_message():

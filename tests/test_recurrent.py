@@ -1,5 +1,6 @@
 """RNN, LSTM and GRU: against their formulas, step by step, and PyTorch's kernel."""
 
+import importlib.util
 from dataclasses import fields
 
 import optree
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import funcnet as fn
+from funcnet import compat
 from funcnet.gradients import value_and_grad
 from funcnet.ops import pixelwise, recurrent
 from funcnet.testing import check_vjp, strategies
@@ -128,7 +130,15 @@ def test_the_kernel_is_not_used_where_onednn_is_switched_off():
     assert not isinstance(residuals[0][2][0], recurrent.Workspace)
 
 
-def test_the_kernel_is_not_used_where_torch_lacks_it(monkeypatch):
+def test_the_kernel_is_not_there_where_torch_lacks_it(monkeypatch):
+    monkeypatch.setattr(compat, "mkldnn_rnn", None)
+    spec = importlib.util.spec_from_file_location(recurrent.__name__, recurrent.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert not module._IS_THERE
+
+
+def test_the_kernel_is_not_used_where_it_is_not_there(monkeypatch):
     monkeypatch.setattr(recurrent, "_IS_THERE", False)
     layer, params, x, _ = lstm_case()
     _, (_, residuals) = layer.fwd(params, x)
@@ -200,6 +210,20 @@ def test_gradients_of_each_example_in_float32():
     norms = fn.gradient_norms(layer, fn.MSE("sum"))
     double = optree.tree_map(torch.Tensor.double, (params, x, target))
     close(norms(params, x, target), norms(*double), rtol=1e-4, atol=1e-5, check_dtype=False)
+
+
+def test_the_kernels_gradients_lie_in_memory_of_their_own():
+    """That of both biases is the same."""
+    layer, params, x, grad = lstm_case()
+    dparams, _ = layer.vjp(params, x, grad)
+    assert len({leaf.data_ptr() for leaf in dparams.values()}) == 4
+
+
+def test_one_layer_that_the_kernel_does_not_take_widens_all():
+    layer, params, x, _ = lstm_case(torch.bfloat16, num_layers=2)
+    params["weight_ih_l1"].requires_grad_()
+    _, (_, residuals) = layer.fwd(params, x)
+    assert residuals[0][0].dtype == torch.float32
 
 
 @pytest.mark.parametrize("reverse", [False, True])

@@ -330,7 +330,7 @@ def _kernel_backward(
     dx, ih, hh, bias_ih, bias_hh, _, _ = mkldnn_rnn_backward(
         *inputs, *outputs, *grads, *options, entries
     )
-    biases: Any = () if weights.bias_ih is None else (bias_ih, bias_hh.clone())
+    biases: Any = () if weights.bias_ih is None else (bias_ih, bias_hh)
     return Weights(ih, hh, *biases) if need.params else None, dx if need.input else None
 
 

@@ -211,6 +211,16 @@ def test_complex_parameters(row):
         close((written, written_state), (params, state), rtol=1e-13, atol=1e-14)
 
 
+@optimizers
+def test_real_parameters_beside_complex_ones(optimizer):
+    p, g = (fn.normal(fn.key(seed), (3,), dtype=torch.float64) for seed in range(2))
+    params, grads = {"real": p, "complex": p + 1j * g}, {"real": g, "complex": g - 2j * p}
+    found, _ = optimizer.step(params, grads, optimizer.init(params))
+    for name, leaf in found.items():
+        alone = optimizer.step(params[name], grads[name], optimizer.init(params[name]))[0]
+        close(leaf, alone, rtol=1e-14, atol=1e-15)
+
+
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.ours.__name__)
 def test_infinite_complex_gradients_are_torchs(row):
     """SGD multiplies complex numbers, 0 · ∞ among them; the others treat parts apart."""
@@ -418,6 +428,14 @@ def test_compiled(optimizer):
     close((found, after), expected)
 
 
+def test_a_compiled_schedule_is_given_a_tensor():
+    """What it decides by an int would hold for one step alone."""
+    sgd = fn.SGD(lambda step: 0.5 if isinstance(step, torch.Tensor) else math.nan)
+    params = {"w": torch.ones(2)}
+    new, _ = compile_whole(sgd.step)(params, params, sgd.init(params))
+    assert new["w"].tolist() == [0.5, 0.5]
+
+
 @optimizers
 def test_a_resumed_run_has_the_same_bits(optimizer, tmp_path):
     params = parameters()
@@ -538,6 +556,15 @@ def test_the_count_is_an_int_on_the_cpu_whatever_the_default_device(optimizer):
     with torch.device("meta"):
         count = optimizer.init({"w": torch.ones(2, device="cpu")}).step
     assert (count.dtype, count.device.type, int(count)) == (torch.int64, "cpu", 0)
+
+
+@optimizers
+def test_the_count_may_be_an_int(optimizer):
+    params = parameters()
+    grads, state = gradients(params, 0), optimizer.init(params)
+    found, after = optimizer.step(params, grads, state._replace(step=0))
+    assert same(found, optimizer.step(params, grads, state)[0])
+    assert after.step == 1
 
 
 @optimizers

@@ -350,7 +350,6 @@ EQUIVALENT: dict[str, str] = {
     "ops.norm_kernels.like_weights:drop-term:1": _ONE_DEVICE,
     "ops.norm_kernels.like_weights:drop-term:3": "kernels that take two dtypes compute in float32",
     "ops.norm_kernels.kernel_format:condition:1": _ONE_DEVICE,
-    "ops.norm_kernels.kernel_format:condition:2": _LAYOUT,
     "ops.norm_kernels.dense:condition:1": _COPY,
     "ops.norm_kernels.dense:condition:4": _COPY,
     "ops.normalization.batch_norm_gradients:drop-term:4": _NOT_NEEDED,

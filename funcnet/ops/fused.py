@@ -20,10 +20,11 @@ def fits_adam(each: Each, lr: Scalar, p: Tensors, g: Tensors, *state: Tensors) -
         return False
     if not (each.eager and isinstance(lr, float) and _DTYPES.issuperset([x.dtype for x in p])):
         return False
+    is_tracked = torch.is_grad_enabled()
     for xs in (p, g, *state):
         if not TENSORS.issuperset([type(x) for x in xs]):
             return False
-        if torch.is_grad_enabled() and True in [x.requires_grad for x in xs]:
+        if is_tracked and True in [x.requires_grad for x in xs]:
             return False
     return all(x.is_cpu and _is_dense(x) for x in p)
 

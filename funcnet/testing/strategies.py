@@ -538,6 +538,10 @@ def _refused(cls: type[Layer], kind: Any) -> Iterator[tuple[Any, type[Exception]
         yield "1", TypeError, " to be a number, got '1'"
         yield True, TypeError, " to be a number, got True"
         is_bounded = kind.most < math.inf
-        expected = f" in [{kind.least:g}, {kind.most:g}], got " if is_bounded else " to be finite"
-        for number in (math.nan, math.inf, -math.inf, kind.least - 1, kind.most + 1):
-            yield number, ValueError, expected
+        limits = f" in [{kind.least:g}, {kind.most:g}], got "
+        for number in (math.nan, math.inf, -math.inf):
+            yield number, ValueError, limits if is_bounded else " to be finite"
+        if kind.least > -math.inf:
+            yield kind.least - 1, ValueError, limits if is_bounded else " to be finite and >= "
+        if is_bounded:
+            yield kind.most + 1, ValueError, limits

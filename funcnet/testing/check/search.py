@@ -30,7 +30,7 @@ from funcnet.testing.check.beside import (
 )
 from funcnet.testing.check.case import Case, Leaves, scale_of, tried, tried_y
 from funcnet.testing.check.comparison import Errors, excess, largest_error, ravel, unravel
-from funcnet.testing.check.defined import DefinedCase, where_defined
+from funcnet.testing.check.defined import where_known
 from funcnet.testing.check.finding import Finding
 from funcnet.testing.check.oracles import Line, Slope, autograd_gradients, slope, taylor_slope
 from funcnet.testing.check.rounding import (
@@ -142,16 +142,19 @@ class _Search:
     def __init__(
         self, case: Case, rtol: float, atol: float, errors: Errors, budget: Budget
     ) -> None:
-        self.case = case = where_defined(case)
+        y = case.apply()
+        known = y.isfinite()
+        self.finite = bool(known.all())
+        self.partly = not self.finite and bool(known.any())
+        if self.partly:
+            case, self.finite = where_known(case, known), True
+        self.case = case
         self.rtol, self.atol, self.errors = rtol, atol, errors
         self.budget = budget
         self.gradients = case.gradients()
         self.evaluations = 0
         self.frozen = case.frozen
         self.autograd = autograd_gradients(case)
-        y = case.apply()
-        self.defined = not isinstance(case, DefinedCase)
-        self.finite = bool(y.isfinite().all())
         work = y.numel() + sum(leaf.numel() for leaf in case.leaves)
         self.most = max(_WORK // max(work, 1), 48)
 
@@ -163,7 +166,7 @@ class _Search:
         """
         triples = zip(self.frozen, self.case.leaves, self.gradients, strict=True)
         return [
-            frozen | ~leaf.isfinite() | (~ours.isfinite() & (not self.defined))
+            frozen | ~leaf.isfinite() | (~ours.isfinite() & self.partly)
             for frozen, leaf, ours in triples
         ]
 
@@ -246,7 +249,7 @@ class _Search:
 
     def _not_a_number(self) -> Finding | None:
         """An entry that is NaN, though y and the entries of the leaf are finite."""
-        if not (self.defined and self.finite and self.case.grad.isfinite().all()):
+        if self.partly or not (self.finite and self.case.grad.isfinite().all()):
             return None
         for i in self.examined:
             undefined = self.gradients[i].isnan()
@@ -277,7 +280,7 @@ class _Search:
             mine = float(self.gradients[i].flatten()[position])
             other = float(references[i].flatten()[position])
             if not (self.finite and math.isfinite(mine)):
-                if self.extreme or not (self.defined or self._reaches(i, position)):
+                if self.extreme or (self.partly and not self._reaches(i, position)):
                     continue
                 return self._finding(i, position, other)
             found = self._entry_slope(i, position)

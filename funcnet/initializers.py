@@ -187,6 +187,12 @@ class Normal(Initializer):
 # --- Cut off
 
 
+def _check_range(who: Initializer, most: float, dtype: torch.dtype) -> None:
+    """Raise ValueError if numbers of this size would be infinite."""
+    if not most <= torch.finfo(dtype).max:
+        raise ValueError(f"{who}: expected numbers up to {most} to be within {dtype}")
+
+
 @dataclass(frozen=True)
 class TruncatedNormal(Initializer):
     """Numbers from N(0, std²), cut off at ±2·std.
@@ -194,7 +200,8 @@ class TruncatedNormal(Initializer):
     `std` is the standard deviation before cutting, as in `torch.nn.init.trunc_normal_`; it is
     0.8796·std after.
 
-    Raises ValueError or TypeError unless `std` is a finite number ≥ 0.
+    Raises ValueError or TypeError unless `std` is a finite number ≥ 0, and 2·std within the range of
+    the dtype.
 
     >>> import funcnet as fn
     >>> bool((TruncatedNormal(0.5)(fn.key(0), (1000,)).abs() <= 1).all())
@@ -206,6 +213,7 @@ class TruncatedNormal(Initializer):
     def _draw(
         self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
     ) -> Tensor:
+        _check_range(self, 2 * self.std, dtype)
         return _cut_normal(key, shape, self.std, dtype, device)
 
 
@@ -219,8 +227,11 @@ def _cut_normal(
     """N(0, std²) within ±2·std: the inverse of its distribution function at uniform numbers."""
     below = 0.5 * math.erfc(math.sqrt(2))
     level = uniform(key, shape, below, 1 - below, torch.float64)
-    x: Tensor = (torch.special.ndtri(level) * std).clamp(-2 * std, 2 * std)
-    return x.to(dtype=dtype, device=device)
+    x: Tensor = (torch.special.ndtri(level) * std).to(dtype)
+    most = torch.tensor(2 * std, dtype=dtype, device="cpu")
+    if most.item() > 2 * std:
+        most = torch.nextafter(most, torch.zeros_like(most))
+    return x.clamp(-most, most).to(device=device)
 
 
 # --- Scaled to the fan
@@ -384,7 +395,7 @@ class Orthogonal(Initializer):
     A weight (O, I, …) counts as a matrix of O rows. It is the Q of a QR decomposition of normal
     numbers, with the signs that make it uniformly distributed.
 
-    Raises ValueError for a shape of fewer than two axes.
+    Raises ValueError for a shape of fewer than two axes, and for a gain beyond the dtype.
     Saxe et al., "Exact solutions to the nonlinear dynamics of learning in deep linear neural
     networks", 2013. https://docs.pytorch.org/docs/stable/nn.init.html
 
@@ -401,6 +412,7 @@ class Orthogonal(Initializer):
     def _draw(
         self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
     ) -> Tensor:
+        _check_range(self, abs(self.gain), dtype)
         rows, columns = shape[0], math.prod(shape[1:])
         tall = normal(key, (max(rows, columns), min(rows, columns)), dtype=torch.float64)
         drawn, r = torch.linalg.qr(tall)

@@ -118,6 +118,16 @@ def test_hyperparameters_are_converted_and_have_defaults():
             lambda: init.Normal(1e6)(fn.key(0), (2,), torch.float16),
             "normal: expected mean ± std within torch.float16, got 1000000.0 ± 1.0",
         ),
+        (
+            lambda: init.TruncatedNormal(4e4)(fn.key(0), (2,), torch.float16),
+            "TruncatedNormal(std=40000.0): expected numbers up to 80000.0 to be within "
+            "torch.float16",
+        ),
+        (
+            lambda: init.Orthogonal(-1e5)(fn.key(0), (2, 2), torch.float16),
+            "Orthogonal(gain=-100000.0): expected numbers up to 100000.0 to be within "
+            "torch.float16",
+        ),
         (lambda: init.Uniform(1.0, 0.0), "Uniform: expected low <= high, got 1.0 and 0.0"),
         (lambda: init.Uniform(0.0, math.nan), "Uniform: expected high to be finite, got nan"),
         (lambda: init.XavierNormal(-1.0), "XavierNormal: expected gain to be finite and >= 0"),
@@ -269,6 +279,22 @@ def test_a_normal_is_cut_where_it_is_said_to_be(std, monkeypatch):
         monkeypatch.setattr(init, "uniform", level)
         x = init.TruncatedNormal(std)(fn.key(0), (1,), torch.float64)
         assert x.item() == (-2 * std, 2 * std)[end]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("std", [0.0, 0.1, 0.3, 1.0, 1000.1])
+def test_rounding_does_not_leave_the_cut(std, dtype, monkeypatch):
+    for end in (0, 1):
+        level = lambda key, shape, *ends, end=end: torch.full(shape, ends[end], dtype=ends[2])  # noqa: E731
+        monkeypatch.setattr(init, "uniform", level)
+        x = init.TruncatedNormal(std)(fn.key(0), (1,), dtype)
+        outwards = torch.nextafter(x, torch.full_like(x, (-math.inf, math.inf)[end]))
+        assert abs(x.item()) <= 2 * std < abs(outwards.item())
+
+
+@pytest.mark.parametrize("initializer", [init.TruncatedNormal(3.2e4), init.Orthogonal(65504.0)])
+def test_numbers_within_a_dtype_are_drawn(initializer):
+    assert initializer(fn.key(0), (2, 2), torch.float16).isfinite().all()
 
 
 def test_an_interval_of_one_number():

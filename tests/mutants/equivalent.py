@@ -444,8 +444,8 @@ EQUIVALENT: dict[str, str] = {
         "a generator is unpacked like a tuple, though not for type checkers"
     ),
     "initializers.Initializer.__call__:flip-sign:1": "nothing on the meta device has a sign",
-    "initializers._cut_normal:off-by-one:8": "the inverse is 2, and not beyond, at its upper end",
-    "initializers._cut_normal:drop-argument:2": _ON_THE_CPU,
+    "initializers._cut_normal:drop-call:3": _ON_THE_CPU,
+    "initializers._cut_normal:drop-argument:3": _ON_THE_CPU,
     "initializers._Xavier._std:off-by-one:3": "weights whose fans add up to 1 are empty",
     "initializers.Orthogonal._draw:drop-argument:3": _ON_THE_CPU,
     "optimizers.adam.Adam._update:drop-term:1": "a factor of 1 changes nothing",

@@ -200,8 +200,8 @@ class TruncatedNormal(Initializer):
     `std` is the standard deviation before cutting, as in `torch.nn.init.trunc_normal_`; it is
     0.8796·std after.
 
-    Raises ValueError or TypeError unless `std` is a finite number ≥ 0, and 2·std within the range of
-    the dtype.
+    Raises ValueError or TypeError unless `std` is a finite number ≥ 0, and 2·std within the range
+    of the dtype.
 
     >>> import funcnet as fn
     >>> bool((TruncatedNormal(0.5)(fn.key(0), (1000,)).abs() <= 1).all())

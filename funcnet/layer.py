@@ -43,6 +43,7 @@ import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from operator import attrgetter
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import optree
@@ -253,8 +254,9 @@ class Layer(Hyperparameters):
         param_grad: bool = True,
     ) -> tuple[Tree, Tensor | None]:
         """(dparams, dx): the vector-Jacobian product of `apply` with grad, which has y's shape."""
-        _, residuals = self.fwd(params, x, key=key)
-        return last_bwd(self, params, residuals, grad, Need(param_grad, input_grad))
+        y, residuals = self.fwd(params, x, key=key)
+        need = Need(param_grad, input_grad)
+        return last_bwd(self, params, residuals, grad, need, spec_of(y))
 
     # --- What combinators write
 
@@ -350,10 +352,11 @@ class Layer(Hyperparameters):
     # --- The checks at the boundary
 
     def _checked_bwd(
-        self, params: Tree, residuals: Any, grad: Tensor, need: Need
+        self, params: Tree, residuals: Any, grad: Tensor, need: Need, y: Spec | None = None
     ) -> tuple[Tree, Tensor | None]:
+        """`bwd`; y is given where these params have just been accepted by `fwd`."""
         like, kept = opened(self, residuals)
-        y = self._admit(params, like, like.shape[1:])
+        y = y or self._admit(params, like, like.shape[1:])
         if not isinstance(grad, Tensor) or grad.dtype != y.dtype or grad.device != y.device:
             check_like(self._describe_last(), "grad", grad, y, of="y")
         expected = (*like.shape[1:2], *y.shape)
@@ -380,11 +383,8 @@ class Layer(Hyperparameters):
         accepted: tuple[tuple[Any, Spec], ...] = self.__dict__.get("_accepted", ())
         leaves, structure = optree.tree_flatten(params)
         try:
-            seen = (
-                (len(shape), *shape[1:], x.dtype, x.device),
-                structure,
-                [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves],
-            )
+            facts = [*map(_FACTS, leaves)]
+            seen = ((len(shape), *shape[1:], x.dtype, x.device), structure, facts)
         except AttributeError:  # not tensors: the check will refuse them, or the layer
             seen = None
         for known, y in accepted:
@@ -471,6 +471,7 @@ class Layer(Hyperparameters):
 
 
 _MOST_REMEMBERED = 8
+_FACTS = attrgetter("shape", "dtype", "device")
 
 
 def is_private(layer: Layer) -> bool:
@@ -528,11 +529,11 @@ def public_bwd(
 
 
 def last_bwd(
-    layer: Layer, params: Tree, residuals: Any, grad: Tensor, need: Need
+    layer: Layer, params: Tree, residuals: Any, grad: Tensor, need: Need, y: Spec | None
 ) -> tuple[Tree, Tensor | None]:
-    """(dparams, dx) by a layer's `bwd`, from residuals that nobody needs any more."""
+    """(dparams, dx) by a layer's `bwd`, from what its `fwd` has just made and nobody else needs."""
     if is_private(layer):
-        return layer._checked_bwd(params, residuals, grad, need._replace(consume=True))
+        return layer._checked_bwd(params, residuals, grad, need._replace(consume=True), y)
     return public_bwd(layer, params, residuals, grad, need)
 
 
@@ -549,6 +550,13 @@ def check_net(who: str, net: Any) -> None:
     """Raise TypeError unless net is a Layer."""
     if not isinstance(net, Layer):
         raise TypeError(f"{who}: expected net to be a Layer, got {shown(net)}")
+
+
+def spec_of(y: Any) -> Spec | None:
+    """The spec of a tensor; None for what else a layer that checks for itself may give out."""
+    if not isinstance(y, Tensor):
+        return None
+    return Spec(tuple(y.shape[:1]), tuple(y.shape[1:]), y.dtype, y.device)
 
 
 def _spec(layer: Layer, x: Any, shape: Shape) -> Spec:

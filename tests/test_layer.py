@@ -21,7 +21,7 @@ from test_transforms import compile_whole
 import funcnet as fn
 from funcnet.fields import Flag, Sizes
 from funcnet.initializers import Normal, Ones, Uniform
-from funcnet.layer import public_bwd
+from funcnet.layer import Spec, public_bwd, spec_of
 from funcnet.ops.need import Need
 from funcnet.testing import check_vjp, strategies
 
@@ -308,6 +308,34 @@ def test_what_a_layer_gives_without_being_asked_is_left_out(param_grad, input_gr
         layer.apply({"w": integers[0, 0]}, integers)
     dparams, dx = layer.vjp(params, integers, grad[:2], **asked)
     assert (dparams is not None, dx is not None) == (param_grad, False)
+
+
+class Counted(fn.ReLU):
+    """Counts how often it checks what it is handed."""
+
+    checks = 0
+
+    def _check(self, params, x):
+        Counted.checks += 1
+        return super()._check(params, x)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [lambda net, x: net.vjp((), x, x), lambda net, x: fn.value_and_grad(net, fn.MSE())((), x, x)],
+)
+def test_a_pass_checks_once(step):
+    """Inside torch.func nothing is remembered."""
+    Counted.checks = 0
+    torch.func.vmap(lambda x: step(Counted(), x))(torch.ones(2, 3, 4))
+    assert Counted.checks == 1
+
+
+def test_the_spec_of_what_a_layer_gives_out():
+    spec = spec_of(torch.ones(2, 3, 4, dtype=torch.float64))
+    assert spec == Spec((2,), (3, 4), torch.float64, torch.device("cpu"))
+    assert type(spec.batch) is type(spec.shape) is tuple
+    assert spec_of((torch.ones(2),)) is None
 
 
 @pytest.mark.parametrize(

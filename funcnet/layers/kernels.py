@@ -77,8 +77,9 @@ class Kernels(Layer):
         """The gradients of weight and bias, given the first; None if they are not needed."""
         if dweight is None:
             return None
-        dbias = {"bias": grad.sum((0, *range(2, grad.ndim)))} if self.bias else {}
-        return {"weight": dweight, **dbias}
+        if not self.bias:
+            return {"weight": dweight}
+        return {"weight": dweight, "bias": grad.sum(_ALL_BUT_CHANNELS[grad.ndim])}
 
     def _kernel_gradients_each(
         self: Any, dweight: Products, params: Any, x: Tensor, grad: Tensor, need: Need
@@ -99,6 +100,10 @@ class Kernels(Layer):
         tile = copy.copy(self)
         object.__setattr__(tile, "_window", window)
         return source, tile
+
+
+_ALL_BUT_CHANNELS = {3: (0, 2), 4: (0, 2, 3), 5: (0, 2, 3, 4)}
+"""By the number of grad's axes."""
 
 
 def check_size(who: object, size: Any) -> None:

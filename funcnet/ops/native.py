@@ -30,15 +30,11 @@ def layout(x: Tensor) -> Tensor:
 
     An exporter has formats of its own.
     """
-    if not x.is_cpu:
+    if _is_laid_out(x) or not x.is_cpu:
         return x
     channels = x.shape[1]
     if inplace.has_open_sizes(x):
         return x.clone(memory_format=torch.contiguous_format) if channels == 1 else x
-    if channels > 1 and x.ndim == 4:  # what `strides` says, without a call
-        _, _, height, width = x.shape
-        if x.stride() == (channels * height * width, 1, width * channels, channels):
-            return x
     memory_format = _CHANNELS_LAST[x.ndim] if channels > 1 else torch.contiguous_format
     if not torch.compiler.is_compiling():
         try:
@@ -49,6 +45,16 @@ def layout(x: Tensor) -> Tensor:
         return x.clone(memory_format=memory_format)
     # torch.func.vmap refuses memory formats; a permuted tensor has the same strides.
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def _is_laid_out(x: Tensor) -> bool:
+    """Whether x has the strides of new images in channels_last, which most x have in a step."""
+    if x.ndim != 4 or torch.compiler.is_compiling():
+        return False
+    _, channels, height, width = x.shape
+    if channels == 1 or type(height) is not int or type(width) is not int:  # an open size
+        return False
+    return x.stride() == (channels * height * width, 1, width * channels, channels)
 
 
 def _canonical(x: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:

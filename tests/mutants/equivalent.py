@@ -85,7 +85,6 @@ EQUIVALENT: dict[str, str] = {
     "layer.Layer._admit:swap-elements:3": _COMPARED,
     "layer.Layer._admit:swap-elements:4": _COMPARED,
     "layer.Layer._admit:swap-elements:5": _COMPARED,
-    "layer.Layer._admit:swap-elements:6": _COMPARED,
     "layer.Layer._admit:drop-term:1": _REMEMBERED,
     "layer.Layer._admit:flip-sign:1": _REMEMBERED,
     "layer.Layer._admit:off-by-one:3": _REMEMBERED,

@@ -21,20 +21,20 @@ LAYER = in_file(
     ),
     Row(
         "accepted-forgets-structure",
-        "                structure,\n",
-        "                None,\n",
+        "x.device), structure, facts)",
+        "x.device), None, facts)",
         "a list of parameters is not a tuple of them",
     ),
     Row(
         "accepted-forgets-shapes-of-params",
-        "[(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]",
-        "[(leaf.dtype, leaf.device) for leaf in leaves]",
+        'attrgetter("shape", "dtype", "device")',
+        'attrgetter("dtype", "device")',
         "parameters of another layer may have the same structure",
     ),
     Row(
         "accepted-forgets-dtypes-of-params",
-        "[(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]",
-        "[(leaf.shape, leaf.device) for leaf in leaves]",
+        'attrgetter("shape", "dtype", "device")',
+        'attrgetter("shape", "device")',
         "each parameter has x's dtype",
     ),
     Row(
@@ -85,14 +85,14 @@ LAYER = in_file(
     ),
     Row(
         "vjp-ignores-param-grad",
-        "last_bwd(self, params, residuals, grad, Need(param_grad, input_grad))",
-        "last_bwd(self, params, residuals, grad, Need(True, input_grad))",
+        "need = Need(param_grad, input_grad)\n",
+        "need = Need(True, input_grad)\n",
         "vjp computes what is asked for",
     ),
     Row(
         "vjp-ignores-input-grad",
-        "last_bwd(self, params, residuals, grad, Need(param_grad, input_grad))",
-        "last_bwd(self, params, residuals, grad, Need(param_grad, True))",
+        "need = Need(param_grad, input_grad)\n",
+        "need = Need(param_grad, True)\n",
         "vjp computes what is asked for",
     ),
     Row(
@@ -148,8 +148,8 @@ DEVICES = in_file(
     ),
     Row(
         "accepted-forgets-devices-of-params",
-        "[(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]",
-        "[(leaf.shape, leaf.dtype) for leaf in leaves]",
+        'attrgetter("shape", "dtype", "device")',
+        'attrgetter("shape", "dtype")',
         "each parameter is on x's device",
     ),
 )

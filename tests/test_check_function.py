@@ -478,3 +478,76 @@ def test_entries_of_y_that_are_not_finite_are_left_out(outside):
     Log.factor = 5.0
     with pytest.raises(GradientMismatch, match=r"inputs\[0\]\[[12]\] is wrong"):
         check_function(Log, x)
+
+
+def by_autograd(function, factor_of_a=1.0, factor_of_x=1.0):
+    """An autograd.Function (a, x) ↦ function(a, x) whose gradients are off by factors."""
+
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, a, x):
+            ctx.save_for_backward(a, x)
+            return function(a, x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            a, x = (leaf.detach().requires_grad_() for leaf in ctx.saved_tensors)
+            with torch.enable_grad():
+                da, dx = torch.autograd.grad(function(a, x), (a, x), grad)
+            return factor_of_a * da, factor_of_x * dx
+
+    return Scaled
+
+
+CANCELLING = {
+    "hyperbola": lambda a, x: (1 + (a * x) ** 2).sqrt() - 1,
+    "log-cosh": lambda a, x: (a * x).cosh().log(),
+    "cosine": lambda a, x: 1 - (a * x).cos(),
+    "sigmoid": lambda a, x: torch.sigmoid(a * x) - 0.5,
+    "softplus": lambda a, x: F.softplus(a * x) - math.log(2),
+    "exponential": lambda a, x: (a * x).exp() - 1,
+    "ten": lambda a, x: (a * x + 10) - 10,
+    "softmax": lambda a, x: (a * x).softmax(-1) - 1 / x.shape[-1],
+}
+
+
+@pytest.mark.parametrize("name", CANCELLING)
+@pytest.mark.parametrize("scale", [1.0, 0.3, 0.1])
+def test_wrong_gradients_are_found_where_a_constant_cancels(name, scale):
+    """Rounding that no nudge shows looks like the smallest of kinks there."""
+    a, x = torch.tensor(0.7, dtype=torch.float64), scale * draw(3, 5, key=1)
+    check_function(by_autograd(CANCELLING[name]), a, x)
+    for factors in ((-1.0, 1.0), (1.5, 1.0), (1.0, -1.0), (1.0, 1.5)):
+        with pytest.raises(GradientMismatch, match="is wrong"):
+            check_function(by_autograd(CANCELLING[name], *factors), a, x)
+
+
+FAST = {
+    "sine": lambda a, x: a + (x * 1e4).sin(),
+    "fraction": lambda a, x: a + 1e4 * x - (1e4 * x).floor(),
+    "both": lambda a, x: a + torch.cat(((x * 1e4).sin(), (x * 1e4).cos())),
+}
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_what_changes_within_a_small_share_of_x(name, dtype):
+    """Where autograd sees nothing, steps are as small as it takes."""
+    a, x = torch.tensor(0.5, dtype=dtype), draw(3, 5, key=1, dtype=dtype)
+    check_function(by_autograd(FAST[name]), a, x)
+    for factor in (-1.0, 0.0):
+        with pytest.raises(GradientMismatch, match="is wrong"):
+            check_function(by_autograd(FAST[name], 1.0, factor), a, x)
+
+
+@pytest.mark.parametrize("eps", [1e-4, 1e-6, 1e-8, 1e-12])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rows_of_zeros_that_are_normalised(eps, dtype):
+    """The slope at 0 is 1/eps, and holds for steps below eps alone."""
+    a, x = torch.tensor(0.5, dtype=dtype), torch.tensor([[0.0, 0.0], [1.0, 2.0]], dtype=dtype)
+    normalise = lambda a, x: a + F.normalize(x, dim=-1, eps=eps)  # noqa: E731
+    check_function(lambda x: normalise(0, x), x)
+    check_function(by_autograd(normalise), a, x)
+    for factor in (2.0, 0.5, 0.0):
+        with pytest.raises(GradientMismatch, match="is wrong"):
+            check_function(by_autograd(normalise, 1.0, factor), a, x)

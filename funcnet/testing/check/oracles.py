@@ -26,13 +26,14 @@ from funcnet.testing.check.tolerances import (
     ESTIMATE,
     HALF_JUMP,
     JUMP_ROUNDING,
+    STEADY_SLOPE,
     TAYLOR_ROUNDING,
 )
 
-_LEVELS = 9
-_FINE = 2.0**-17
-_FINEST = 2.0**-26
-"""A step within a period of what oscillates faster than longer steps can follow, as sin(1e6·x)."""
+_LEVELS, _MOST_LEVELS = 9, 26
+"""The number of steps, each a quarter of the last: usually, and where none is steady yet."""
+_FINE, _FINEST = 0.5, 2.0**-10
+"""Shares of the last step: within a period of what oscillates faster than it, as sin(1e6·x)."""
 _EPSILON = torch.finfo(torch.float64).eps
 _TINY = torch.finfo(torch.float64).tiny
 _KEPT = 2**22  # entries of y that a line keeps
@@ -199,23 +200,30 @@ def slope(line: Line) -> Slope:
         abs(coarse - line.central(h)) <= AFFINE * line.rounding(h) for h in (0.25, 2.0**-10)
     ):
         return Slope(coarse, rounding, affine=True)
-    value, error = _ridders(line)
-    for step in (_FINE, _FINEST):
+    value, error, last = _ridders(line)
+    fine, finest = last * _FINE, last * _FINEST
+    for step in (fine, finest):
         error += max(0.0, abs(value - line.central(step)) - line.rounding(step))
-    jump, _ = line.jump(_FINE)
-    if jump and line.jump(_FINEST)[1] <= jump / 2:
+    jump, _ = line.jump(fine)
+    if jump and line.jump(finest)[1] <= jump / 2:
         jump = 0.0  # a bend, which the finest step does not see
     return Slope(value, error, jump)
 
 
-def _ridders(line: Line) -> tuple[float, float]:
-    """(derivative, error): the steadiest of all extrapolations of central differences."""
-    steps = [4.0**-level for level in range(_LEVELS)]
+def _ridders(line: Line) -> tuple[float, float, float]:
+    """(derivative, error, last step): the steadiest of all extrapolations of central differences.
+
+    Steps go on below the usual ones where nothing is steady yet, and rounding would not hide it:
+    f may change within a small share of x, as sin(x) for large x.
+    """
     table: list[float] = []
-    best, least = math.nan, math.inf
-    for level, h in enumerate(steps):
-        row = [line.central(h)]
+    best, least, last = math.nan, math.inf, 1.0
+    for level in range(_MOST_LEVELS):
+        h = 4.0**-level
         blur = line.rounding(h)
+        if level >= _LEVELS and (least <= STEADY_SLOPE * abs(best) or not blur < least):
+            break
+        row, last = [line.central(h)], h
         for order in range(1, level + 1):
             factor = 16.0**order
             row.append((factor * row[order - 1] - table[order - 1]) / (factor - 1))
@@ -223,7 +231,7 @@ def _ridders(line: Line) -> tuple[float, float]:
             if error < least:
                 best, least = row[order], error
         table = row
-    return best, least
+    return best, least, last
 
 
 def taylor_slope(line: Line, derivative: float, halvings: int = 2 * _LEVELS) -> float | None:

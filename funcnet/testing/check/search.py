@@ -522,7 +522,7 @@ class _Search:
             return False
         ours, *around = (float(g[i].flatten()[position]) for g in (self.gradients, *self.around))
         slack = self.rtol * abs(ours) + self.atol
-        if not around or (not found.jump and max(around) - min(around) <= slack):
+        if not around or max(around) - min(around) <= slack:  # no kink, but for rounding
             return False
         return min(around) - slack <= ours <= max(around) + slack
 

@@ -5,37 +5,18 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from funcnet.layer import Layer, Shape
 from funcnet.layers import GRU, LSTM, RNN
 from funcnet.testing.registry.row import Row
 
 
-class _First:
-    """The first result of a module of torch.nn that returns several, without its last state."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = super().forward(x)[0]  # type: ignore[misc]
-        return y
-
-
-class _RNN(_First, nn.RNN):  # type: ignore[misc]
-    pass
-
-
-class _LSTM(_First, nn.LSTM):  # type: ignore[misc]
-    pass
-
-
-class _GRU(_First, nn.GRU):  # type: ignore[misc]
-    pass
-
-
 def _twin(layer: Any, shape: Shape) -> nn.Module:
-    cls: Any = {RNN: _RNN, LSTM: _LSTM, GRU: _GRU}[type(layer)]
+    """The torch.nn module without the second of its results, its last state."""
     settings = {f.name: getattr(layer, f.name) for f in fields(layer)}
-    twin: nn.Module = cls(shape[1], batch_first=True, **settings)
+    twin: nn.Module = getattr(nn, type(layer).__name__)(shape[1], batch_first=True, **settings)
+    twin.register_forward_hook(lambda module, args, results: results[0])
     return twin
 
 

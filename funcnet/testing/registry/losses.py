@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -79,26 +79,21 @@ def _classes_or_probabilities(loss: Any) -> tuple[str, ...]:
     return ("classes", "probabilities") if loss.ignore_index < 0 else ("classes",)
 
 
+def _same_name(loss: Any) -> nn.Module:
+    """The torch.nn module of the loss's name and settings."""
+    settings = {f.name: getattr(loss, f.name) for f in fields(loss)}
+    twin: nn.Module = getattr(nn, f"{type(loss).__name__}Loss")(**settings)
+    return twin
+
+
 LOSS_ROWS = (
-    LossRow(MSE, lambda loss: nn.MSELoss(reduction=loss.reduction)),
-    LossRow(L1, lambda loss: nn.L1Loss(reduction=loss.reduction)),
-    LossRow(
-        Huber,
-        lambda loss: nn.HuberLoss(reduction=loss.reduction, delta=loss.delta),
-        settings={"delta": [1.0, 0.25, 2.0]},
-    ),
-    LossRow(
-        BCEWithLogits,
-        lambda loss: nn.BCEWithLogitsLoss(reduction=loss.reduction),
-        targets=lambda loss: ("in [0, 1]",),
-    ),
+    LossRow(MSE, _same_name),
+    LossRow(L1, _same_name),
+    LossRow(Huber, _same_name, settings={"delta": [1.0, 0.25, 2.0]}),
+    LossRow(BCEWithLogits, _same_name, targets=lambda loss: ("in [0, 1]",)),
     LossRow(
         CrossEntropy,
-        lambda loss: nn.CrossEntropyLoss(
-            reduction=loss.reduction,
-            ignore_index=loss.ignore_index,
-            label_smoothing=loss.label_smoothing,
-        ),
+        _same_name,
         targets=_classes_or_probabilities,
         rank=2,
         settings={"label_smoothing": [0.0, 0.1, 1.0], "ignore_index": [-100, -1, 0, 2]},

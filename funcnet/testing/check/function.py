@@ -35,7 +35,7 @@ from funcnet.testing.check.precision import (
 from funcnet.testing.check.purity import pure
 from funcnet.testing.check.report import wrong_gradient
 from funcnet.testing.check.rounding import TRIALS, gradient_noise, value_noise
-from funcnet.testing.check.search import Budget, find_wrong
+from funcnet.testing.check.search import Limits, find_wrong
 from funcnet.testing.check.tolerances import FROM_REFERENCE
 from funcnet.testing.check.vjp import check_limits, expect_something
 from funcnet.testing.errors import GradientMismatch, noted
@@ -95,7 +95,7 @@ def check_function(
     name = _name(function)
     case = _make_case(function, inputs, reference, grad)
     try:
-        _examine(case, rtol, atol, Budget(budget))
+        _examine(case, Limits(rtol, atol, budget))
     except GradientMismatch as mismatch:
         sizes = ", ".join(f"{leaf} {tuple(x.shape)}" for leaf, x in case.inputs.items())
         mismatch.args = (f"{name}: {mismatch.args[0]}\n  of              {sizes}; {case.dtype}",)
@@ -277,7 +277,7 @@ def _grads(grad: Any, shapes: tuple[torch.Size, ...]) -> list[Tensor]:
     return parts
 
 
-def _examine(case: FunctionCase, rtol: float, atol: float, budget: Budget) -> None:
+def _examine(case: FunctionCase, limits: Limits) -> None:
     gradients = _check_calls(case)
     _check_no_state(case, gradients)
     check_written_over(case, "an input")
@@ -296,7 +296,7 @@ def _examine(case: FunctionCase, rtol: float, atol: float, budget: Budget) -> No
     if case.by_reference is not None:
         with torch.no_grad():
             _expect_value(y, double.reference(), value_noise(double, torch.finfo(y.dtype).eps))
-    found = find_wrong(double, rtol, atol, Errors(), budget)
+    found = find_wrong(double, limits, Errors())
     if found is not None:
         raise wrong_gradient(found)
     check_linear_in_grad(moved(double))

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -68,11 +68,17 @@ LeafDirection: TypeAlias = tuple[int, Tensor]
 
 
 @dataclass(frozen=True)
-class Budget:
-    """The limit of the search for wrong entries: seconds, or evaluations of `apply`."""
+class Limits:
+    """The tolerances of the search for wrong entries, and its limit: seconds, or evaluations."""
 
-    seconds: float | None = None
+    rtol: float
+    atol: float
+    seconds: float | None
     start: float = field(default_factory=time.monotonic)
+
+    def slack(self, value: Any) -> Any:
+        """The error that is forgiven in a number, or in each entry of a tensor."""
+        return self.atol + self.rtol * abs(value)
 
     @property
     def is_out_of_time(self) -> bool:
@@ -82,31 +88,25 @@ class Budget:
         return evaluations >= most if self.seconds is None else self.is_out_of_time
 
 
-def find_wrong(
-    case: Case, rtol: float, atol: float, errors: Errors, budget: Budget
-) -> Finding | None:
+def find_wrong(case: Case, limits: Limits, errors: Errors) -> Finding | None:
     """The first wrong entry at a float64 case, or beside it, away from ties and at those left."""
     return (
-        find_wrong_at(case, rtol, atol, errors, budget, thorough=False)
-        or find_wrong_at(moved(case), rtol, atol, errors, budget, thorough=True)
-        or _find_wrong_between_leaves(case, rtol, atol, errors, budget)
+        find_wrong_at(case, limits, errors, thorough=False)
+        or find_wrong_at(moved(case), limits, errors, thorough=True)
+        or _find_wrong_between_leaves(case, limits, errors)
     )
 
 
-def find_wrong_at(
-    case: Case, rtol: float, atol: float, errors: Errors, budget: Budget, thorough: bool
-) -> Finding | None:
+def find_wrong_at(case: Case, limits: Limits, errors: Errors, thorough: bool) -> Finding | None:
     """The first wrong entry at a float64 case."""
-    search = _Search(case, rtol, atol, errors, budget)
+    search = _Search(case, limits, errors)
     found = search.find(thorough)
     if found is None or not search.learns_more_noise() or search.confirms(found):
         return found
     return search.find(thorough)
 
 
-def _find_wrong_between_leaves(
-    case: Case, rtol: float, atol: float, errors: Errors, budget: Budget
-) -> Finding | None:
+def _find_wrong_between_leaves(case: Case, limits: Limits, errors: Errors) -> Finding | None:
     """Leaves whose gradients are wrong together where entries of one equal entries of another.
 
     Numbers that are equal stay so beside the case, where the kinks at single numbers are left: two
@@ -120,7 +120,7 @@ def _find_wrong_between_leaves(
     y = tried_y(there)
     if y is None or not y.isfinite().all() or tried(there.vjp) is None:
         return None
-    search = _Search(there, rtol, atol, errors, budget)
+    search = _Search(there, limits, errors)
     numbers = (shared + step).sort().values
     found = search.between_leaves(numbers)
     if found is None or not search.learns_more_noise():
@@ -139,18 +139,14 @@ def _without_kinks(floor: Tensor) -> Tensor:
 class _Search:
     """The search at one float64 point."""
 
-    def __init__(
-        self, case: Case, rtol: float, atol: float, errors: Errors, budget: Budget
-    ) -> None:
+    def __init__(self, case: Case, limits: Limits, errors: Errors) -> None:
         y = case.apply()
         known = y.isfinite()
         self.finite = bool(known.all())
         self.partly = not self.finite and bool(known.any())
         if self.partly:
             case, self.finite = where_known(case, known), True
-        self.case = case
-        self.rtol, self.atol, self.errors = rtol, atol, errors
-        self.budget = budget
+        self.case, self.limits, self.errors = case, limits, errors
         self.gradients = case.gradients()
         self.evaluations = 0
         self.frozen = case.frozen
@@ -203,7 +199,7 @@ class _Search:
         noise = staircase_noise(self.case, _EPSILON, trials=2)
         if torch.equal(noise, self.noise):
             return False
-        self.noise, self.budget = noise, Budget(self.budget.seconds)
+        self.noise, self.limits = noise, replace(self.limits, start=time.monotonic())
         return True
 
     @cached_property
@@ -264,7 +260,7 @@ class _Search:
         for i, (ours, theirs) in enumerate(zip(self.gradients, references, strict=True)):
             if not ours.is_floating_point():
                 continue
-            allowed = self.atol + self.rtol * theirs.abs()
+            allowed = self.limits.slack(theirs)
             if ((excess(ours, theirs, allowed) <= 1) | self.frozen[i]).all():
                 self._score(ours, theirs)
                 continue  # the floors, which take more evaluations, are not needed
@@ -284,7 +280,7 @@ class _Search:
                     continue
                 return self._finding(i, position, other)
             found = self._entry_slope(i, position)
-            slack = self.rtol * abs(found.value) + self.atol
+            slack = self.limits.slack(found.value)
             if found.refutes(mine, slack):
                 if self._is_a_limit(found, i, position):
                     continue
@@ -326,7 +322,7 @@ class _Search:
                 (i, self._direction(i, 31 * i + trial, relative=trial != 1)) for i in self.examined
             ]
             for group in self._of_one_size(pairs):
-                if trial and self.budget.is_out_of_time:
+                if trial and self.limits.is_out_of_time:
                     break
                 if (found := self._wrong_among(group)) is not None:
                     return found
@@ -365,7 +361,7 @@ class _Search:
         numeric = slope(line)
         terms = [self.gradients[i] * v for i, v in group]
         derivative = math.fsum(float(x.sum()) for x in terms)
-        least = ALONE * self.rtol * min(float(x.norm()) for x in terms)
+        least = ALONE * self.limits.rtol * min(float(x.norm()) for x in terms)
         resolved = max(least, NEARLY * line.rounding(1.0))
         off = abs(derivative - numeric.value)
         return not numeric.jump and off + ESTIMATE * numeric.error <= resolved
@@ -400,7 +396,7 @@ class _Search:
         There is nothing to find where autograd finds the same gradients.
         """
         if self.autograd is not None and all(
-            (excess(ours, theirs, self.atol + self.rtol * theirs.abs()) <= 1).all()
+            (excess(ours, theirs, self.limits.slack(theirs)) <= 1).all()
             for ours, theirs in zip(self.gradients, self.autograd, strict=True)
         ):
             return None
@@ -450,7 +446,7 @@ class _Search:
             error = abs(derivative - numeric.value) / norm
             self.errors.differences = max(self.errors.differences, error)
         length = math.hypot(*(float(v.norm()) for _, v in moving))
-        slack = (1 if at_ties else NEGLIGIBLE) * self.rtol * norm + self.atol * length
+        slack = (1 if at_ties else NEGLIGIBLE) * self.limits.rtol * norm + self.limits.atol * length
         slack += SMALLEST * torch.finfo(torch.float64).tiny * length
         if numeric.refutes(derivative, slack) and not at_ties:
             # At a kink, a nudge moves all of an entry, which is no rounding of the sum over others.
@@ -489,7 +485,7 @@ class _Search:
         most = min(self.most, evaluations)
         self.evaluations = 0
         for i, position in self._some_entries():
-            if self.budget.is_spent(self.evaluations, most):
+            if self.limits.is_spent(self.evaluations, most):
                 return None
             found = self._refuted_entry(i, position)
             if found is not None:
@@ -502,7 +498,7 @@ class _Search:
         if not math.isfinite(ours) and self.extreme:
             return None
         found = self._entry_slope(i, position)
-        slack = self.rtol * abs(found.value) + self.atol
+        slack = self.limits.slack(found.value)
         if found.refutes(ours, slack):
             slack += float(self.floors[i].flatten()[position])
         if not found.refutes(ours, slack) or self._is_a_limit(found, i, position):
@@ -521,7 +517,7 @@ class _Search:
         if not (found.jump or is_tied):
             return False
         ours, *around = (float(g[i].flatten()[position]) for g in (self.gradients, *self.around))
-        slack = self.rtol * abs(ours) + self.atol
+        slack: float = self.limits.slack(ours)
         if not around or max(around) - min(around) <= slack:  # no kink, but for rounding
             return False
         return min(around) - slack <= ours <= max(around) + slack
@@ -548,9 +544,8 @@ class _Search:
         own, others = abs(float(leaf[position])), scale_of(leaf)
         size = max(own or others, SHORTEST)
         found = self._slope_by(i, position, size)
-        if size < others < _LONGER * size and not found.error <= NEGLIGIBLE * self.rtol * abs(
-            found.value
-        ):
+        is_exact = found.error <= NEGLIGIBLE * self.limits.rtol * abs(found.value)
+        if size < others < _LONGER * size and not is_exact:
             larger = self._slope_by(i, position, others)
             return larger if larger.affine else found
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import optree
 import torch
@@ -25,14 +25,13 @@ from funcnet.testing.check.laws import (
 )
 from funcnet.testing.check.precision import check_own_dtype, check_precision, computed_in
 from funcnet.testing.check.report import complete, name_the_guilty, wrong_gradient
-from funcnet.testing.check.search import Budget, find_wrong, find_wrong_at
+from funcnet.testing.check.search import Limits, find_wrong, find_wrong_at
 from funcnet.testing.errors import GradientMismatch, noted
 
 _IN_FLOAT64 = (
     "check_vjp: raised in float64, in which gradients are checked; check_function takes functions "
     "that have no float64"
 )
-_Examination: TypeAlias = Callable[[Case, float, float, Errors, Budget], None]
 
 
 def check_vjp(
@@ -97,35 +96,35 @@ def inspect_vjp(
     _refuse(layer, params, x)
     check_limits("check_vjp", rtol, atol, budget)
     case = make_case(layer, params, x, grad, key)
-    errors, limit = Errors(), Budget(budget)
-    _attempt(_examine, case, rtol, atol, errors, limit)
+    limits, errors = Limits(rtol, atol, budget), Errors()
+    _attempt(_examine, case, limits, errors)
     for there in beside_key(case):
-        _attempt(_examine, there, rtol, atol, errors, limit)
+        _attempt(_examine, there, limits, errors)
     for there in other_keys(case):
-        _attempt(_examine_gradient, there, rtol, atol, errors, limit)
+        _attempt(_examine_gradient, there, limits, errors)
     return errors
 
 
 def _attempt(
-    examine: _Examination, case: Case, rtol: float, atol: float, errors: Errors, budget: Budget
+    examine: Callable[[Case, Limits, Errors], None], case: Case, limits: Limits, errors: Errors
 ) -> None:
     """Examine a case, and complete the exception that says what is wrong."""
 
     def again(other: Case) -> None:
-        examine(other, rtol, atol, Errors(), budget)
+        examine(other, limits, Errors())
 
     try:
-        examine(case, rtol, atol, errors, budget)
+        examine(case, limits, errors)
     except GradientMismatch as mismatch:
         if mismatch.snippet is None:  # it has one if the layer calls check_vjp itself
             name_the_guilty(mismatch, case, again)
-            usual = (("rtol", rtol, 1e-6), ("atol", atol, 0.0))
-            limits = "".join(f", {name}={v!r}" for name, v, default in usual if v != default)
-            complete(mismatch, case, again, limits)
+            usual = (("rtol", limits.rtol, 1e-6), ("atol", limits.atol, 0.0))
+            unusual = "".join(f", {name}={v!r}" for name, v, default in usual if v != default)
+            complete(mismatch, case, again, unusual)
         raise
 
 
-def _examine(case: Case, rtol: float, atol: float, errors: Errors, budget: Budget) -> None:
+def _examine(case: Case, limits: Limits, errors: Errors) -> None:
     check_calls(case)
     double = case.double()
     with noted(_IN_FLOAT64):
@@ -146,7 +145,7 @@ def _examine(case: Case, rtol: float, atol: float, errors: Errors, budget: Budge
         with noted(_IN_FLOAT64):
             check_calls(double)  # rounding in the dtype of x may hide differences
     check_frozen(double)
-    found = find_wrong(double, rtol, atol, errors, budget)
+    found = find_wrong(double, limits, errors)
     if found is not None:
         raise wrong_gradient(found)
     beside = moved(double)
@@ -158,11 +157,11 @@ def _examine(case: Case, rtol: float, atol: float, errors: Errors, budget: Budge
         check_precision(case, double, errors)
 
 
-def _examine_gradient(case: Case, rtol: float, atol: float, errors: Errors, budget: Budget) -> None:
+def _examine_gradient(case: Case, limits: Limits, errors: Errors) -> None:
     """Examine the gradient at the case alone, in float64."""
     double = case.double()
     if computed_in(double, double.apply()) == torch.float64:
-        found = find_wrong_at(double, rtol, atol, errors, budget, thorough=False)
+        found = find_wrong_at(double, limits, errors, thorough=False)
         if found is not None:
             raise wrong_gradient(found)
 

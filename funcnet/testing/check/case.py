@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import optree
 import torch
@@ -14,6 +14,9 @@ from funcnet.keys import Key
 from funcnet.layer import Layer, Tree
 from funcnet.losses import Loss
 from funcnet.testing.errors import GradientMismatch
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _Result = TypeVar("_Result")
 
@@ -85,7 +88,7 @@ class Case:
         counts = {len(leaf) if leaf.ndim else None for leaf in leaves}
         return counts.pop() if len(counts) == 1 and not self.is_loss else None
 
-    def at(self, leaves: Sequence[Tensor], grad: Tensor | None = None) -> Case:
+    def at(self, leaves: Sequence[Tensor], grad: Tensor | None = None) -> Self:
         """The same case with other leaves, and another grad if given."""
         params, x = optree.tree_structure(self.params), optree.tree_structure(self.x)
         return replace(
@@ -95,20 +98,20 @@ class Case:
             grad=self.grad if grad is None else grad,
         )
 
-    def with_x(self, change: Callable[[Tensor], Tensor], grad: Tensor | None = None) -> Case:
+    def with_x(self, change: Callable[[Tensor], Tensor], grad: Tensor | None = None) -> Self:
         """The same case with every leaf of x changed, and another grad if given."""
         x = optree.tree_map(change, self.x)
         return replace(self, x=x, grad=self.grad if grad is None else grad)
 
-    def double(self) -> Case:
+    def double(self) -> Self:
         """A contiguous copy in float64, on the CPU if the device has no float64."""
         return self._changed(_double)
 
-    def to(self, dtype: torch.dtype) -> Case:
+    def to(self, dtype: torch.dtype) -> Self:
         """The case with all floating-point tensors in a dtype."""
         return self._changed(lambda x: x.to(dtype) if x.is_floating_point() else x)
 
-    def _changed(self, change: Callable[[Tensor], Tensor]) -> Case:
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Self:
         return self.at([change(leaf) for leaf in self.leaves], change(self.grad))
 
     def fwd(self) -> Any:
@@ -180,7 +183,7 @@ class LossCase(Case):
     def inputs(self) -> dict[str, Any]:
         return {"x": self.x, **_tensors(named_leaves(target=self.target)), "grad": self.grad}
 
-    def with_target(self, change: Callable[[Tensor], Tensor]) -> LossCase:
+    def with_target(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same case with another target: each tensor in it changed."""
         return replace(
             self,
@@ -189,10 +192,8 @@ class LossCase(Case):
             ),
         )
 
-    def _changed(self, change: Callable[[Tensor], Tensor]) -> Case:
-        there = super()._changed(change)
-        assert isinstance(there, LossCase)
-        return there.with_target(change)
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return super()._changed(change).with_target(change)
 
     def fwd(self) -> Any:
         return self.layer.fwd(self.x, self.target)

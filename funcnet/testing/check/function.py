@@ -304,9 +304,8 @@ def _examine(case: FunctionCase, limits: Limits) -> None:
         check_precision(case, double, Errors())
 
 
-def _computed_in(double: Case) -> torch.dtype:
+def _computed_in(double: FunctionCase) -> torch.dtype:
     """The dtype that a function of float64 computes in."""
-    assert isinstance(double, FunctionCase)
     with torch.no_grad():
         coarsest = max((y.dtype for y in double.outputs()), key=lambda d: torch.finfo(d).eps)
     return computed_in(double, double.apply()) if coarsest == torch.float64 else coarsest
@@ -343,7 +342,6 @@ def _check_no_state(case: FunctionCase, gradients: Leaves) -> None:
     def run_beside() -> None:
         for change in (other_numbers, unlike):
             other = case.at([change(leaf) for leaf in case.leaves])
-            assert isinstance(other, FunctionCase)
             tried(partial(other.gradients_later, everything, parts))
 
     run_beside()
@@ -420,9 +418,7 @@ def _check_in_own_dtype(case: FunctionCase, dtype: torch.dtype) -> None:
     """Check a function that computes in another dtype than float64."""
     expect_something("check_function", case, case.apply())
     if torch.finfo(dtype).eps < torch.finfo(case.dtype).eps:  # it computes in float32 inside
-        finer = case.to(dtype)
-        assert isinstance(finer, FunctionCase)
-        _check_in_own_dtype(finer, dtype)
+        _check_in_own_dtype(case.to(dtype), dtype)
         check_precision(case, case.double(), Errors())
         return
     if case.by_reference is None:

@@ -10,7 +10,7 @@ import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import torch
 
@@ -127,10 +127,10 @@ class Checkpoints(Hyperparameters):
 
     def _is_whole(self, path: Path) -> bool:
         """Return whether every bit of a file is right."""
-        verified: dict[Path, tuple[_Fingerprint | None, bool]] = self.__dict__.get("_verified", {})
+        verified: dict[Path, tuple[tuple[int, ...], bool]] = self.__dict__.get("_verified", {})
         try:
             fingerprint = _fingerprint(path)
-            known, whole = verified.get(path, (None, False))
+            known, whole = verified.get(path, ((), False))
             if known != fingerprint:
                 whole = _matches_its_checksums(path)
                 self._remember(path, fingerprint, whole)
@@ -138,10 +138,11 @@ class Checkpoints(Hyperparameters):
             return False
         return whole
 
-    def _remember(self, path: Path, fingerprint: _Fingerprint, whole: bool) -> None:
+    def _remember(self, path: Path, fingerprint: tuple[int, ...], whole: bool) -> None:
         """Remember, outside of ==, hash, repr and pickle, whether a file was whole."""
         # A file that was written a moment ago may change once more at the same time of its clock.
-        if time.time_ns() - fingerprint.modified > _TICK:
+        modified, *_ = fingerprint
+        if time.time_ns() - modified > _TICK:
             self.__dict__.setdefault("_verified", {})[path] = (fingerprint, whole)
 
     def _files(self) -> list[tuple[int, Path]]:
@@ -170,24 +171,14 @@ def _decoded(structure: Node, tensors: dict[str, torch.Tensor], like: Tree) -> T
     return decode(structure, tensors)
 
 
-class _Fingerprint(NamedTuple):
-    """Numbers that the file system changes when a file changes."""
-
-    device: int
-    number: int
-    size: int
-    modified: int
-    changed: int
-
-
 _TICK = 3 * 10**9
 """More than the nanoseconds by which file systems round times."""
 
 
-def _fingerprint(path: Path) -> _Fingerprint:
+def _fingerprint(path: Path) -> tuple[int, ...]:
+    """Numbers that change when a file changes, the time of its last write first."""
     status = path.stat()
-    numbers = status.st_dev, status.st_ino, status.st_size
-    return _Fingerprint(*numbers, status.st_mtime_ns, status.st_ctime_ns)
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino, status.st_dev
 
 
 def _matches_its_checksums(path: Path) -> bool:

@@ -205,8 +205,8 @@ CHECKPOINT = (
         ),
         Row(
             "fresh-files-are-remembered",
-            "if time.time_ns() - fingerprint.modified > _TICK:",
-            "if fingerprint.modified:",
+            "if time.time_ns() - modified > _TICK:",
+            "if modified:",
             "a file may change twice at one time of its clock",
         ),
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -72,7 +72,7 @@ class Case:
     def inputs(self) -> dict[str, Any]:
         """Every tensor among the arguments, by name. A layer may have put other things there."""
         named = dict(zip(self.names, self.leaves, strict=True))
-        return {**_tensors(named), "grad": self.grad}
+        return {**tensors_of(named), "grad": self.grad}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -181,7 +181,7 @@ class LossCase(Case):
 
     @property
     def inputs(self) -> dict[str, Any]:
-        return {"x": self.x, **_tensors(named_leaves(target=self.target)), "grad": self.grad}
+        return {"x": self.x, **tensors_of(named_leaves(target=self.target)), "grad": self.grad}
 
     def with_target(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same case with another target: each tensor in it changed."""
@@ -245,7 +245,7 @@ def named_leaves(**trees: Any) -> dict[str, Any]:
     }
 
 
-def _tensors(named: dict[str, Any]) -> dict[str, Tensor]:
+def tensors_of(named: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
 

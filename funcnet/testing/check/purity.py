@@ -14,7 +14,7 @@ from torch import Tensor
 
 from funcnet.compat import version
 from funcnet.ops.inplace import is_expanded
-from funcnet.testing.check.case import Case, Leaves
+from funcnet.testing.check.case import Case, Leaves, tensors_of
 from funcnet.testing.errors import GradientMismatch
 from funcnet.testing.layouts import bits
 
@@ -25,7 +25,7 @@ def pure(
     case: Case, who: str, call: Callable[[], _Result], extra: dict[str, Tensor] | None = None
 ) -> _Result:
     """Return `call()`. Raise GradientMismatch if it changes an input, or a tensor in `extra`."""
-    tensors = _tensors({**case.inputs, **(extra or {})})
+    tensors = tensors_of({**case.inputs, **(extra or {})})
     before = {name: (_description(x), bits(x)) for name, x in tensors.items()}
     trees = {name: optree.tree_flatten(getattr(case, name)) for name in ("params", "x")}
     states = _random_states(case)
@@ -41,10 +41,6 @@ def pure(
         if structure != structure_before or not all(map(operator.is_, leaves, leaves_before)):
             raise GradientMismatch(f"{who}: changes the tree of {name} that it was handed")
     return result
-
-
-def _tensors(named: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: x for name, x in named.items() if isinstance(x, Tensor)}
 
 
 def _description(x: Tensor) -> tuple[Any, ...]:
@@ -140,7 +136,7 @@ def _expect_outside(name: str, result: Tensor, owners: Mapping[int, str], why: s
 
 def _owners(tensors: Mapping[str, Any]) -> dict[int, str]:
     """The names of tensors by their storage."""
-    return {_storage(x): name for name, x in _tensors(tensors).items() if x.numel()}
+    return {_storage(x): name for name, x in tensors_of(tensors).items() if x.numel()}
 
 
 def _storage(x: Tensor) -> int:

@@ -35,9 +35,8 @@ def pure(
         description, old = before[name]
         if _description(x) != description or not torch.equal(bits(x), old):
             raise GradientMismatch(f"{who}: writes to {name}, a tensor that it was handed")
-    for name, tree in (("params", case.params), ("x", case.x)):
-        leaves_before, structure_before = trees[name]
-        leaves, structure = optree.tree_flatten(tree)
+    for name, (leaves_before, structure_before) in trees.items():
+        leaves, structure = optree.tree_flatten(getattr(case, name))
         if structure != structure_before or not all(map(operator.is_, leaves, leaves_before)):
             raise GradientMismatch(f"{who}: changes the tree of {name} that it was handed")
     return result

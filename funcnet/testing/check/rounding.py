@@ -208,14 +208,15 @@ def _nudged_gradients(
     case: Case, epsilon: float, trials: int, by: Callable[[Case], Leaves]
 ) -> list[Leaves]:
     """The gradients, and those of nudged inputs and of nudged residuals, a few times."""
-    residuals = case.fwd()[1] if by is Case.gradients else None
+    residuals: Any = case.fwd()[1] if by is Case.gradients else None
 
     def results(there: Case, kept: Any) -> Leaves:
         return [*by(there), *(case.flat(there.bwd(kept)) if by is Case.gradients else [])]
 
     found = [results(case, residuals)]
     for trial in range(trials):
-        kept = _nudge_tree(residuals, epsilon, 1000 + trial)
+        alike = partial(_nudged_alike, epsilon=epsilon, seed=1000 + trial)
+        kept = optree.tree_map(alike, residuals)
         there = tried(partial(results, nudge(case, epsilon, trial), kept))
         found += [] if there is None else [there]
     return found
@@ -254,15 +255,11 @@ def nudge(case: Case, epsilon: float, trial: int) -> Case:
     return case.at(leaves, grad)
 
 
-def _nudge_tree(tree: Any, epsilon: float, seed: int) -> Any:
-    """Nudge residuals so that equal numbers stay equal, and whole ones, which may count, whole.
+def _nudged_alike(x: Any, epsilon: float, seed: int) -> Any:
+    """Nudge a residual so that equal numbers stay equal, and whole ones, which may count, whole.
 
     `x == y` says where a maximum was, a mask of ones what was kept: such jumps are no rounding.
     """
-    return optree.tree_map(lambda x: _nudged_alike(x, epsilon, seed), tree)
-
-
-def _nudged_alike(x: Any, epsilon: float, seed: int) -> Any:
     if not _is_floating(x):
         return x
     exact = x.detach().cpu().double()

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from funcnet.layer import Shape
 from funcnet.layers import (
     ELU,
     GELU,
@@ -38,10 +35,6 @@ class _Hardsigmoid(nn.Hardsigmoid):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu6(x + 3) / 6 if x.dtype == torch.float64 else F.hardsigmoid(x)
-
-
-def _hardsigmoid(layer: Any, shape: Shape) -> nn.Module:
-    return _Hardsigmoid()
 
 
 ROWS = (
@@ -88,7 +81,7 @@ ROWS = (
     Row(ELU, ((ELU(), (3, 4)), (ELU(alpha=-1.5), (4,))), twin=same_name),
     Row(SELU, ((SELU(), (3, 4)),), twin=same_name),
     Row(Hardswish, ((Hardswish(), (3, 4)),), twin=same_name),
-    Row(Hardsigmoid, ((Hardsigmoid(), (3, 4)),), twin=_hardsigmoid),
+    Row(Hardsigmoid, ((Hardsigmoid(), (3, 4)),), twin=lambda *_: _Hardsigmoid()),
     Row(LogSigmoid, ((LogSigmoid(), (3, 4)),), twin=same_name),
     Row(Softsign, ((Softsign(), (3, 4)),), twin=same_name),
     Row(

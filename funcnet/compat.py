@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -151,20 +152,10 @@ def in_turn(name: str, xs: list[Tensor], *others: Any, **numbers: float) -> list
     return [operation(*row, **numbers) for row in zip(xs, *columns, strict=True)]
 
 
-def _new(name: str) -> Callable[..., Any]:
-    def one_by_one(xs: list[Tensor], *others: Any, **numbers: float) -> list[Tensor]:
-        return in_turn(name, xs, *others, **numbers)
-
-    return named(f"_foreach_{name}", one_by_one)  # type: ignore[no-any-return]
-
-
-def _write(name: str) -> Callable[..., Any]:
-    def one_by_one(xs: list[Tensor], *others: Any, **numbers: float) -> None:
-        results = in_turn(name, xs, *others, **numbers)
-        for x, result in zip(xs, results, strict=True):
-            x.copy_(result)
-
-    return named(f"_foreach_{name}_", one_by_one)  # type: ignore[no-any-return]
+def _write_in_turn(name: str, xs: list[Tensor], *others: Any, **numbers: float) -> None:
+    results = in_turn(name, xs, *others, **numbers)
+    for x, result in zip(xs, results, strict=True):
+        x.copy_(result)
 
 
 def norms_in_turn(xs: list[Tensor], order: float, dtype: torch.dtype) -> list[Tensor]:
@@ -173,8 +164,8 @@ def norms_in_turn(xs: list[Tensor], order: float, dtype: torch.dtype) -> list[Te
 
 _OPERATIONS = ("add", "addcdiv", "addcmul", "div", "lerp", "maximum", "mul", "neg", "sqrt")
 
-foreach = {name: _new(name) for name in _OPERATIONS}
-foreach_ = {name: _write(name) for name in _OPERATIONS}
+foreach = {name: named(f"_foreach_{name}", partial(in_turn, name)) for name in _OPERATIONS}
+foreach_ = {name: named(f"_foreach_{name}_", partial(_write_in_turn, name)) for name in _OPERATIONS}
 """The same, written into the first list."""
 
 foreach_norm: Callable[..., Sequence[Tensor]] = named("_foreach_norm", norms_in_turn)
@@ -301,10 +292,7 @@ returns_old_memory: Callable[[Any], bool] = (
 """Whether what an operator returns may be a view, or memory that it was handed."""
 
 
-def _register_nothing(*of_class: Any) -> None:
-    """Leave a class out: torch's functions on trees take its instances for leaves."""
-
-
 register_pytree_node: Callable[..., None] = named(
-    "utils._pytree.register_pytree_node", _register_nothing
+    "utils._pytree.register_pytree_node", lambda *of_class: None
 )
+"""Without it, torch's functions on trees take the instances of a class for leaves."""

@@ -16,7 +16,7 @@ sum of theirs, so the gradients are formed and added up before the norm is taken
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import optree
@@ -111,7 +111,8 @@ class _OfExamples:
         check_uncoupled(self._name, self.net)
 
     def __repr__(self) -> str:
-        return f"{self._name}({self.net!r}, {self.loss!r})"
+        arguments = (repr(getattr(self, f.name)) for f in fields(self))
+        return f"{self._name}({', '.join(arguments)})"
 
     def _forward(self, params: Tree, x: Tensor, target: Any, key: Key | None) -> _Passes:
         check_batch(self._name, x, target)
@@ -167,9 +168,6 @@ class ClippedValueAndGrad(_OfExamples):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_max_norm(self._name, self.max_norm)
-
-    def __repr__(self) -> str:
-        return f"{self._name}({self.net!r}, {self.loss!r}, {self.max_norm!r})"
 
     def __call__(
         self, params: Tree, x: Tensor, target: Any, key: Key | None = None

@@ -71,10 +71,7 @@ class Cast(Wrapper):
         return dparams, None if dx is None else dx.to(dy.dtype)
 
     def _cast(self, tree: Tree) -> Tree:
-        def cast(x: Tensor) -> Tensor:
-            return x.to(self.dtype) if x.is_floating_point() else x
-
-        return optree.tree_map(cast, tree)
+        return optree.tree_map(lambda x: x.to(self.dtype) if x.is_floating_point() else x, tree)
 
     def _describe(self) -> str:
         return f"Cast({name_of(self.layer)}, {self.dtype})"

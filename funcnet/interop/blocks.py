@@ -145,12 +145,8 @@ class Cast(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y in x's dtype, or in `out`."""
-        y: Tensor
-        if self.out is not None:
-            y = self.layer(x)
-            return y.to(self.out)
-        y = self.layer(x.to(self.dtype))
-        return y.to(x.dtype)
+        y: Tensor = self.layer(x.to(self.dtype) if self.out is None else x)
+        return y.to(self.out or x.dtype)
 
     def extra_repr(self) -> str:
         """Return the dtype."""

@@ -377,17 +377,9 @@ class _Search:
                 v = direction(values, 57 + i, relative=True)[which]
             else:
                 v = torch.full_like(leaf, max(scale_of(leaf), SHORTEST))
-            v = v.masked_fill(self.still[i], 0.0)
-            directions = self._only((i, v))
-            taylor = self._refuted(directions, at_ties=True)
-            if taylor is not None:
-                numeric = slope(self._line(directions)).value
-                along = float((self.gradients[i] * v).sum())
-                reference = None if self.autograd is None else self.autograd[i]
-                floor = self.floors[i]
-                return Finding(
-                    self.case, i, None, self.gradients, numeric, floor, reference, taylor, along
-                )
+            found = self._wrong_along((i, v.masked_fill(self.still[i], 0.0)))
+            if found is not None:
+                return replace(found, reference=None if self.autograd is None else self.autograd[i])
         return None
 
     def between_leaves(self, numbers: Tensor) -> Finding | None:
@@ -403,8 +395,12 @@ class _Search:
         values = direction(numbers, 67, relative=True)
         moving = [(i, self._alike(i, numbers, values)) for i in self.examined]
         moving = [(i, v) for i, v in moving if v.any()]
+        return self._wrong_along(*moving) if moving else None
+
+    def _wrong_along(self, *moving: LeafDirection) -> Finding | None:
+        """The finding that leaves are wrong along a direction that moves equal entries alike."""
         directions = self._only(*moving)
-        taylor = self._refuted(directions, at_ties=True) if moving else None
+        taylor = self._refuted(directions, at_ties=True)
         if taylor is None:
             return None
         (i, *beside), numeric = [i for i, _ in moving], slope(self._line(directions)).value
@@ -452,15 +448,13 @@ class _Search:
             # At a kink, a nudge moves all of an entry, which is no rounding of the sum over others.
             floors = ((_without_kinks(self.floors[i]) * v).norm() for i, v in moving)
             slack += math.hypot(*map(float, floors))
-        refuted = numeric.refutes(derivative, slack)
-        if not (refuted or (record and not numeric.jump)):
+        if not numeric.refutes(derivative, slack):
+            if record and not numeric.jump:
+                taylor = taylor_slope(line, derivative)
+                self.errors.taylor = min(self.errors.taylor, math.inf if taylor is None else taylor)
             return None
-        if refuted and not by_taylor:
+        if not by_taylor:
             return 0.0
-        if not refuted:
-            taylor = taylor_slope(line, derivative)
-            self.errors.taylor = min(self.errors.taylor, math.inf if taylor is None else taylor)
-            return None
         # Away from kinks a wrong derivative shows in Taylor's remainder too.
         taylor = taylor_slope(line, derivative, _MANY_HALVINGS)
         return taylor if taylor is not None and taylor < WRONG_POWER else None

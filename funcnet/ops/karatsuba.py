@@ -110,7 +110,9 @@ def gradients(
         dfactors: list[Tensor] = []
         along_width = zip(_factors(rows, -1), kernels, _gather(dy, -1), strict=True)
         for factor, kernel, dz in along_width:
-            dkernel, dfactor = _product_gradients(factor, kernel, dz, need)
+            dkernel, dfactor = pixelwise.gradients(  # dkernel (e·k·O, C)
+                native.layout(factor), kernel.flatten(0, 2), dz.flatten(1, 3), need
+            )
             if dkernel is not None:
                 dkernels.append(dkernel)
             if dfactor is not None:
@@ -145,14 +147,6 @@ def _products(factor: Tensor, kernel: Tensor) -> Tensor:
     """z (N, e, k, O, H, W) of a factor (N, C, H, W) and its kernels (e, k, O, C)."""
     z = pixelwise.convolve(native.layout(factor), kernel.flatten(0, 2))
     return torch.unflatten(z, 1, kernel.shape[:3])
-
-
-def _product_gradients(
-    factor: Tensor, kernel: Tensor, dz: Tensor, need: Need
-) -> tuple[Tensor | None, Tensor | None]:
-    """(dkernel (e·k·O, C), dfactor)."""
-    factor, kernel, dz = native.layout(factor), kernel.flatten(0, 2), dz.flatten(1, 3)
-    return pixelwise.gradients(factor, kernel, dz, need)
 
 
 def _factors(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:

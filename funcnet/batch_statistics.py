@@ -122,7 +122,7 @@ def for_inference(net: Layer, params: Tree, m: Tree, fold: bool = True) -> tuple
         raise TypeError(f"for_inference: expected fold to be True or False, got {shown(fold)}")
     learned = (leaf for leaf in optree.tree_leaves(params) if isinstance(leaf, Tensor))
     like = next((leaf for leaf in learned if leaf.is_floating_point()), None)
-    return _Inference(fold, like).of(net, params, m, "")
+    return _inferred(net, params, m, "", fold, like)
 
 
 # --- Measuring
@@ -230,45 +230,35 @@ def _merged_moments(m: Moments, other: Moments) -> Moments:
 # --- Inference
 
 
-@dataclass(frozen=True)
-class _Inference:
-    """Makes layers for inference; `like` is a parameter of the network, if it has any."""
-
-    fold: bool
-    like: Tensor | None
-
-    def of(self, layer: Layer, params: Tree, m: Tree, path: str) -> tuple[Layer, Tree]:
-        """(layer, params) without `BatchNorm`."""
-        if isinstance(layer, BatchNorm):
-            scale, shift = _scale_and_shift(layer, params, m, path)
-            like = m[1] if self.like is None else self.like
-            return ChannelAffine(), {"weight": scale.to(like), "bias": shift.to(like)}
-        children = layer._children()
-        names = layer._param_names(params)
-        _check_trees(layer, names, params, m, path)
-        in_sequence = self.fold and _composes(layer)
-        made: list[tuple[str, Layer, Tree]] = []
-        parts = zip(names, children, _parts(params, names), _parts(m, names), strict=True)
-        for name, (place, child), own, found in parts:
-            where = path + layer._path_step(place)
-            if (
-                isinstance(child, BatchNorm)
-                and made
-                and in_sequence
-                and _absorbs(made[-1][1], found)
-            ):
-                scale, shift = _scale_and_shift(child, own, found, where)
-                into, last, of_last = made.pop()
-                made.append((into, *_folded(last, of_last, scale, shift, where)))
-            else:
-                made.append((name, *self.of(child, own, found, where)))
-        layers, kept = [child for _, child, _ in made], [name for name, _, _ in made]
-        if same(layers, [child for _, child in children]):
-            return layer, params
-        params = _whole(params, kept, [part for _, _, part in made])
-        if isinstance(layer, Several):
-            return layer._with(tuple(layers), tuple(kept) if layer.names else ()), params
-        return layer._with_children(layers), params
+def _inferred(
+    layer: Layer, params: Tree, m: Tree, path: str, fold: bool, like: Tensor | None
+) -> tuple[Layer, Tree]:
+    """(layer, params) without `BatchNorm`. `like` is a parameter of the network, if it has any."""
+    if isinstance(layer, BatchNorm):
+        scale, shift = _scale_and_shift(layer, params, m, path)
+        like = m[1] if like is None else like
+        return ChannelAffine(), {"weight": scale.to(like), "bias": shift.to(like)}
+    children = layer._children()
+    names = layer._param_names(params)
+    _check_trees(layer, names, params, m, path)
+    in_sequence = fold and _composes(layer)
+    made: list[tuple[str, Layer, Tree]] = []
+    parts = zip(names, children, _parts(params, names), _parts(m, names), strict=True)
+    for name, (place, child), own, found in parts:
+        where = path + layer._path_step(place)
+        if isinstance(child, BatchNorm) and made and in_sequence and _absorbs(made[-1][1], found):
+            scale, shift = _scale_and_shift(child, own, found, where)
+            into, last, of_last = made.pop()
+            made.append((into, *_folded(last, of_last, scale, shift, where)))
+        else:
+            made.append((name, *_inferred(child, own, found, where, fold, like)))
+    layers, kept = [child for _, child, _ in made], [name for name, _, _ in made]
+    if same(layers, [child for _, child in children]):
+        return layer, params
+    params = _whole(params, kept, [part for _, _, part in made])
+    if isinstance(layer, Several):
+        return layer._with(tuple(layers), tuple(kept) if layer.names else ()), params
+    return layer._with_children(layers), params
 
 
 def _composes(layer: Layer) -> bool:

@@ -76,7 +76,7 @@ def gradients(
     """(dweight, dx), None where it is not needed."""
     if _has_right_kernels(x, weight, grad, window):
         sizes = window.stride, window.both, window.dilation, window.groups
-        return native.run_backward(x, weight, grad, need, *sizes)
+        return native.run_backward(x, weight, grad, need, sizes)
     grad = native.layout(grad)
     much = _MUCH_STRIDED if window.is_strided else _MUCH
     multiplications = len(grad) * math.prod(grad.shape[2:]) * weight.numel()

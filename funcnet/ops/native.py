@@ -10,6 +10,7 @@ up to ten times as fast: measured on an AMD EPYC (Zen 4), from 1 to 8, 32 and 64
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,9 @@ _backward = torch.ops.aten.convolution_backward.default
 _CONVOLUTIONS = {4: F.conv2d, 5: F.conv3d}
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 """By the number of x's axes."""
+
+Sizes: TypeAlias = tuple[Ints, Ints, Ints, int]
+"""Stride, padding, dilation and groups, as PyTorch's kernels take them."""
 
 
 def layout(x: Tensor) -> Tensor:
@@ -159,7 +163,7 @@ def gradients(
         both = (0, *both[1:])
     padded = _padded(x, window, both)
     sizes = window.stride, both, window.dilation, window.groups
-    dweight, dx = kernel_gradients(padded, weight, grad, need, *sizes)
+    dweight, dx = kernel_gradients(padded, weight, grad, need, sizes)
     if dx is not None and padded is not x:
         dx = pad(dx, [-side for side in _sides_beyond(window, both)])
     return dweight, dx
@@ -180,39 +184,25 @@ def _starts_far_before(x: Tensor, window: Window) -> bool:
 
 
 def kernel_gradients(
-    x: Tensor,
-    weight: Tensor,
-    grad: Tensor,
-    need: Need,
-    stride: Ints = (1, 1),
-    padding: Ints = (0, 0),
-    dilation: Ints = (1, 1),
-    groups: int = 1,
+    x: Tensor, weight: Tensor, grad: Tensor, need: Need, sizes: Sizes = ((1, 1), (0, 0), (1, 1), 1)
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dx) of a convolution, by PyTorch's backward kernels."""
     if _is_narrow(x):
-        sizes = stride, padding, dilation, groups
-        dweight, dx = kernel_gradients(x.float(), weight.float(), grad.float(), need, *sizes)
+        dweight, dx = kernel_gradients(x.float(), weight.float(), grad.float(), need, sizes)
         return cast(dweight, x.dtype), cast(dx, x.dtype)
     if _needs_second_channel(x):
         both = _with_second_channel(x), _with_second_channel(weight)
-        dweight, dx = kernel_gradients(*both, grad, need, stride, padding, dilation)
+        dweight, dx = kernel_gradients(*both, grad, need, sizes)
         first = None if dweight is None else dweight[:, :1].contiguous()
         return first, None if dx is None else dx[:, :1].contiguous()
-    return run_backward(x, weight, grad, need, stride, padding, dilation, groups)
+    return run_backward(x, weight, grad, need, sizes)
 
 
 def run_backward(
-    x: Tensor,
-    weight: Tensor,
-    grad: Tensor,
-    need: Need,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-    groups: int,
+    x: Tensor, weight: Tensor, grad: Tensor, need: Need, sizes: Sizes
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dx) of a convolution, by PyTorch's backward kernels in x's dtype and layout."""
+    stride, padding, dilation, groups = sizes
     # Volumes of one channel are row-major, and PyTorch would lay grad out anew.
     is_flat = x.ndim == 5 and x.shape[1] == 1
     dx, dweight, _ = _backward(

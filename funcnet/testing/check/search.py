@@ -306,13 +306,9 @@ class _Search:
     def _is_wrong_over_all_leaves(self) -> bool:
         """Move all leaves at once: most right gradients need no more than this."""
         for trial in range(2):
-            directions: list[Tensor | None] = [None] * len(self.case.leaves)
-            for i in self.examined:
-                directions[i] = self._direction(i, 977 * trial + i, relative=not trial)
-            if (
-                self.examined
-                and self._refuted(directions, record=True, by_taylor=False) is not None
-            ):
+            seed = 977 * trial
+            moving = [(i, self._direction(i, seed + i, relative=not trial)) for i in self.examined]
+            if moving and self._refuted(*moving, record=True, by_taylor=False) is not None:
                 return True
         return False
 
@@ -336,7 +332,7 @@ class _Search:
             half = len(group) // 2
             return self._wrong_among(group[:half]) or self._wrong_among(group[half:])
         ((i, v),) = group
-        taylor = self._refuted(self._only((i, v)), record=True)
+        taylor = self._refuted((i, v), record=True)
         return None if taylor is None else self._halve(i, v, taylor)
 
     def _of_one_size(self, pairs: list[LeafDirection]) -> Iterator[list[LeafDirection]]:
@@ -357,7 +353,7 @@ class _Search:
         It has to resolve what counts in the smallest of them, or nearly what steps of each alone
         could: all of them have y's rounding.
         """
-        line = self._line(self._only(*group))
+        line = self._line(*group)
         numeric = slope(line)
         terms = [self.gradients[i] * v for i, v in group]
         derivative = math.fsum(float(x.sum()) for x in terms)
@@ -399,11 +395,10 @@ class _Search:
 
     def _wrong_along(self, *moving: LeafDirection) -> Finding | None:
         """The finding that leaves are wrong along a direction that moves equal entries alike."""
-        directions = self._only(*moving)
-        taylor = self._refuted(directions, at_ties=True)
+        taylor = self._refuted(*moving, at_ties=True)
         if taylor is None:
             return None
-        (i, *beside), numeric = [i for i, _ in moving], slope(self._line(directions)).value
+        (i, *beside), numeric = [i for i, _ in moving], slope(self._line(*moving)).value
         along = math.fsum(float((self.gradients[i] * v).sum()) for i, v in moving)
         found = Finding(self.case, i, None, self.gradients, numeric, self.floors[i])
         return replace(found, taylor=taylor, along=along, beside=tuple(beside))
@@ -420,8 +415,7 @@ class _Search:
 
     def _refuted(
         self,
-        directions: list[Tensor | None],
-        *,
+        *moving: LeafDirection,
         record: bool = False,
         by_taylor: bool = True,
         at_ties: bool = False,
@@ -431,8 +425,7 @@ class _Search:
         It is 0 there without `by_taylor`, which a direction over many right entries may blur.
         `at_ties` says that nudges break ties, so that the rounding that they show is none.
         """
-        line = self._line(directions)
-        moving = [(i, v) for i, v in enumerate(directions) if v is not None]
+        line = self._line(*moving)
         terms = torch.cat([(self.gradients[i] * v).flatten() for i, v in moving])
         derivative, norm = float(terms.sum()), float(terms.norm())
         if not math.isfinite(derivative) and self.extreme:
@@ -466,7 +459,7 @@ class _Search:
             for half in positions.tensor_split(2):
                 part = torch.zeros_like(v).flatten()
                 part[half] = v.flatten()[half]
-                if self._refuted(self._only((i, part.reshape(v.shape)))) is not None:
+                if self._refuted((i, part.reshape(v.shape))) is not None:
                     positions = half
                     break
             else:
@@ -547,19 +540,16 @@ class _Search:
     def _slope_by(self, i: int, position: int, size: float) -> Slope:
         v = torch.zeros_like(self.case.leaves[i]).flatten()
         v[position] = size
-        line = self._line(self._only((i, v.reshape(self.case.leaves[i].shape))), size)
+        line = self._line((i, v.reshape(self.case.leaves[i].shape)), length=size)
         found = slope(line)
         self.evaluations += line.evaluations
         return found
 
-    def _only(self, *moving: LeafDirection) -> list[Tensor | None]:
-        """The direction that moves these leaves alone."""
+    def _line(self, *moving: LeafDirection, length: float = 1.0) -> Line:
+        """y along the direction that moves these leaves alone."""
         directions: list[Tensor | None] = [None] * len(self.case.leaves)
         for i, v in moving:
             directions[i] = v
-        return directions
-
-    def _line(self, directions: list[Tensor | None], length: float = 1.0) -> Line:
         return Line(self.case, directions, self.noise, length)
 
     def _finding(

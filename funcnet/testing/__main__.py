@@ -93,14 +93,10 @@ def _import(module: str, parser: argparse.ArgumentParser) -> None:
 
 def _known() -> dict[str, Callable[..., strategies.Strategy[Any]]]:
     """A function that makes the strategy for cases, for the name of each layer and loss."""
-    layers: dict[str, strategies.Strategy[Any]] = {
-        **{cls.__name__: strategies.layers(cls) for cls in REGISTRY},
-        "Sequential": _networks(),
-    }
-    losses = {cls.__name__: strategies.losses(cls) for cls in LOSSES}
     return {
-        **{name: partial(strategies.cases, drawn) for name, drawn in layers.items()},
-        **{name: partial(strategies.loss_cases, drawn) for name, drawn in losses.items()},
+        **{cls.__name__: partial(strategies.cases, strategies.layers(cls)) for cls in REGISTRY},
+        "Sequential": partial(strategies.cases, _networks()),
+        **{cls.__name__: partial(strategies.loss_cases, strategies.losses(cls)) for cls in LOSSES},
     }
 
 

@@ -126,11 +126,8 @@ def _check_gradients(case: Case, who: str, result: Any, without: str = "") -> Le
         raise GradientMismatch(
             f"{who}: expected {name} with the tree of {of}, {expected}, got {got}"
         )
-    of_params, of_x = case.parts((dparams, dx))
-    gradients = [
-        *([] if without == "param_grad" else of_params or ()),
-        *([] if without == "input_grad" else of_x or ()),
-    ]
+    parts = zip(("param_grad", "input_grad"), case.parts((dparams, dx)), strict=True)
+    gradients = [leaf for need, part in parts if need != without for leaf in part or ()]
     asked = {"input_grad": slice(case.first_of_x), "param_grad": slice(case.first_of_x, None)}
     chosen = asked.get(without, slice(None))
     for name, leaf, gradient in zip(

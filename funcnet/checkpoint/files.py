@@ -166,9 +166,7 @@ def load(
 
 
 def load_model(
-    path: _Path,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    path: _Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> tuple[Layer, Tree]:
     """Return the network and the parameters in a file of `save_model`.
 

@@ -125,13 +125,7 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 
 def batch_norm_gradients(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    need: Need,
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, eps: float, need: Need
 ) -> Gradients:
     mask = need.input, *(need.params and weight is not None,) * 2
     if not x.numel():

@@ -35,13 +35,7 @@ def convolve(
 
 
 def gradients(
-    x: Tensor,
-    weight: Tensor,
-    grad: Tensor,
-    scale: Pair,
-    window: Window,
-    method: str,
-    need: Need,
+    x: Tensor, weight: Tensor, grad: Tensor, scale: Pair, window: Window, method: str, need: Need
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dx), None where it is not needed."""
     chosen = implementation(x, weight, scale, window, method, backward=True)
@@ -52,12 +46,7 @@ def gradients(
 
 
 def implementation(
-    x: Tensor,
-    weight: Tensor,
-    scale: Pair,
-    window: Window,
-    method: str,
-    backward: bool = False,
+    x: Tensor, weight: Tensor, scale: Pair, window: Window, method: str, backward: bool = False
 ) -> Any:
     """The module that is fastest for images like x."""
     if not x.is_cpu or inplace.has_open_sizes(x):

@@ -207,9 +207,7 @@ def _holds(dtype: torch.dtype, y: Tensor) -> bool:
 
 
 def check_own_dtype(
-    case: Case,
-    dtype: torch.dtype,
-    direction: Callable[[Tensor, int], Tensor | None] = drawn_like,
+    case: Case, dtype: torch.dtype, direction: Callable[[Tensor, int], Tensor | None] = drawn_like
 ) -> None:
     """Hold the gradient to differences of `apply` in the dtype that it computes in.
 

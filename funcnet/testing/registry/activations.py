@@ -65,11 +65,7 @@ ROWS = (
         settings={"dim": [1, -1, 2, -2]},
         twin=same_name,
     ),
-    Row(
-        GELU,
-        ((GELU(), (3, 4)), (GELU("tanh"), (4,))),
-        twin=same_name,
-    ),
+    Row(GELU, ((GELU(), (3, 4)), (GELU("tanh"), (4,))), twin=same_name),
     Row(SiLU, ((SiLU(), (3, 4)),), twin=same_name),
     Row(Mish, ((Mish(), (3, 4)),), twin=same_name),
     Row(

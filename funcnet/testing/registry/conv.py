@@ -8,14 +8,7 @@ from torch import nn
 
 from funcnet.initializers import Normal, Zeros
 from funcnet.layer import Layer, Shape
-from funcnet.layers import (
-    Conv1d,
-    Conv2d,
-    Conv3d,
-    ConvTranspose1d,
-    ConvTranspose2d,
-    ConvTranspose3d,
-)
+from funcnet.layers import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from funcnet.testing.registry.row import Choose, Row, per_axis, same_name
 
 

@@ -10,14 +10,7 @@ from torch import Tensor, nn
 
 from funcnet.interop import blocks
 from funcnet.layer import Layer, Shape
-from funcnet.layers import (
-    BatchNorm,
-    ChannelAffine,
-    GroupNorm,
-    InstanceNorm,
-    LayerNorm,
-    RMSNorm,
-)
+from funcnet.layers import BatchNorm, ChannelAffine, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from funcnet.testing.registry.row import Row, same_name
 
 _EPS = [1e-5, 0.1, 2.0]  # not 0, with which a constant set gives NaN

@@ -37,6 +37,9 @@ class Case:
     x: Any
     grad: Tensor
     key: Key | None = None
+    known: Tensor | None = None
+    """Where y counts, if not everywhere: elsewhere it is 0."""
+
     is_loss: ClassVar[bool] = False
 
     @property
@@ -103,6 +106,10 @@ class Case:
         x = optree.tree_map(change, self.x)
         return replace(self, x=x, grad=self.grad if grad is None else grad)
 
+    def where(self, known: Tensor) -> Self:
+        """The case as far as y is finite: no step can resolve the rest."""
+        return replace(self, known=known, grad=torch.where(known, self.grad, 0))
+
     def double(self) -> Self:
         """A contiguous copy in float64, on the CPU if the device has no float64."""
         return self._changed(_double)
@@ -118,12 +125,24 @@ class Case:
         return self.layer.fwd(self.params, self.x, key=self.key)
 
     def apply(self) -> Tensor:
-        y: Tensor = self.layer.apply(self.params, self.x, key=self.key)
-        return y
+        return self._among_known(self._apply())
 
     def reference(self) -> Tensor:
         """y by what autograd is asked to follow."""
-        return self.apply()
+        return self._among_known(self._reference())
+
+    def _apply(self) -> Tensor:
+        y: Tensor = self.layer.apply(self.params, self.x, key=self.key)
+        return y
+
+    def _reference(self) -> Tensor:
+        return self._apply()
+
+    def _among_known(self, y: Tensor) -> Tensor:
+        # A function's y may have another shape beside the case.
+        if self.known is None or y.shape != self.known.shape:
+            return y
+        return torch.where(self.known, y, 0)
 
     def bwd(self, residuals: Any, **need: bool) -> Any:
         """`need` holds `input_grad` and `param_grad`; only the first is passed if not given."""
@@ -198,7 +217,7 @@ class LossCase(Case):
     def fwd(self) -> Any:
         return self.layer.fwd(self.x, self.target)
 
-    def apply(self) -> Tensor:
+    def _apply(self) -> Tensor:
         y: Tensor = self.layer.apply(self.x, self.target)
         return y
 
@@ -219,7 +238,7 @@ def make_case(
     if isinstance(layer, Loss):
         x, target = params, x
         drawn = torch.as_tensor(-1.375 if grad is None else grad, device=x.device)
-        return LossCase(layer, (), x.detach(), drawn.detach().to(x.dtype), None, target)
+        return LossCase(layer, (), x.detach(), drawn.detach().to(x.dtype), target=target)
     params, x = (optree.tree_map(lambda leaf: leaf.detach(), tree) for tree in (params, x))
     leaves = [*optree.tree_leaves(x), *optree.tree_leaves(params)]
     like = next((leaf for leaf in leaves if leaf.is_floating_point()), None)

@@ -130,13 +130,13 @@ class FunctionCase(Case):
         found = optree.tree_leaves(self.layer(there.params, there.x))
         return [found[i] for i in self.chosen]
 
-    def apply(self) -> Tensor:
+    def _apply(self) -> Tensor:
         with torch.no_grad():
             return _joined(self.outputs())
 
-    def reference(self) -> Tensor:
+    def _reference(self) -> Tensor:
         if self.by_reference is None:
-            return self.apply()  # which autograd cannot follow
+            return self._apply()  # which autograd cannot follow
         found = dict(enumerate(optree.tree_leaves(self.by_reference(self.params, self.x))))
         outputs: list[Any] = [found.get(i) for i in self.chosen]
         shapes = [y.shape if isinstance(y, Tensor) else None for y in outputs]

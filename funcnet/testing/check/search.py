@@ -30,7 +30,6 @@ from funcnet.testing.check.beside import (
 )
 from funcnet.testing.check.case import Case, Leaves, scale_of, tried, tried_y
 from funcnet.testing.check.comparison import Errors, excess, largest_error, ravel, unravel
-from funcnet.testing.check.defined import where_known
 from funcnet.testing.check.finding import Finding
 from funcnet.testing.check.oracles import Line, Slope, autograd_gradients, slope, taylor_slope
 from funcnet.testing.check.rounding import (
@@ -145,7 +144,7 @@ class _Search:
         self.finite = bool(known.all())
         self.partly = not self.finite and bool(known.any())
         if self.partly:
-            case, self.finite = where_known(case, known), True
+            case, self.finite = case.where(known), True
         self.case, self.limits, self.errors = case, limits, errors
         self.gradients = case.gradients()
         self.evaluations = 0

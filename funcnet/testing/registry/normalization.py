@@ -35,10 +35,8 @@ class _InstanceNorm(nn.InstanceNorm2d):
 
 
 def _twin(layer: Any, shape: Shape) -> nn.Module:
-    options = {"eps": layer.eps, "affine": layer.affine, "track_running_stats": False}
-    if isinstance(layer, BatchNorm):
-        return blocks.BatchNorm(shape[0], **options)
-    return _InstanceNorm(shape[0], **options)
+    cls = blocks.BatchNorm if isinstance(layer, BatchNorm) else _InstanceNorm
+    return cls(shape[0], eps=layer.eps, affine=layer.affine, track_running_stats=False)
 
 
 _LAYER_NORMS: tuple[tuple[Layer, Shape], ...] = (

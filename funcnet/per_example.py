@@ -211,8 +211,7 @@ class _Passes:
                 return param.new_zeros((count, *param.shape))
             return each.movedim(-1, 0)
 
-        grads: Tree = optree.tree_map(in_front, self.params, dparams)
-        return grads
+        return optree.tree_map(in_front, self.params, dparams)
 
     def norms(self, consume: bool) -> Tensor:
         """√(Σ g²) of each example, (N,)."""

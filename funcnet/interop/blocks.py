@@ -236,6 +236,5 @@ class Reversible(Branches):
         halves = x.chunk(2, 1)
         a, b = halves[0], halves[1]
         for module in children(self).values():
-            assert module is not None
             a, b = b, a + module(b)
         return torch.cat([a, b], 1)

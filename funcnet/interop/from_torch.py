@@ -165,23 +165,22 @@ _EXPECTED: dict[str, Any] = {
     "batch_first": True,
     "proj_size": 0,
     "add_zero_attn": False,
-    "bias_k": None,
 }
 """The only value that a setting may have, whatever module has it."""
-
-_SHOWN = {"bias_k": "add_bias_kv=False"}
 
 
 def _check_settings(module: nn.Module) -> None:
     """Raise ValueError that names every setting that cannot be translated."""
     wrong = [
-        f"expected {_SHOWN[name]}" if name in _SHOWN else f"expected {name}={value!r}, got {got!r}"
+        f"expected {name}={value!r}, got {got!r}"
         for name, value in _EXPECTED.items()
         if (got := getattr(module, name, value)) is not value and got != value
     ]
-    is_attention = isinstance(module, nn.MultiheadAttention)
-    if is_attention and not module.kdim == module.vdim == module.embed_dim:
-        wrong.append("expected kdim and vdim to be embed_dim")
+    if isinstance(module, nn.MultiheadAttention):
+        if module.bias_k is not None:
+            wrong.append("expected add_bias_kv=False")
+        if not module.kdim == module.vdim == module.embed_dim:
+            wrong.append("expected kdim and vdim to be embed_dim")
     lacks_bias = getattr(module, "affine", False) and module.bias is None
     if lacks_bias and not _has_statistics(module):
         wrong.append("expected bias=True")

@@ -15,7 +15,7 @@ import optree
 from torch import Tensor
 
 from funcnet.combinators.wrapper import Wrapper
-from funcnet.keys import Key
+from funcnet.keys import Key, key
 from funcnet.layer import Joins, Layer, Tree, is_private, writes
 from funcnet.running import run_apply, run_fwd
 from funcnet.tree import child_names
@@ -91,6 +91,12 @@ class Watched(Wrapper):
     def __post_init__(self) -> None:
         """Convert nothing: inside of torch.compile, a class cannot be asked for its fields."""
 
+    def __getattr__(self, name: str) -> Any:
+        """The layer's own attribute, which a combinator may ask for."""
+        if name.startswith("__") or name == "layer":  # `copy` and `pickle` ask before there is one
+            raise AttributeError(name)
+        return getattr(self.layer, name)
+
     def _apply(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
         return run_apply(self.layer, params, x, key)
 
@@ -99,6 +105,14 @@ class Watched(Wrapper):
 
     def _describe(self) -> str:
         return self.layer._describe()
+
+
+def shaped(net: Layer, shape: Sequence[int]) -> Tree:
+    """Parameters whose shapes alone count. No number is drawn if `init` allows it."""
+    try:
+        return net.init(key(0), shape, device="meta")
+    except RuntimeError:  # the `init` of a layer of one's own may look at its numbers
+        return net.init(key(0), shape)
 
 
 def nothing_like(params: Tree) -> Tree:

@@ -126,6 +126,10 @@ class cosine(Schedule):
         return _where(t < self.warmup, rise, _where(t < self.steps, fall, _fill(t, self.last)))
 
 
+_FOREVER = 2**63
+"""A step behind which the power of any rate but 1 is 0 or infinite."""
+
+
 @dataclass(frozen=True)
 class exponential(Schedule):
     """first · rateᵗ.
@@ -141,8 +145,9 @@ class exponential(Schedule):
         if self.first == 0:
             return _fill(t, 0.0)  # where rateᵗ overflows, too
         try:
-            lr = self.first * self.rate**t
-            return lr if isinstance(t, Tensor) else float(lr)
+            if isinstance(t, Tensor):
+                return self.first * self.rate**t
+            return float(self.first * self.rate ** min(t, _FOREVER))
         except OverflowError:
             return math.inf
 

@@ -13,7 +13,7 @@ from funcnet.checks import as_shape, name_of
 from funcnet.compat import storage_id
 from funcnet.keys import key
 from funcnet.layer import Layer, Shape, Tree, check_net
-from funcnet.leaves import joined
+from funcnet.leaves import joined, shaped
 
 _META = torch.device("meta")
 
@@ -84,8 +84,7 @@ def _rows(layer: Layer, shape: Shape | None, path: str, depth: int) -> Iterator[
     if shape is not None:
         try:
             output = tuple(layer.out_shape(shape))
-            params = layer.init(key(0), shape, device=_META)
-            params = optree.tree_map(lambda leaf: leaf.to(_META), params)
+            params = optree.tree_map(lambda leaf: leaf.to(_META), shaped(layer, shape))
             shapes = layer._child_shapes(shape)
         except (ValueError, TypeError, IndexError):
             # A combinator of one's own may hand something else to its layers than x.
@@ -111,9 +110,18 @@ def _residual_bytes(layer: Layer, params: Tree, shape: Shape) -> int | None:
                 _, residuals = layer.fwd(params, x, key=key(0))
         except Exception:  # a layer of one's own may raise anything
             continue
+        if any(_holds_tensors(leaf) for leaf in optree.tree_leaves(residuals)):
+            return None
         own = _storages(residuals)
         return sum(own[address] for address in own.keys() - _storages(params).keys()) // batch
     return None
+
+
+def _holds_tensors(leaf: Any) -> bool:
+    """Whether tensors are out of sight in an object that is no node, as a graph of autograd."""
+    if isinstance(leaf, Tensor) or not hasattr(leaf, "__dict__"):
+        return False
+    return any(isinstance(each, Tensor) for each in optree.tree_leaves(vars(leaf)))
 
 
 def _storages(tree: Any) -> dict[int, int]:

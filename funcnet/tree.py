@@ -45,7 +45,8 @@ def register_node(cls: _Class) -> _Class:
     default. A dataclass also becomes a node for `optree` and `torch.utils._pytree`, as namedtuples
     already are. Layers and losses do not: they hold no tensors.
 
-    Raises TypeError for any other class, and for a constructor that needs more than the fields.
+    Raises TypeError for any other class, and for a constructor that needs more than the fields;
+    ValueError for a name that files give to a class of funcnet.
 
     >>> from typing import Any, NamedTuple
     >>> @register_node
@@ -58,9 +59,13 @@ def register_node(cls: _Class) -> _Class:
     _check_class(cls)
     if is_known(cls):
         return cls
+    name = class_name(cls)
+    taken = class_named(name)
+    if taken is not None and taken not in _registered.values():
+        raise ValueError(f"register_node: expected a class of another name than {name} of funcnet")
     if dataclasses.is_dataclass(cls) and not hasattr(cls, "fwd"):
         _register_with_pytrees(cls)
-    _registered[class_name(cls)] = cls
+    _registered[name] = cls
     return cls
 
 
@@ -73,11 +78,12 @@ def class_name(cls: type) -> str:
 
 def class_named(name: str) -> type | None:
     """Return the class that files call `name`, or None if none or several may be meant."""
-    if name.rpartition(".")[0] in ("", *_PUBLIC_MODULES):
-        return _public(name)
+    module, _, last = name.rpartition(".")
+    public = _public(name) if module in ("", *_PUBLIC_MODULES) else None
+    if public or not module:
+        return public
     if name in _registered:
         return _registered[name]
-    last = name.rpartition(".")[2]
     same = [cls for cls in _registered.values() if cls.__name__ == last and _ran(name, cls)]
     return same[0] if len(same) == 1 else None
 

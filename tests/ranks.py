@@ -254,6 +254,8 @@ def mean(rank, size):
 def a_rank_of_weight_0_does_not_count(rank, size):
     own = torch.tensor([float("nan") if rank == 0 else 3.0])
     assert fn.distributed.mean(own, weight=min(rank, 1)) == 3.0
+    for weight in (1e308, 5e-324):
+        assert fn.distributed.mean(torch.ones(2), weight=weight).tolist() == [1.0, 1.0]
     with pytest.raises(ValueError, match=f"expected a weight above 0 on one of {size} ranks"):
         fn.distributed.mean(own, weight=0)
 

@@ -238,3 +238,18 @@ def test_tensors_that_share_memory_without_sharing_a_storage(tmp_path: Path) -> 
     columns = {"a": torch.from_numpy(array[::2]), "b": torch.from_numpy(array[1::2])}
     fn.save(tmp_path / "t", columns)
     assert torch.equal(fn.load(tmp_path / "t")["b"], torch.ones(4, dtype=torch.float64))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_called_so(tmp_path: Path) -> None:
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    with pytest.raises(TypeError, match="expected a dense tensor, got a nested one"):
+        fn.save(tmp_path / "a", nested)
+
+
+@pytest.mark.parametrize("use", [lambda path: fn.save(path, 1), fn.load, fn.inspect, fn.load_model])
+def test_a_path_that_no_file_can_have(use: Callable[[str], Any]) -> None:
+    with pytest.raises(
+        ValueError, match=r": expected a path without null characters, got 'a\\x00b'"
+    ):
+        use("a\0b")

@@ -122,6 +122,8 @@ def test_exponential_beyond_all_numbers():
     assert schedules.exponential(1.0, 2.0)(5000) == math.inf
     assert schedules.exponential(1, 2)(5000) == math.inf
     assert schedules.exponential(1.0, 2.0)(torch.tensor(5000)) == math.inf
+    assert schedules.exponential(1.0, 0.5)(10**309) == 0
+    assert schedules.exponential(0.5, 1.0)(10**309) == 0.5
     assert schedules.exponential(0.0, 2.0)(5000) == 0
     assert schedules.exponential(0.0, 2.0)(torch.tensor(5000)) == 0
     state = fn.SGD(0.1).init(())._replace(step=torch.tensor(5000))

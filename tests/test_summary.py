@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import nn
 
 import funcnet as fn
 
@@ -124,3 +125,19 @@ def test_a_layer_whose_parameters_cannot_be_drawn():
 
     rows = table(Without(Refusing(2)), (3,))
     assert rows[1] == ["Refusing(2)", "(2,)", "?", "?"]
+
+
+def test_a_layer_whose_init_looks_at_its_numbers():
+    class Normalised(fn.Linear):
+        def _init(self, *given):
+            params = super()._init(*given)
+            return {**params, "weight": params["weight"] / float(params["weight"].norm())}
+
+    assert table(fn.Sequential(Normalised(2)), (3,))[1] == ["0", "Normalised(2)", "(2,)", "8", "12"]
+
+
+def test_what_is_kept_out_of_sight_is_not_counted_as_nothing():
+    """The residuals of a wrapped module are a graph of autograd."""
+    module = nn.Sequential(nn.Linear(4, 400), nn.Tanh(), nn.Linear(400, 4))
+    rows = table(fn.Sequential(fn.interop.wrap(module, (4,))[0], fn.ReLU()), (4,))
+    assert [row[-1] for row in rows] == ["?", "?", "16", "?"]

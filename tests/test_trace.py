@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from users_layers import Dense
 
 import funcnet as fn
-from funcnet.testing import strategies
+from funcnet.testing import check_vjp, strategies
 from funcnet.testing.registry import REGISTRY
 
 FLOAT64 = st.just(torch.float64)
@@ -435,6 +435,50 @@ def test_refusals_and_values():
 
 
 # --- Memory
+
+
+@dataclass(frozen=True)
+class Gated(fn.Layer):
+    """y = a(x) ∘ b(x), of a's shape, which it asks a for."""
+
+    a: fn.Linear
+    b: fn.Linear
+
+    def _out_shape(self, shape):
+        return (*shape[:-1], self.a.out_features)
+
+    def _init(self, key, shape, dtype, device):
+        keys = fn.split(key)
+        return tuple(
+            child.init(k, shape, dtype=dtype, device=device)
+            for child, k in zip((self.a, self.b), keys, strict=True)
+        )
+
+    def _check(self, params, x):
+        self.b._check(params[1], x)
+        return self.a._check(params[0], x)
+
+    def _fwd(self, params, x, key):
+        (y, kept), (z, other) = (
+            child.fwd(own, x) for child, own in zip((self.a, self.b), params, strict=True)
+        )
+        return y * z, (y, z, kept, other)
+
+    def _bwd(self, params, residuals, dy, need):
+        y, z, kept, other = residuals
+        da, dx = self.a.bwd(params[0], kept, dy * z)
+        db, more = self.b.bwd(params[1], other, dy * y)
+        return (da, db), dx + more
+
+
+def test_a_combinator_may_ask_its_layers_for_their_fields():
+    net = fn.Sequential(Gated(fn.Linear(3), fn.Linear(3)), fn.ReLU())
+    params, x, grad = make(net, (4,))
+    check_vjp(net, params, x)
+    records = fn.trace(net, params, x, grad)
+    assert [record.path for record in records] == ["0.0", "0.1", "1"]
+    close(records[0].y * records[1].y, records[2].x)
+    assert not hasattr(records[0].layer, "nothing")
 
 
 USES = {

@@ -165,6 +165,16 @@ def test_a_class_is_found_where_its_module_has_another_name() -> None:
     assert trees.class_named("elsewhere.Average") is None  # another class, for all that is known
 
 
+@pytest.mark.parametrize("module", ["schedules", "initializers"])
+def test_a_class_of_a_module_with_a_name_of_ours(module: str) -> None:
+    cls = fn.register_node(namedtuple("State", "x", module=module))
+    assert trees.class_named(f"{module}.State") is cls
+    name = {"schedules": "cosine", "initializers": "Normal"}[module]
+    with pytest.raises(ValueError, match=f"register_node: .* than {module}.{name} of funcnet"):
+        fn.register_node(namedtuple(name, "x", module=module))
+    assert trees.class_named(f"{module}.{name}") is getattr(getattr(fn, module), name)
+
+
 def test_a_class_of_a_script_is_found_where_another_module_has_it() -> None:
     cls = fn.register_node(namedtuple("OfAScript", "x", module="__main__"))
     assert trees.class_named("train.OfAScript") is cls

@@ -216,10 +216,13 @@ def inspect(path: _Path) -> Inspection:
 def _as_path(who: str, path: Any) -> str:
     """`path` as a str. Raises TypeError for what is not a path, such as an open file."""
     try:
-        return os.fsdecode(path)
+        found = os.fsdecode(path)
     except TypeError:
         message = f"{who}: expected path to be a str or an os.PathLike, got {shown(path)}"
         raise TypeError(message) from None
+    if "\0" in found:
+        raise ValueError(f"{who}: expected a path without null characters, got {found!r}")
+    return found
 
 
 def _save(

@@ -70,7 +70,8 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in DTYPE_NAMES or tensor.is_quantized:
         raise TypeError(f"{name}: expected a dtype that safetensors stores, got {tensor.dtype}")
     if tensor.layout != torch.strided or tensor.is_nested:
-        raise TypeError(f"{name}: expected a dense tensor, got one of {tensor.layout}")
+        kind = "a nested one" if tensor.is_nested else f"one of {tensor.layout}"
+        raise TypeError(f"{name}: expected a dense tensor, got {kind}")
     if tensor.device.type == "meta":
         raise ValueError(f"{name}: expected a tensor with values, got one on the meta device")
     if tensor.dtype in PAIRED and tensor.dim() == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -38,13 +39,15 @@ def mean(tree: Tree, group: Any = None, weight: float | None = None) -> Tree:
     with together("distributed.mean", group) as call:
         leaves, structure = flatten("distributed.mean", "tree", tree)
         own = 1.0 if weight is None else float(as_number("distributed.mean", "weight", weight, 0.0))
-        total = sum(call.agree(signature(structure, leaves), own)())
-        if not total:
+        weights = call.agree(signature(structure, leaves), own)()
+        if not any(weights):
             raise ValueError(f"mean: expected a weight above 0 on one of {call.size} ranks")
+        _, exponent = math.frexp(max(weights))  # by a power of 2, so that no sum overflows
+        share = math.ldexp(own, -exponent) / sum(math.ldexp(w, -exponent) for w in weights)
         sums = Sums(call)
         for i, leaf in enumerate(leaves):
             # In 16 bits a share of a small number would be 0.
-            sums.add(i, widened(leaf) * (own / total) if own else torch.zeros_like(leaf))
+            sums.add(i, widened(leaf) * share if own else torch.zeros_like(leaf))
         found = sums.wait()
         mean: Tree = structure.unflatten(found[i].to(leaf.dtype) for i, leaf in enumerate(leaves))
         return mean

@@ -12,8 +12,8 @@ from torch import Tensor
 from funcnet.checkpoint.memory_format import lay_out_as_init
 from funcnet.checks import name_of, sizes
 from funcnet.interop.refusal import refusal
-from funcnet.keys import key
 from funcnet.layer import Layer, Tree, check_net
+from funcnet.leaves import shaped
 from funcnet.tree import child_names, children, leaf_names
 
 
@@ -70,7 +70,7 @@ def load_state_dict(net: Layer, shape: Sequence[int], state: Mapping[str, Tensor
         raise TypeError(
             f"load_state_dict: expected state to be a dict of tensors, got {type(state).__name__}"
         )
-    like = _shaped(net, shape)
+    like = shaped(net, shape)
     expected = state_dict(like)
     wrong = list(_differences(expected, state))
     if wrong:
@@ -135,14 +135,6 @@ def _is_floating_point(value: Any) -> bool:
 
 def _kind(value: Tensor) -> str:
     return f"{value.dtype} on {value.device}"
-
-
-def _shaped(net: Layer, shape: Sequence[int]) -> Tree:
-    """Return parameters whose shapes alone count. No number is drawn if `init` allows it."""
-    try:
-        return net.init(key(0), shape, device="meta")
-    except RuntimeError:  # the `init` of a layer of one's own may look at its numbers
-        return net.init(key(0), shape)
 
 
 def _copied(value: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ DISTRIBUTED = (
         "test_distributed.py::test_every_rank",
         Row(
             "weight-forgotten",
-            "widened(leaf) * (own / total)",
+            "widened(leaf) * share",
             "widened(leaf) / call.size",
             "the mean is weighted",
         ),

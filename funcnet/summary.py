@@ -119,9 +119,8 @@ def _residual_bytes(layer: Layer, params: Tree, shape: Shape) -> int | None:
 
 def _holds_tensors(leaf: Any) -> bool:
     """Whether tensors are out of sight in an object that is no node, as a graph of autograd."""
-    if isinstance(leaf, Tensor) or not hasattr(leaf, "__dict__"):
-        return False
-    return any(isinstance(each, Tensor) for each in optree.tree_leaves(vars(leaf)))
+    attributes: dict[str, Any] = getattr(leaf, "__dict__", {})
+    return any(isinstance(each, Tensor) for each in optree.tree_leaves(attributes))
 
 
 def _storages(tree: Any) -> dict[int, int]:

@@ -551,3 +551,13 @@ def test_rows_of_zeros_that_are_normalised(eps, dtype):
     for factor in (2.0, 0.5, 0.0):
         with pytest.raises(GradientMismatch, match="is wrong"):
             check_function(by_autograd(normalise, 1.0, factor), a, x)
+
+
+@pytest.mark.parametrize("examples", [1, 2, 3])
+def test_medians_of_equal_numbers(examples):
+    """Which of them are in the middle, few of the points around tell."""
+    median = lambda x: x.unfold(-1, 4, 2).sort(-1)[0][..., 1:3].mean(-1)  # noqa: E731
+    check_function(median, torch.zeros(examples, 8, dtype=torch.float64))
+    twice = torch.ones(examples, 8, dtype=torch.float64)
+    with pytest.raises(GradientMismatch, match="is wrong"):
+        check_function(by_autograd(lambda a, x: a + median(x), 1.0, 2.0), twice[0, 0], twice)

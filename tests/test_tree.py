@@ -178,6 +178,7 @@ def test_a_class_of_a_module_with_a_name_of_ours(module: str) -> None:
 def test_a_class_of_a_script_is_found_where_another_module_has_it() -> None:
     cls = fn.register_node(namedtuple("OfAScript", "x", module="__main__"))
     assert trees.class_named("train.OfAScript") is cls
+    assert trees.class_named("OfAScript") is None
 
 
 def test_a_class_may_have_the_name_of_one_of_funcnet() -> None:

@@ -60,7 +60,7 @@ _WORK = 2**24  # entries that all those evaluations may compute
 _LONGER = 2.0**20  # times an entry's own step
 _MANY_HALVINGS = 32  # a derivative that is off by 1e-7 shows by the last
 _TOGETHER, _ALIKE = 16, 16.0  # leaves that move at once, and the ratio of their derivatives
-_AROUND, _NEAR = 12, 2.0**-26  # points around a kink, and their distance
+_AROUND, _NEAR = 96, 2.0**-26  # points around a kink, and their distance
 
 LeafDirection: TypeAlias = tuple[int, Tensor]
 """The number of a leaf, and a direction to move it in."""

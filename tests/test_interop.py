@@ -930,7 +930,7 @@ def test_what_is_not_a_function_of_params_and_x_is_refused():
         wrap(nn.LSTM(3, 4), (2, 3))
     with pytest.raises(ValueError, match=r"expected examples that Linear takes, got shape \(5,\)"):
         wrap(nn.Linear(3, 4), (5,))
-    with pytest.raises(ValueError, match=r"expected y of shape \(2, …\) for a batch of 2, got"):
+    with pytest.raises(ValueError, match=r"expected y of shape \(3, …\) for a batch of 3, got"):
         wrap(nn.Flatten(0), (5,))
     with pytest.raises(TypeError, match=r"expected module to be a torch\.nn\.Module, got ReLU"):
         wrap(fn.ReLU(), (3,))

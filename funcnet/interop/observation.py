@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+import copy
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from funcnet.compat import version
-from funcnet.keys import key, normal
+from funcnet.interop.purity import purity
+from funcnet.keys import fold_in, key, normal, uniform
 from funcnet.layer import Shape
+from funcnet.ops.autocast import without_autocast
 
 
 class Traits(NamedTuple):
-    """The traits of a module that has seen a batch of examples of `shape`."""
+    """The traits of a module that has seen batches of examples of `shape`."""
 
     shape: Shape
     out_shape: Shape
@@ -25,17 +28,36 @@ class Traits(NamedTuple):
     couples_examples: bool
 
 
+_BATCH = 3
+"""Examples in a batch: its parts, 1 and 2, are of other sizes than it and than each other."""
+
+_Draw: TypeAlias = Callable[[int], Tensor]
+"""Returns a batch of examples that the module takes, for a seed."""
+
+
 def observe(module: nn.Module, shape: Shape) -> Traits:
-    """Return the traits of a module. Raises ValueError unless y is a function of params and x."""
-    like = tensor_like(module)
+    """Return the traits of a module. Raises ValueError unless y is a function of params and x.
+
+    The module also runs with random parameters: those of its own may hide what it does, as a last
+    layer of zeros hides all that comes before it.
+    """
+    like, other = tensor_like(module), copy.deepcopy(module)
     cuda = [like.device] if like.is_cuda else []
-    with torch.no_grad(), torch.random.fork_rng(cuda), _purity(module):
-        x, y, writes_x = _first_run(module, shape, like)
-        out_shape = shape_of_one(f"wrap: {type(module).__name__}", y)
-        x = _numbers(0, shape, like) if x.is_floating_point() else x
-        needs_row_major = not _runs(module, _column_major(x))
-        is_pure = _is_close(y, module(x.clone()))
-        couples = x.is_floating_point() and _couples(module, shape, like)
+    with without_autocast(like), torch.no_grad(), torch.random.fork_rng(cuda):
+        with purity(module):
+            draw, y, writes_x = _first_run(module, shape, like)
+            out_shape = shape_of_one(f"wrap: {type(module).__name__}", y, _BATCH)
+            x = draw(0)
+            needs_row_major = _run(module, _column_major(x)) is None
+            is_pure = _is_close(y, module(x), rtol=1e-2, atol=_fine(y))
+            couples = _couples(module, draw)
+        _randomize(other)
+        with purity(other):
+            couples = _couples(other, draw) or couples
+        for factor in (-100, -1):  # a module may write to parameters that are large, or below 0
+            _multiply(other, factor)
+            with purity(other):
+                _run(other, draw(0))
     if not is_pure:
         raise ValueError(
             f"wrap: expected a module whose y depends on x and its parameters alone, got "
@@ -52,54 +74,55 @@ def tensor_like(module: nn.Module) -> Tensor:
     return next(found, torch.empty(0, dtype=torch.float32, device="cpu"))
 
 
-def shape_of_one(who: str, y: Any) -> Shape:
-    """Return the shape of an example of y. Raises ValueError unless y is a batch of 2 numbers."""
+def shape_of_one(who: str, y: Any, count: int) -> Shape:
+    """Return the shape of an example of y. Raises ValueError unless y is a batch of `count`."""
     if not isinstance(y, Tensor) or not y.is_floating_point():
         got = y.dtype if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(f"{who}: expected y to be one floating-point tensor, got {got}")
-    if y.shape[:1] != (2,):
+    if y.shape[:1] != (count,):
         raise ValueError(
-            f"{who}: expected y of shape (2, …) for a batch of 2, got {tuple(y.shape)}"
+            f"{who}: expected y of shape ({count}, …) for a batch of {count}, got {tuple(y.shape)}"
         )
     return tuple(y.shape[1:])
 
 
-def _first_run(module: nn.Module, shape: Shape, like: Tensor) -> tuple[Tensor, Any, bool]:
-    """Return (x, y, whether x was written to), x of numbers if the module takes them, else ints."""
-    x = _numbers(0, shape, like)
-    try:
-        return _run(module, x)
-    except Exception as error:  # a module may raise anything
+# --- Runs
+
+
+def _first_run(module: nn.Module, shape: Shape, like: Tensor) -> tuple[_Draw, Any, bool]:
+    """Return (what draws x, y, whether x was written to): x of numbers if it may be, else ints."""
+    first: Exception | None = None
+    for draw in _draws(module, shape, like):
+        x = draw(0)
+        before = version(x)
         try:
-            x = torch.zeros((2, *shape), dtype=torch.int64, device=like.device)
-            return _run(module, x)
-        except Exception:
-            raise ValueError(
-                f"wrap: expected examples that {type(module).__name__} takes, got shape {shape}: "
-                f"{error}"
-            ) from error
+            y = module(x)
+        except Exception as error:  # a module may raise anything
+            first = error if first is None else first
+        else:
+            is_written = version(x) != before or not torch.equal(x, draw(0))
+            return draw, y, is_written
+    raise ValueError(
+        f"wrap: expected examples that {type(module).__name__} takes, got shape {shape}: {first}"
+    ) from first
 
 
-def _run(module: nn.Module, x: Tensor) -> tuple[Tensor, Any, bool]:
-    before = version(x)
-    y = module(x)
-    return x, y, version(x) != before
-
-
-def _couples(module: nn.Module, shape: Shape, like: Tensor) -> bool:
-    """Whether the first example's y depends on the second example."""
-    x = _numbers(0, shape, like)
-    other = torch.cat([x[:1], _numbers(1, shape, like)[1:]])
-    return not _is_close(module(x)[:1], module(other)[:1])
-
-
-def _runs(module: nn.Module, x: Tensor) -> bool:
-    """Whether the module takes x."""
+def _run(module: nn.Module, x: Tensor) -> Any:
+    """Return y, or None if the module does not take x."""
     try:
-        module(x)
+        return module(x)
     except Exception:  # a module may raise anything
-        return False
-    return True
+        return None
+
+
+def _draws(module: nn.Module, shape: Shape, like: Tensor) -> Iterator[_Draw]:
+    """Yield what draws numbers, integers that index all tables in the module, and zeros alone."""
+    size = (_BATCH, *shape)
+    tables = [m for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+    rows = min((table.num_embeddings for table in tables), default=2)
+    yield lambda seed: normal(key(seed), size).to(like, copy=True)
+    yield lambda seed: (uniform(key(seed), size) * rows).to(like.device, torch.int64)
+    yield lambda seed: torch.zeros(size, dtype=torch.int64, device=like.device)
 
 
 def _column_major(x: Tensor) -> Tensor:
@@ -108,72 +131,65 @@ def _column_major(x: Tensor) -> Tensor:
     return x.permute(order).clone(memory_format=torch.contiguous_format).permute(order)
 
 
-def _is_close(y: Tensor, other: Tensor) -> bool:
-    return torch.allclose(y, other, rtol=1e-2, atol=1e-4, equal_nan=True)
+def _randomize(module: nn.Module) -> None:
+    """Write random parameters into a module, of a size at which numbers neither grow nor fade."""
+    for i, parameter in enumerate(module.parameters()):
+        if parameter.is_floating_point():
+            scale = max(1, math.prod(parameter.shape[1:])) ** -0.5
+            parameter.copy_(normal(fold_in(key(2), i), tuple(parameter.shape)) * scale)
 
 
-def _numbers(seed: int, shape: Shape, like: Tensor) -> Tensor:
-    """Return random numbers for 2 examples, in a tensor that nothing has been written to."""
-    return normal(key(seed), (2, *shape)).to(like, copy=True)
+def _multiply(module: nn.Module, factor: float) -> None:
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.mul_(factor)
 
 
-@contextmanager
-def _purity(module: nn.Module) -> Iterator[None]:
-    """Raise ValueError for a module that has drawn numbers or changed its buffers in between."""
-    drawing: list[str] = []
-    before = {name: (b, b.clone(), version(b)) for name, b in module.named_buffers()}
-    watched = module.named_modules()
-    handles = [handle for name, child in watched for handle in _watch(name, child, drawing)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-    if drawing:
-        names = ", ".join(dict.fromkeys(drawing))
-        raise ValueError(
-            f"wrap: expected a module that draws no numbers, got {names}: "
-            "keys decide nothing there. Call eval() on it, or put fn.Dropout in its place"
-        )
-    changed = [name for name, b in module.named_buffers() if _is_changed(b, *before[name])]
-    if changed:
-        owners = {name.rpartition(".")[0]: None for name in changed}
-        described = [_described(name, module.get_submodule(name)) for name in owners]
-        raise ValueError(
-            f"wrap: expected a module that changes no buffers, got {', '.join(described)}, which "
-            f"changes {', '.join(changed)}. Call eval() on it, or put fn.BatchNorm in its place"
-        )
+# --- Comparisons
 
 
-def _is_changed(buffer: Tensor, same: Tensor, values: Tensor, before: int) -> bool:
-    """Whether a buffer is another tensor, or was written to; not every kernel counts its writes."""
-    if buffer is not same or version(buffer) != before:
-        return True
-    return not bool(((buffer == values) | buffer.isnan()).all())
+def _couples(module: nn.Module, draw: _Draw) -> bool:
+    """Whether the y of an example depends on another, or on the number of examples."""
+    y, others = _run(module, draw(0)), draw(1)
+    if y is None:
+        return False
+    for i in range(_BATCH):
+        x = draw(0)
+        x[i] = others[i]
+        changed, rest = _run(module, x), [j for j in range(_BATCH) if j != i]
+        if changed is None or not _is_close(y[rest], changed[rest], rtol=0.0, atol=_fine(y)):
+            return True
+    parts = _in_parts(module, draw(0), tuple(y.shape[1:]))
+    # Kernels for batches of other sizes round otherwise.
+    coarse = max(1e-2, torch.finfo(y.dtype).eps ** 0.5)
+    return parts is None or not _is_close(y, parts, rtol=0.0, atol=coarse)
 
 
-def _watch(name: str, module: nn.Module, drawing: list[str]) -> list[Any]:
-    """Note a module, innermost first, whose forward pass changes the state of a generator."""
-    states: list[tuple[list[Tensor], int]] = []
+def _in_parts(module: nn.Module, x: Tensor, shape: Shape) -> Tensor | None:
+    """Return y of one example and of the others; None if the module wants several, as a norm may.
 
-    def before(*_: Any) -> None:
-        states.append((_generators(), len(drawing)))
-
-    def after(*_: Any) -> None:
-        then, count = states.pop()
-        changed = not all(map(torch.equal, then, _generators()))
-        if changed and len(drawing) == count:
-            drawing.append(_described(name, module))
-
-    return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-
-
-def _generators() -> list[Tensor]:
-    is_used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if is_used else [])]
+    Raises ValueError unless an example of y has this shape, whatever the number of examples.
+    """
+    found, who = [], f"wrap: {type(module).__name__}"
+    for part in (x[:1].clone(), x[1:].clone()):
+        y, count = _run(module, part), len(part)
+        if y is None:
+            return None
+        if shape_of_one(who, y, count) != shape:
+            raise ValueError(
+                f"{who}: expected y of shape {(count, *shape)} for a batch of {count}, as for "
+                f"one of {len(x)}, got {tuple(y.shape)}"
+            )
+        found.append(y)
+    return torch.cat(found)
 
 
-def _described(name: str, module: nn.Module) -> str:
-    mode = "train mode" if module.training else "eval mode"
-    kind = type(module).__name__
-    return f"{name} ({kind}, {mode})" if name else f"{kind} ({mode})"
+def _is_close(y: Tensor, other: Tensor, *, rtol: float, atol: float) -> bool:
+    """Whether tensors are the same; atol is relative to y's largest finite entry."""
+    scale = float(y.abs().nan_to_num(0.0, 0.0).max()) if y.numel() else 0.0
+    return torch.allclose(y, other, rtol=rtol, atol=atol * scale, equal_nan=True)
+
+
+def _fine(y: Tensor) -> float:
+    """The relative error in y of a few roundings in another order."""
+    return float(torch.finfo(y.dtype).eps ** 0.75)

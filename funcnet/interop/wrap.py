@@ -36,11 +36,12 @@ def wrap(module: nn.Module, shape: Sequence[int]) -> tuple[Layer, Tree]:
     are equal if they hold the same copy. A file cannot hold one. Under torch.func.vmap it works as
     far as PyTorch's kernels do: those of torch.nn.LSTM do not. One thread at a time may use it.
 
-    The module runs a few times on random numbers. Its y must follow from params and x alone. A
-    module in it that changes its buffers, as BatchNorm does in train mode, or draws numbers, as
-    Dropout does, is refused by name, since keys decide nothing there. Call `module.eval()`, or use
-    `BatchNorm` and `Dropout` of this package in its place. A module that takes only x without gaps
-    in memory, by `x.view`, gets such an x.
+    The module runs a few times on random numbers, with random parameters, too. Its y must follow
+    from params and x alone. A module in it that changes its buffers, as BatchNorm does in train
+    mode, or draws numbers, as Dropout does, is refused by name, since keys decide nothing there.
+    Call `module.eval()`, or use `BatchNorm` and `Dropout` of this package in its place. So is one
+    that writes to its parameters. A module that takes only x without gaps in memory, by `x.view`,
+    gets such an x.
 
     Raises ValueError for such modules, for those whose parameters cannot be handed over (complex
     ones, TorchScript, DataParallel) or that cannot be copied, for examples that the module does not
@@ -142,7 +143,7 @@ class Wrapped(Layer):
             raise ValueError(
                 f"{self}: expected the shape of an example that it takes, got {shape}: {error}"
             ) from error
-        return shape_of_one(str(self), y)
+        return shape_of_one(str(self), y, len(x))
 
     def _check_x(self, x: Spec) -> None:
         if not self.traits.takes_integers:

@@ -1,0 +1,152 @@
+"""What `interop.wrap` sees of a module, and what it refuses."""
+
+import pytest
+import torch
+from torch import nn
+
+import funcnet as fn
+from funcnet.interop import wrap
+
+KEY = fn.key(7)
+
+
+class Calling(nn.Module):
+    """y = function(self, x), with parameters and modules of one's own."""
+
+    def __init__(self, function, **own):
+        super().__init__()
+        self.function = function
+        for name, value in own.items():
+            setattr(self, name, value)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def batch_norm():
+    return nn.BatchNorm1d(4, track_running_stats=False)
+
+
+# --- Writing to parameters, and to x
+
+
+def clamped(self, x):
+    with torch.no_grad():
+        self.scale.clamp_(min=0)
+    return x * self.scale
+
+
+def clamped_unseen(self, x):
+    self.scale.data.clamp_(min=0)
+    return x * self.scale
+
+
+def bounded(self, x):
+    self.scale.data.clamp_(max=5)
+    return x * self.scale
+
+
+def normalised(self, x):
+    self.scale.data = self.scale.data / self.scale.data.norm()
+    return x * self.scale
+
+
+@pytest.mark.parametrize("function", [clamped, clamped_unseen, bounded, normalised])
+def test_a_module_that_writes_to_its_parameters_is_refused(function):
+    """They would be the caller's: in a copy of the module they are replaced by params."""
+    inner = Calling(function, scale=nn.Parameter(torch.ones(3)))
+    module = nn.Sequential(nn.ReLU(), inner)
+    with pytest.raises(
+        ValueError, match=r"to its parameters, got 1 \(Calling, train mode\), wh.* 1\.s"
+    ):
+        wrap(module, (3,))
+    assert torch.equal(inner.scale, torch.ones(3))
+    with pytest.raises(ValueError, match=r"to its parameters, got Embedding \(train mode\), which"):
+        wrap(nn.Embedding(5, 3, max_norm=0.1), (3,))
+
+
+def test_a_module_that_writes_to_x_unseen_gets_a_copy():
+    layer, params = wrap(Calling(lambda self, x: x.data.mul_(2)), (3,))
+    x = torch.ones(2, 3)
+    assert torch.equal(layer.apply(params, x), torch.full((2, 3), 2.0))
+    assert torch.equal(x, torch.ones(2, 3))
+
+
+# --- Coupling
+
+
+def behind_zeros():
+    module = nn.Sequential(nn.Linear(3, 4), batch_norm(), nn.Linear(4, 2))
+    nn.init.zeros_(module[2].weight)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (lambda: nn.Sequential(nn.Embedding(7, 4), Calling(mean_over_time), batch_norm()), (5,)),
+        (behind_zeros, (3,)),
+        (lambda: Calling(lambda self, x: x.cumsum(0)), (3,)),
+        (lambda: Calling(lambda self, x: x.flip(0).cumsum(0).flip(0)), (3,)),
+        (lambda: Calling(lambda self, x: x / len(x)), (3,)),
+        (lambda: Calling(lambda self, x: x + 1e-3 * x.mean(0)), (3,)),
+        (lambda: Calling(lambda self, x: 1e-6 * (x + x.mean(0))), (3,)),
+    ],
+    ids=["integers", "zeros", "cumsum", "from the end", "count", "weakly", "small"],
+)
+def test_coupling_is_seen(build, shape):
+    layer, _ = wrap(build(), shape)
+    assert layer.couples_examples
+    with pytest.raises(ValueError, match="treat every example alone"):
+        fn.value_and_grad(layer, fn.MSE(), micro_batch=2)
+
+
+def mean_over_time(self, x):
+    return x.mean(1)
+
+
+def last(self, x):
+    return self.recurrent(x)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (
+            lambda: nn.Sequential(*[m for _ in range(20) for m in (nn.Linear(16, 16), nn.ReLU())]),
+            (16,),
+        ),
+        (lambda: Calling(last, recurrent=nn.RNN(16, 16, 2, batch_first=True)), (40, 16)),
+        (lambda: nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3)), (6,)),
+        (
+            lambda: Calling(
+                lambda self, x: x @ torch.linalg.cholesky(self.matrix.float()).to(x),
+                matrix=nn.Parameter(torch.eye(3)),
+            ),
+            (3,),
+        ),
+    ],
+    ids=["deep", "recurrent", "integers", "not of any parameters"],
+)
+def test_no_coupling_is_seen_where_there_is_none(build, shape, dtype):
+    torch.manual_seed(0)
+    assert not wrap(build().to(dtype), shape)[0].couples_examples
+
+
+# --- The shape and the dtype of y
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "message"),
+    [
+        (lambda self, x: x.mean(-1).squeeze(), (1, 3), r"y of shape \(1, …\) for .* 1, got \(\)"),
+        (lambda self, x: x.reshape(3, -1), (3,), r"y of shape \(1, …\) for .* 1, got \(3, 1\)"),
+        (lambda self, x: x.reshape(2, -1), (4,), r"y of shape \(3, …\) for .* 3, got \(2, 6\)"),
+        (lambda self, x: x[:, : len(x)], (3,), r"\(1, 3\) for .* as for one of 3, got \(1, 1\)"),
+    ],
+    ids=["squeezed", "three", "two", "as wide as the batch"],
+)  # fmt: skip
+def test_y_has_one_shape_whatever_the_batch(function, shape, message):
+    with pytest.raises(ValueError, match=message):
+        wrap(Calling(function), shape)

@@ -260,7 +260,18 @@ def _children(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _forward_hooks(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
-    handles = module.register_forward_hook(print), module.register_forward_pre_hook(print)
+    return _registered(module.register_forward_hook, module.register_forward_pre_hook)
+
+
+def _hooks_of_all_modules() -> tuple[Mapping[int, Any], ...]:
+    return _registered(
+        nn.modules.module.register_module_forward_hook,
+        nn.modules.module.register_module_forward_pre_hook,
+    )
+
+
+def _registered(*registers: Callable[..., Any]) -> tuple[Mapping[int, Any], ...]:
+    handles = [register(lambda *_: None) for register in registers]
     for handle in handles:
         handle.remove()
     return tuple(handle.hooks_dict_ref() or {} for handle in handles)
@@ -273,6 +284,15 @@ children: Callable[[nn.Module], Mapping[str, Any]] = _attributes(
 forward_hooks: Callable[[nn.Module], tuple[Mapping[int, Any], ...]] = _attributes(
     "_forward_hooks", "_forward_pre_hooks", of=nn.Module(), fallback=_forward_hooks
 )
+
+_hooks, _pre_hooks = _together(
+    "nn.modules.module._global_forward_hooks", "nn.modules.module._global_forward_pre_hooks"
+)
+
+hooks_of_all_modules: Callable[[], tuple[Mapping[int, Any], ...]] = (
+    _hooks_of_all_modules if _hooks is None else lambda: (_hooks, _pre_hooks)
+)
+"""Returns the forward hooks that every module runs."""
 
 
 # --- Watching operations, and trees

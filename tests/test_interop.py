@@ -406,7 +406,7 @@ def test_all_that_has_no_twin_is_named_at_once():
         "  5: LSTM: expected batch_first=True, got False; "
         "expected dropout=0.0 in train mode, got 0.5",
         "  6: LSTM: expected proj_size=0, got 2",
-        "  7: Other has no twin",
+        "  7: Other has no twin: it has forward of its own, not Linear's",
         "  8: Linear: expected no forward hooks, got 1",
         "  9: LazyLinear: expected parameters, got none yet: call the module once before",
         "  10: MultiheadAttention: expected add_zero_attn=False, got True; "

@@ -366,6 +366,16 @@ def test_children_and_hooks_of_modules():
             net.register_forward_pre_hook(repr)
 
 
+def test_hooks_of_all_modules():
+    for of in (compat, GONE):
+        assert [*map(len, of.hooks_of_all_modules())] == [0, 0]
+        handle = nn.modules.module.register_module_forward_pre_hook(lambda *_: None)
+        try:
+            assert [*map(len, of.hooks_of_all_modules())] == [0, 1]
+        finally:
+            handle.remove()
+
+
 def test_operations_are_not_watched():
     seen = []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from inspect import getattr_static
 from typing import Any, TypeAlias
 
 import torch
@@ -79,6 +80,9 @@ def from_torch(module: nn.Module, shape: Sequence[int]) -> tuple[Layer, Tree]:
     if not isinstance(module, nn.Module):
         got = type(module).__name__
         raise TypeError(f"from_torch: expected module to be a torch.nn.Module, got {got}")
+    hooks = sum(map(len, compat.hooks_of_all_modules()))
+    if hooks:
+        raise ValueError(f"from_torch: expected no forward hooks on all modules, got {hooks}")
     translator = _Translator()
     net, params, _ = translator.of(module, as_shape("from_torch", shape), "")
     problems = [*translator.problems, *_ties(module)]
@@ -146,14 +150,37 @@ def _kind_of(module: nn.Module) -> type[nn.Module]:
     name = type(module).__name__
     known = (base for base in type(module).__mro__ if base in _KNOWN)
     kind: Any = next(known, None)
-    if kind is None or type(module).forward is not kind.forward or "forward" in vars(module):
+    if kind is None:
         raise ValueError(f"{name} has no twin")
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         raise ValueError(f"{name}: expected parameters, got none yet: call the module once before")
+    redefined = ", ".join(_redefined(module, kind))
+    if redefined:
+        raise ValueError(
+            f"{name} has no twin: it has {redefined} of its own, not {kind.__name__}'s"
+        )
     hooks = sum(map(len, compat.forward_hooks(module)))
     if hooks:
         raise ValueError(f"{name}: expected no forward hooks, got {hooks}")
     return kind  # type: ignore[no-any-return]
+
+
+_OUTSIDE_OF_FORWARD = (
+    *("__init__", "__new__", "__init_subclass__", "__annotate__", "__annotate_func__"),
+    *("__repr__", "__str__", "extra_repr", "get_name", "__eq__", "__hash__"),
+    *("reset_parameters", "train", "eval", "state_dict", "__getstate__", "__setstate__"),
+    *("__reduce__", "__reduce_ex__"),
+)
+"""The ends of the names of methods that no forward pass calls."""
+
+
+def _redefined(module: nn.Module, kind: type[nn.Module]) -> list[str]:
+    """Return the names of the kind's methods for which a module, or its class, has others."""
+    cls, found, own = type(module), getattr_static, vars(module)
+    names = [*own] if cls is kind else dir(kind)
+    methods = (name for name in names if hasattr(getattr(kind, name, None), "__get__"))
+    others = [n for n in methods if n in own or found(cls, n) is not found(kind, n)]
+    return [name for name in others if not name.endswith(_OUTSIDE_OF_FORWARD)]
 
 
 _EXPECTED: dict[str, Any] = {

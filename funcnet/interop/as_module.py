@@ -24,6 +24,8 @@ def as_module(net: Layer, params: Tree) -> nn.Module:
     registered under PyTorch's names, so `load_state_dict(net, shape, module.state_dict())` gives
     the tree of parameters after training. Only the gradients that autograd needs are computed.
     Changing in place what the backward pass needs is an error there, as it is for torch.nn's.
+    Submodules hold the parameters and compute nothing: of their hooks, forward pre-hooks run, with
+    no inputs, so that torch.nn.utils.prune works as usual.
     Under torch.autocast the network computes in its parameters' dtype, to which x of autocast's is
     cast; `Cast` computes in another.
 
@@ -69,30 +71,31 @@ class NetworkModule(nn.Module):
         self._net = net
         # The tree of params with the positions of the leaves, which torch.compile can follow.
         self._positions: Tree = structure.unflatten(range(len(leaves)))
-        # For each leaf, in the order of optree, the module that holds it and its name there.
-        self._places: list[tuple[nn.Module, str]] = [(self, "")] * len(leaves)
+        # The path of each module that holds leaves, with their positions and their names there.
+        self._holders: dict[tuple[str, ...], list[tuple[int, str]]] = {}
         order = {name: i for i, name in enumerate(names_of(structure))}
         for name, leaf in state_dict(params).items():
-            self._places[order[name]] = self._register(name, nn.Parameter(leaf.detach().clone()))
+            self._register(name, nn.Parameter(leaf.detach().clone()))
+            *parents, last = name.split(".")
+            self._holders.setdefault(tuple(parents), []).append((order[name], last))
 
-    def _register(self, name: str, parameter: nn.Parameter) -> tuple[nn.Module, str]:
+    def _register(self, name: str, parameter: nn.Parameter) -> None:
         *parents, last = name.split(".")
         holder: nn.Module = self
         try:
             for step in parents:
                 if not isinstance(getattr(holder, step, None), nn.Module):
-                    holder.add_module(step, nn.Module())
+                    holder.add_module(step, Parameters())
                 holder = holder.get_submodule(step)
             holder.register_parameter(last, parameter)
         except KeyError as error:
             raise ValueError(
                 f"as_module: expected names that a torch.nn.Module can have, got {name!r}: {error}"
             ) from error
-        return holder, last
 
     def forward(self, x: Tensor, key: Key | None = None) -> Tensor:
         """Return y; `key` is for layers that draw numbers, and without one they evaluate."""
-        leaves = [getattr(holder, name) for holder, name in self._places]
+        leaves = self._leaves()
         if leaves and isinstance(x, Tensor) and _has_autocast_dtype(x):
             x = x.to(leaves[0].dtype)
         tensors = [x, *leaves] if isinstance(x, Tensor) else []
@@ -104,9 +107,33 @@ class NetworkModule(nn.Module):
         y: Tensor = run(self._net, optree.tree_structure(params), key, x, *leaves)
         return y
 
+    def _leaves(self) -> list[Tensor]:
+        """Return what the modules hold, which may have been replaced, or be made by their hooks."""
+        leaves: list[Any] = [None] * sum(map(len, self._holders.values()))
+        for path, places in self._holders.items():
+            holder: Any = self
+            for step in path:
+                holder = getattr(holder, step)
+            if isinstance(holder, Parameters) and holder._pre_hooks:
+                for hook in holder._pre_hooks.values():
+                    hook(holder, ())
+            for i, name in places:
+                leaves[i] = getattr(holder, name)
+        return leaves
+
     def extra_repr(self) -> str:
         """Return the network's name."""
         return name_of(self._net)
+
+
+class Parameters(nn.Module):
+    """A submodule that holds parameters, and computes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        handle = self.register_forward_pre_hook(lambda *_: None)
+        handle.remove()
+        self._pre_hooks: Any = handle.hooks_dict_ref()  # the dict of all that will be registered
 
 
 def _has_autocast_dtype(x: Tensor) -> bool:

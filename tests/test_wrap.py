@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import funcnet as fn
 from funcnet.interop import wrap
@@ -150,3 +151,77 @@ def test_no_coupling_is_seen_where_there_is_none(build, shape, dtype):
 def test_y_has_one_shape_whatever_the_batch(function, shape, message):
     with pytest.raises(ValueError, match=message):
         wrap(Calling(function), shape)
+
+
+def scaled(self, x):
+    return self.linear(x) * self.scale
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        Calling(
+            lambda self, x: self.linear(x.bfloat16()).float() * self.scale,
+            scale=nn.Parameter(torch.ones(4)),
+            linear=nn.Linear(4, 4, dtype=torch.bfloat16),
+        ),
+        Calling(
+            scaled, linear=nn.Linear(4, 4), scale=nn.Parameter(torch.ones(4, dtype=torch.float64))
+        ),
+    ],
+    ids=["bfloat16 inside", "float64 factor"],
+)
+def test_parameters_of_several_dtypes_are_refused(module):
+    """params have one dtype: the others would be rounded, or the module fail."""
+    with pytest.raises(ValueError, match=r"of one dtype, got scale \(torch\.float.*, linear\.weig"):
+        wrap(module, (4,))
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "got"),
+    [
+        (Calling(lambda self, x: x.double()), (4,), "float64"),
+        (Calling(lambda self, x: self.linear(x).bfloat16(), linear=nn.Linear(4, 3)), (4,), "bfloat16"),
+        (nn.Sequential(nn.Embedding(5, 4), Calling(lambda self, x: x.double())), (4,), "float64"),
+    ],
+)  # fmt: skip
+def test_y_of_another_dtype_is_refused(module, shape, got):
+    with pytest.raises(ValueError, match=rf"expected y of torch\.float32, got torch\.{got}"):
+        wrap(module, shape)
+
+
+# --- What cannot be observed
+
+
+class Reentrant(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return checkpoint(self.linear, x, use_reentrant=True)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_module_that_autograd_cannot_differentiate_is_refused():
+    module = nn.Sequential(nn.ReLU(inplace=True), Reentrant())
+    with pytest.raises(ValueError, match=r"can differentiate, got Sequential: .*checkpoint"):
+        wrap(module, (3,))
+    layer, _ = wrap(Calling(lambda self, x: x.round().detach()), (3,))
+    assert layer.vjp((), torch.ones(1, 3), torch.ones(1, 3))[1].tolist() == [[0.0] * 3]
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 3, device="meta"), nn.LazyLinear(3)], ids=str)
+def test_a_module_without_values_is_refused(layer):
+    with pytest.raises(ValueError, match=r"tensors with values, got none in 1\.weight, 1\.bias"):
+        wrap(nn.Sequential(nn.ReLU(), layer), (4,))
+
+
+def test_wrap_under_inference_mode_and_autocast():
+    with torch.inference_mode():
+        layer, params = wrap(nn.Linear(3, 2), (3,))
+    assert not params["weight"].is_inference()
+    dx = layer.vjp(params, torch.ones(1, 3), torch.ones(1, 2))[1]
+    torch.testing.assert_close(dx, params["weight"].sum(0, keepdim=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        wrap(nn.Linear(3, 2), (3,))

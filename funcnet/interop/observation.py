@@ -46,11 +46,12 @@ def observe(module: nn.Module, shape: Shape) -> Traits:
     with without_autocast(like), torch.no_grad(), torch.random.fork_rng(cuda):
         with purity(module):
             draw, y, writes_x = _first_run(module, shape, like)
-            out_shape = shape_of_one(f"wrap: {type(module).__name__}", y, _BATCH)
-            x = draw(0)
+            out_shape, x = shape_of_one(f"wrap: {type(module).__name__}", y, _BATCH), draw(0)
+            _check_dtype(module, x, y)
             needs_row_major = _run(module, _column_major(x)) is None
             is_pure = _is_close(y, module(x), rtol=1e-2, atol=_fine(y))
             couples = _couples(module, draw)
+        _check_gradient(other, draw(0))
         _randomize(other)
         with purity(other):
             couples = _couples(other, draw) or couples
@@ -84,6 +85,31 @@ def shape_of_one(who: str, y: Any, count: int) -> Shape:
             f"{who}: expected y of shape ({count}, …) for a batch of {count}, got {tuple(y.shape)}"
         )
     return tuple(y.shape[1:])
+
+
+def _check_dtype(module: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Raise ValueError for a y of another dtype than that of x and the module."""
+    dtype, has_one = tensor_like(module).dtype, any(True for _ in module.parameters())
+    if y.dtype != dtype and (has_one or x.is_floating_point()):
+        raise ValueError(
+            f"wrap: {type(module).__name__}: expected y of {dtype}, got {y.dtype}: "
+            "a layer keeps the dtype of its params and x"
+        )
+
+
+def _check_gradient(module: nn.Module, x: Tensor) -> None:
+    """Raise ValueError for a module that fails in its backward pass, or under autograd."""
+    starts = [t.requires_grad_() for t in (x, *module.parameters()) if t.is_floating_point()]
+    try:
+        with torch.enable_grad():
+            y = module(x.clone())
+        if y.requires_grad:
+            torch.autograd.grad(y, starts, torch.ones_like(y), allow_unused=True)
+    except Exception as error:  # a module may raise anything
+        raise ValueError(
+            "wrap: expected a module that autograd can differentiate, got "
+            f"{type(module).__name__}: {error}"
+        ) from error
 
 
 # --- Runs

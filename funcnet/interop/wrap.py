@@ -44,8 +44,9 @@ def wrap(module: nn.Module, shape: Sequence[int]) -> tuple[Layer, Tree]:
     gets such an x.
 
     Raises ValueError for such modules, for those whose parameters cannot be handed over (complex
-    ones, TorchScript, DataParallel) or that cannot be copied, for examples that the module does not
-    take, and unless y is one floating-point tensor (N, …); TypeError unless `module` is a
+    ones or of several dtypes, those on meta, TorchScript, DataParallel), that cannot be copied or
+    that fail in their backward pass, for examples that the module does not take, and unless y is
+    one tensor (N, …) with the dtype of x and the parameters; TypeError unless `module` is a
     torch.nn.Module.
 
     >>> import funcnet as fn
@@ -67,19 +68,19 @@ def wrap(module: nn.Module, shape: Sequence[int]) -> tuple[Layer, Tree]:
             f"wrap: expected module to be a torch.nn.Module, got {type(module).__name__}"
         )
     _check_parts(module)
-    try:
-        own, like = copy.deepcopy(module), tensor_like(module)
-    except Exception as error:  # a module may raise anything
-        raise ValueError(
-            f"wrap: expected a module that can be copied, got {type(module).__name__}: {error}"
-        ) from error
-    layer = Wrapped(own, observe(own, as_shape("wrap", shape)))
-    params = layer.init(key(0), shape, dtype=like.dtype, device=like.device)
-    return layer, params
+    with torch.inference_mode(False):  # autograd is to run, and to count what is written to
+        try:
+            own, like = copy.deepcopy(module), tensor_like(module)
+        except Exception as error:  # a module may raise anything
+            raise ValueError(
+                f"wrap: expected a module that can be copied, got {type(module).__name__}: {error}"
+            ) from error
+        layer = Wrapped(own, observe(own, as_shape("wrap", shape)))
+        return layer, layer.init(key(0), shape, dtype=like.dtype, device=like.device)
 
 
 def _check_parts(module: nn.Module) -> None:
-    """Raise ValueError for modules and parameters that functional_call cannot put others into."""
+    """Raise ValueError for modules and parameters that others cannot be put in the place of."""
     wrong = [
         f"{name or 'the module itself'} ({type(part).__name__})"
         for name, part in module.named_modules()
@@ -90,6 +91,18 @@ def _check_parts(module: nn.Module) -> None:
     wrong = [f"{name} ({p.dtype})" for name, p in module.named_parameters() if p.is_complex()]
     if wrong:
         raise ValueError(f"wrap: expected real parameters, got {', '.join(wrong)}")
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    wrong = [name for name, tensor in tensors if nn.parameter.is_lazy(tensor) or tensor.is_meta]
+    if wrong:
+        raise ValueError(f"wrap: expected tensors with values, got none in {', '.join(wrong)}")
+    dtypes: dict[torch.dtype, str] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point():
+            dtypes.setdefault(parameter.dtype, f"{name} ({parameter.dtype})")
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"wrap: expected parameters of one dtype, got {', '.join(dtypes.values())}"
+        )
 
 
 @dataclass(frozen=True)

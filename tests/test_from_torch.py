@@ -1,7 +1,12 @@
 """What `interop.from_torch` refuses to translate."""
 
+import copy
+
 import pytest
+import torch
+from test_properties import same
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 import funcnet as fn
 from funcnet.interop import from_torch
@@ -109,3 +114,18 @@ def test_a_hook_on_all_modules_is_refused(kind):
     finally:
         handle.remove()
     assert from_torch(nn.Linear(3, 2), (3,))[0] == fn.Linear(2)
+
+
+@pytest.mark.parametrize("name", ["weight", "out_proj.weight"])
+def test_reading_a_parametrised_weight_changes_no_module(name):
+    """spectral_norm in train mode iterates once more whenever its weight is read."""
+    shape = (5,) if name == "weight" else (3, 4)
+    module = nn.Linear(5, 4) if name == "weight" else nn.MultiheadAttention(4, 2, batch_first=True)
+    spectral_norm(module.out_proj if name.startswith("out") else module)
+    module.double().train()
+    before, expected = copy.deepcopy(module.state_dict()), copy.deepcopy(module)
+    net, params = from_torch(nn.Sequential(module), shape)
+    assert same(dict(module.state_dict()), dict(before))
+    x = fn.normal(fn.key(1), (2, *shape), dtype=torch.float64)
+    y = expected(x) if name == "weight" else expected(x, x, x)[0]
+    torch.testing.assert_close(net.apply(params, x), y)

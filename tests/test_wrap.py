@@ -181,7 +181,7 @@ def test_parameters_of_several_dtypes_are_refused(module):
     ("module", "shape", "got"),
     [
         (Calling(lambda self, x: x.double()), (4,), "float64"),
-        (Calling(lambda self, x: self.linear(x).bfloat16(), linear=nn.Linear(4, 3)), (4,), "bfloat16"),
+        (Calling(lambda self, x: self.inner(x).half(), inner=nn.Linear(4, 3)), (4,), "float16"),
         (nn.Sequential(nn.Embedding(5, 4), Calling(lambda self, x: x.double())), (4,), "float64"),
     ],
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from inspect import getattr_static
@@ -9,6 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from funcnet import compat
 from funcnet.checkpoint.memory_format import lay_out_as_init
@@ -108,9 +110,9 @@ class _Translator:
                 return self.of(UNROLLED[kind](module), shape, path)
             if kind in _COMBINATORS:
                 return self._combinator(module, _COMBINATORS[kind], shape, path)
+            module = _readable(module)
             _check_settings(module)
-            translate = _SPECIAL.get(kind, _twin)
-            layer, params = translate(module, shape)
+            layer, params = _SPECIAL.get(kind, _twin)(module, shape)
             if shape is None:
                 return layer, params, None
             return layer, params, check(layer, params, spec_of(layer, params, shape)).shape
@@ -163,6 +165,12 @@ def _kind_of(module: nn.Module) -> type[nn.Module]:
     if hooks:
         raise ValueError(f"{name}: expected no forward hooks, got {hooks}")
     return kind  # type: ignore[no-any-return]
+
+
+def _readable(module: nn.Module) -> nn.Module:
+    """Return a copy if reading a weight may change buffers, as with spectral_norm in train mode."""
+    is_parametrised = any(map(parametrize.is_parametrized, module.modules()))
+    return copy.deepcopy(module) if is_parametrised else module
 
 
 _OUTSIDE_OF_FORWARD = (

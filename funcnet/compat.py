@@ -232,6 +232,30 @@ is_transformed: Callable[[Tensor], bool] = named(
 )
 
 
+# --- torch.autograd.grad(is_grads_batched=True), which batches by other means than torch.func
+
+_is_batched, _batched, _unbatched, _enter_level, _leave_level = _together(
+    "_C._functorch.is_legacy_batchedtensor",
+    "_add_batch_dim",
+    "_remove_batch_dim",
+    "_C._vmapmode_increment_nesting",
+    "_C._vmapmode_decrement_nesting",
+)
+
+
+def over_batched(function: Callable[[Tensor], tuple[Tensor, ...]], grad: Tensor) -> Any:
+    """function(grad), by torch.func.vmap if autograd has hidden an axis of grad.
+
+    Without the private names a kernel that autograd cannot batch raises torch's own error.
+    """
+    if _is_batched is None or not _is_batched(grad):
+        return function(grad)
+    level = _enter_level() - 1
+    _leave_level()
+    results = torch.func.vmap(function)(_unbatched(grad, level, 0, 0))
+    return tuple(_batched(result, 0, level) for result in results)
+
+
 # --- What a tensor was written to, and where it lies
 
 

@@ -3,9 +3,12 @@
 import copy
 import pickle
 import sys
+from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
+from registry import EXAMPLE_IDS, EXAMPLES, key_for, make
 from torch import nn
 from torch.nn.utils import prune
 
@@ -13,6 +16,7 @@ import funcnet as fn
 from funcnet.interop import as_module, state_dict, to_torch
 
 KEY = fn.key(7)
+examples = pytest.mark.parametrize(("layer", "shape"), EXAMPLES, ids=EXAMPLE_IDS)
 
 
 def twins():
@@ -107,3 +111,86 @@ def test_the_only_layer_is_pruned():
     prune.l1_unstructured(module, "weight", 1.0)
     assert torch.equal(module(x)[0], params["bias"])
     assert list(state_dict(params)) == ["weight", "bias"]
+
+
+# --- y and its gradients
+
+
+@examples
+def test_y_may_be_written_to(layer, shape):
+    """Unless the backward pass needs it, as it is with torch.nn's modules."""
+    params, x, _ = make(layer, shape)
+    x.requires_grad_(x.is_floating_point())
+    module, key = as_module(layer, params), key_for(layer)
+    y = module(x, key)
+    if not y.requires_grad:
+        return
+    starts = [*module.parameters(), *([x] if x.requires_grad else [])]
+    grad = fn.normal(KEY, y.shape)
+    expected = torch.autograd.grad(module(x, key), starts, 2 * grad, allow_unused=True)
+    y.mul_(2)
+    try:
+        found = torch.autograd.grad(y, starts, grad, allow_unused=True)
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)  # noqa: PT017
+        return
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_convolution_behind_which_dropout_writes():
+    net = fn.Sequential(fn.Conv2d(4, 3), fn.ReLU(), fn.Flatten())
+    inner = as_module(net, net.init(fn.key(0), (3, 5, 5)))
+    module = nn.Sequential(inner, nn.Dropout(0.5, inplace=True))
+    module(fn.normal(KEY, (2, 3, 5, 5))).sum().backward()
+    assert all(p.grad.any() for p in module.parameters())
+
+
+@dataclass(frozen=True)
+class Same(fn.Layer):
+    """Returns x itself, or a view of it."""
+
+    is_view: bool
+
+    def _fwd(self, params, x, key):
+        return x[:] if self.is_view else x, None
+
+    def _bwd(self, params, residuals, dy, need):
+        return (), dy if need.input else None
+
+
+@pytest.mark.parametrize("is_view", [False, True])
+def test_writing_to_y_that_is_x_is_seen_in_x(is_view):
+    module, start = as_module(Same(is_view), ()), torch.ones(3, requires_grad=True)
+    x = 3 * start
+    y = module(x)
+    try:
+        y.mul_(2)
+    except RuntimeError:
+        return
+    (x + y).sum().backward()
+    is_shared = x.data_ptr() == y.data_ptr()
+    assert start.grad.tolist() == [12.0 if is_shared else 9.0] * 3
+
+
+@examples
+def test_gradients_of_several_grads_at_once(layer, shape):
+    """As torch.autograd.functional.jacobian asks for with vectorize=True."""
+    params, x, _ = make(layer, shape, dtype=torch.float64)
+    x.requires_grad_(x.is_floating_point())
+    module = as_module(layer, params)
+    y = module(x, key_for(layer))
+    if not y.requires_grad:
+        return
+    starts = [*module.parameters(), *([x] if x.requires_grad else [])]
+    grads = fn.normal(KEY, (3, *y.shape), dtype=torch.float64)
+    find = partial(torch.autograd.grad, y, starts, retain_graph=True)
+    found = find(grads, is_grads_batched=True)
+    each = zip(*(find(grad) for grad in grads), strict=True)
+    torch.testing.assert_close(found, tuple(map(torch.stack, each)), rtol=1e-9, atol=1e-9)
+
+
+def test_a_vectorised_jacobian_of_a_part():
+    module, _, x = twins()
+    module.get_submodule("0").requires_grad_(False)
+    jacobian = torch.autograd.functional.jacobian
+    torch.testing.assert_close(jacobian(module, x, vectorize=True), jacobian(module, x))

@@ -376,6 +376,12 @@ def test_hooks_of_all_modules():
             handle.remove()
 
 
+def test_batches_of_grads_are_not_seen():
+    grad = torch.ones(3)
+    for of in (compat, GONE):
+        assert of.over_batched(lambda grad: (grad,), grad)[0] is grad
+
+
 def test_operations_are_not_watched():
     seen = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import Any
 
 import optree
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from funcnet.checks import name_of
+from funcnet.compat import over_batched, storage_id
 from funcnet.interop.state_dict import names_of, state_dict, tensors_of
 from funcnet.keys import Key
 from funcnet.layer import Layer, Tree, check_net, public_bwd
@@ -157,7 +159,9 @@ class _Network(torch.autograd.Function):
         ctx.net, ctx.structure = net, structure
         ctx.x = x if x.requires_grad else None
         ctx.save_for_backward(*leaves, *(leaf for leaf in kept if isinstance(leaf, Tensor)))
-        return y
+        # A view made in here is not to be written to, where y shares x's memory with good reason.
+        is_of_x = storage_id(y.untyped_storage()) == storage_id(x.untyped_storage())
+        return y if is_of_x else y.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -167,12 +171,16 @@ class _Network(torch.autograd.Function):
         kept = [next(tensors).detach() if other is None else other[0] for other in ctx.kept]
         params, residuals = ctx.structure.unflatten(leaves), ctx.of_residuals.unflatten(kept)
         _, _, _, of_x, *of_leaves = ctx.needs_input_grad
-        need = Need(params=any(of_leaves), input=of_x)
-        with torch.no_grad():
+        need, wanted = Need(params=any(of_leaves), input=of_x), (of_x, *of_leaves)
+
+        def of(grad: Tensor) -> tuple[Any, ...]:
             dparams, dx = public_bwd(ctx.net, params, residuals, grad, need)
-        dleaves = ctx.structure.flatten_up_to(dparams) if need.params else [None] * count
-        wanted = (d if of else None for d, of in zip(dleaves, of_leaves, strict=True))
-        gradients: tuple[Any, ...] = (dx, *wanted)
+            dleaves = ctx.structure.flatten_up_to(dparams) if need.params else [None] * count
+            return tuple(compress((dx, *dleaves), wanted))
+
+        with torch.no_grad():
+            found = iter(over_batched(of, grad))
+        gradients = tuple(next(found) if is_wanted else None for is_wanted in wanted)
         if torch.is_grad_enabled():  # with create_graph=True
             once: Any = _Once.apply
             starts = [start for start in (ctx.x, *leaves) if start is not None]

@@ -1,6 +1,7 @@
 """What `interop.from_torch` refuses to translate."""
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 import funcnet as fn
 from funcnet.interop import from_torch
+from funcnet.interop.blocks import First, Sum
+
+KEY = fn.key(7)
 
 pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
 
@@ -126,6 +130,77 @@ def test_reading_a_parametrised_weight_changes_no_module(name):
     before, expected = copy.deepcopy(module.state_dict()), copy.deepcopy(module)
     net, params = from_torch(nn.Sequential(module), shape)
     assert same(dict(module.state_dict()), dict(before))
-    x = fn.normal(fn.key(1), (2, *shape), dtype=torch.float64)
+    x = fn.normal(KEY, (2, *shape), dtype=torch.float64)
     y = expected(x) if name == "weight" else expected(x, x, x)[0]
     torch.testing.assert_close(net.apply(params, x), y)
+
+
+def encoder(**options):
+    layer = nn.TransformerEncoderLayer(4, 2, 6, **{"batch_first": True, **options})
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+def with_network(network):
+    module = encoder()
+    module.layers[1].linear1 = network
+    return module
+
+
+@pytest.mark.parametrize(
+    ("build", "problems"),
+    [
+        (lambda: encoder(batch_first=False), [
+            "1.layers.0.self_attn: MultiheadAttention: expected batch_first=True, got False",
+            "1.layers.1.self_attn: MultiheadAttention: expected batch_first=True, got False",
+        ]),
+        (lambda: with_network(nn.Sequential(nn.Linear(4, 6), nn.CELU())), [
+            "1.layers.1.linear1.1: CELU has no twin",
+        ]),
+        (lambda: encoder(activation=torch.sin), [
+            f"1.layers.{i}: TransformerEncoderLayer: expected activation to be relu, gelu or a "
+            f"module, got {torch.sin}" for i in range(2)
+        ]),
+        (lambda: First(nn.GRU(4, 3)), ["1.module: GRU: expected batch_first=True, got False"]),
+    ],
+    ids=["attention", "inside", "activation", "first"],
+)  # fmt: skip
+def test_problems_are_named_by_paths_in_the_callers_module(build, problems):
+    module = nn.Sequential(nn.Identity(), build())
+    for line in problems:
+        module.get_submodule(line.partition(":")[0])
+    with pytest.raises(ValueError, match="expected modules that have a twin") as error:
+        from_torch(module, (5, 4))
+    assert [line.strip() for line in str(error.value).splitlines()[1:]] == problems
+
+
+# --- Examples and parts that do not fit
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "message"),
+    [
+        (nn.Linear(4, 3), (), r"Linear\(3\): expected the shape of one example, \(…, C\), got \(\)"),
+        (nn.Conv2d(3, 4, 1), (), r"Conv2d\(4, .*, \(C, H, W\), got \(\)"),
+        (nn.LSTM(4, 3, batch_first=True), (4,), r"LSTM\(3\): expected .*, \(T, C\), got \(4,\)"),
+        (nn.TransformerEncoderLayer(4, 2, 6, batch_first=True), (4,), r"self_attn: .*got \(4,\)"),
+        (nn.Softmax2d(), (3, 4), r"Softmax2d: expected one .* 3 axes, got shape \(3, 4\)"),
+        (nn.Sequential(nn.Flatten(), nn.Embedding(3, 4)), (2, 2), r"0: Flatten\(\): expected x"),
+        (nn.Sequential(nn.Identity(), nn.Embedding(3, 4)), (2,), r"0: Identity\(\): expected x"),
+        (
+            nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.ReLU(), nn.Linear(3, 3).double())),
+            (3,),
+            r"1\.1: Linear\(3\): expected weight to have the dtype and device of x, torch\.float32",
+        ),
+    ],
+    ids=["Linear", "Conv2d", "LSTM", "encoder", "Softmax2d", "Flatten", "Identity", "dtypes"],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(module, shape, message):
+    with pytest.raises(ValueError, match=message):
+        from_torch(module, shape)
+
+
+def test_integers_go_through_every_branch():
+    tables = Sum(OrderedDict(a=nn.Embedding(5, 3), b=nn.Embedding(5, 3)))
+    net, params = from_torch(nn.Sequential(tables, nn.Linear(3, 2)), (4,))
+    x = torch.tensor([[0, 1, 4, 2]])
+    assert net.apply(params, x).shape == (1, 4, 2)

@@ -17,11 +17,11 @@ from funcnet.checkpoint.memory_format import lay_out_as_init
 from funcnet.checks import as_axis, as_shape, sizes
 from funcnet.combinators import Concat, Loop, Product, Residual, Reversible, Sequential, Sum
 from funcnet.interop import blocks
-from funcnet.interop.inputs import spec_of
+from funcnet.interop.observation import tensor_like
 from funcnet.interop.refusal import refusal
 from funcnet.interop.twins import LAYERS
 from funcnet.interop.unrolled import UNROLLED
-from funcnet.layer import Layer, Shape, Tree
+from funcnet.layer import Layer, Shape, Spec, Tree
 from funcnet.layers import (
     BatchNorm,
     ChannelAffine,
@@ -85,8 +85,12 @@ def from_torch(module: nn.Module, shape: Sequence[int]) -> tuple[Layer, Tree]:
     hooks = sum(map(len, compat.hooks_of_all_modules()))
     if hooks:
         raise ValueError(f"from_torch: expected no forward hooks on all modules, got {hooks}")
-    translator = _Translator()
-    net, params, _ = translator.of(module, as_shape("from_torch", shape), "")
+    translator = _Translator(module)
+    takes_integers = any(isinstance(part, nn.Embedding) for part in module.modules())
+    like = tensor_like(module)
+    dtype = torch.int64 if takes_integers else like.dtype
+    x = Spec((2,), as_shape("from_torch", shape), dtype, like.device)
+    net, params, _ = translator.of(module, x, "")
     problems = [*translator.problems, *_ties(module)]
     if problems:
         raise refusal("from_torch: expected modules that have a twin in funcnet", problems)
@@ -95,39 +99,40 @@ def from_torch(module: nn.Module, shape: Sequence[int]) -> tuple[Layer, Tree]:
 
 
 class _Translator:
-    """Translates modules, and notes every problem that it meets."""
+    """Translates the modules in a module, and notes every problem that it meets."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self.problems: list[str] = []
+        self.names: dict[int, str] = {id(part): name for name, part in module.named_modules()}
 
-    def of(
-        self, module: nn.Module, shape: Shape | None, path: str
-    ) -> tuple[Layer, Tree, Shape | None]:
-        """Return (layer, params, the shape behind it). Behind a problem no shape is known."""
+    def of(self, module: nn.Module, x: Spec | None, path: str) -> tuple[Layer, Tree, Spec | None]:
+        """Return (layer, params, the spec of y). Behind a problem none is known."""
         try:
             kind = _kind_of(module)
             if kind in UNROLLED:
-                return self.of(UNROLLED[kind](module), shape, path)
+                unrolled = UNROLLED[kind](module)
+                return self.of(unrolled, x, self.names.get(id(unrolled), path))
             if kind in _COMBINATORS:
-                return self._combinator(module, _COMBINATORS[kind], shape, path)
-            module = _readable(module)
+                return self._combinator(module, _COMBINATORS[kind], x, path)
+            module, shape = _readable(module), None if x is None else x.shape
             _check_settings(module)
+            _check_axes(module, kind, shape)
             layer, params = _SPECIAL.get(kind, _twin)(module, shape)
-            if shape is None:
-                return layer, params, None
-            return layer, params, check(layer, params, spec_of(layer, params, shape)).shape
+            return layer, params, None if x is None else check(layer, params, x)
         except (ValueError, TypeError) as error:
             self.problems.append(f"{path}: {error}" if path else str(error))
             return Identity(), (), None
 
     def _combinator(
-        self, module: nn.Module, cls: Any, shape: Shape | None, path: str
-    ) -> tuple[Layer, Tree, Shape | None]:
+        self, module: nn.Module, cls: Any, x: Spec | None, path: str
+    ) -> tuple[Layer, Tree, Spec | None]:
         children = compat.children(module)
         names, made, owns, outs = [*children], [], [], []
-        before = (shape[0] // 2, *shape[1:]) if cls is Reversible and shape else shape
+        before = x
+        if cls is Reversible and x is not None and x.shape:
+            before = x._replace(shape=(x.shape[0] // 2, *x.shape[1:]))
         for name, child in children.items():
-            layer, params, out = self.of(child, before, joined(path, name))
+            layer, params, out = self.of(child, before, self._path(module, path, name))
             made.append(layer)
             owns.append(params)
             outs.append(out)
@@ -139,8 +144,14 @@ class _Translator:
         else:
             net = cls(**dict(zip(names, made, strict=True)), **_dim(module))
             params = dict(zip(names, owns, strict=True))
-        is_known = shape is not None and None not in outs
-        return net, params, net.out_shape(shape) if is_known else None
+        return net, params, check(net, params, x) if x is not None and None not in outs else None
+
+    def _path(self, module: nn.Module, path: str, name: str) -> str:
+        """Return the path of a child in the caller's module. An unrolled module is not part of it."""
+        if id(module) in self.names:
+            return joined(path, name)
+        child: nn.Module = compat.children(module)[name]
+        return self.names.get(id(child), path)
 
 
 def _dim(module: nn.Module) -> dict[str, Any]:
@@ -226,6 +237,25 @@ def _check_settings(module: nn.Module) -> None:
         raise ValueError(f"{type(module).__name__}: {'; '.join(wrong)}")
 
 
+_RANKS: dict[type[nn.Module], tuple[int, ...]] = {
+    nn.BatchNorm1d: (1, 2),
+    nn.BatchNorm2d: (3,),
+    nn.BatchNorm3d: (4,),
+    nn.InstanceNorm1d: (2,),
+    nn.InstanceNorm2d: (3,),
+    nn.InstanceNorm3d: (4,),
+    nn.Softmax2d: (3,),
+}
+"""The number of axes that one example has. Of fewer, some take the batch for the channels."""
+
+
+def _check_axes(module: nn.Module, kind: type[nn.Module], shape: Shape | None) -> None:
+    """Raise ValueError for an example of more or fewer axes than a module takes."""
+    if shape is not None and len(shape) not in _RANKS.get(kind, (len(shape),)):
+        name, ranks = type(module).__name__, " or ".join(map(str, _RANKS[kind]))
+        raise ValueError(f"{name}: expected one example to have {ranks} axes, got shape {shape}")
+
+
 # --- Modules with the layer's own name and arguments
 
 
@@ -235,7 +265,10 @@ def _twin(module: nn.Module, shape: Shape | None) -> Translation:
     layer = build(cls, {name: value for name, value in settings.items() if value is not _UNSAID})
     if isinstance(layer, (MaxPool, AvgPool)) and layer.stride == layer.kernel_size:
         layer = replace(layer, stride=None)
-    return layer, () if shape is None else _learned(layer._params(shape), module) or ()
+    if shape is None:
+        return layer, ()
+    layer.out_shape(shape)  # refuses what has too few axes for params
+    return layer, _learned(layer._params(shape), module) or ()
 
 
 _UNSAID = object()
@@ -266,23 +299,9 @@ def _learned(declared: Mapping[str, Any], module: Any) -> dict[str, Any]:
 # --- Other modules
 
 
-_RANKS: dict[type[nn.Module], tuple[int, ...]] = {
-    nn.BatchNorm1d: (1, 2),
-    nn.BatchNorm2d: (3,),
-    nn.BatchNorm3d: (4,),
-    nn.InstanceNorm1d: (2,),
-    nn.InstanceNorm2d: (3,),
-    nn.InstanceNorm3d: (4,),
-}
-"""The number of axes that one example has."""
-
-
 def _norm(module: Any, shape: Shape | None) -> Translation:
     """Return the layer of BatchNorm and InstanceNorm of any rank."""
-    name, kind = type(module).__name__, _kind_of(module)
-    if shape is not None and kind in _RANKS and len(shape) not in _RANKS[kind]:
-        ranks = " or ".join(map(str, _RANKS[kind]))
-        raise ValueError(f"{name}: expected one example to have {ranks} axes, got shape {shape}")
+    name = type(module).__name__
     if _has_statistics(module):
         return ChannelAffine(), _affine(module)
     if isinstance(module, nn.SyncBatchNorm):
@@ -363,7 +382,9 @@ _COMBINATORS: dict[type[nn.Module], type[Layer]] = {
 }
 
 _SPECIAL: dict[type[nn.Module], Callable[[Any, Shape | None], Translation]] = {
-    **dict.fromkeys([*_RANKS, blocks.BatchNorm, nn.SyncBatchNorm], _norm),
+    **dict.fromkeys([nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm], _norm),
+    **dict.fromkeys([nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d], _norm),
+    blocks.BatchNorm: _norm,
     **dict.fromkeys(
         [nn.Dropout1d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout], _dropout
     ),

@@ -1127,3 +1127,21 @@ def test_every_discrepancy_is_named_at_once():
         load_state_dict(nn.Linear(2, 2), (3,), {})
     with pytest.raises(TypeError, match=r"state_dict: expected 0\.a to be a tensor, .* got int"):
         state_dict(({"a": 3},))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor", "ignore:The PyTorch API of nested tensors")
+def test_tensors_that_are_not_dense_are_named():
+    net, weight = fn.Sequential(fn.Linear(4), fn.Linear(4), fn.Linear(4)), torch.eye(4)
+    state = {
+        **state_dict(net.init(KEY, (4,))),
+        "0.weight": weight.to_sparse(),
+        "1.weight": weight.to_sparse_csr(),
+        "2.weight": torch.nested.nested_tensor([weight]),
+    }
+    with pytest.raises(ValueError, match="load_state_dict: expected the 6 tensors of") as error:
+        load_state_dict(net, (4,), state)
+    assert str(error.value).splitlines()[1:] == [
+        "  0.weight: expected a dense tensor, got torch.sparse_coo",
+        "  1.weight: expected a dense tensor, got torch.sparse_csr",
+        "  2.weight: expected a dense tensor, got a nested one",
+    ]

@@ -147,7 +147,7 @@ class _Translator:
         return net, params, check(net, params, x) if x is not None and None not in outs else None
 
     def _path(self, module: nn.Module, path: str, name: str) -> str:
-        """Return the path of a child in the caller's module. An unrolled module is not part of it."""
+        """Return the path of a child in the caller's module, which lacks an unrolled one."""
         if id(module) in self.names:
             return joined(path, name)
         child: nn.Module = compat.children(module)[name]

@@ -47,8 +47,8 @@ def load_state_dict(net: Layer, shape: Sequence[int], state: Mapping[str, Tensor
     they have in `state`. They are laid out in memory as `net.init` does.
 
     Raises one ValueError that names all that is wrong: tensors that are missing, that the network
-    does not have, of another shape, not floating-point, or of a dtype or device other than the
-    first one's. Raises TypeError unless net is a Layer and `state` a mapping.
+    does not have, of another shape, sparse, not floating-point, or of a dtype or device other than
+    the first one's. Raises TypeError unless net is a Layer and `state` a mapping.
 
     >>> import funcnet as fn
     >>> import torch
@@ -117,6 +117,9 @@ def _differences(expected: Mapping[str, Tensor], state: Mapping[str, Any]) -> It
         if not isinstance(value, Tensor):
             yield f"{name}: expected a tensor, got {type(value).__name__}"
             continue
+        if value.layout != torch.strided or value.is_nested:
+            yield f"{name}: expected a dense tensor, got {_layout(value)}"
+            continue
         if value.shape != leaf.shape:
             yield f"{name}: expected shape {sizes(leaf.shape)}, got {sizes(value.shape)}"
         if not value.is_floating_point():
@@ -131,6 +134,10 @@ def _differences(expected: Mapping[str, Tensor], state: Mapping[str, Any]) -> It
 
 def _is_floating_point(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _layout(value: Tensor) -> str:
+    return "a nested one" if value.is_nested else str(value.layout)
 
 
 def _kind(value: Tensor) -> str:

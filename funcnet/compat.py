@@ -243,7 +243,9 @@ _is_batched, _batched, _unbatched, _enter_level, _leave_level = _together(
 )
 
 
-def over_batched(function: Callable[[Tensor], tuple[Tensor, ...]], grad: Tensor) -> Any:
+def over_batched(
+    function: Callable[[Tensor], tuple[Tensor, ...]], grad: Tensor
+) -> Sequence[Tensor]:
     """function(grad), by torch.func.vmap if autograd has hidden an axis of grad.
 
     Without the private names a kernel that autograd cannot batch raises torch's own error.
@@ -253,7 +255,7 @@ def over_batched(function: Callable[[Tensor], tuple[Tensor, ...]], grad: Tensor)
     level = _enter_level() - 1
     _leave_level()
     results = torch.func.vmap(function)(_unbatched(grad, level, 0, 0))
-    return tuple(_batched(result, 0, level) for result in results)
+    return [_batched(result, 0, level) for result in results]
 
 
 # --- What a tensor was written to, and where it lies

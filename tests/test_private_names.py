@@ -376,7 +376,31 @@ def test_hooks_of_all_modules():
             handle.remove()
 
 
-def test_batches_of_grads_are_not_seen():
+class Table(torch.autograd.Function):
+    """y of shape (2, 3) from a (6,) and b (3,), by a kernel that autograd cannot batch."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        return torch.unflatten(a, 0, (2, 3)) + b
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (*compat.over_batched(lambda grad: (grad.flatten(), grad.sum(0)), grad),)
+
+
+def test_several_grads_at_once():
+    starts = torch.ones(6, requires_grad=True), torch.ones(3, requires_grad=True)
+    grads = torch.arange(24.0).reshape(4, 2, 3)
+    find = partial(torch.autograd.grad, Table.apply(*starts), starts, retain_graph=True)
+    for _ in range(2):
+        da, db = find(grads, is_grads_batched=True)
+        assert torch.equal(da, grads.flatten(1))
+        assert torch.equal(db, grads.sum(1))
+        torch.rand(2)  # an error where autograd believes to be in a batch
+    assert [*map(len, find(grads[0]))] == [6, 3]
+
+
+def test_one_grad_is_handed_on():
     grad = torch.ones(3)
     for of in (compat, GONE):
         assert of.over_batched(lambda grad: (grad,), grad)[0] is grad

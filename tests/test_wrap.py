@@ -211,10 +211,20 @@ def test_a_module_that_autograd_cannot_differentiate_is_refused():
     assert layer.vjp((), torch.ones(1, 3), torch.ones(1, 3))[1].tolist() == [[0.0] * 3]
 
 
-@pytest.mark.parametrize("layer", [nn.Linear(4, 3, device="meta"), nn.LazyLinear(3)], ids=str)
-def test_a_module_without_values_is_refused(layer):
-    with pytest.raises(ValueError, match=r"tensors with values, got none in 1\.weight, 1\.bias"):
-        wrap(nn.Sequential(nn.ReLU(), layer), (4,))
+def test_a_module_without_values_is_refused():
+    module = nn.Sequential(nn.ReLU(), nn.Linear(4, 3, device="meta"))
+    with pytest.raises(ValueError, match=r"with values, got 1\.weight, 1\.bias on meta"):
+        wrap(module, (4,))
+
+
+def test_a_lazy_module_gets_its_parameters():
+    module = nn.Sequential(nn.LazyLinear(3), nn.Tanh(), nn.LazyLinear(2))
+    state = torch.get_rng_state()
+    layer, params = wrap(module, (4,))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert params["0"]["weight"].shape == (3, 4)
+    assert layer.apply(params, torch.ones(5, 4)).shape == (5, 2)
+    assert nn.parameter.is_lazy(module[0].weight)
 
 
 def test_wrap_under_inference_mode_and_autocast():

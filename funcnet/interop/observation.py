@@ -41,9 +41,12 @@ def observe(module: nn.Module, shape: Shape) -> Traits:
     The module also runs with random parameters: those of its own may hide what it does, as a last
     layer of zeros hides all that comes before it.
     """
-    like, other = tensor_like(module), copy.deepcopy(module)
+    like = tensor_like(module)
     cuda = [like.device] if like.is_cuda else []
     with without_autocast(like), torch.no_grad(), torch.random.fork_rng(cuda):
+        if any(map(nn.parameter.is_lazy, module.parameters())):
+            _first_run(module, shape, like)  # which makes parameters
+        other = copy.deepcopy(module)
         with purity(module):
             draw, y, writes_x = _first_run(module, shape, like)
             out_shape, x = shape_of_one(f"wrap: {type(module).__name__}", y, _BATCH), draw(0)

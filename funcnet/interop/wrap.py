@@ -92,9 +92,9 @@ def _check_parts(module: nn.Module) -> None:
     if wrong:
         raise ValueError(f"wrap: expected real parameters, got {', '.join(wrong)}")
     tensors = (*module.named_parameters(), *module.named_buffers())
-    wrong = [name for name, tensor in tensors if nn.parameter.is_lazy(tensor) or tensor.is_meta]
+    wrong = [name for name, tensor in tensors if tensor.is_meta]
     if wrong:
-        raise ValueError(f"wrap: expected tensors with values, got none in {', '.join(wrong)}")
+        raise ValueError(f"wrap: expected tensors with values, got {', '.join(wrong)} on meta")
     dtypes: dict[torch.dtype, str] = {}
     for name, parameter in module.named_parameters():
         if parameter.is_floating_point():

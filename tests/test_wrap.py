@@ -73,6 +73,19 @@ def test_a_module_that_writes_to_x_unseen_gets_a_copy():
     assert torch.equal(x, torch.ones(2, 3))
 
 
+def cached(self, x):
+    if self.doubled is None:
+        self.doubled = 2 * self.weight
+    return x @ self.doubled
+
+
+def test_a_module_that_keeps_what_it_computed_from_its_parameters_is_refused():
+    module = Calling(cached, weight=nn.Parameter(torch.ones(3, 2)), doubled=None)
+    with pytest.raises(ValueError, match="got Calling, which computes with earlier parameters"):
+        wrap(module, (3,))
+    assert module.doubled is None
+
+
 # --- Coupling
 
 

@@ -46,26 +46,28 @@ def observe(module: nn.Module, shape: Shape) -> Traits:
     with without_autocast(like), torch.no_grad(), torch.random.fork_rng(cuda):
         if any(map(nn.parameter.is_lazy, module.parameters())):
             _first_run(module, shape, like)  # which makes parameters
-        other = copy.deepcopy(module)
+        other, who = copy.deepcopy(module), type(module).__name__
         with purity(module):
             draw, y, writes_x = _first_run(module, shape, like)
-            out_shape, x = shape_of_one(f"wrap: {type(module).__name__}", y, _BATCH), draw(0)
+            out_shape, x = shape_of_one(f"wrap: {who}", y, _BATCH), draw(0)
             _check_dtype(module, x, y)
             needs_row_major = _run(module, _column_major(x)) is None
             is_pure = _is_close(y, module(x), rtol=1e-2, atol=_fine(y))
             couples = _couples(module, draw)
-        _check_gradient(other, draw(0))
-        _randomize(other)
+        used = copy.deepcopy(module)
+        _check_gradient(used, draw(0))
+        remembers = _remembers(other, used, draw(0))
         with purity(other):
             couples = _couples(other, draw) or couples
         for factor in (-100, -1):  # a module may write to parameters that are large, or below 0
             _multiply(other, factor)
             with purity(other):
                 _run(other, draw(0))
-    if not is_pure:
+    if not is_pure or remembers:
+        found = "computes with earlier parameters" if is_pure else "gave another y the second time"
         raise ValueError(
-            f"wrap: expected a module whose y depends on x and its parameters alone, got "
-            f"{type(module).__name__}, which gave another y the second time"
+            "wrap: expected a module whose y depends on x and its parameters alone, got "
+            f"{who}, which {found}"
         )
     takes_integers = not x.is_floating_point()
     return Traits(shape, out_shape, takes_integers, writes_x, needs_row_major, couples)
@@ -175,6 +177,17 @@ def _multiply(module: nn.Module, factor: float) -> None:
 
 
 # --- Comparisons
+
+
+def _remembers(other: nn.Module, used: nn.Module, x: Tensor) -> bool:
+    """Whether y of a module that has run differs from that of one that has not.
+
+    Both get the same random parameters: a module may have kept what it computed from its own.
+    """
+    _randomize(other)
+    _randomize(used)
+    y, again = _run(other, x.clone()), _run(used, x.clone())
+    return y is not None and (again is None or not _is_close(y, again, rtol=1e-2, atol=_fine(y)))
 
 
 def _couples(module: nn.Module, draw: _Draw) -> bool:

@@ -561,3 +561,70 @@ def test_medians_of_equal_numbers(examples):
     twice = torch.ones(examples, 8, dtype=torch.float64)
     with pytest.raises(GradientMismatch, match="is wrong"):
         check_function(by_autograd(lambda a, x: a + median(x), 1.0, 2.0), twice[0, 0], twice)
+@pytest.mark.parametrize("way", ["autograd", "by hand", "no float64"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("factor", [1.0, 1.1, 1.5, 3.0])
+def test_a_value_that_is_wrong_in_the_dtype_at_hand_alone(factor, dtype, way):
+    """A kernel is chosen by the dtype. The backward pass may be right, or wrong as well."""
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return function(x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * ctx.saved_tensors[0] * grad
+
+    def function(x):
+        if way == "no float64" and x.dtype != dtype:
+            raise TypeError(f"expected {dtype}, got {x.dtype}")
+        return factor * x**2 if x.dtype == dtype else x**2
+
+    x = fn.normal(fn.key(1), (3, 4), dtype=dtype)
+    checked = function if way == "autograd" else Square
+    if factor == 1:
+        check_function(checked, x, reference=torch.square)
+        return
+    with pytest.raises(GradientMismatch, match=f"in {dtype}"):
+        check_function(checked, x, reference=torch.square)
+
+
+def test_the_output_that_is_wrong_in_the_dtype_at_hand_is_named():
+    def function(x):
+        return 1000 * x, x**2 * (1.1 if x.dtype == torch.bfloat16 else 1)
+
+    x = fn.normal(fn.key(1), (3, 4), dtype=torch.bfloat16)
+    with pytest.raises(GradientMismatch, match=r"bfloat16, output 1 is about 1\.\d+ times that of"):
+        check_function(function, x, reference=lambda x: (1000 * x, x**2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_reference_that_depends_on_the_dtype_excuses_the_function(dtype):
+    """The eps of such a normalisation is the dtype's own."""
+
+    def normalised(x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + torch.finfo(x.dtype).eps)
+
+    def reference(x):
+        return x / ((x * x).sum(-1, keepdim=True) / 8 + torch.finfo(x.dtype).eps).sqrt()
+
+    x = fn.normal(fn.key(1), (3, 8), dtype=dtype)
+    for given in (None, reference):
+        for size in (1.0, 0.01, 0.003):
+            check_function(normalised, size * x, reference=given)
+    x[0] = 0.0
+    check_function(normalised, x, reference=reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [1.0, 0.1, 0.01])
+def test_terms_that_cancel_are_held_to_a_reference_up_to_rounding(size, dtype):
+    x = size * fn.normal(fn.key(1), (3, 8), dtype=dtype)
+    for function, reference in (
+        (lambda x: 1 - x.cos(), lambda x: 2 * (x / 2).sin() ** 2),
+        (lambda x: x.exp() - 1, torch.expm1),
+    ):
+        check_function(function, x, reference=reference)
+        check_function(reference, x, reference=function)

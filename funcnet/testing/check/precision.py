@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -58,7 +58,7 @@ def check_precision(case: Case, double: Case, errors: Errors) -> None:
         (blur,) = noise_in(case, double, of_value=True)
         if _off(y, exact, blur) is not None and (
             # A layer may draw other numbers from the key in another dtype.
-            case.key is not None or _is_another_function(case)
+            case.key is not None or _is_another_function(case, blur)
         ):
             check_own_dtype(case, case.dtype)
             return
@@ -104,6 +104,46 @@ def _check_gradients(case: Case, double: Case, errors: Errors) -> None:
         errors.rounding = max(errors.rounding, epsilon * largest_error(a, b, move))
 
 
+def check_factors_of_value(
+    case: Case, double: Case, names: Sequence[str], parts: Callable[[Tensor], Sequence[Tensor]]
+) -> None:
+    """Raise GradientMismatch if an output is float64's times a factor, and its reference is not.
+
+    Roundings cancel in such a factor. In half precision, those of a single entry hide half of it.
+    `parts` splits y into the outputs, which have `names`.
+    """
+    if is_extreme(case):
+        return
+    y, exact = parts(case.apply()), parts(double.apply())
+
+    def wrong_factors(moves: Tensor) -> list[float | None]:
+        compared = zip(y, exact, parts(moves), strict=True)
+        return [_wrong_factor(*output) for output in compared]
+
+    quick = wrong_factors(value_moves(double, torch.finfo(case.dtype).eps))
+    if all(factor is None for factor in quick):
+        return
+    (blur,) = noise_in(case, double, of_value=True)
+    there = nudge(case, _NUDGE, 0)
+    there_y, there_exact = tried_y(there), tried_y(there.double())
+    with torch.no_grad():
+        reference = tried(case.reference)  # which may refuse this dtype
+    for i, (name, factor) in enumerate(zip(names, wrong_factors(blur), strict=True)):
+        theirs = None if reference is None else _factor(parts(reference)[i], exact[i])
+        beside = None
+        if there_y is not None and there_exact is not None:
+            beside = _factor(parts(there_y)[i], parts(there_exact)[i])
+        if (
+            factor is not None
+            and not _explains(theirs, factor)
+            and _explains(beside, factor) is not False
+        ):
+            raise GradientMismatch(
+                f"in {case.dtype}, {name} is about {factor:.6g} times that of the reference in "
+                "float64, which is more than rounding explains"
+            )
+
+
 def _draws_other_numbers(case: Case) -> bool:
     """Whether the numbers that a layer draws from its key depend on the dtype.
 
@@ -115,19 +155,19 @@ def _draws_other_numbers(case: Case) -> bool:
         if leaf.is_floating_point():
             leaves = case.leaves
             leaves[i] = torch.zeros_like(leaf)
-            if _is_off_float64(case.at(leaves)):
+            if _blur_off_float64(case.at(leaves)) is not None:
                 return True
     return False
 
 
-def _is_off_float64(case: Case) -> bool:
-    """Whether y is further from float64 than rounding explains."""
+def _blur_off_float64(case: Case) -> Tensor | None:
+    """The rounding of y where y is further from float64 than that; None where it is not."""
     double = case.double()
     y, exact = tried_y(case), tried_y(double)
     if y is None or exact is None:
-        return False
+        return None
     (blur,) = noise_in(case, double, of_value=True)
-    return _off(y, exact, blur) is not None
+    return None if _off(y, exact, blur) is None else blur
 
 
 def _size_of_another_function(case: Case) -> float | None:
@@ -141,7 +181,8 @@ def _size_of_another_function(case: Case) -> float | None:
         directions = [_away_from_zero(x, 100 * trial + i, size) for i, x in enumerate(case.leaves)]
         pairs = zip(case.leaves, directions, strict=True)
         there = case.at([x if v is None else x + v for x, v in pairs])
-        if _is_off_float64(there) and _is_another_function(there):
+        blur = _blur_off_float64(there)
+        if blur is not None and _is_another_function(there, blur):
             return size
     return None
 
@@ -153,24 +194,40 @@ def _away_from_zero(leaf: Tensor, seed: int, size: float) -> Tensor | None:
     return torch.where(leaf == 0, size * drawn_like(leaf, seed), 0.0)
 
 
-def _is_another_function(case: Case) -> bool:
+def _is_another_function(case: Case, blur: Tensor) -> bool:
     """Whether y depends on the dtype beyond rounding, as 1 / √(x² + ε) does for x of about √ε.
 
     Then it is off float64's by nearly as much beside x as at x, which roundings are not. They hold
-    an entry where it is, too.
+    an entry where it is, too. A reference, where there is one, has to depend on the dtype as well.
     """
     y, exact = case.apply(), case.double().apply()
+    too_little = 2 * torch.finfo(y.dtype).eps * exact.abs()  # to move an entry
+    if not _is_the_references(case, y, exact, blur):
+        return False
     for trial in range(4):
         there = nudge(case, _NUDGE, trial)
         moved, moved_exact = tried_y(there), tried_y(there.double())
         if moved is None or moved_exact is None:
             return False
         off = exact - y
-        held = (moved == y) & (moved_exact != exact)
+        held = (moved == y) & ((moved_exact - exact).abs() > too_little)
         change = torch.where(held, off, moved_exact - moved - off)
         if not float(change.norm()) <= SMOOTH * float(off.norm()):
             return False
     return True
+
+
+def _is_the_references(case: Case, y: Tensor, exact: Tensor, blur: Tensor) -> bool:
+    """Whether the reference in this dtype is about as far from float64 as y, in units of rounding.
+
+    Without a reference of its own, a case's is y.
+    """
+    with torch.no_grad():
+        reference = tried(case.reference)  # which may refuse this dtype
+    if reference is None:
+        return False
+    unit = allowance(blur, y.dtype)
+    return bool(excess(y, exact, unit).max() <= 2 * excess(reference, exact, unit).max())
 
 
 def computed_in(double: Case, y: Tensor) -> torch.dtype:
@@ -308,8 +365,7 @@ def _stays(factor: float, case: Case, name: str) -> bool:
     if found is None or exact is None:
         return True
     i = case.names.index(name)
-    beside = _factor(found[i], exact[i])
-    return beside is None or abs(factor - 1) <= 2 * abs(beside - 1)
+    return _explains(_factor(found[i], exact[i]), factor) is not False
 
 
 def _factor(a: Tensor, b: Tensor) -> float | None:
@@ -326,8 +382,12 @@ def _is_autograds(case: Case, name: str, factor: float, b: Tensor) -> bool:
     found = autograd_gradients(case)
     if found is None:
         return False
-    theirs = _factor(found[case.names.index(name)], b)
-    return theirs is not None and abs(factor - 1) <= 2 * abs(theirs - 1)
+    return _explains(_factor(found[case.names.index(name)], b), factor) is True
+
+
+def _explains(other: float | None, factor: float) -> bool | None:
+    """Whether another factor is about as far off 1; None where there is none."""
+    return None if other is None else abs(factor - 1) <= 2 * abs(other - 1)
 
 
 def _is_off(a: Tensor, b: Tensor, move: Tensor) -> bool:

@@ -628,3 +628,53 @@ def test_terms_that_cancel_are_held_to_a_reference_up_to_rounding(size, dtype):
     ):
         check_function(function, x, reference=reference)
         check_function(reference, x, reference=function)
+
+
+@pytest.mark.parametrize("way", ["attribute", "saved", "cached", "freed"])
+def test_what_the_backward_pass_keeps_for_a_second_one(way):
+    """Jacobians, and penalties on gradients, run it again over one graph."""
+
+    class Exp(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            y = x.exp()
+            ctx.y = y.clone()
+            if way == "saved":
+                ctx.save_for_backward(ctx.y)
+            return y
+
+        @staticmethod
+        def backward(ctx, grad):
+            if way == "cached":
+                ctx.found = getattr(ctx, "found", grad * ctx.y)
+                return ctx.found
+            if way == "freed":
+                y = ctx.y
+                del ctx.y
+                return y * grad
+            return (ctx.saved_tensors[0].data if way == "saved" else ctx.y).mul_(grad)
+
+    message = "a second backward pass over one graph .* " + (
+        "raises" if way == "freed" else "gives"
+    )
+    for grad in (None, -torch.ones(3)):
+        with pytest.raises(GradientMismatch, match=message):
+            check_function(Exp, draw(3), grad=grad)
+
+
+def test_what_refuses_to_retain_a_graph_is_asked_once():
+    """Compiled code may write over what it kept, and says so."""
+
+    class Exp(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.y = x.exp()
+            return ctx.y.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            if torch._C._autograd._get_current_graph_task_keep_graph():
+                raise RuntimeError("donated buffers require retain_graph=False")
+            return ctx.y.mul_(grad)
+
+    check_function(Exp, draw(3))

@@ -179,23 +179,29 @@ class FunctionCase(Case):
 
     def gradients_later(
         self, which: Sequence[int], grads: Sequence[Tensor | None]
-    ) -> Callable[[], Leaves]:
-        """Run the forward pass. Returns the backward pass, which finds `gradients_by`."""
+    ) -> Callable[..., Leaves]:
+        """Run the forward pass. Returns the backward pass, which finds `gradients_by`.
+
+        The backward pass takes other grads, too. It can be run again if `retain` is True.
+        """
         leaves = [leaf.detach() for leaf in self.leaves]
         asked = [i for i in which if leaves[i].is_floating_point()]
         for i in asked:
             leaves[i] = leaves[i].clone(memory_format=torch.preserve_format).requires_grad_()
         versions = [version(leaf) for leaf in leaves]
-        found: list[Tensor | None] = [None] * len(leaves)
         with torch.enable_grad():
-            pairs = zip(self.outputs(leaves), grads, strict=True)
-            used = [(y, g.to(y)) for y, g in pairs if g is not None and y.requires_grad]
+            y = self.outputs(leaves)
 
-        def backward() -> Leaves:
+        def backward(grads: Sequence[Tensor | None] = grads, retain: bool = False) -> Leaves:
+            found: list[Tensor | None] = [None] * len(leaves)
+            pairs = zip(y, grads, strict=True)
+            used = [(y, g.to(y)) for y, g in pairs if g is not None and y.requires_grad]
             if used and asked:
                 outputs, parts = zip(*used, strict=True)
                 inputs = [leaves[i] for i in asked]
-                by = torch.autograd.grad(outputs, inputs, parts, allow_unused=True)
+                by = torch.autograd.grad(
+                    outputs, inputs, parts, retain_graph=retain, allow_unused=True
+                )
                 for i, gradient in zip(asked, by, strict=True):
                     found[i] = gradient
             for name, leaf, before in zip(self.names, leaves, versions, strict=True):
@@ -291,6 +297,7 @@ def _grads(grad: Any, shapes: tuple[torch.Size, ...]) -> list[Tensor]:
 def _examine(case: FunctionCase, limits: Limits) -> None:
     gradients = _check_calls(case)
     _check_no_state(case, gradients)
+    _check_backward_again(case, gradients)
     check_written_over(case, "an input")
     _check_parts(case, gradients)
     _check_layouts(case, gradients)
@@ -367,6 +374,31 @@ def _check_no_state(case: FunctionCase, gradients: Leaves) -> None:
         raise GradientMismatch(f"{complaint} outside ctx ({error!r})") from error
     if not all(map(same, found, gradients)):
         raise GradientMismatch(f"{complaint} outside ctx")
+
+
+def _check_backward_again(case: FunctionCase, gradients: Leaves) -> None:
+    """Run the backward pass over one graph again, after one with another grad, as a Jacobian does.
+
+    What it kept of the forward pass must outlive it, and what it found must not.
+    """
+    parts = case.parts_of(case.grad)
+    backward = case.gradients_later(range(len(case.leaves)), parts)
+    try:
+        backward([unlike(part) for part in parts], retain=True)
+    except GradientMismatch:
+        raise
+    except Exception:  # code that is compiled may refuse to retain a graph, and says so
+        return
+    complaint = "a second backward pass over one graph (retain_graph=True)"
+    try:
+        again = backward()
+    except Exception as error:
+        raise GradientMismatch(f"{complaint} raises {error!r}") from error
+    if not all(map(same, again, gradients)):
+        raise GradientMismatch(
+            f"{complaint} gives another gradient: the first one writes to what the forward pass "
+            "has kept for it, or leaves something behind"
+        )
 
 
 def _check_parts(case: FunctionCase, gradients: Leaves) -> None:

@@ -678,3 +678,47 @@ def test_what_refuses_to_retain_a_graph_is_asked_once():
             return ctx.y.mul_(grad)
 
     check_function(Exp, draw(3))
+
+
+def test_gradients_that_lose_digits_where_grad_is_very_large():
+    """Torch finds that of a matrix exponential as a block of exp([[A, grad], [0, A]])."""
+    for size in (2, 4, 8):
+        check_function(torch.linalg.matrix_exp, draw(size, size))
+
+    class Inverse(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, a):
+            ctx.save_for_backward(a.mT)
+            return torch.linalg.inv(a)
+
+        @staticmethod
+        def backward(ctx, grad):
+            (a,) = ctx.saved_tensors
+            blocks = torch.cat([torch.cat([a, grad], 1), torch.cat([0 * a, a], 1)])
+            return torch.linalg.inv(blocks)[: len(a), len(a) :]
+
+    check_function(Inverse, draw(4, 4) + 4 * torch.eye(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("bound", [2.0**5, 2.0**20, 2.0**38])
+@pytest.mark.parametrize("way", ["entries", "norm", "small", "square"])
+def test_gradients_that_are_not_linear_in_very_large_grads(way, bound):
+    class Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 3 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            if way == "entries":
+                return (3 * grad).clamp(-bound, bound)
+            if way == "norm":
+                return 3 * grad / torch.clamp(grad.norm() / bound, min=1.0)
+            if way == "small":
+                return torch.where(grad.abs() < 1 / bound, 0.0, 3 * grad)
+            return 3 * grad + grad * (grad / bound).abs()
+
+    if way == "square" and bound > 2.0**30:
+        bound = 2.0**30
+    with pytest.raises(GradientMismatch, match=r"linear in grad|is wrong"):
+        check_function(Linear, draw(4, 4))

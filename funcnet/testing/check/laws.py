@@ -27,7 +27,7 @@ from funcnet.testing.check.rounding import (
     noise_in,
     value_moves,
 )
-from funcnet.testing.check.tolerances import COUPLED, LAW_ROUNDING, LAW_TERMS
+from funcnet.testing.check.tolerances import COUPLED, LAW_FAR, LAW_ROUNDING, LAW_TERMS
 from funcnet.testing.errors import GradientMismatch
 from funcnet.testing.layouts import same
 from funcnet.trace import trace
@@ -37,7 +37,11 @@ _AT_ZERO = ": at a grad of 0, or where some of its entries are, it is another on
 
 
 def check_linear_in_grad(case: Case) -> None:
-    """vjp(a·g + b·h) = a·vjp(g) + b·vjp(h), also for very large and very small multiples, and 0."""
+    """vjp(a·g + b·h) = a·vjp(g) + b·vjp(h), also for very large and very small multiples, and 0.
+
+    A matrix function finds its gradient as a block of [[A, g], [0, A]], and loses as many digits as
+    g is larger than A. So a very large multiple shows what is clipped, and no more.
+    """
     if is_extreme(case):
         return  # multiples overflow
     other = signed(case.grad.shape, seed=2).to(case.grad) * 3 * scale_of(case.grad)
@@ -46,12 +50,25 @@ def check_linear_in_grad(case: Case) -> None:
     expected = [b - 2.5 * a for a, b in zip(mine, others, strict=True)]
     terms = [2.5 * a.abs() + b.abs() for a, b in zip(mine, others, strict=True)]
     _expect_linear(both, both.gradients(), expected, terms)
-    for multiple in (2.0**40, 2.0**-40, 0.0):
-        scaled = case.at(case.leaves, multiple * case.grad)
-        expected = [multiple * leaf for leaf in mine]
-        why = "" if multiple else _AT_ZERO
-        _expect_linear(scaled, scaled.gradients(), expected, [leaf.abs() for leaf in expected], why)
+    for multiple, slack in ((2.0**10, 1.0), (2.0**40, LAW_FAR / LAW_TERMS)):
+        scaled, expected = case.at(case.leaves, multiple * case.grad), _times(multiple, mine)
+        terms = [slack * _largest_throughout(leaf) for leaf in expected]
+        _expect_linear(scaled, scaled.gradients(), expected, terms)
+    for multiple, why in ((2.0**-40, ""), (0.0, _AT_ZERO)):
+        scaled, expected = case.at(case.leaves, multiple * case.grad), _times(multiple, mine)
+        terms = [leaf.abs() for leaf in expected]
+        _expect_linear(scaled, scaled.gradients(), expected, terms, why)
     _check_zeros_in_grad(case, mine)
+
+
+def _times(multiple: float, leaves: Leaves) -> Leaves:
+    return [multiple * leaf for leaf in leaves]
+
+
+def _largest_throughout(leaf: Tensor) -> Tensor:
+    """The size of a leaf's largest finite entry, in its shape."""
+    finite = leaf[leaf.isfinite()].abs()
+    return torch.full_like(leaf, float(finite.max()) if finite.numel() else 0.0)
 
 
 def _check_zeros_in_grad(case: Case, gradients: Leaves) -> None:

@@ -1358,3 +1358,55 @@ def test_state_that_depends_on_signs_alone(zeros):
 
     with pytest.raises(GradientMismatch, match="state is kept between fwd and bwd"):
         check_vjp(Rectifier(), (), (0 if zeros else 1) * draw((4, 4)))
+
+
+@dataclass(frozen=True)
+class Rows(Plain):
+    """A function of each row, which is undefined where its entries are equal."""
+
+    name: str
+    fault: bool = False
+
+    def out_shape(self, shape):
+        return tuple(ROWS[self.name](torch.arange(float(shape[0]))[None]).shape[1:])
+
+    def fwd(self, params, x, *, key=None):
+        y = ROWS[self.name](x)
+        return (y * math.nan if self.fault and 0 in x.stride() else y), x
+
+    def bwd(self, params, x, grad, *, input_grad=True):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            (dx,) = torch.autograd.grad(ROWS[self.name](x), x, grad)
+        return (), dx if input_grad else None
+
+
+def variance(x):
+    return (x - x.mean(-1, keepdim=True)).square().mean(-1, keepdim=True)
+
+
+def moments(x):
+    m, s = x.mean(-1, keepdim=True), variance(x).sqrt()
+    return torch.cat([m, s, ((x - m) ** 3).mean(-1, keepdim=True) / s**3], -1)
+
+
+ROWS = {
+    "moments": moments,
+    "normalised": lambda x: (x - x.mean(-1, keepdim=True)) / variance(x).sqrt(),
+    "weights": lambda x: 1 / variance(x),
+    "softmax": lambda x: x.softmax(-1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", ROWS)
+def test_what_is_undefined_for_equal_numbers_in_expanded_memory(name, dtype):
+    """Their mean is rounded in one memory layout, and not in another: 0/0, 1/0 or 1."""
+    for key in range(3):
+        check_vjp(Rows(name), (), draw((4, 12), dtype, key))
+
+
+@pytest.mark.parametrize("name", ["moments", "softmax"])
+def test_not_a_number_in_expanded_memory_alone(name):
+    with pytest.raises(GradientMismatch, match="in the memory layout 'expanded'"):
+        check_vjp(Rows(name, fault=True), (), draw((4, 12)))

@@ -35,6 +35,8 @@ ALIKE_IN_DTYPE = 64.0
 LEAF_SHARE = 1 / 64
 # Median moves of a leaf above which a move is a kink's, and no rounding that others share.
 KINKED = 1024.0
+# Share of an entry above which a move is all of it.
+UNDECIDED = 1 / 16
 # Smallest normal numbers of the dtype: products underflow there.
 SMALLEST = 64.0
 # ε of an entry, between two computations in one dtype: they add in different orders. Half precision

@@ -722,3 +722,54 @@ def test_gradients_that_are_not_linear_in_very_large_grads(way, bound):
         bound = 2.0**30
     with pytest.raises(GradientMismatch, match=r"linear in grad|is wrong"):
         check_function(Linear, draw(4, 4))
+
+
+def test_sparse_tensors_are_refused_by_name():
+    eye, x = torch.eye(3).to_sparse(), torch.ones(3, 3)
+    for sparse in (eye, torch.nested.nested_tensor([x[0], x[0, :2]], layout=torch.jagged)):
+        with pytest.raises(TypeError, match="expected inputs of dense tensors, got"):
+            check_function(lambda x: x.to_dense(), sparse)
+    with pytest.raises(TypeError, match=r"expected inputs .* got torch\.sparse_coo"):
+        check_function(lambda x, a: a @ x, x, eye)
+    with pytest.raises(TypeError, match=r"expected outputs .* return y\.to_dense\(\)"):
+        check_function(lambda x: x.to_sparse(), x)
+    with pytest.raises(TypeError, match="expected gradients of dense"):
+        check_function(torch.sin, x, grad=eye)
+
+
+def test_sparse_gradients_are_checked_in_all_entries():
+    check_function(nn.Embedding(5, 3, sparse=True), torch.tensor([0, 2, 2]))
+
+
+class SinCos(torch.autograd.Function):
+    """Two outputs, of which one may be unused: grad is None for it."""
+
+    fault = ""
+
+    @classmethod
+    def forward(cls, ctx, x, scale):
+        ctx.save_for_backward(x, scale)
+        ctx.set_materialize_grads(cls.fault != "output")
+        return scale * x.sin(), scale * x.cos()
+
+    @classmethod
+    def backward(cls, ctx, first, second):
+        if cls.fault == "input" and not ctx.needs_input_grad[1]:
+            raise RuntimeError("expected both to require a gradient")
+        x, scale = ctx.saved_tensors
+        dscale = first * x.sin() + second * x.cos()
+        return scale * (first * x.cos() - second * x.sin()), dscale
+
+
+@pytest.mark.skipif(not hasattr(Exception, "add_note"), reason="notes came with Python 3.11")
+@pytest.mark.parametrize("fault", ["output", "input"])
+def test_an_error_where_one_is_used_alone_says_so(fault):
+    check_function(SinCos, draw(3), draw(3, key=1))
+    kind = TypeError if fault == "output" else RuntimeError
+    with pytest.raises(kind) as caught:
+        check_function(type("Wrong", (SinCos,), {"fault": fault}), draw(3), draw(3, key=1))
+    where = {
+        "output": "where output 0 alone is used, and the grad of the others is None",
+        "input": "where inputs[0] alone requires a gradient",
+    }
+    assert caught.value.__notes__ == [f"check_function: raised {where[fault]}"]

@@ -1007,6 +1007,21 @@ def test_complex_numbers_are_refused():
         check_vjp(Dense(), {"w": torch.ones(2, dtype=torch.complex64)}, draw((2, 2)))
 
 
+def test_sparse_tensors_are_refused():
+    x, params = draw((3, 3)), {"w": draw((2, 3)), "b": draw((2,))}
+    sparse, message = x.to_sparse(), r"of dense tensors, got torch\.sparse_coo"
+    with pytest.raises(TypeError, match="check_vjp: expected x " + message):
+        check_vjp(Dense(), params, sparse)
+    with pytest.raises(TypeError, match="check_vjp: expected params " + message):
+        check_vjp(Dense(), {**params, "w": params["w"].to_sparse()}, x)
+    with pytest.raises(TypeError, match="check_vjp: expected gradients " + message):
+        check_vjp(Dense(), params, x, grad=draw((3, 2)).to_sparse())
+    with pytest.raises(TypeError, match="check_vjp: expected inputs " + message):
+        check_vjp(fn.MSE(), sparse, x)
+    with pytest.raises(TypeError, match="check_vjp: expected targets " + message):
+        check_vjp(fn.MSE(), x, sparse)
+
+
 # --- The contract
 
 

@@ -253,6 +253,15 @@ def make_case(
     return Case(layer, params, x, grad, key)
 
 
+def expect_real_and_dense(what: str, x: Tensor) -> None:
+    """Raise TypeError for numbers and memory that no check is made for. `what` is named."""
+    if x.is_complex():
+        raise TypeError(f"{what} of real numbers, got {x.dtype}")
+    if x.layout != torch.strided or x.is_nested:
+        kind = "a nested tensor" if x.is_nested else x.layout
+        raise TypeError(f"{what} of dense tensors, got {kind}")
+
+
 def named_leaves(**trees: Any) -> dict[str, Any]:
     """The leaves of trees, each by the code that leads to it: `params[0]['weight']`."""
     return {

@@ -17,6 +17,7 @@ from funcnet.testing.check.beside import moved
 from funcnet.testing.check.case import (
     Case,
     Leaves,
+    expect_real_and_dense,
     named_leaves,
     other_numbers,
     signed,
@@ -81,9 +82,9 @@ def check_function(
       float64, or to differences of itself in its own dtype, which are coarse.
 
     `rtol`, `atol` and `budget` are as in `check_vjp`. Raises GradientMismatch; TypeError without a
-    floating-point tensor among the inputs and parameters; ValueError if no gradient could be wrong;
-    and every exception of the function, unchanged but for a note that names the memory layout, if
-    another one raised none.
+    floating-point tensor among the inputs and parameters, and for complex and sparse ones;
+    ValueError if no gradient could be wrong; and every exception of the function, unchanged but for
+    a note that names the memory layout, or what alone is used, if others raised none.
 
     >>> class Square(torch.autograd.Function):
     ...     @staticmethod
@@ -208,7 +209,7 @@ class FunctionCase(Case):
                 if version(leaf) != before:
                     raise GradientMismatch(f"writes to {name}, a tensor that it was handed")
             return [
-                torch.zeros_like(leaf, dtype=self.dtype) if gradient is None else gradient.detach()
+                torch.zeros_like(leaf, dtype=self.dtype) if gradient is None else _dense(gradient)
                 for leaf, gradient in zip(leaves, found, strict=True)
             ]
 
@@ -230,8 +231,7 @@ def _make_case(
     if isinstance(function, nn.Module):
         params = {name: p.detach() for name, p in function.named_parameters()}
     for leaf in [*params.values(), *(leaves[i] for i in tensors)]:
-        if leaf.is_complex():
-            raise TypeError(f"check_function: expected inputs of real numbers, got {leaf.dtype}")
+        expect_real_and_dense("check_function: expected inputs", leaf)
 
     def arguments(x: Any) -> Any:
         """All inputs, with other tensors."""
@@ -278,6 +278,11 @@ def _differentiable(name: str, outputs: Sequence[Any]) -> tuple[int, ...]:
                 f"check_function: expected outputs of real numbers, got {outputs[i].dtype}: "
                 "return y.real and y.imag"
             )
+        if outputs[i].layout != torch.strided:
+            raise TypeError(
+                "check_function: expected outputs of dense tensors, got "
+                f"{outputs[i].layout}: return y.to_dense()"
+            )
     return tuple(chosen)
 
 
@@ -286,6 +291,8 @@ def _grads(grad: Any, shapes: tuple[torch.Size, ...]) -> list[Tensor]:
     if grad is None:
         return [signed(shape, 1 + i) for i, shape in enumerate(shapes)]
     parts = [torch.as_tensor(part).detach() for part in optree.tree_leaves(grad)]
+    for part in parts:
+        expect_real_and_dense("check_function: expected gradients", part)
     if tuple(part.shape for part in parts) != shapes:
         raise ValueError(
             f"check_function: expected grad of the outputs' shapes, {_tuples(shapes)}, "
@@ -405,9 +412,11 @@ def _check_parts(case: FunctionCase, gradients: Leaves) -> None:
     """Ask for the gradients of some inputs alone, and use one output alone."""
     parts = case.parts_of(case.grad)
     for some in _parts_of_inputs(case):
-        alone = case.gradients_by(some, parts)
         names = " and ".join(case.names[i] for i in some)
-        one = "requires a gradient, it gets" if len(some) == 1 else "require gradients, they get"
+        require = "requires a gradient" if len(some) == 1 else "require gradients"
+        with noted(f"check_function: raised where {names} alone {require}"):
+            alone = case.gradients_by(some, parts)
+        one = f"{require}, it gets" if len(some) == 1 else f"{require}, they get"
         want = [g if j in some else torch.zeros_like(g) for j, g in enumerate(gradients)]
         expect_close(case, f"where {names} alone {one} another one", alone, want)
     for i in range(len(parts) if len(parts) > 1 else 0):
@@ -415,12 +424,11 @@ def _check_parts(case: FunctionCase, gradients: Leaves) -> None:
         zeros = [part if j == i else torch.zeros_like(part) for j, part in enumerate(parts)]
         everything = range(len(case.leaves))
         there = replace(case, grad=_joined(zeros))
-        expect_close(
-            there,
-            f"where {case.output_names[i]} alone is used, the gradient is another one",
-            case.gradients_by(everything, only),
-            case.gradients_by(everything, zeros),
-        )
+        where = f"where {case.output_names[i]} alone is used"
+        with noted(f"check_function: raised {where}, and the grad of the others is None"):
+            got = case.gradients_by(everything, only)
+        want = case.gradients_by(everything, zeros)
+        expect_close(there, f"{where}, the gradient is another one", got, want)
 
 
 def _parts_of_inputs(case: FunctionCase) -> Iterator[tuple[int, ...]]:
@@ -501,6 +509,12 @@ def _expect_value(case: Case, y: Tensor) -> None:
 def _like(buffer: Tensor, like: Tensor) -> Tensor:
     """A copy of a buffer, which the module may write to, in the dtype that is checked."""
     return buffer.clone().to(like.dtype if buffer.is_floating_point() else buffer.dtype)
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """A gradient without its graph, in all its entries: that of an embedding may be sparse."""
+    gradient = gradient.detach()
+    return gradient if gradient.layout == torch.strided else gradient.to_dense()
 
 
 def _joined(outputs: Sequence[Tensor]) -> Tensor:

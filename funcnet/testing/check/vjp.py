@@ -13,7 +13,7 @@ from funcnet.keys import Key
 from funcnet.layer import Layer
 from funcnet.losses import Loss
 from funcnet.testing.check.beside import moved
-from funcnet.testing.check.case import Case, make_case
+from funcnet.testing.check.case import Case, expect_real_and_dense, make_case
 from funcnet.testing.check.comparison import Errors
 from funcnet.testing.check.contract import check_calls, check_surroundings
 from funcnet.testing.check.keyed import beside_key, other_keys
@@ -93,7 +93,7 @@ def inspect_vjp(
     rtol: float = 1e-6, atol: float = 0.0, budget: float | None = None,
 ) -> Errors:  # fmt: skip
     """`check_vjp` that returns the worst errors it has seen."""
-    _refuse(layer, params, x)
+    _refuse(layer, params, x, grad)
     check_limits("check_vjp", rtol, atol, budget)
     case = make_case(layer, params, x, grad, key)
     limits, errors = Limits(rtol, atol, budget), Errors()
@@ -189,21 +189,27 @@ def check_limits(who: str, rtol: float, atol: float, budget: float | None) -> No
         raise ValueError(f"{who}: expected a budget of more than 0 seconds, got {budget}")
 
 
-def _refuse(layer: Any, params: Any, x: Any) -> None:
+def _refuse(layer: Any, params: Any, x: Any, grad: Any) -> None:
     if isinstance(layer, type) or not (hasattr(layer, "fwd") and hasattr(layer, "bwd")):
         kind = "the class " if isinstance(layer, type) else ""
         name = (layer if isinstance(layer, type) else type(layer)).__name__
         raise TypeError(f"check_vjp: expected a layer or a loss, got {kind}{name}")
+    if isinstance(grad, Tensor):
+        expect_real_and_dense("check_vjp: expected gradients", grad)
     if isinstance(layer, Loss):
         if not (isinstance(params, Tensor) and params.is_floating_point()):
             got = params.dtype if isinstance(params, Tensor) else type(params).__name__
             raise TypeError(f"check_vjp: expected x to be a floating-point tensor, got {got}")
+        trees: tuple[tuple[str, Any], ...] = (("inputs", params), ("targets", x))
+        for name, tree in trees:
+            for leaf in optree.tree_leaves(tree):
+                if isinstance(leaf, Tensor):
+                    expect_real_and_dense(f"check_vjp: expected {name}", leaf)
         return
     for name, tree in (("params", params), ("x", x)):
         for leaf in optree.tree_leaves(tree):
             if not isinstance(leaf, Tensor):
                 raise TypeError(f"check_vjp: expected {name} of tensors, got {type(leaf).__name__}")
-            if leaf.is_complex():
-                raise TypeError(f"check_vjp: expected {name} of real numbers, got {leaf.dtype}")
+            expect_real_and_dense(f"check_vjp: expected {name}", leaf)
     if not optree.tree_leaves(x):
         raise TypeError(f"check_vjp: expected x to be a tensor, got {type(x).__name__}")

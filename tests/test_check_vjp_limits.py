@@ -1425,3 +1425,34 @@ def test_what_is_undefined_for_equal_numbers_in_expanded_memory(name, dtype):
 def test_not_a_number_in_expanded_memory_alone(name):
     with pytest.raises(GradientMismatch, match="in the memory layout 'expanded'"):
         check_vjp(Rows(name, fault=True), (), draw((4, 12)))
+
+
+@dataclass(frozen=True)
+class OffScale(Plain):
+    """y = s·x for a parameter s without axes, whose gradient is off by a factor."""
+
+    factor: float
+
+    def fwd(self, params, x, *, key=None):
+        return params * x, x
+
+    def bwd(self, params, x, grad, *, input_grad=True):
+        return self.factor * (x * grad).sum(), params * grad if input_grad else None
+
+
+@pytest.mark.parametrize(
+    ("factor", "expected"),
+    [
+        (0.727633, None),
+        (1.1731, None),
+        (-1.0, "the sign is wrong"),
+        (0.5, "a factor of 0.5 is wrong"),
+        (3.0, "a factor of 3 is wrong"),
+        (-1.5, "a factor of -1.5 is wrong"),
+        (1 / 7, "it is too small by a factor of 7: a mean over the batch instead of a sum"),
+    ],
+)
+def test_a_factor_on_a_single_number_is_guessed_if_it_is_simple(factor, expected):
+    with pytest.raises(GradientMismatch) as caught:
+        check_vjp(OffScale(factor), torch.tensor(0.7, dtype=torch.float64), draw((7, 5)))
+    assert caught.value.guess == expected

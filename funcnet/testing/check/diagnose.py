@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from funcnet.testing.check.comparison import excess
 from funcnet.testing.check.finding import Finding
 from funcnet.testing.check.oracles import autograd_gradients
 from funcnet.testing.check.tolerances import ALIKE, ALIKE_IN_LEAF
+
+_SMALL = 8
+"""The largest number in a factor that is guessed for a single number."""
 
 
 def guess(finding: Finding) -> str | None:
@@ -136,8 +140,17 @@ def _factor(case: Case, wrong: Tensor, right: Tensor) -> str | None:
                 if "instead" in what:
                     what = "a sum instead of a mean?"
                 return f"it is too large by a factor of {divisor:.6g}: {what}"
-        return f"a factor of {factor:.6g} is wrong"
+        # Any error in a single number is a factor.
+        return (
+            f"a factor of {factor:.6g} is wrong" if right.numel() > 1 or _simple(factor) else None
+        )
     return None
+
+
+def _simple(factor: float) -> bool:
+    """Whether a factor is one that formulas have: a fraction of small numbers."""
+    fraction = Fraction(factor).limit_denominator(_SMALL)
+    return 0 < abs(fraction.numerator) <= _SMALL and abs(factor - fraction) < ALIKE * abs(factor)
 
 
 def _products_of_sizes(shape: tuple[int, ...]) -> Iterator[tuple[float, str]]:
@@ -194,7 +207,12 @@ def _of_wrong_entries(finding: Finding) -> str | None:
     if not wrong[bad].any():
         return "the wrong entries are all zero: a part is left out"
     limit = wrong[bad].abs().max()
-    if (right[bad].abs() > limit).all() and _alike(wrong[bad].abs(), limit.expand(int(bad.sum()))):
+    # A single number that is too small may be anything.
+    if (
+        right.numel() > 1
+        and (right[bad].abs() > limit).all()
+        and _alike(wrong[bad].abs(), limit.expand(int(bad.sum())))
+    ):
         return f"it is clipped to ±{float(limit):.6g}"
     off = (wrong - right)[bad]
     if _alike(wrong[bad], -right[bad]):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import funcnet as fn
 from funcnet.testing import GradientMismatch, check_function
@@ -152,6 +153,30 @@ def test_modules_with_their_parameters():
 
     with pytest.raises(GradientMismatch, match=r"parameters\['weight'\].* is wrong"):
         check_function(Wrong(4, 2), draw(3, 4).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_modules_that_are_computed_again_in_the_backward_pass(dtype):
+    """Recomputation reads the parameters, and buffers, of the module in the backward pass."""
+
+    class Block(nn.Module):
+        wrong = False
+
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh())
+
+        def forward(self, x):
+            y = checkpoint(self.inner, x, use_reentrant=False)
+            return x + (affine("half").apply(y, self.inner[0].weight) if self.wrong else y)
+
+    torch.manual_seed(0)
+    block = Block().to(dtype)
+    check_function(block, draw(3, 4, dtype=dtype))
+    check_function(block.eval(), draw(3, 4, dtype=dtype))
+    block.wrong = True
+    with pytest.raises(GradientMismatch, match=r"parameters\['inner\.0\.weight'\].* is wrong"):
+        check_function(block, draw(3, 4, dtype=dtype))
 
 
 def test_inputs_of_any_kind():

@@ -117,10 +117,12 @@ class FunctionCase(Case):
     """A function of tensors as a layer: y holds the entries of all differentiable outputs.
 
     `layer(params, x)` returns the outputs. params holds a module's parameters by name, or nothing;
-    x the tensors among the inputs.
+    x the tensors among the inputs. `within(params, x, call)` returns `call()` in a module that has
+    these parameters: a backward pass may run parts of the forward pass again.
     """
 
     by_reference: Callable[[Any, Any], Any] | None = None
+    within: Callable[[Any, Any, Callable[[], Any]], Any] = lambda params, x, call: call()
     chosen: tuple[int, ...] = ()
     shapes: tuple[torch.Size, ...] = ()
 
@@ -200,8 +202,13 @@ class FunctionCase(Case):
             if used and asked:
                 outputs, parts = zip(*used, strict=True)
                 inputs = [leaves[i] for i in asked]
-                by = torch.autograd.grad(
-                    outputs, inputs, parts, retain_graph=retain, allow_unused=True
+                there = self.at(leaves)
+                by = self.within(
+                    there.params,
+                    there.x,
+                    lambda: torch.autograd.grad(
+                        outputs, inputs, parts, retain_graph=retain, allow_unused=True
+                    ),
                 )
                 for i, gradient in zip(asked, by, strict=True):
                     found[i] = gradient
@@ -240,12 +247,16 @@ def _make_case(
             new[i] = tensor
         return structure.unflatten(new)
 
+    def within(params: Any, x: Any, call: Callable[[], Any]) -> Any:
+        if not isinstance(function, nn.Module):
+            return call()
+        like = next(leaf for leaf in (*x, *params.values()) if leaf.is_floating_point())
+        own = {name: _like(buffer, like) for name, buffer in function.named_buffers()}
+        named = {f"module.{name}": tensor for name, tensor in {**own, **params}.items()}
+        return torch.func.functional_call(_Calls(function), named, (call,))
+
     def call(params: Any, x: Any) -> Any:
-        if isinstance(function, nn.Module):
-            like = next(leaf for leaf in (*x, *params.values()) if leaf.is_floating_point())
-            own = {name: _like(buffer, like) for name, buffer in function.named_buffers()}
-            return torch.func.functional_call(function, {**own, **params}, arguments(x))
-        return _callable(function)(*arguments(x))
+        return within(params, x, lambda: _callable(function)(*arguments(x)))
 
     def by_reference(params: Any, x: Any) -> Any:
         assert reference is not None
@@ -264,7 +275,21 @@ def _make_case(
     shapes = tuple(outputs[i].shape for i in chosen)
     joined = _joined(_grads(grad, shapes)).to(floats[0])
     follows = None if reference is None else by_reference
-    return FunctionCase(call, params, x, joined, by_reference=follows, chosen=chosen, shapes=shapes)
+    return FunctionCase(
+        call, params, x, joined,
+        by_reference=follows, within=within, chosen=chosen, shapes=shapes,
+    )  # fmt: skip
+
+
+class _Calls(nn.Module):
+    """Calls what it is given, while the module inside has other parameters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, call: Callable[[], Any]) -> Any:
+        return call()
 
 
 def _differentiable(name: str, outputs: Sequence[Any]) -> tuple[int, ...]:

@@ -71,13 +71,15 @@ def check_function(
     drawn if not given.
 
     - No call writes to its inputs or to the gradient; the same call twice gives the same bits,
-      whatever is called in between: no state is kept outside ctx.
+      whatever is called in between: no state is kept outside ctx. A second backward pass over one
+      graph is as right as the first.
     - A single input that requires a gradient gets the same one as among others
       (`needs_input_grad`). So do all combinations of up to four inputs; of up to eight, two, or
       all but one. A single output that is used gives its part (`materialize_grads`).
     - Inputs and gradients in any memory layout give the same numbers.
     - In float64, central differences; autograd of `reference`, a function of the same inputs, if
-      there is one; linearity in grad. The dtype of the inputs is held to float64.
+      there is one; linearity in grad. The dtype of the inputs is held to float64; a result that
+      depends smoothly on the dtype is excused, unless `reference` says what it is.
     - A function that refuses float64, or computes it in another dtype, is held to `reference` in
       float64, or to differences of itself in its own dtype, which are coarse.
 
@@ -247,13 +249,15 @@ def _make_case(
             new[i] = tensor
         return structure.unflatten(new)
 
+    calls = _Calls(function) if isinstance(function, nn.Module) else None
+
     def within(params: Any, x: Any, call: Callable[[], Any]) -> Any:
-        if not isinstance(function, nn.Module):
+        if calls is None:
             return call()
         like = next(leaf for leaf in (*x, *params.values()) if leaf.is_floating_point())
         own = {name: _like(buffer, like) for name, buffer in function.named_buffers()}
         named = {f"module.{name}": tensor for name, tensor in {**own, **params}.items()}
-        return torch.func.functional_call(_Calls(function), named, (call,))
+        return torch.func.functional_call(calls, named, (call,))
 
     def call(params: Any, x: Any) -> Any:
         return within(params, x, lambda: _callable(function)(*arguments(x)))

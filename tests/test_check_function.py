@@ -586,6 +586,8 @@ def test_medians_of_equal_numbers(examples):
     twice = torch.ones(examples, 8, dtype=torch.float64)
     with pytest.raises(GradientMismatch, match="is wrong"):
         check_function(by_autograd(lambda a, x: a + median(x), 1.0, 2.0), twice[0, 0], twice)
+
+
 @pytest.mark.parametrize("way", ["autograd", "by hand", "no float64"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("factor", [1.0, 1.1, 1.5, 3.0])

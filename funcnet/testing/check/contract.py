@@ -494,8 +494,7 @@ def expect_close(
     """Raise GradientMismatch where a difference is more than rounding explains.
 
     Entries that are not finite on both sides are left out. So are those that are not on one, if
-    `elsewhere` says that nobody gave these numbers, and if rounding decides: (x − m)/s of equal
-    numbers, whose mean may be rounded, is 0/0 or 1.
+    `elsewhere` says that nobody gave these numbers, and if the result is undefined there.
     """
     if all(map(same, got, want)):
         return
@@ -507,6 +506,12 @@ def expect_close(
         inside = computed_in(double, exact)
     dtype = max(case.dtype, inside, key=lambda narrow: torch.finfo(narrow).eps)
     info, extreme = torch.finfo(dtype), is_extreme(case)
+    if elsewhere and not all(leaf.isfinite().all() for leaf in (*got, *want)):
+        undefined = _undefined(double, of_value)
+        got, want = (
+            [leaf.masked_fill(u, math.nan) for leaf, u in zip(leaves, undefined, strict=True)]
+            for leaves in (got, want)
+        )
     epsilon, limit = info.eps, OVERFLOW * info.max
     names = [""] if of_value else [f" for {name}" for name in case.names]
     # Rounding may carry an entry across a kink, or be all of it in a tail: more trials show that.
@@ -521,10 +526,7 @@ def expect_close(
             a, b = a.double(), b.double()
             allowed = allowance(move, dtype).to(b) + SAME_DTYPE[dtype] * epsilon * b.abs()
             off = excess(a, b, allowed).masked_fill(a.isnan() != b.isnan(), math.inf)
-            undefined = ~(a.isfinite() | b.isfinite())
-            if elsewhere:
-                undefined |= ~b.isfinite() | (~a.isfinite() & (move.to(b) > UNDECIDED * b.abs()))
-            off.masked_fill_(undefined, 0.0)
+            off.masked_fill_(~(a.isfinite() | b.isfinite()), 0.0)
             if extreme:  # one computation overflows on its way, and another does not
                 off.masked_fill_(~((a.abs() < limit) & (b.abs() < limit)), 0.0)
             index = worst(off)
@@ -534,3 +536,21 @@ def expect_close(
         else:
             return
     raise GradientMismatch(complaint + place)
+
+
+def _undefined(case: Case, of_value: bool) -> Leaves:
+    """A mask for y, or for each gradient: True where rounding decides what it is.
+
+    A smaller nudge moves what is smooth less. It moves (x − m)/s of equal numbers, whose mean may
+    be rounded, by as much: from 0/0 to 1 or −1.
+    """
+    epsilon = torch.finfo(case.dtype).eps
+    results = [case.apply()] if of_value else case.gradients()
+    fine, coarse = (
+        [value_moves(case, step)] if of_value else gradient_moves(case, step)
+        for step in (epsilon, math.sqrt(epsilon))
+    )
+    return [
+        ~result.isfinite() | (small > UNDECIDED * large)
+        for result, small, large in zip(results, fine, coarse, strict=True)
+    ]

@@ -35,7 +35,7 @@ ALIKE_IN_DTYPE = 64.0
 LEAF_SHARE = 1 / 64
 # Median moves of a leaf above which a move is a kink's, and no rounding that others share.
 KINKED = 1024.0
-# Share of an entry above which a move is all of it.
+# Share of the move by a nudge of √ε above which that by ε is no smaller: smooth ones fall by √ε.
 UNDECIDED = 1 / 16
 # Smallest normal numbers of the dtype: products underflow there.
 SMALLEST = 64.0

@@ -13,7 +13,7 @@ from torch import Tensor
 from funcnet.checks import as_int, shown
 from funcnet.combinators.position import coupling
 from funcnet.keys import Key, fold_in
-from funcnet.layer import Layer, Tree, check_net, last_bwd, spec_of
+from funcnet.layer import Layer, Tree, check_net, last_bwd, spec_of_y
 from funcnet.losses.loss import Loss
 from funcnet.ops.accumulation import accumulator_dtype
 from funcnet.ops.need import Need
@@ -52,7 +52,7 @@ class ValueAndGrad:
         if whole is not None:
             value, share = contribution(value, self.loss._count(target), whole)
         grad = self.loss.bwd(loss_residuals, share)
-        spec, need = spec_of(y), Need(params=True, input=False)
+        spec, need = spec_of_y(y), Need(params=True, input=False)
         del y, loss_residuals  # the network's backward pass needs the memory
         return value, last_bwd(self.net, params, residuals, grad, need, spec)[0]
 

@@ -256,7 +256,7 @@ class Layer(Hyperparameters):
         """(dparams, dx): the vector-Jacobian product of `apply` with grad, which has y's shape."""
         y, residuals = self.fwd(params, x, key=key)
         need = Need(param_grad, input_grad)
-        return last_bwd(self, params, residuals, grad, need, spec_of(y))
+        return last_bwd(self, params, residuals, grad, need, spec_of_y(y))
 
     # --- What combinators write
 
@@ -552,7 +552,7 @@ def check_net(who: str, net: Any) -> None:
         raise TypeError(f"{who}: expected net to be a Layer, got {shown(net)}")
 
 
-def spec_of(y: Any) -> Spec | None:
+def spec_of_y(y: Any) -> Spec | None:
     """The spec of a tensor; None for what else a layer that checks for itself may give out."""
     if not isinstance(y, Tensor):
         return None

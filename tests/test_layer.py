@@ -21,7 +21,7 @@ from test_transforms import compile_whole
 import funcnet as fn
 from funcnet.fields import Flag, Sizes
 from funcnet.initializers import Normal, Ones, Uniform
-from funcnet.layer import Spec, public_bwd, spec_of
+from funcnet.layer import Spec, public_bwd, spec_of_y
 from funcnet.ops.need import Need
 from funcnet.testing import check_vjp, strategies
 
@@ -332,10 +332,10 @@ def test_a_pass_checks_once(step):
 
 
 def test_the_spec_of_what_a_layer_gives_out():
-    spec = spec_of(torch.ones(2, 3, 4, dtype=torch.float64))
+    spec = spec_of_y(torch.ones(2, 3, 4, dtype=torch.float64))
     assert spec == Spec((2,), (3, 4), torch.float64, torch.device("cpu"))
     assert type(spec.batch) is type(spec.shape) is tuple
-    assert spec_of((torch.ones(2),)) is None
+    assert spec_of_y((torch.ones(2),)) is None
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,8 @@ class Parameters(nn.Module):
         super().__init__()
         handle = self.register_forward_pre_hook(lambda *_: None)
         handle.remove()
-        self._pre_hooks: Any = handle.hooks_dict_ref()  # the dict of all that will be registered
+        # The dict of all that will be registered; torch.compile cannot follow compat.forward_hooks.
+        self._pre_hooks: Any = handle.hooks_dict_ref()
 
 
 def _has_autocast_dtype(x: Tensor) -> bool:

@@ -195,6 +195,27 @@ def test_of_a_fake_tensor_no_mean_is_read():
         assert fn.GroupNorm(2, affine=False).apply((), x).shape == x.shape
 
 
+@pytest.mark.parametrize("size", [3, 8])
+@pytest.mark.parametrize("examples", [1, 5, 80])
+@pytest.mark.parametrize("layer", [fn.GroupNorm(8), fn.InstanceNorm(affine=True)], ids=repr)
+def test_groups_of_few_channels_of_few_and_many_numbers(layer, examples, size):
+    """The ways differ: by PyTorch's kernels on a row-major copy, or by sums of rows."""
+    x, grad = (
+        fn.normal(key, (examples, 32, size, size)).contiguous(memory_format=torch.channels_last)
+        for key in fn.split(KEY)
+    )
+    params = random_params(layer, x.shape[1:])
+    params = optree.tree_map(torch.Tensor.float, params)
+    double = optree.tree_map(torch.Tensor.double, params)
+    found, expected = (
+        ours(layer, params, x, grad),
+        by_autograd(layer, double, x.double(), grad.double()),
+    )
+    close(found, optree.tree_map(torch.Tensor.float, expected), rtol=1e-4, atol=2e-5)
+    for made in found[0], found[2]:
+        assert made.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("offset", [0.0, 0.7, 1.5, 5.0])
 def test_small_means_cost_no_digit(offset):
     x = (fn.normal(KEY, (4, 32, 32, 32)) + offset).contiguous(memory_format=torch.channels_last)

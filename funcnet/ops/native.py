@@ -34,7 +34,7 @@ def layout(x: Tensor) -> Tensor:
 
     An exporter has formats of its own.
     """
-    if _is_laid_out(x) or not x.is_cpu:
+    if is_laid_out(x) or not x.is_cpu:
         return x
     channels = x.shape[1]
     if inplace.has_open_sizes(x):
@@ -51,7 +51,7 @@ def layout(x: Tensor) -> Tensor:
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-def _is_laid_out(x: Tensor) -> bool:
+def is_laid_out(x: Tensor) -> bool:
     """Whether x has the strides of new images in channels_last, which most x have in a step."""
     if x.ndim != 4 or torch.compiler.is_compiling():
         return False

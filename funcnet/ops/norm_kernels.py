@@ -74,6 +74,14 @@ def kernel_format(x: Tensor) -> torch.memory_format:
     return native.memory_format(x) if x.is_cpu else torch.contiguous_format
 
 
+def laid_out(x: Tensor) -> tuple[Tensor, torch.memory_format]:
+    """(x, the memory format that the kernels should see it in), x with a new tensor's strides."""
+    if inplace.is_eager() and x.is_cpu and native.is_laid_out(x):
+        return x, torch.channels_last
+    memory_format = kernel_format(x)
+    return dense(x, memory_format), memory_format
+
+
 def dense(x: Tensor, memory_format: torch.memory_format) -> Tensor:
     """x in the memory format, with the strides of a new tensor."""
     if not inplace.is_eager():

@@ -22,7 +22,7 @@ from funcnet.ops.norm_kernels import (
     exact,
     in_dtype,
     in_float32,
-    kernel_format,
+    laid_out,
     like_weights,
     spatial,
 )
@@ -119,7 +119,7 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
         nothing = x.new_zeros(x.shape[1], dtype=accumulator_dtype(x.dtype))
         return x.clone(), nothing, nothing
     weight, bias = in_float32(x, weight, x.shape[1:2]), in_float32(x, bias)
-    x = dense(x, kernel_format(x))
+    x, _ = laid_out(x)
     normalised = _batch_norm(like_weights(x), weight, bias, None, None, True, 0.0, eps)
     return in_dtype(normalised, x.dtype)
 
@@ -132,8 +132,8 @@ def batch_norm_gradients(
         nothing = x.new_zeros(x.shape[1])
         return as_asked((torch.zeros_like(x), nothing, nothing.clone()), mask, x.dtype)
     # Where the two differ in layout, or the weight is strided, the kernel returns wrong numbers.
-    memory_format = kernel_format(x)
-    x, dy = dense(x, memory_format), dense(dy, memory_format)
+    x, memory_format = laid_out(x)
+    dy = dense(dy, memory_format)
     weight = in_float32(x, weight, x.shape[1:2])
     dtype, x, dy = x.dtype, like_weights(x), like_weights(dy)
     grads = _batch_norm_backward(dy, x, weight, None, None, mean, rstd, True, eps, mask)

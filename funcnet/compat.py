@@ -212,6 +212,9 @@ def _dual_level(forward_ad: Any) -> int:
     return 0
 
 
+is_jit_tracing: Callable[[], bool] = named("_C._is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
+"""Returns whether torch.jit.trace records."""
+
 innermost_transformation: Callable[[], Any] = named(
     "_C._functorch.peek_interpreter_stack", _innermost
 )

@@ -43,6 +43,7 @@ import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from operator import attrgetter
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
@@ -485,12 +486,20 @@ def writes(layer: Layer, name: str) -> bool:
 
     A subclass that writes one of these anew has to write the attribute, too.
     """
-    bases = type(layer).__mro__
+    look = _is_youngest if torch.compiler.is_compiling() else _remembered_youngest
+    return is_private(layer) and look(type(layer), name)
+
+
+def _is_youngest(cls: type, name: str) -> bool:
     owner, *others = (
-        next((base for base in bases if attribute in vars(base)), object)
+        next((base for base in cls.__mro__ if attribute in vars(base)), object)
         for attribute in (name, "_fwd", "_bwd")
     )
-    return is_private(layer) and all(issubclass(owner, other) for other in others)
+    return all(issubclass(owner, other) for other in others)
+
+
+# Looking takes as long as some layers. torch.compile warns of a cache that it meets.
+_remembered_youngest = lru_cache(maxsize=1024)(_is_youngest)
 
 
 def y_alone(layer: Layer, params: Tree, x: Tensor, key: Key | None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from funcnet.compat import dual_level, innermost_transformation
+from funcnet.compat import dual_level, innermost_transformation, is_jit_tracing
 
 
 def is_eager() -> bool:
@@ -19,7 +19,8 @@ def is_eager() -> bool:
 
     Nor on dual numbers, which forward-mode autograd makes.
     """
-    if torch.compiler.is_compiling() or is_tracing():
+    # Asked some times a layer: each call of Python's counts.
+    if torch.compiler.is_compiling() or is_jit_tracing():
         return False
     return innermost_transformation() is None and dual_level(forward_ad) < 0
 

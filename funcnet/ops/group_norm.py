@@ -27,7 +27,7 @@ from funcnet.ops.norm_kernels import (
     spatial,
 )
 
-_group_norm = torch.ops.aten.native_group_norm.default
+_group_norm = torch.native_group_norm
 _group_norm_backward = torch.ops.aten.native_group_norm_backward.default
 
 _SMALL_MEAN, _SMALL_MEAN_IN_HALF = 1.0, 16.0

@@ -27,9 +27,9 @@ from funcnet.ops.norm_kernels import (
     spatial,
 )
 
-_layer_norm = torch.ops.aten.native_layer_norm.default
+_layer_norm = torch.native_layer_norm
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
-_batch_norm = torch.ops.aten.native_batch_norm.default
+_batch_norm = torch.native_batch_norm
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 
 

@@ -18,10 +18,14 @@ def both(multiplied):
     return mock.patch.object(pixelwise, "_HAS_BFLOAT16", multiplied)
 
 
-def from_the_first_channel(chunk=2**20, large=2**20):
+STRIDED = [False, bfloat16._IS_STRIDED_RIGHT]
+"""Whether PyTorch's kernels may be used with a stride: never, and as on this processor."""
+
+
+def from_the_first_channel(chunk=2**20, large=2**20, strided=False):
     """Our own ways for all images that are not large, so many entries at a time."""
     numbers = {"_MANY": 1, "_MUCH": 0, "_MUCH_STRIDED": 0, "_CHUNK_ENTRIES": chunk, "_LARGE": large}
-    return mock.patch.multiple(bfloat16, **numbers)
+    return mock.patch.multiple(bfloat16, **numbers, _IS_STRIDED_RIGHT=strided)
 
 
 def cases(cls):
@@ -48,12 +52,13 @@ def magnitudes(tree):
     data=st.data(),
     chunk=st.sampled_from([1, 2**9, 2**20]),
     large=st.sampled_from([bfloat16._LARGE, 2**20]),
+    strided=st.sampled_from(STRIDED),
 )
-def test_results_are_a_few_roundings_off(cls, multiplied, data, chunk, large):
+def test_results_are_a_few_roundings_off(cls, multiplied, data, chunk, large, strided):
     """Relative to the sum of the magnitudes of what is added up."""
     layer, params, x = data.draw(cases(cls))
     grad = fn.normal(fn.key(1), (len(x), *layer.out_shape(x.shape[1:])), dtype=x.dtype)
-    with both(multiplied), from_the_first_channel(chunk, large):
+    with both(multiplied), from_the_first_channel(chunk, large, strided):
         found = layer.apply(params, x), *layer.vjp(params, x, grad)
     everything = params, x, grad
     exact = layer.apply(*wide(everything[:2])), *layer.vjp(*wide(everything))
@@ -83,7 +88,14 @@ def test_many_channels(layer, size):
     x = fn.normal(fn.key(1), (5, 32, *size), dtype=torch.bfloat16)
     grad = fn.normal(fn.key(2), (5, *layer.out_shape((32, *size))), dtype=torch.bfloat16)
     exact = layer.apply(*wide((params, x))), layer.vjp(*wide((params, x, grad)))
-    for sizes in ({"chunk": 1}, {"chunk": 2**14}, {}, {"large": bfloat16._LARGE}):
+    large = bfloat16._LARGE
+    for sizes in (
+        {"chunk": 1},
+        {"chunk": 2**14},
+        {},
+        {"large": large},
+        {"large": large, "strided": STRIDED[-1]},
+    ):
         with both(True), from_the_first_channel(**sizes):
             assert bfloat16.serves(x, layer._window)
             found = layer.apply(params, x), layer.vjp(params, x, grad)
@@ -101,7 +113,10 @@ def test_many_channels(layer, size):
         (fn.Conv2d(4, 3), (2, 9, 10), False),
         (fn.Conv2d(4, 3), (2, 10, 9), False),
         (fn.Conv2d(4, 1, padding=1), (2, 8, 8), False),
-        (fn.Conv2d(4, 3, stride=(2, 1)), (2, 32, 32), False),
+        (fn.Conv2d(4, 3, stride=(2, 1)), (2, 32, 32), "without AMX"),
+        (fn.Conv2d(4, 3, stride=2, padding=1), (2, 15, 16), "without AMX"),
+        (fn.Conv2d(4, 3, stride=2, padding=1), (2, 32, 14), False),
+        (fn.Conv2d(4, 3, stride=2, padding=3), (2, 32, 32), False),
         (fn.Conv2d(4, 3, dilation=(1, 2)), (2, 32, 32), False),
         (fn.Conv2d(4, 3, groups=2), (2, 32, 32), False),
         (fn.Conv2d(4, 2, padding="same"), (2, 32, 32), False),
@@ -111,15 +126,29 @@ def test_many_channels(layer, size):
     ],
     ids=str,
 )
-def test_torchs_gradients_in_bfloat16_serve_where_they_are_right(layer, shape, is_right):
+@pytest.mark.parametrize("has_amx", [False, True])
+def test_torchs_gradients_in_bfloat16_serve_where_they_are_right(has_amx, layer, shape, is_right):
+    if is_right == "without AMX":
+        is_right = not has_amx
     params = layer.init(fn.key(0), shape, dtype=torch.bfloat16)
     x = fn.normal(fn.key(1), (2, *shape), dtype=torch.bfloat16)
     y, residuals = layer.fwd(params, x)
     spy = mock.patch.object(native, "run_backward", wraps=native.run_backward)
-    with both(True), spy as run_backward:
+    strided = mock.patch.object(bfloat16, "_IS_STRIDED_RIGHT", not has_amx)
+    with both(True), strided, spy as run_backward:
         layer.bwd(params, residuals, y)
     dtypes = [call.args[0].dtype for call in run_backward.call_args_list]
     assert (torch.bfloat16 in dtypes) == is_right
+
+
+@pytest.mark.parametrize("has_amx", [False, True])
+def test_torchs_kernels_serve_with_a_stride_where_they_are_right(has_amx):
+    x = fn.normal(fn.key(0), (2, 3, 9, 5), dtype=torch.bfloat16)
+    weight = fn.normal(fn.key(1), (4, 3, 3, 3), dtype=torch.bfloat16)
+    seen = mock.patch.object(native, "run_forward", wraps=native.run_forward)
+    with mock.patch.object(bfloat16, "_IS_STRIDED_RIGHT", not has_amx), seen as run_forward:
+        bfloat16.convolve(x, weight, None, fn.Conv2d(4, 3, stride=2)._window)
+    assert (run_forward.call_args.args[0].dtype == torch.bfloat16) != has_amx
 
 
 def test_sums_of_many_parts_go_on_growing():

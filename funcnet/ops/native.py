@@ -140,18 +140,23 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> 
     """y (N, O, H′, W′) of x (N, C, H, W) and weight (O, C/groups, kh, kw); volumes likewise."""
     if weight.shape[0] >= _MANY_CHANNELS and _needs_second_channel(x):
         x, weight = _with_second_channel(x), _with_second_channel(weight)
-    conv = _CONVOLUTIONS[x.ndim]
-    x = _padded(x, window, window.both)
-    stride, padding, dilation, groups = window.stride, window.both, window.dilation, window.groups
     if not window.is_dilated and not (_is_narrow(x) and (window.is_strided or x.ndim == 5)):
-        return conv(x, _canonical(weight), bias, stride, padding, dilation, groups)
+        return run_forward(x, weight, bias, window)
     # oneDNN 3.x has crashed where dilated windows see nothing but padding, with a bias or in
     # bfloat16. In bfloat16 it returns wrong numbers on some processors, with a stride or for
     # volumes with one channel a group.
-    y = conv(upcast(x), _canonical(upcast(weight)), None, stride, padding, dilation, groups)
+    y = run_forward(upcast(x), upcast(weight), None, window)
     if bias is not None:
         y = inplace.add(y, bias.reshape(-1, *(1,) * (y.ndim - 2)))
     return y.to(x.dtype)
+
+
+def run_forward(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
+    """y by PyTorch's kernels, in x's dtype."""
+    stride, padding, dilation, groups = window.stride, window.both, window.dilation, window.groups
+    convolve = _CONVOLUTIONS[x.ndim]
+    x, weight = _padded(x, window, padding), _canonical(weight)
+    return convolve(x, weight, bias, stride, padding, dilation, groups)
 
 
 def gradients(

@@ -41,6 +41,9 @@ class Window:
     """Whether the padding is the same on both sides of each axis, and nothing is cropped."""
     is_dilated: bool = field(init=False, repr=False, compare=False)
     is_strided: bool = field(init=False, repr=False, compare=False)
+    sees_entries: bool = field(init=False, repr=False, compare=False)
+    """Whether the padding of each side is smaller than the kernel, so that each window sees an
+    entry."""
     is_plain: bool = field(init=False, repr=False, compare=False)
     """Whether there is no stride, no dilation and one group, and each window sees an entry."""
     before: Ints = field(init=False, repr=False, compare=False)
@@ -62,6 +65,7 @@ class Window:
         reach = tuple(d * (k - 1) + 1 for k, d in zip(self.kernel_size, dilation, strict=True))
         rest = stride == self.kernel_size, dilation == ones, self.groups == 1
         axes = zip(sides, self.kernel_size, strict=True)
+        sees_entries = all(0 <= side < k for both, k in axes for side in both)
         derived = {
             "stride": stride,
             "sides": sides,
@@ -71,9 +75,8 @@ class Window:
             "is_even": all(before == after >= 0 for before, after in sides),
             "is_dilated": dilation != ones,
             "is_strided": stride != ones,
-            "is_plain": stride == dilation == ones
-            and self.groups == 1
-            and all(0 <= side < k for both, k in axes for side in both),
+            "sees_entries": sees_entries,
+            "is_plain": stride == dilation == ones and self.groups == 1 and sees_entries,
             "before": tuple(before for before, _ in sides),
             "both": tuple(max(0, min(side)) for side in sides),
             "of_height_1": of_height_1,

@@ -130,8 +130,9 @@ class Elman(Cell):
         a = _inputs(x, weights.ih, _sum(weights.bias_ih, weights.bias_hh)).unbind(0)
         h = x.new_zeros(x.shape[1], weights.hh.shape[1])
         hs: list[Any] = [None] * len(a)
+        weight = weights.hh.mT
         for t in _order(len(a), reverse):
-            h = hs[t] = self.value_(torch.addmm(a[t], h, weights.hh.mT))
+            h = hs[t] = self.value_(torch.addmm(a[t], h, weight))
         return torch.stack(hs), ()
 
     def backward(self, run: Run, dh: Tensor, weights: Weights, reverse: bool, need: Need) -> Any:
@@ -173,8 +174,9 @@ class LSTM(Cell):
         a = _inputs(x, weights.ih, _sum(weights.bias_ih, weights.bias_hh)).unbind(0)
         h = c = x.new_zeros(x.shape[1], weights.hh.shape[1])
         steps: list[Any] = [None] * len(a)
+        weight = weights.hh.mT
         for t in _order(len(a), reverse):
-            i, f, g, o = torch.addmm(a[t], h, weights.hh.mT).chunk(4, -1)
+            i, f, g, o = torch.addmm(a[t], h, weight).chunk(4, -1)
             i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
             c = torch.addcmul(i * g, f, c)
             h = o * c.tanh()
@@ -239,8 +241,9 @@ class GRU(Cell):
         )
         h = x.new_zeros(x.shape[1], size)
         steps: list[Any] = [None] * len(a_n)
+        weight = hh_rz.mT
         for t in _order(len(a_n), reverse):
-            r, z = torch.addmm(a_rz[t], h, hh_rz.mT).sigmoid_().chunk(2, -1)
+            r, z = torch.addmm(a_rz[t], h, weight).sigmoid_().chunk(2, -1)
             u_n = F.linear(h, hh_n, bias_n)
             n = torch.addcmul(a_n[t], r, u_n).tanh_()
             h = torch.lerp(n, h, z)
@@ -334,10 +337,10 @@ def _kernel_backward(
     return Weights(ih, hh, *biases) if need.params else None, dx if need.input else None
 
 
-def _readable(weights: Weights) -> list[Tensor]:
+def _readable(weights: Weights) -> list[Any]:
     """The weights as the kernel reads them: contiguous, and with biases."""
-    zeros = weights.hh.new_zeros(len(weights.hh))
-    return [zeros if weight is None else weight.contiguous() for weight in weights]
+    none = weights.hh.new_zeros(len(weights.hh)) if weights.bias_ih is None else None
+    return [none if weight is None else weight.contiguous() for weight in weights]
 
 
 # --- What the cells share
@@ -386,5 +389,7 @@ def _product_each(dy: Tensor, x: Tensor) -> Products:
 
 
 def _cast(weights: Weights, dtype: torch.dtype) -> Weights:
+    if weights.ih.dtype == dtype:
+        return weights
     cast: Any = (None if t is None else t.to(dtype) for t in weights)
     return Weights(*cast)

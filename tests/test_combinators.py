@@ -955,6 +955,18 @@ def test_a_layer_that_breaks_its_own_promise():
             net.apply(net.init(fn.key(0), (2, 4, 4)), X)
 
 
+def test_a_layer_of_ours_with_a_forward_pass_of_its_own():
+    @dataclass(frozen=True)
+    class Twice(fn.ReLU):
+        def fwd(self, params, x, *, key=None):
+            y, kept = super().fwd(params, x, key=key)
+            return 2 * y, kept
+
+    for net in (fn.Recompute(Twice()), fn.Sum(Twice()), fn.Sequential(Twice())):
+        params = net.init(fn.key(0), X.shape[1:])
+        assert net.apply(params, X).equal(2 * X.relu())
+
+
 # --- Integers
 
 

@@ -250,6 +250,17 @@ def test_nothing_to_check():
         check_function(torch.sin, draw(3), grad=torch.zeros(3))
 
 
+def oscillating(x):
+    return x + torch.sin(1e20 * x)
+
+
+def test_noise_without_a_reference():
+    x = draw(3).double()
+    with pytest.raises(ValueError, match="no two steps of a numeric derivative agree"):
+        check_function(oscillating, x)
+    check_function(oscillating, x, reference=oscillating)
+
+
 def rms_norm(x):
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
 

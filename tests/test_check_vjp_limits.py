@@ -820,6 +820,84 @@ def test_a_check_that_could_check_nothing_is_refused(nothing):
         check_vjp(Function("reciprocal"), (), x, grad=grad)
 
 
+def chaotic(x):
+    y = torch.sigmoid(x)
+    for _ in range(200):
+        y = 3.99 * y * (1 - y)
+    return y
+
+
+NOISES = {
+    "oscillation": lambda x: x + torch.sin(1e20 * x),
+    "fine oscillation": lambda x: x + torch.sin(1e9 * x),
+    "hash": lambda x: ((1e17 * x).to(torch.int64) * -7046029254386353131).to(x) / 2.0**63,
+    "chaos": chaotic,
+}
+
+
+@dataclass(frozen=True)
+class Noisy(Plain):
+    """Noise, which autograd follows if it is not opaque, and a gradient of any size."""
+
+    kind: str
+    slope: float
+    opaque: bool = True
+
+    def fwd(self, params, x, *, key=None):
+        with torch.set_grad_enabled(not self.opaque and torch.is_grad_enabled()):
+            return NOISES[self.kind](x), x
+
+    def bwd(self, params, x, grad, *, input_grad=True):
+        return (), self.slope * grad if input_grad else None
+
+
+@pytest.mark.parametrize("slope", [0.0, 1.0, 1.5])
+@pytest.mark.parametrize("shape", [(3, 4), (1, 1)])
+@pytest.mark.parametrize("kind", NOISES)
+def test_noise_that_autograd_cannot_follow_is_refused(kind, shape, slope):
+    """No step tells one slope from another."""
+    with pytest.raises(ValueError, match="no two steps of a numeric derivative agree"):
+        check_vjp(Noisy(kind, slope), (), draw(shape))
+
+
+def test_autograd_decides_about_noise():
+    with pytest.raises(GradientMismatch):
+        check_vjp(Noisy("fine oscillation", 1.0, opaque=False), (), draw((3, 4)))
+
+
+@dataclass(frozen=True)
+class Opaque(Plain):
+    """y = f(x) entry by entry, which autograd cannot follow, with a gradient of one slope."""
+
+    kind: str
+    slope: float
+
+    def fwd(self, params, x, *, key=None):
+        with torch.no_grad():
+            return STAIRCASES[self.kind](x), x
+
+    def bwd(self, params, x, grad, *, input_grad=True):
+        return (), self.slope * grad if input_grad else None
+
+
+STAIRCASES = {
+    "round": torch.round,
+    "sign": torch.sign,
+    "zero": torch.zeros_like,
+    "fine": lambda x: torch.round(1e8 * x) / 1e8,
+    "and noise": lambda x: x + 1e-3 * torch.sin(1e20 * x),
+}
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (1, 1)])
+@pytest.mark.parametrize("kind", STAIRCASES)
+def test_what_some_step_resolves_is_checked(kind, shape):
+    slope = 0.0 if kind in ("round", "sign", "zero") else 1.0
+    check_vjp(Opaque(kind, slope), (), draw(shape))
+    with pytest.raises(GradientMismatch):
+        check_vjp(Opaque(kind, 30.0), (), draw(shape))
+
+
 # --- Any tree
 
 

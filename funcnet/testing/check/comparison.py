@@ -12,18 +12,23 @@ from torch import Tensor
 
 @dataclass
 class Errors:
-    """The worst relative error against each oracle, and the worst power of Taylor's remainder."""
+    """The worst relative error against each oracle, and the worst power of Taylor's remainder.
+
+    `resolved` says whether any oracle could have told a wrong gradient.
+    """
 
     autograd: float = 0.0
     differences: float = 0.0
     taylor: float = math.inf
     rounding: float = 0.0
+    resolved: bool = False
 
     def merge(self, other: Errors) -> None:
         self.autograd = max(self.autograd, other.autograd)
         self.differences = max(self.differences, other.differences)
         self.taylor = min(self.taylor, other.taylor)
         self.rounding = max(self.rounding, other.rounding)
+        self.resolved = self.resolved or other.resolved
 
 
 def excess(got: Tensor, want: Tensor, allowed: Tensor) -> Tensor:

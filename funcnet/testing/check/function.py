@@ -45,7 +45,7 @@ from funcnet.testing.check.rounding import (
 )
 from funcnet.testing.check.search import Limits, find_wrong
 from funcnet.testing.check.tolerances import FROM_REFERENCE
-from funcnet.testing.check.vjp import check_limits, expect_something
+from funcnet.testing.check.vjp import check_limits, expect_resolved, expect_something
 from funcnet.testing.errors import GradientMismatch, noted
 from funcnet.testing.layouts import other_layouts, row_major, same
 
@@ -85,8 +85,8 @@ def check_function(
 
     `rtol`, `atol` and `budget` are as in `check_vjp`. Raises GradientMismatch; TypeError without a
     floating-point tensor among the inputs and parameters, and for complex and sparse ones;
-    ValueError if no gradient could be wrong; and every exception of the function, unchanged but for
-    a note that names the memory layout, or what alone is used, if others raised none.
+    ValueError if no gradient could be refuted; and every exception of the function, unchanged but
+    for a note that names the memory layout, or what alone is used, if others raised none.
 
     >>> class Square(torch.autograd.Function):
     ...     @staticmethod
@@ -350,14 +350,16 @@ def _examine(case: FunctionCase, limits: Limits) -> None:
     if case.by_reference is not None:
         with torch.no_grad():
             _expect_value(double, y)
-    found = find_wrong(double, limits, Errors())
+    found = find_wrong(double, limits, errors := Errors())
     if found is not None:
         raise wrong_gradient(found)
     check_linear_in_grad(moved(double))
     if case.dtype != torch.float64:
         if case.by_reference is not None:
             check_factors_of_value(case, double, case.output_names, case.parts_of)
-        check_precision(case, double, Errors())
+        check_precision(case, double, errors)
+    without = "and there is no reference that autograd can follow"
+    expect_resolved("check_function", errors, without)
 
 
 def _computed_in(double: FunctionCase) -> torch.dtype:

@@ -24,6 +24,7 @@ from funcnet.testing.check.tolerances import (
     AFFINE,
     CENTRAL_ROUNDING,
     ESTIMATE,
+    FLAT,
     HALF_JUMP,
     JUMP_ROUNDING,
     STEADY_SLOPE,
@@ -81,13 +82,15 @@ class Slope:
     """A numeric derivative with its estimated error.
 
     `jump` is the difference of the two one-sided slopes at a kink; a bend that the finest step does
-    not see is none. `affine` says that f is affine as far as the largest step.
+    not see is none. `affine` says that f is affine as far as the largest step. `flat` is the
+    largest derivative that counts as 0, given f and its change by that step.
     """
 
     value: float
     error: float
     jump: float = 0.0
     affine: bool = False
+    flat: float = 0.0
 
     def refutes(self, derivative: float, slack: float) -> bool:
         """Whether a derivative is off by more than this numeric one can be, and by `slack`."""
@@ -99,6 +102,18 @@ class Slope:
     def resolves(self, difference: float) -> bool:
         """Whether it could tell two slopes apart, or there is a kink, where both may be right."""
         return self.jump > 0 or ESTIMATE * self.error < abs(difference)
+
+    def tells(self, derivative: float, size: float, slack: float) -> bool:
+        """Whether it could refute derivatives of this size, or of its own, or is this one.
+
+        Where f is noise, steps are off each other by more, and agree with nothing. `slack` is
+        forgiven.
+        """
+        if not math.isfinite(self.value + self.error):
+            return False
+        most = max(size, abs(self.value), self.flat)
+        alike = size > 0 and abs(derivative - self.value) <= FLAT * size
+        return alike or ESTIMATE * self.error + slack < most
 
 
 @dataclass
@@ -146,6 +161,17 @@ class Line:
         """The error that y's rounding makes in `central`."""
         noise = float((self.case.grad * self._blur).norm()) + _TINY  # where squares underflow
         return CENTRAL_ROUNDING * noise / (h * self.length)
+
+    def flat(self, h: float) -> float:
+        """The largest derivative that counts as 0, given y and its change by steps of 1.
+
+        Any does in a tail, where steps of 1 show rounding alone, and steps of h nothing.
+        """
+        most, least = (max(abs(self.change(s)), abs(self.change(-s))) for s in (1.0, h))
+        if least == 0 and most <= self.length * self.rounding(1.0):
+            return math.inf
+        size = max(float((self.case.grad * self.y(0.0)).norm()), most)
+        return FLAT * size / self.length + math.sqrt(_TINY)
 
     def jump(self, h: float) -> tuple[float, float]:
         """Σ |grad| · |jump of the slope|, over kinks within h: the least and the most."""
@@ -199,7 +225,7 @@ def slope(line: Line) -> Slope:
     if line.is_straight(1.0) and all(
         abs(coarse - line.central(h)) <= AFFINE * line.rounding(h) for h in (0.25, 2.0**-10)
     ):
-        return Slope(coarse, rounding, affine=True)
+        return Slope(coarse, rounding, affine=True, flat=line.flat(2.0**-10))
     value, error, last = _ridders(line)
     fine, finest = last * _FINE, last * _FINEST
     for step in (fine, finest):
@@ -207,7 +233,7 @@ def slope(line: Line) -> Slope:
     jump, _ = line.jump(fine)
     if jump and line.jump(finest)[1] <= jump / 2:
         jump = 0.0  # a bend, which the finest step does not see
-    return Slope(value, error, jump)
+    return Slope(value, error, jump, flat=line.flat(finest))
 
 
 def _ridders(line: Line) -> tuple[float, float, float]:

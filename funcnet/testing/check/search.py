@@ -225,6 +225,12 @@ class _Search:
         return [allowance(move, torch.float64) for move in moves]
 
     def find(self, thorough: bool) -> Finding | None:
+        found = self._find(thorough)
+        if self.autograd is not None or not self.examined:
+            self.errors.resolved = True
+        return found
+
+    def _find(self, thorough: bool) -> Finding | None:
         found = self._not_a_number()
         if found is None and self.autograd is not None:
             found = self._against_autograd(self.autograd)
@@ -353,13 +359,16 @@ class _Search:
         could: all of them have y's rounding.
         """
         line = self._line(*group)
-        numeric = slope(line)
         terms = [self.gradients[i] * v for i, v in group]
         derivative = math.fsum(float(x.sum()) for x in terms)
+        numeric = slope(line)
         least = ALONE * self.limits.rtol * min(float(x.norm()) for x in terms)
         resolved = max(least, NEARLY * line.rounding(1.0))
         off = abs(derivative - numeric.value)
-        return not numeric.jump and off + ESTIMATE * numeric.error <= resolved
+        if numeric.jump or not off + ESTIMATE * numeric.error <= resolved:
+            return False
+        self._note(numeric, derivative, max(float(x.norm()) for x in terms), resolved)
+        return True
 
     def _along_ties(self, leaves: set[int]) -> Finding | None:
         """Move equal entries alike: at a tie, each entry alone may claim the whole slope."""
@@ -441,6 +450,7 @@ class _Search:
             floors = ((_without_kinks(self.floors[i]) * v).norm() for i, v in moving)
             slack += math.hypot(*map(float, floors))
         if not numeric.refutes(derivative, slack):
+            self._note(numeric, derivative, norm, slack)
             if record and not numeric.jump:
                 taylor = taylor_slope(line, derivative)
                 self.errors.taylor = min(self.errors.taylor, math.inf if taylor is None else taylor)
@@ -487,7 +497,10 @@ class _Search:
         slack = self.limits.slack(found.value)
         if found.refutes(ours, slack):
             slack += float(self.floors[i].flatten()[position])
-        if not found.refutes(ours, slack) or self._is_a_limit(found, i, position):
+        if not found.refutes(ours, slack):
+            self._note(found, ours, abs(ours), slack)
+            return None
+        if self._is_a_limit(found, i, position):
             return None
         return self._finding(i, position, found.value, taylor)
 
@@ -543,6 +556,10 @@ class _Search:
         found = slope(line)
         self.evaluations += line.evaluations
         return found
+
+    def _note(self, numeric: Slope, derivative: float, size: float, slack: float) -> None:
+        """Note whether a numeric derivative could have refuted ours, whose terms have this size."""
+        self.errors.resolved |= numeric.tells(derivative, size, slack)
 
     def _line(self, *moving: LeafDirection, length: float = 1.0) -> Line:
         """y along the direction that moves these leaves alone."""

@@ -87,6 +87,8 @@ JUMP_ROUNDING = 16.0
 ESTIMATE = 8.0
 # Relative error above which a numeric derivative tries smaller steps than usual.
 STEADY_SLOPE = 1e-6
+# Share of y, or of its change by a step of 1, that counts as no change.
+FLAT = 1e-6
 # Share of the jump at a kink that a slope may be off the middle; 1 % is for the jump's own error.
 HALF_JUMP = 0.505
 # Roundings above which a Taylor remainder counts: six halvings of the step show its power.

@@ -77,7 +77,8 @@ def check_vjp(
     sum: gradients of 1e-12 are checked as closely as those of 1e12.
 
     Raises GradientMismatch; TypeError for what is not a tensor; ValueError if no gradient could be
-    wrong (grad is 0, x or y is not finite); and every exception of the layer, unchanged.
+    refuted (grad is 0, x or y is not finite, y is noise, which autograd cannot follow); and every
+    exception of the layer, unchanged.
 
     >>> import funcnet as fn
     >>> layer = fn.Conv2d(2, 3, padding=1)
@@ -102,6 +103,7 @@ def inspect_vjp(
         _attempt(_examine, there, limits, errors)
     for there in other_keys(case):
         _attempt(_examine_gradient, there, limits, errors)
+    expect_resolved("check_vjp", errors, "and autograd cannot follow apply")
     return errors
 
 
@@ -134,6 +136,7 @@ def _examine(case: Case, limits: Limits, errors: Errors) -> None:
         raise GradientMismatch(f"apply: expected y to be torch.float64 as x is, got {y.dtype}")
     own = computed_in(double, y)
     if own != torch.float64:
+        errors.resolved = True
         if torch.finfo(own).eps < torch.finfo(case.dtype).eps:  # it computes in float32 inside
             check_own_dtype(case.to(own), own)
             check_precision(case, double, errors)
@@ -178,6 +181,18 @@ def expect_something(who: str, case: Case, y: Tensor) -> None:
     ):
         if nothing:
             raise ValueError(f"{who}: expected a gradient that can be checked, but {why}")
+
+
+def expect_resolved(who: str, errors: Errors, without: str) -> None:
+    """Raise ValueError where no oracle could have told a wrong gradient.
+
+    `without` says why there is no other oracle than numeric derivatives.
+    """
+    if not errors.resolved:
+        raise ValueError(
+            f"{who}: expected a gradient that can be checked, but no two steps of a numeric "
+            f"derivative agree, as where y is noise or a fine staircase, {without}"
+        )
 
 
 def check_limits(who: str, rtol: float, atol: float, budget: float | None) -> None:

@@ -811,6 +811,46 @@ def test_a_gradient_that_is_wrong_in_the_dtype_in_which_the_layer_draws():
         check_vjp(Noisy(1.5), (), x, key=fn.key(1))
 
 
+@dataclass(frozen=True)
+class OwnEps(Plain):
+    """y = c / √(mean(c²) + ε) with the ε of x's dtype; c is x, or x less its mean."""
+
+    centred: bool
+    factor: float = 1.0  # in half precision alone
+
+    def _scaled(self, x):
+        c = x - x.mean(-1, keepdim=True) if self.centred else x
+        scale = torch.rsqrt(c.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps)
+        return c * scale, scale
+
+    def fwd(self, params, x, *, key=None):
+        return self._scaled(x)[0], x
+
+    def bwd(self, params, x, grad, *, input_grad=True):
+        y, scale = self._scaled(x)
+        dx = grad - y * (grad * y).mean(-1, keepdim=True)
+        dx = dx - grad.mean(-1, keepdim=True) if self.centred else dx
+        off = 1 if x.dtype == torch.float64 else self.factor
+        return (), off * scale * dx if input_grad else None
+
+
+@pytest.mark.parametrize(
+    ("centred", "size", "key", "dtype"),
+    [
+        (False, 0.03, 1, torch.float16),
+        (True, 0.1, 11, torch.float16),
+        (True, 0.3, 0, torch.float16),
+        (False, 0.1, 1, torch.bfloat16),
+    ],
+)
+def test_an_entry_that_stays_where_it_is_by_chance(centred, size, key, dtype):
+    """Beside x, an entry of what depends smoothly on the dtype may be rounded to the same."""
+    x = size * draw((3, 4), torch.float32, key).to(dtype)
+    check_vjp(OwnEps(centred), (), x)
+    with pytest.raises(GradientMismatch):
+        check_vjp(OwnEps(centred, factor=-3.0), (), x)
+
+
 @pytest.mark.parametrize("nothing", ["grad", "x", "y"])
 def test_a_check_that_could_check_nothing_is_refused(nothing):
     x = draw((2, 3))

@@ -198,23 +198,27 @@ def _is_another_function(case: Case, blur: Tensor) -> bool:
     """Whether y depends on the dtype beyond rounding, as 1 / √(x² + ε) does for x of about √ε.
 
     Then it is off float64's by nearly as much beside x as at x, which roundings are not. They hold
-    an entry where it is, too. A reference, where there is one, has to depend on the dtype as well.
+    an entry where it is, too, most times that float64's moves: a smooth one does so now and then.
+    A reference, where there is one, has to depend on the dtype as well.
     """
     y, exact = case.apply(), case.double().apply()
     too_little = 2 * torch.finfo(y.dtype).eps * exact.abs()  # to move an entry
     if not _is_the_references(case, y, exact, blur):
         return False
+    off, changes, moves, holds = exact - y, [], [], []
     for trial in range(4):
         there = nudge(case, _NUDGE, trial)
         moved, moved_exact = tried_y(there), tried_y(there.double())
         if moved is None or moved_exact is None:
             return False
-        off = exact - y
-        held = (moved == y) & ((moved_exact - exact).abs() > too_little)
-        change = torch.where(held, off, moved_exact - moved - off)
-        if not float(change.norm()) <= SMOOTH * float(off.norm()):
-            return False
-    return True
+        changes.append(moved_exact - moved - off)
+        moves.append((moved_exact - exact).abs() > too_little)
+        holds.append(moves[-1] & (moved == y))
+    mostly = 2 * torch.stack(holds).sum(0) > torch.stack(moves).sum(0)
+    return all(
+        float(torch.where(held & mostly, off, change).norm()) <= SMOOTH * float(off.norm())
+        for held, change in zip(holds, changes, strict=True)
+    )
 
 
 def _is_the_references(case: Case, y: Tensor, exact: Tensor, blur: Tensor) -> bool:

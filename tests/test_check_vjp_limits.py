@@ -938,6 +938,40 @@ def test_what_some_step_resolves_is_checked(kind, shape):
         check_vjp(Opaque(kind, 30.0), (), draw(shape))
 
 
+@dataclass(frozen=True)
+class Clamp(Plain):
+    """y = max(x, 0), whose slope at 0 is 1 to autograd."""
+
+    at_zero: float = 0.0
+    factor: float = 1.0
+
+    def fwd(self, params, x, *, key=None):
+        return x.clamp(min=0), x
+
+    def bwd(self, params, x, grad, *, input_grad=True):
+        slope = self.factor * (x > 0) + self.at_zero * (x == 0)
+        return (), slope.to(grad) * grad if input_grad else None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "key"), [((1, 2, 1), 0), ((2, 16, 1), 1), ((2, 4, 3), 0), ((8, 16, 1), 0)]
+)
+def test_kinks_inside_a_network(sizes, key):
+    """Slopes of its layers, each between the one-sided ones, need not be between the network's."""
+    x = torch.zeros(2, sizes[0], dtype=torch.float64)
+
+    def check(clamp):
+        net = fn.Sequential(fn.Linear(sizes[1], bias=False), clamp, fn.Linear(sizes[2]))
+        check_vjp(net, net.init(fn.key(key), sizes[:1], dtype=torch.float64), x)
+
+    check(Clamp())
+    check(Clamp(at_zero=0.5))
+    check(Clamp(at_zero=1.0))
+    for wrong in (Clamp(at_zero=2.0), Clamp(at_zero=-1.0), Clamp(factor=1.1)):
+        with pytest.raises(GradientMismatch):
+            check(wrong)
+
+
 # --- Any tree
 
 

@@ -245,6 +245,53 @@ def test_a_reference_of_another_value_or_gradient():
         check_function(torch.sin, draw(3), reference=torch.cos)
 
 
+def in_bfloat16(function, factor, refuses=True):
+    """A function that computes in bfloat16, with its gradient times a factor."""
+
+    def gradients(grad, *inputs):
+        with torch.enable_grad():
+            leaves = [x.detach().bfloat16().requires_grad_() for x in inputs]
+            found = torch.autograd.grad(function(*leaves), leaves, grad.bfloat16())
+        return tuple((factor * x).to(grad) for x in found)
+
+    class InBfloat16(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            if refuses and inputs[0].dtype != torch.bfloat16:
+                raise TypeError("expected bfloat16")
+            ctx.save_for_backward(*inputs)
+            return function(*(x.bfloat16() for x in inputs)).to(inputs[0])
+
+        @staticmethod
+        def backward(ctx, grad):
+            return gradients(grad, *ctx.saved_tensors)
+
+    return InBfloat16
+
+
+KERNELS = {
+    "linear": (torch.nn.functional.linear, [(8, 16), (5, 16)]),
+    "gelu": (torch.nn.functional.gelu, [(4, 8)]),
+    "softmax": (lambda x: torch.softmax(x, -1), [(4, 8)]),
+    "layer_norm": (lambda x: torch.nn.functional.layer_norm(x, (8,)), [(4, 8)]),
+    "conv2d": (torch.nn.functional.conv2d, [(2, 3, 5, 5), (4, 3, 3, 3)]),
+    "chain": (lambda x, a, b: torch.tanh(x @ a) @ b, [(6, 8), (8, 8), (8, 4)]),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("refuses", [True, False], ids=["alone", "any"])
+def test_a_factor_of_a_tenth_in_bfloat16(kernel, refuses):
+    """An entry has 8 bits; a factor that all entries share is averaged over them."""
+    function, shapes = KERNELS[kernel]
+    inputs = [draw(*shape, key=i, dtype=torch.float32) for i, shape in enumerate(shapes)]
+    inputs = [x.bfloat16() for x in inputs] if refuses else inputs
+    check_function(in_bfloat16(function, 1.0, refuses), *inputs, reference=function)
+    for factor in (1.1, 0.9):
+        with pytest.raises(GradientMismatch, match=r"in torch\.bfloat16, the gradient for "):
+            check_function(in_bfloat16(function, factor, refuses), *inputs, reference=function)
+
+
 def test_nothing_to_check():
     with pytest.raises(ValueError, match="grad is 0"):
         check_function(torch.sin, draw(3), grad=torch.zeros(3))

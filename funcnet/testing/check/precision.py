@@ -85,23 +85,46 @@ def _check_gradients(case: Case, double: Case, errors: Errors) -> None:
         moves = noise_in(case, double, False)
     for name, (a, b), move in zip(case.names, compared, moves, strict=True):
         expect_exact(f"the gradient for {name}", a, b, move)
-        factor = _wrong_factor(a, b, move)
-        if (
-            factor is not None
-            and not _is_autograds(case, name, factor, b)
-            and _stays(factor, case, name)
-        ):
-            raise GradientMismatch(
-                f"in {a.dtype}, the gradient for {name} is about {factor:.6g} times that in "
-                "float64, which is more than rounding explains"
-            )
-        mean = _mean_wrong_factor(case, name, a, b, move)
-        if mean is not None:
-            raise GradientMismatch(
-                f"in {a.dtype}, the gradient for {name} is on average about {mean:.4g} times that "
-                "in float64 at points beside x, which is more than rounding explains"
-            )
+        check_factor(case, name, a, b, move, case.dtype)
         errors.rounding = max(errors.rounding, epsilon * largest_error(a, b, move))
+
+
+def is_suspicious(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a leaf's gradient a may be float64's b times a factor, which is worth a look."""
+    factor = _factor(a, b)
+    return factor is not None and not abs(factor - 1) <= SUSPICIOUS * torch.finfo(dtype).eps
+
+
+def check_factor(
+    case: Case,
+    name: str,
+    a: Tensor,
+    b: Tensor,
+    move: Tensor,
+    dtype: torch.dtype,
+    exactly: Callable[[Case], Case] = Case.double,
+) -> None:
+    """Raise GradientMismatch if a leaf's gradient a, computed in `dtype`, is float64's b times a
+    factor that rounding does not explain.
+
+    `exactly` makes the case of b at other points.
+    """
+    factor = _wrong_factor(a, b, move, dtype)
+    if (
+        factor is not None
+        and not _is_autograds(case, name, factor, b)
+        and _stays(factor, case, name, exactly)
+    ):
+        raise GradientMismatch(
+            f"in {dtype}, the gradient for {name} is about {factor:.6g} times that in "
+            "float64, which is more than rounding explains"
+        )
+    mean = _mean_wrong_factor(case, name, a, b, move, dtype, exactly)
+    if mean is not None:
+        raise GradientMismatch(
+            f"in {dtype}, the gradient for {name} is on average about {mean:.4g} times that "
+            "in float64 at points beside x, which is more than rounding explains"
+        )
 
 
 def check_factors_of_value(
@@ -118,7 +141,7 @@ def check_factors_of_value(
 
     def wrong_factors(moves: Tensor) -> list[float | None]:
         compared = zip(y, exact, parts(moves), strict=True)
-        return [_wrong_factor(*output) for output in compared]
+        return [_wrong_factor(*output, case.dtype) for output in compared]
 
     quick = wrong_factors(value_moves(double, torch.finfo(case.dtype).eps))
     if all(factor is None for factor in quick):
@@ -294,7 +317,7 @@ def check_own_dtype(
             )
 
 
-def _wrong_factor(a: Tensor, b: Tensor, move: Tensor) -> float | None:
+def _wrong_factor(a: Tensor, b: Tensor, move: Tensor, dtype: torch.dtype) -> float | None:
     """The factor that all entries are off by, if it is more than rounding explains.
 
     The best factor is ⟨a, b⟩ / ⟨b, b⟩; roundings of about `move` shift it by ‖move ∘ b‖ / ⟨b, b⟩.
@@ -302,19 +325,27 @@ def _wrong_factor(a: Tensor, b: Tensor, move: Tensor) -> float | None:
     factor = _factor(a, b)
     if factor is None:
         return None
-    return factor if abs(factor - 1) > _factor_rounding(a, b, move) else None
+    return factor if abs(factor - 1) > _factor_rounding(b, move, dtype) else None
 
 
-def _factor_rounding(a: Tensor, b: Tensor, move: Tensor) -> float:
-    """The most that rounding may shift the factor that fits a best to float64's b, not 0."""
-    unit, info = b / b.abs().max(), torch.finfo(a.dtype)
+def _factor_rounding(b: Tensor, move: Tensor, dtype: torch.dtype) -> float:
+    """The most that rounding may shift the factor that fits a leaf best to float64's b, not 0."""
+    unit, info = b / b.abs().max(), torch.finfo(dtype)
     shifts = (move + info.tiny) / b.abs().max() * unit.abs()
     # What cancels entirely is all rounding.
-    cancelled = SAFETY[a.dtype] * shifts[move > b.abs()].sum()
+    cancelled = SAFETY[dtype] * shifts[move > b.abs()].sum()
     return FACTOR * info.eps + float(shifts.norm() + cancelled) / float(unit.square().sum())
 
 
-def _mean_wrong_factor(case: Case, name: str, a: Tensor, b: Tensor, move: Tensor) -> float | None:
+def _mean_wrong_factor(
+    case: Case,
+    name: str,
+    a: Tensor,
+    b: Tensor,
+    move: Tensor,
+    dtype: torch.dtype,
+    exactly: Callable[[Case], Case],
+) -> float | None:
     """The mean of the factors that a leaf is off by at points beside x, if it is wrong.
 
     A leaf of few entries has few roundings, which do not cancel at one point. In half precision
@@ -322,22 +353,18 @@ def _mean_wrong_factor(case: Case, name: str, a: Tensor, b: Tensor, move: Tensor
     coarse that these points see the same: such leaves are passed over. So are functions whose y is
     off as well: they are other ones in this dtype.
     """
-    if a.dtype not in (torch.bfloat16, torch.float16):
+    if dtype not in (torch.bfloat16, torch.float16):
         return None
-    factor, epsilon = _factor(a, b), torch.finfo(a.dtype).eps
-    if (
-        factor is None
-        or not abs(factor - 1) > SUSPICIOUS * epsilon
-        or _factor_rounding(a, b, move) > STEADY * epsilon
-    ):
+    epsilon = torch.finfo(dtype).eps
+    if not is_suspicious(a, b, dtype) or _factor_rounding(b, move, dtype) > STEADY * epsilon:
         return None
     i = case.names.index(name)
-    mean, error = _mean_factor(case, lambda there: there.gradients()[i])
+    mean, error = _mean_factor(case, lambda there: there.gradients()[i], exactly)
     off = abs(mean - 1)
     if not off > FACTOR * epsilon + ERRORS_OF_MEAN * error:
         return None
     for other in (Case.apply, partial(_autograds, i=i)):
-        others, error = _mean_factor(case, other)
+        others, error = _mean_factor(case, other, exactly)
         if not abs(others - 1) + error <= off / 4:
             return None
     return mean
@@ -349,12 +376,14 @@ def _autograds(case: Case, i: int) -> Tensor:
     return case.double().gradients()[i] if found is None else found[i]
 
 
-def _mean_factor(case: Case, result: Callable[[Case], Tensor]) -> tuple[float, float]:
+def _mean_factor(
+    case: Case, result: Callable[[Case], Tensor], exactly: Callable[[Case], Case]
+) -> tuple[float, float]:
     """The mean factor between a result and float64's at points beside x, and its error."""
     factors = []
     for trial in range(_POINTS):
         there = nudge(case, _AROUND, trial)
-        found, exact = tried(partial(result, there)), tried(partial(result, there.double()))
+        found, exact = tried(partial(result, there)), tried(partial(result, exactly(there)))
         factor = None if found is None or exact is None else _factor(found, exact)
         if factor is None:
             return math.nan, math.nan
@@ -362,10 +391,10 @@ def _mean_factor(case: Case, result: Callable[[Case], Tensor]) -> tuple[float, f
     return statistics.fmean(factors), statistics.stdev(factors) / math.sqrt(_POINTS)
 
 
-def _stays(factor: float, case: Case, name: str) -> bool:
+def _stays(factor: float, case: Case, name: str, exactly: Callable[[Case], Case]) -> bool:
     """Whether a leaf is off by about as much beside x. Equal terms all round to one side."""
     there = nudge(case, _NUDGE, 0)
-    found, exact = tried(there.gradients), tried(there.double().gradients)
+    found, exact = tried(there.gradients), tried(exactly(there).gradients)
     if found is None or exact is None:
         return True
     i = case.names.index(name)
@@ -395,7 +424,7 @@ def _explains(other: float | None, factor: float) -> bool | None:
 
 
 def _is_off(a: Tensor, b: Tensor, move: Tensor) -> bool:
-    return _off(a, b, move) is not None or _wrong_factor(a, b, move) is not None
+    return _off(a, b, move) is not None or _wrong_factor(a, b, move, a.dtype) is not None
 
 
 def _off(

@@ -877,6 +877,62 @@ def test_the_promise_that_results_are_fresh(lie, message):
         check_vjp(Fresh(lie), params, x)
 
 
+@dataclass(frozen=True)
+class InPlace(fn.Layer):
+    """y = |x| + b, also in place, with a fault in place."""
+
+    fault: str = ""
+
+    def _params(self, shape):
+        return {"bias": fn.Param((), fn.initializers.Zeros())}
+
+    def _fwd(self, params, x, key):
+        return x.abs() + params["bias"], x.sign()
+
+    def _bwd(self, params, sign, grad, need):
+        return {"bias": grad.sum()}, sign * grad
+
+    def _fwd_(self, params, x, key):
+        sign = x.sign()
+        return (x if self.fault == "_fwd_" else x.abs_()).add_(params["bias"]), sign
+
+    def _bwd_(self, params, sign, grad, need):
+        if self.fault == "raises":
+            raise RuntimeError("no")
+        dparams = {"bias": grad.sum()}
+        dx = grad.mul_(-sign if self.fault == "_bwd_" else sign)
+        if self.fault == "kept":
+            sign.mul_(2)
+        if self.fault == "params":
+            params["bias"].add_(1)
+        return dparams, dx
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("_fwd_", "_fwd_ and fwd differ in y"),
+        ("_bwd_", "_bwd_ and bwd differ"),
+        ("kept", "called twice, _bwd_ and bwd differ"),
+        ("params", "_fwd_ or _bwd_: writes to params"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_twins_that_work_in_place(fault, message, dtype):
+    x = fn.normal(fn.key(0), (3, 4), dtype=dtype)
+    params = InPlace().init(fn.key(1), (4,), dtype=dtype)
+    check_vjp(InPlace(), params, x)
+    with pytest.raises(GradientMismatch, match=message) as caught:
+        check_vjp(InPlace(fault), params, x)
+    assert caught.value.layer == InPlace(fault)
+
+
+def test_a_twin_that_raises():
+    with pytest.raises(RuntimeError, match="no") as caught:
+        check_vjp(InPlace("raises"), InPlace().init(fn.key(1), (3,)), torch.ones(2, 3))
+    assert "raised by _fwd_ or _bwd_" in caught.value.__notes__[0]
+
+
 def test_broken_is_right_without_a_fault():
     check_vjp(Broken(), *case(Broken()))
 

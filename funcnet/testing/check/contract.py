@@ -21,6 +21,9 @@ from torch import Tensor
 
 from funcnet.keys import fold_in
 from funcnet.keys import key as make_key
+from funcnet.layer import Layer
+from funcnet.ops.need import Need
+from funcnet.running import works_in_place
 from funcnet.testing.check.case import (
     Case,
     Leaves,
@@ -74,6 +77,7 @@ def check_surroundings(case: Case) -> None:
     _, residuals = case.fwd()
     gradients = case.flat(case.bwd(residuals))
     _check_layouts(case, residuals, gradients)
+    _check_in_place(case, gradients)
     if isinstance(case, LossCase):
         _check_integers(case)
         got = case.layer.bwd(residuals, float(case.grad))
@@ -282,6 +286,38 @@ def _check_fresh(case: Case) -> None:
     if dx is not None:
         expect_not_expanded("dx of bwd", dx, why)
         expect_unshared("dx of bwd", dx, {**kept, **named_leaves(dparams=dparams)}, why)
+
+
+def _check_in_place(case: Case, gradients: Leaves) -> None:
+    """Hold `_fwd_` and `_bwd_`, where a layer writes them, to `fwd` and `bwd`.
+
+    A `Sequential` calls the first behind a layer that declares `_fresh`, the second before one: so
+    either gets what only the layer beside has made, and the residuals of the other or of its twin.
+    """
+    if not (isinstance(case.layer, Layer) and works_in_place(case.layer)):
+        return
+    if not (isinstance(case.x, Tensor) and case.x.is_floating_point()):
+        return
+    layer: Any = case.layer
+    params, key, need = case.params, case.key, Need()
+
+    def run() -> tuple[list[Tensor], list[tuple[str, Any]]]:
+        y, kept = layer._fwd(params, case.x, key)
+        y_, kept_ = layer._fwd_(params, case.x.clone(), key)
+        values = [y.clone(), y_.clone()]  # which the residuals may hold
+        return values, [
+            ("_bwd_ and bwd", layer._bwd_(params, kept, case.grad.clone(), need)),
+            ("_fwd_ with bwd and fwd with bwd", layer._bwd(params, kept_, case.grad, need)),
+            ("_fwd_ with _bwd_ and fwd with bwd",
+             layer._bwd_(params, kept_, case.grad.clone(), need)),
+            ("called twice, _bwd_ and bwd", layer._bwd_(params, kept_, case.grad.clone(), need)),
+        ]  # fmt: skip
+
+    with noted("check_vjp: raised by _fwd_ or _bwd_, which a Sequential calls to work in place"):
+        (y, y_), found = pure(case, "_fwd_ or _bwd_", run)
+    expect_close(case, "_fwd_ and fwd differ in y", [y_], [y], of_value=True)
+    for who, result in found:
+        expect_close(case, f"{who} differ", case.flat(result), gradients)
 
 
 def _check_layouts(case: Case, residuals: Any, gradients: Leaves) -> None:

@@ -13,8 +13,9 @@ All of them in float64. For φ(h) = ⟨grad, f(u + h·v)⟩ along a direction v,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -82,15 +83,15 @@ class Slope:
     """A numeric derivative with its estimated error.
 
     `jump` is the difference of the two one-sided slopes at a kink; a bend that the finest step does
-    not see is none. `affine` says that f is affine as far as the largest step. `flat` is the
-    largest derivative that counts as 0, given f and its change by that step.
+    not see is none. `affine` says that f is affine as far as the largest step. `flat()` is
+    the largest derivative that counts as 0, given f and its change by that step.
     """
 
     value: float
     error: float
     jump: float = 0.0
     affine: bool = False
-    flat: float = 0.0
+    flat: Callable[[], float] = float
 
     def refutes(self, derivative: float, slack: float) -> bool:
         """Whether a derivative is off by more than this numeric one can be, and by `slack`."""
@@ -111,7 +112,7 @@ class Slope:
         """
         if not math.isfinite(self.value + self.error):
             return False
-        most = max(size, abs(self.value), self.flat)
+        most = max(size, abs(self.value), self.flat())
         alike = size > 0 and abs(derivative - self.value) <= FLAT * size
         return alike or ESTIMATE * self.error + slack < most
 
@@ -225,7 +226,7 @@ def slope(line: Line) -> Slope:
     if line.is_straight(1.0) and all(
         abs(coarse - line.central(h)) <= AFFINE * line.rounding(h) for h in (0.25, 2.0**-10)
     ):
-        return Slope(coarse, rounding, affine=True, flat=line.flat(2.0**-10))
+        return Slope(coarse, rounding, affine=True, flat=partial(line.flat, 2.0**-10))
     value, error, last = _ridders(line)
     fine, finest = last * _FINE, last * _FINEST
     for step in (fine, finest):
@@ -233,7 +234,7 @@ def slope(line: Line) -> Slope:
     jump, _ = line.jump(fine)
     if jump and line.jump(finest)[1] <= jump / 2:
         jump = 0.0  # a bend, which the finest step does not see
-    return Slope(value, error, jump, flat=line.flat(finest))
+    return Slope(value, error, jump, flat=partial(line.flat, finest))
 
 
 def _ridders(line: Line) -> tuple[float, float, float]:

@@ -600,7 +600,8 @@ class _Search:
 
     def _note(self, numeric: Slope, derivative: float, size: float, slack: float) -> None:
         """Note whether a numeric derivative could have refuted ours, whose terms have this size."""
-        self.errors.resolved |= numeric.tells(derivative, size, slack)
+        if self.autograd is None and not self.errors.resolved:
+            self.errors.resolved = numeric.tells(derivative, size, slack)
 
     def _line(self, *moving: LeafDirection, length: float = 1.0) -> Line:
         """y along the direction that moves these leaves alone."""

@@ -16,6 +16,20 @@ def name_of(who: Any) -> str:
     return str(who) if describe is None else str(describe())
 
 
+class PromiseError(ValueError):
+    """A layer has made something else than it says of itself: what, and y if that is wrong."""
+
+    what: str = ""
+    y: Any = None
+
+
+def broken_promise(who: object, what: str, y: Any = None) -> PromiseError:
+    """The error that says what a layer has made."""
+    error = PromiseError(f"{name_of(who)}: {what}")
+    error.what, error.y = what, y
+    return error
+
+
 def shown(value: Any) -> str:
     """A refused value in a message: its code, or its kind and size where the code is long."""
     if isinstance(value, nn.Module):  # torch.nn's ReLU() prints as ours

@@ -41,7 +41,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from operator import attrgetter
@@ -51,7 +51,16 @@ import optree
 import torch
 from torch import Tensor
 
-from funcnet.checks import as_shape, check_like, check_tensor, name_of, opened, shown, sizes
+from funcnet.checks import (
+    as_shape,
+    broken_promise,
+    check_like,
+    check_tensor,
+    name_of,
+    opened,
+    shown,
+    sizes,
+)
 from funcnet.fields import Hyperparameters, source
 from funcnet.keys import Key, check_draw, check_key
 from funcnet.ops.autocast import without_autocast
@@ -218,15 +227,22 @@ class Layer(Hyperparameters):
         """y = f(params, x)."""
         if not is_private(self):
             return self.fwd(params, x, key=key)[0]
-        self._admit(params, x, getattr(x, "shape", ()), key)
+        promised, is_new = self._admit(params, x, getattr(x, "shape", ()), key)
         with without_autocast(x):
-            return y_alone(self, params, x, key)
+            y = y_alone(self, params, x, key)
+            if is_new:
+                self._expect_promised(y, promised, lambda: self._fwd(params, x, key))
+        return y
 
     def fwd(self, params: Tree, x: Tensor, *, key: Key | None = None) -> tuple[Tensor, Any]:
         """(y, residuals). `key` is for layers that draw numbers; without one they evaluate."""
-        self._admit(params, x, getattr(x, "shape", ()), key)
+        promised, is_new = self._admit(params, x, getattr(x, "shape", ()), key)
         with without_autocast(x):
-            y, residuals = self._fwd(params, x, key)
+            made = self._fwd(params, x, key)
+        is_pair = not isinstance(made, Tensor)  # which would be unpacked, for a batch of 2
+        if is_new or not is_pair:
+            self._expect_promised(made[0] if is_pair else None, promised, lambda: made)
+        y, residuals = made
         return y, (without_entries(x), residuals)
 
     def bwd(
@@ -357,7 +373,7 @@ class Layer(Hyperparameters):
     ) -> tuple[Tree, Tensor | None]:
         """`bwd`; y is given where these params have just been accepted by `fwd`."""
         like, kept = opened(self, residuals)
-        y = y or self._admit(params, like, like.shape[1:])
+        y = y or self._admit(params, like, like.shape[1:])[0]
         if not isinstance(grad, Tensor) or grad.dtype != y.dtype or grad.device != y.device:
             check_like(self._describe_last(), "grad", grad, y, of="y")
         expected = (*like.shape[1:2], *y.shape)
@@ -371,16 +387,25 @@ class Layer(Hyperparameters):
         if not asks(self, params, need):
             return zeros_like(params) if need.params else None, None
         with without_autocast(grad):
-            dparams, dx = self._bwd(params, kept, grad, need)
+            made = self._bwd(params, kept, grad, need)
+        if isinstance(made, Tensor):  # which would be unpacked, for a batch of 2
+            what = f"expected _bwd to return (dparams, dx), got {shown(made)}"
+            raise broken_promise(self, what)
+        dparams, dx = made
         return like_params(params, dparams) if need.params else None, dx if need.input else None
 
-    def _admit(self, params: Tree, x: Any, shape: Shape, key: Key | None = None) -> Spec:
-        """The spec of y, remembered for what has been accepted; else params and x are checked."""
+    def _admit(
+        self, params: Tree, x: Any, shape: Shape, key: Key | None = None
+    ) -> tuple[Spec, bool]:
+        """(the spec of y, whether it is new): what has been accepted is remembered.
+
+        Anything else is checked, params as well as x.
+        """
         if key is not None:
             check_key(self, key)
         if not is_eager():
             check = self._check_traced if is_tracing() else self._check
-            return check(params, _spec(self, x, shape))
+            return check(params, _spec(self, x, shape)), False
         accepted: tuple[tuple[Any, Spec], ...] = self.__dict__.get("_accepted", ())
         leaves, structure = optree.tree_flatten(params)
         try:
@@ -390,12 +415,30 @@ class Layer(Hyperparameters):
             seen = None
         for known, y in accepted:
             if seen == known:
-                return y
+                return y, False
         y = self._check(params, _spec(self, x, shape))
         if seen is not None:  # a layer that checks for itself may take numbers for parameters
             # One assignment, so that threads may do this at once.
             self.__dict__["_accepted"] = ((seen, y), *accepted[: _MOST_REMEMBERED - 1])
-        return y
+        return y, True
+
+    def _expect_promised(self, y: Any, promised: Spec, made: Callable[[], Any]) -> None:
+        """Raise unless y of a layer has the shape that `_out_shape` says; the next call asks again.
+
+        `made` returns what `_fwd` does.
+        """
+        expected, is_one = (*promised.batch, *promised.shape), not self._children()
+        shape = tuple(y.shape) if isinstance(y, Tensor) else None
+        # A combinator runs with what its layers make, if it is of the same examples.
+        if shape == expected or (shape and not is_one and shape[:1] == promised.batch):
+            return
+        self.__dict__.pop("_accepted", None)
+        if is_one and not isinstance(result := made(), tuple):
+            what = f"expected _fwd to return (y, residuals), got {shown(result)}"
+        else:
+            got = shown(y) if shape is None else shape
+            what = f"expected y of shape {expected}, as out_shape says, got {got}"
+        raise broken_promise(self, what, y)
 
     def _check_traced(self, params: Tree, x: Spec) -> Spec:
         """`_check` inside torch.jit.trace, where sizes are tensors."""

@@ -23,7 +23,7 @@ from funcnet.fields import Flag, Sizes
 from funcnet.initializers import Normal, Ones, Uniform
 from funcnet.layer import Spec, public_bwd, spec_of_y
 from funcnet.ops.need import Need
-from funcnet.testing import check_vjp, strategies
+from funcnet.testing import GradientMismatch, check_vjp, strategies
 
 NET = fn.Sequential(fn.Conv2d(4, 3, padding=1), fn.ReLU(), fn.UpsampleConv2d(2))
 
@@ -703,3 +703,69 @@ def test_strategies_draw_such_layers():
         check_vjp(*case)
 
     check()
+
+
+# --- What a layer has made
+
+
+@dataclass(frozen=True)
+class WithoutResiduals(fn.Layer):
+    def _fwd(self, params, x, key):
+        return torch.sin(x)
+
+    def _bwd(self, params, x, dy, need):
+        return dy * torch.cos(x)
+
+
+@dataclass(frozen=True)
+class WithoutDparams(WithoutResiduals):
+    def _fwd(self, params, x, key):
+        return torch.sin(x), x
+
+
+@dataclass(frozen=True)
+class WithoutOutShape(fn.Linear):
+    def _out_shape(self, shape):
+        return shape
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_a_layer_that_returns_less_than_it_should(batch):
+    """A tensor would be unpacked: its first example is no y, nor its second a gradient."""
+    x = torch.ones(batch, 3)
+    layer = WithoutResiduals()
+    for call in (layer.apply, layer.fwd) * 2:
+        with pytest.raises(
+            ValueError, match=r"WithoutResiduals\(\): expected _fwd to return \(y, res"
+        ):
+            call((), x)
+    layer = WithoutDparams()
+    with pytest.raises(
+        ValueError, match=r"WithoutDparams\(\): expected _bwd to return \(dparams, "
+    ):
+        layer.vjp((), x, x)
+
+
+def test_in_a_network_examples_are_not_lost():
+    net = fn.Sequential(fn.Linear(3), WithoutResiduals(), fn.Linear(1))
+    params = net.init(fn.key(0), (4,))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"3 layers: expected y of shape \(5, 1\).*got \(1,\)"):
+            net.apply(params, torch.ones(5, 4))
+
+
+def test_y_has_the_shape_that_out_shape_says():
+    layer = WithoutOutShape(3)
+    params = layer.init(fn.key(0), (4,))
+    for call in (layer.apply, layer.fwd) * 2:
+        with pytest.raises(ValueError, match=r"shape \(5, 4\), as out_shape says, got \(5, 3\)"):
+            call(params, torch.ones(5, 4))
+
+
+@pytest.mark.parametrize("batch", [2, 5])
+@pytest.mark.parametrize("layer", [WithoutResiduals(), WithoutDparams(), WithoutOutShape(4)])
+def test_check_vjp_says_what_a_layer_does_not_keep(layer, batch):
+    params = layer.init(fn.key(0), (3,))
+    with pytest.raises(GradientMismatch, match=r"expected (y of|_fwd|_bwd)") as caught:
+        check_vjp(layer, params, torch.ones(batch, 3))
+    assert "To replay it" in str(caught.value)

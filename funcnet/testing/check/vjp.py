@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import optree
 import torch
 from torch import Tensor
 
+from funcnet.checks import PromiseError
 from funcnet.keys import Key
 from funcnet.layer import Layer
 from funcnet.losses import Loss
@@ -114,10 +116,12 @@ def _attempt(
     """Examine a case, and complete the exception that says what is wrong."""
 
     def again(other: Case) -> None:
-        examine(other, limits, Errors())
+        with _as_mismatch():
+            examine(other, limits, Errors())
 
     try:
-        examine(case, limits, errors)
+        with _as_mismatch():
+            examine(case, limits, errors)
     except GradientMismatch as mismatch:
         if mismatch.snippet is None:  # it has one if the layer calls check_vjp itself
             name_the_guilty(mismatch, case, again)
@@ -125,6 +129,15 @@ def _attempt(
             unusual = "".join(f", {name}={v!r}" for name, v, default in usual if v != default)
             complete(mismatch, case, again, unusual)
         raise
+
+
+@contextmanager
+def _as_mismatch() -> Iterator[None]:
+    """Raise GradientMismatch where a layer refuses what it has made itself."""
+    try:
+        yield
+    except PromiseError as error:
+        raise GradientMismatch(error.what) from error
 
 
 def _examine(case: Case, limits: Limits, errors: Errors) -> None:

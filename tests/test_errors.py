@@ -13,7 +13,7 @@ from test_properties import make, same
 
 import funcnet as fn
 from funcnet.checks import shown
-from funcnet.testing import check_vjp, strategies
+from funcnet.testing import check_function, check_vjp, strategies
 
 CONV = fn.Conv2d(256, 2, stride=2)
 
@@ -407,7 +407,10 @@ TREE = ({"weight": torch.zeros(8, 3, 3, 3)}, ())
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: fn.Adam(TREE), "Adam: expected lr to be a number, got a tuple of 2"),
+        (
+            lambda: fn.Adam(TREE),
+            "Adam: expected lr to be a number, got a tuple of 2",
+        ),
         (lambda: fn.Linear(TREE), "Linear: expected out_features to be an int, got a tuple of 2"),
         (lambda: fn.split(TREE[0]), "funcnet.key(seed), got a dict of 1"),
         (lambda: fn.MaxPool2d(torch.zeros(9, 9)), "to be an int, got a Tensor of shape (9, 9)"),
@@ -446,3 +449,67 @@ def test_images_without_channels_or_pixels_are_refused(layer, shape):
     got = r"images of at least 1×1, got size \(.*0" if shape[0] else "channel.* got 0"
     with pytest.raises(ValueError, match=re.escape(f"{layer}: expected ") + f".*{got}"):
         layer.out_shape(shape)
+
+
+# --- What newcomers from torch.nn write
+
+
+class Rate(fn.Optimizer):
+    """An optimiser whose author took `step` for what one writes."""
+
+    def init(self, params):
+        return ()
+
+    def step(self, params, grads, state):
+        return params, state
+
+
+class Wrapper(fn.Layer):
+    """A layer whose author took `_params` for what a layer made of layers writes."""
+
+    def __init__(self, params):
+        object.__setattr__(self, "params", params)
+
+    def __repr__(self):
+        return "Wrapper()"
+
+    def _params(self, shape):
+        return self.params
+
+
+class Shrunk(fn.Loss):
+    def _fwd(self, x, target):
+        return (x - target).sum(), x
+
+    def _bwd(self, x, grad):
+        return torch.ones_like(x) * grad
+
+
+SIZES = ": sizes of x are read off the shape that init is given"
+CHANNELS = ": the input's channels are read off the shape; did you mean "
+KIND = "expected weight_init to be an initialiser or None, got "
+MADE_OF_LAYERS = "; a layer made of layers writes init, out_shape, fwd and bwd"
+OWN_LOSS = "got Shrunk(): a loss of one's own has a field named reduction"
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: check_vjp(torch.relu, (), torch.ones(1)),
+            TypeError,
+            "check_vjp: expected a layer or a loss, got builtin_function_or_method; "
+            "check_function checks functions and modules",
+        ),
+        (
+            lambda: check_function(fn.Linear(3), torch.ones(1, 2)),
+            TypeError,
+            "check_function: expected a function, got Linear(3); "
+            "check_vjp checks layers and losses",
+        ),
+    ],
+)  # fmt: skip
+def test_what_newcomers_write_is_refused_with_the_remedy(call, error, message):
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value).endswith(message)

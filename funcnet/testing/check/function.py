@@ -12,6 +12,7 @@ import optree
 import torch
 from torch import Tensor, nn
 
+from funcnet.checks import shown
 from funcnet.compat import version
 from funcnet.testing.check.beside import moved
 from funcnet.testing.check.case import (
@@ -106,6 +107,10 @@ def check_function(
     >>> check_function(torch.nn.Linear(3, 2), torch.ones(4, 3))
     """
     check_limits("check_function", rtol, atol, budget)
+    if not callable(function):
+        is_layer = hasattr(function, "fwd") and hasattr(function, "bwd")
+        other = "; check_vjp checks layers and losses" if is_layer else ""
+        raise TypeError(f"check_function: expected a function, got {shown(function)}{other}")
     name = _name(function)
     case = _make_case(function, inputs, reference, grad)
     try:

@@ -222,7 +222,9 @@ def _refuse(layer: Any, params: Any, x: Any, grad: Any) -> None:
     if isinstance(layer, type) or not (hasattr(layer, "fwd") and hasattr(layer, "bwd")):
         kind = "the class " if isinstance(layer, type) else ""
         name = (layer if isinstance(layer, type) else type(layer)).__name__
-        raise TypeError(f"check_vjp: expected a layer or a loss, got {kind}{name}")
+        is_other = callable(layer) and not isinstance(layer, type)
+        other = "; check_function checks functions and modules" if is_other else ""
+        raise TypeError(f"check_vjp: expected a layer or a loss, got {kind}{name}{other}")
     if isinstance(grad, Tensor):
         expect_real_and_dense("check_vjp: expected gradients", grad)
     if isinstance(layer, Loss):

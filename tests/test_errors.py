@@ -409,7 +409,7 @@ TREE = ({"weight": torch.zeros(8, 3, 3, 3)}, ())
     [
         (
             lambda: fn.Adam(TREE),
-            "Adam: expected lr to be a number, got a tuple of 2",
+            "Adam: expected lr to be a number or a function of the step count, got a tuple of 2",
         ),
         (lambda: fn.Linear(TREE), "Linear: expected out_features to be an int, got a tuple of 2"),
         (lambda: fn.split(TREE[0]), "funcnet.key(seed), got a dict of 1"),
@@ -495,6 +495,22 @@ OWN_LOSS = "got Shrunk(): a loss of one's own has a field named reduction"
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (
+            lambda: Rate().step_((), (), ()),
+            NotImplementedError,
+            "Rate writes no _prepare, which step and step_ call",
+        ),
+        (
+            lambda: fn.Optimizer().init(()),
+            NotImplementedError,
+            "Optimizer writes no init",
+        ),
+        (
+            lambda: fn.SGD(torch.zeros(3)),
+            TypeError,
+            "SGD: expected lr to be a number or a function of the step count, "
+            "got tensor([0., 0., 0.])",
+        ),
         (
             lambda: check_vjp(torch.relu, (), torch.ones(1)),
             TypeError,

@@ -617,7 +617,11 @@ def test_they_are_values(optimizer):
     ("make", "error", "message"),
     [
         (lambda: fn.Adam(-1.0), ValueError, "Adam: expected lr to be finite and >= 0, got -1.0"),
-        (lambda: fn.AdamW(lr=None), TypeError, "AdamW: expected lr to be a number, got None"),
+        (
+            lambda: fn.AdamW(lr=None),
+            TypeError,
+            "AdamW: expected lr to be a number or a function of the step count, got None",
+        ),
         (
             lambda: fn.Adam(betas=(0.9, 1.0)),
             ValueError,
@@ -680,7 +684,10 @@ def test_settings_that_do_not_go_together():
             fn.SGD(0.1).init({"a": [bad]})
     with pytest.raises(TypeError, match=r"SGD\(0.1\): expected an SGDState, as init .*got None"):
         fn.SGD(0.1).step(torch.ones(2), torch.ones(2), None)
-    with pytest.raises(TypeError, match=r"SGD: expected lr to be a number, got '0.1'"):
+    with pytest.raises(
+        TypeError,
+        match=r"SGD: expected lr to be a number or a function of the step count, got '0.1'",
+    ):
         fn.SGD("0.1")
     with pytest.raises(
         ValueError, match=r"SGD: expected lr\(step\) to be finite and >= 0, got -1.0"

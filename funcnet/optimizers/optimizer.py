@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Annotated, Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import torch
@@ -24,7 +25,14 @@ RateByStep: TypeAlias = Callable[[int], float]
 
 class _RateKind:
     def convert(self, owner: type, name: str, value: Any) -> Any:
-        return value if callable(value) else as_number(owner.__name__, name, value, 0.0)
+        if callable(value):
+            return value
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(
+                f"{owner.__name__}: expected {name} to be a number or a function of the step "
+                f"count, got {shown(value)}"
+            )
+        return as_number(owner.__name__, name, value, 0.0)
 
 
 Rate: TypeAlias = Annotated[float | RateByStep, _RateKind()]
@@ -62,7 +70,7 @@ class Optimizer(Hyperparameters, Generic[State]):
 
     def init(self, params: Tree) -> State:
         """The state before the first step."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} writes no init")
 
     def step(self, params: Tree, grads: Tree, state: State) -> tuple[Tree, State]:
         """(new params, new state); nothing is written to what came in."""
@@ -75,7 +83,9 @@ class Optimizer(Hyperparameters, Generic[State]):
 
     def _prepare(self, params: Tree, grads: Tree, state: State, write: bool) -> PreparedStep[State]:
         """The step as a function that raises nothing, and so leaves nothing half-done."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} writes no _prepare, which step and step_ call"
+        )
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,7 @@ class Elementwise(Optimizer[State]):
 
     def _kept(self) -> dict[str, bool]:
         """The names of what the state keeps, in order, and whether it is needed."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} writes no _kept")
 
     def _update(
         self, each: Each, lr: Scalar, n: Scalar, p: Tensors, g: Tensors, *kept: Tensors
@@ -103,7 +113,7 @@ class Elementwise(Optimizer[State]):
 
         What is not needed is an empty list. n is an int, or a tensor where it is not known.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} writes no _update")
 
     def init(self, params: Tree) -> State:
         """No steps taken, and zeros."""

@@ -253,6 +253,21 @@ class OneOf:
 
 
 @dataclass(frozen=True)
+class BehindSizes(OneOf):
+    """A bool where torch.nn's order of arguments has a size, whose message tells of the order."""
+
+    choices: tuple[bool, ...] = (True, False)
+
+    def convert(self, owner: type, name: str, value: Any) -> Any:
+        if type(value) is int:
+            raise TypeError(
+                f"{owner.__name__}: expected {name} to be True or False, got {value}: "
+                "sizes of x are read off the shape that init is given"
+            )
+        return super().convert(owner, name, value)
+
+
+@dataclass(frozen=True)
 class Number:
     """A finite number that is at least `least`, and at most `most`; or None, where that may be."""
 
@@ -348,6 +363,9 @@ Padding: TypeAlias = Annotated[int | tuple[int, ...] | str, PerAxis(0, ("same", 
 
 Flag: TypeAlias = Annotated[bool, OneOf((True, False))]
 """True or False."""
+
+Bias: TypeAlias = Annotated[bool, BehindSizes()]
+"""True or False. An int is refused as one of torch.nn's sizes."""
 
 Finite: TypeAlias = Annotated[float, Number()]
 """A finite number."""

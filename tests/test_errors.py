@@ -512,6 +512,36 @@ OWN_LOSS = "got Shrunk(): a loss of one's own has a field named reduction"
             "got tensor([0., 0., 0.])",
         ),
         (
+            lambda: fn.MultiheadAttention(32, 4),
+            TypeError,
+            f"MultiheadAttention: expected bias to be True or False, got 4{SIZES}",
+        ),
+        (
+            lambda: fn.Linear(784, 10),
+            TypeError,
+            f"Linear: expected bias to be True or False, got 10{SIZES}",
+        ),
+        (
+            lambda: fn.Linear(784, 1),
+            TypeError,
+            f"Linear: expected bias to be True or False, got 1{SIZES}",
+        ),
+        (
+            lambda: fn.Linear(784, None),
+            TypeError,
+            "Linear: expected bias to be True or False, got None",
+        ),
+        (
+            lambda: fn.Adam(amsgrad=2),
+            TypeError,
+            "Adam: expected amsgrad to be True or False, got 2",
+        ),
+        (
+            lambda: fn.MaxPool2d(2, ceil_mode=2),
+            TypeError,
+            "MaxPool2d: expected ceil_mode to be True or False, got 2",
+        ),
+        (
             lambda: check_vjp(torch.relu, (), torch.ones(1)),
             TypeError,
             "check_vjp: expected a layer or a loss, got builtin_function_or_method; "

@@ -110,6 +110,12 @@ def test_what_a_field_takes_and_keeps(kind, given, kept):
             'to be an int, a pair, "same" or "valid", got \'full\'',
         ),
         (fields.Flag, 1, TypeError, "to be True or False, got 1"),
+        (
+            fields.Bias,
+            4,
+            TypeError,
+            "to be True or False, got 4: sizes of x are read off the shape that init is given",
+        ),
         (fields.Finite, float("inf"), ValueError, "to be finite, got inf"),
         (fields.Finite, None, TypeError, "to be a number, got None"),
         (fields.NonZero, 0.0, ValueError, "not to be 0, got 0.0"),

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funcnet.checks import check_some_channels, name_of
-from funcnet.fields import Flag, Probability, Size
+from funcnet.fields import Bias, Flag, Probability, Size
 from funcnet.initializers import Uniform, Zeros
 from funcnet.keys import Key
 from funcnet.layer import Layer, Shape
@@ -59,7 +59,7 @@ class MultiheadAttention(Layer):
     """
 
     num_heads: Size
-    bias: Flag = True
+    bias: Bias = True
     causal: Flag = False
     dropout: Probability = 0.0
 

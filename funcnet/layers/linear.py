@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcnet.fields import Flag, Size
+from funcnet.fields import Bias, Size
 from funcnet.initializers import InitializerOrNone, Uniform
 from funcnet.keys import Key
 from funcnet.layer import Layer, Shape
@@ -39,7 +39,7 @@ class Linear(Layer):
     """
 
     out_features: Size
-    bias: Flag = True
+    bias: Bias = True
     weight_init: InitializerOrNone = None
     bias_init: InitializerOrNone = None
 

@@ -22,7 +22,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from torch import Tensor
 
 from funcnet.checks import name_of
-from funcnet.fields import Flag, OneOf, Size
+from funcnet.fields import Bias, Flag, OneOf, Size
 from funcnet.initializers import Uniform
 from funcnet.keys import Key
 from funcnet.layer import Layer, Shape
@@ -126,7 +126,7 @@ class RNN(Recurrent):
     """
 
     nonlinearity: Nonlinearity = "tanh"
-    bias: Flag = True
+    bias: Bias = True
     bidirectional: Flag = False
 
     @property
@@ -156,7 +156,7 @@ class LSTM(Recurrent):
     torch.Size([2, 10, 32])
     """
 
-    bias: Flag = True
+    bias: Bias = True
     bidirectional: Flag = False
 
     _gates = 4
@@ -185,7 +185,7 @@ class GRU(Recurrent):
     torch.Size([2, 10, 16])
     """
 
-    bias: Flag = True
+    bias: Bias = True
     bidirectional: Flag = False
 
     _gates = 3

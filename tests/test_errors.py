@@ -542,6 +542,24 @@ OWN_LOSS = "got Shrunk(): a loss of one's own has a field named reduction"
             "MaxPool2d: expected ceil_mode to be True or False, got 2",
         ),
         (
+            lambda: fn.Conv2d(3, 8, kernel_size=3),
+            TypeError,
+            "Conv2d: expected out_channels, then kernel_size, "
+            f"got Conv2d(3, 8, kernel_size=3){CHANNELS}Conv2d(8, 3)?",
+        ),
+        (
+            lambda: fn.Conv1d(in_channels=3, out_channels=8, kernel_size=5, padding=2),
+            TypeError,
+            "Conv1d: expected out_channels, then kernel_size, got Conv1d(in_channels=3, "
+            f"out_channels=8, kernel_size=5, padding=2){CHANNELS}Conv1d(8, 5, padding=2)?",
+        ),
+        (
+            lambda: fn.ConvTranspose2d(3, out_channels=8, kernel_size=2, stride=2),
+            TypeError,
+            "ConvTranspose2d: expected out_channels, then kernel_size, got ConvTranspose2d(3, "
+            f"out_channels=8, kernel_size=2, stride=2){CHANNELS}ConvTranspose2d(8, 2, stride=2)?",
+        ),
+        (
             lambda: check_vjp(torch.relu, (), torch.ones(1)),
             TypeError,
             "check_vjp: expected a layer or a loss, got builtin_function_or_method; "
@@ -559,3 +577,12 @@ def test_what_newcomers_write_is_refused_with_the_remedy(call, error, message):
     with pytest.raises(error) as caught:
         call()
     assert str(caught.value).endswith(message)
+
+
+def test_a_subclass_may_name_the_channels_of_x():
+    class Named(fn.Conv2d):
+        def __init__(self, in_channels, out_channels=8):
+            super().__init__(out_channels, in_channels)
+
+    assert Named(in_channels=4).kernel_size == (4, 4)
+    assert Named(4, out_channels=2).out_channels == 2

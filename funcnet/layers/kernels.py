@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
@@ -33,10 +34,12 @@ class Kernels(Layer):
     out_channels: Size
     kernel_size: Sizes
 
-    def __new__(cls: type[_Kernels], *arguments: Any, **_: Any) -> _Kernels:
-        """Raise TypeError for arguments in torch.nn's order, which starts with x's channels."""
+    def __new__(cls: type[_Kernels], *arguments: Any, **named: Any) -> _Kernels:
+        """Raise TypeError for torch.nn's arguments, which start with x's channels."""
         if len(arguments) > 2:
             raise TypeError(_advice(cls, arguments))
+        if _has_channels_of_x(cls, arguments, named):
+            raise TypeError(_advice_by_name(cls, arguments, named))
         return super().__new__(cls)
 
     def _set_window(self: Any) -> None:
@@ -139,6 +142,36 @@ def count_windows(layer: Any, size: Any, after: str = "") -> Ints:
 
 
 _EXAMPLES = {1: "signals", 2: "images", 3: "volumes"}
+
+
+def _has_channels_of_x(
+    cls: type[Kernels], arguments: tuple[Any, ...], named: dict[str, Any]
+) -> bool:
+    """Whether in_channels comes by name, or by position before what comes by name, too."""
+    first = ("out_channels", "kernel_size")[: len(arguments)]
+    if named.keys().isdisjoint(("in_channels", *first)):
+        return False
+    try:  # a subclass may have arguments of these names
+        inspect.signature(cls.__init__).bind(None, *arguments, **named)
+    except TypeError:
+        return True
+    return False
+
+
+def _advice_by_name(cls: type[Kernels], arguments: tuple[Any, ...], named: dict[str, Any]) -> str:
+    """The message that refuses x's channels and arguments by name, and suggests what was meant."""
+    names = ["out_channels", "kernel_size"]
+    given = [*map(repr, arguments), *(f"{n}={v!r}" for n, v in named.items())]
+    theirs = names if "in_channels" in named else ["in_channels", *names]
+    meant = {**dict(zip(theirs, arguments, strict=False)), **named}
+    meant.pop("in_channels")
+    ours = [repr(meant.pop(n)) for n in names if n in meant]
+    ours += [f"{n}={v!r}" for n, v in meant.items()]
+    return (
+        f"{cls.__name__}: expected out_channels, then kernel_size, "
+        f"got {cls.__name__}({', '.join(given)}): the input's channels are read off the shape; "
+        f"did you mean {cls.__name__}({', '.join(ours)})?"
+    )
 
 
 def _advice(cls: type[Kernels], arguments: tuple[Any, ...]) -> str:

@@ -1,7 +1,9 @@
 """Initialisers: how a parameter is drawn from a key.
 
 An initialiser is a value, and a function (key, shape, dtype=None, device=None) -> tensor. Numbers
-are drawn on the CPU, so that a key means the same numbers on every device.
+are drawn on the CPU, so that a key means the same numbers on every device. Layers refuse a plain
+function: they are compared, hashed and stored in files with their initialisers, which it cannot be.
+One of your own is a subclass of `Initializer`.
 
     >>> import funcnet as fn
     >>> layer = fn.Conv2d(8, 3, weight_init=fn.initializers.Orthogonal(gain=2.0))
@@ -23,8 +25,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from funcnet.checks import as_shape, sizes
-from funcnet.fields import Finite, Hyperparameters, InstanceOf, NonNegative, OneOf, source
+from funcnet.checks import as_shape, shown, sizes
+from funcnet.fields import Finite, Hyperparameters, NonNegative, OneOf, source
 from funcnet.keys import Key, check_draw, normal, uniform
 
 __all__ = [
@@ -421,8 +423,17 @@ class Orthogonal(Initializer):
         return q.reshape(shape).to(dtype=dtype, device=device)
 
 
-InitializerOrNone: TypeAlias = Annotated[
-    Initializer | None,
-    InstanceOf(lambda: Initializer, "an initialiser or None", may_be_none=True),
-]
+class _InitializerKind:
+    def convert(self, owner: type, name: str, value: Any) -> Any:
+        if value is None or isinstance(value, Initializer):
+            return value
+        expected = f"{owner.__name__}: expected {name} to be an initialiser or None, got "
+        if isinstance(value, type) and issubclass(value, Initializer):
+            called = value.__name__
+            raise TypeError(f"{expected}the class {called}; did you mean {called}()?")
+        own = "; one of your own is a subclass of fn.initializers.Initializer"
+        raise TypeError(f"{expected}{shown(value)}{own if callable(value) else ''}")
+
+
+InitializerOrNone: TypeAlias = Annotated[Initializer | None, _InitializerKind()]
 """An initialiser; None where the layer draws as torch.nn does."""

@@ -560,6 +560,22 @@ OWN_LOSS = "got Shrunk(): a loss of one's own has a field named reduction"
             f"out_channels=8, kernel_size=2, stride=2){CHANNELS}ConvTranspose2d(8, 2, stride=2)?",
         ),
         (
+            lambda: fn.Linear(2, weight_init=fn.initializers.Zeros),
+            TypeError,
+            f"Linear: {KIND}the class Zeros; did you mean Zeros()?",
+        ),
+        (
+            lambda: fn.Linear(2, weight_init=torch.ones),
+            TypeError,
+            f"Linear: {KIND}{torch.ones!r}; "
+            "one of your own is a subclass of fn.initializers.Initializer",
+        ),
+        (
+            lambda: fn.Linear(2, weight_init=0.5),
+            TypeError,
+            f"Linear: {KIND}0.5",
+        ),
+        (
             lambda: check_vjp(torch.relu, (), torch.ones(1)),
             TypeError,
             "check_vjp: expected a layer or a loss, got builtin_function_or_method; "

@@ -40,16 +40,24 @@ def check_declared(who: object, declared: Any, prefix: str = "") -> None:
     if not isinstance(declared, Mapping):
         raise TypeError(
             f"{name_of(who)}: expected _params to return a dict of fn.Param by name, "
-            f"got {shown(declared)}"
+            f"got {shown(declared)}{_remedy(declared)}"
         )
     for name, param in declared.items():
         if isinstance(name, str) and isinstance(param, Mapping):
             check_declared(who, param, f"{prefix}{name}.")
         elif not (isinstance(name, str) and _can_be_drawn(param)):
+            remedy = _remedy(param) if prefix or not isinstance(param, Tensor) else ""
             raise TypeError(
                 f"{name_of(who)}: expected _params to return fn.Param(shape, initializer) "
-                f"by the name of each, got {shown(param)} by {prefix}{name}"
+                f"by the name of each, got {shown(param)} by {prefix}{name}{remedy}"
             )
+
+
+def _remedy(declared: Any) -> str:
+    """What to write instead where these are the parameters of a layer, drawn by its `init`."""
+    if not all(isinstance(leaf, Tensor) for leaf in optree.tree_leaves(declared)):
+        return ""
+    return "; a layer made of layers writes init, out_shape, fwd and bwd"
 
 
 def draw(

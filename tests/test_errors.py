@@ -576,6 +576,28 @@ OWN_LOSS = "got Shrunk(): a loss of one's own has a field named reduction"
             f"Linear: {KIND}0.5",
         ),
         (
+            lambda: Wrapper({"body": {"weight": torch.ones(1)}}).init(fn.key(0), (1,)),
+            TypeError,
+            "Wrapper(): expected _params to return fn.Param(shape, initializer) by the name of "
+            f"each, got tensor([1.]) by body.weight{MADE_OF_LAYERS}",
+        ),
+        (
+            lambda: Wrapper({"body": ({}, {"weight": torch.ones(1)})}).init(fn.key(0), (1,)),
+            TypeError,
+            f"got ({{}}, {{'weight': tensor([1.])}}) by body{MADE_OF_LAYERS}",
+        ),
+        (
+            lambda: Wrapper(({}, {"weight": torch.ones(1)})).init(fn.key(0), (1,)),
+            TypeError,
+            "Wrapper(): expected _params to return a dict of fn.Param by name, "
+            f"got ({{}}, {{'weight': tensor([1.])}}){MADE_OF_LAYERS}",
+        ),
+        (
+            lambda: Wrapper({"weight": ((1,), fn.initializers.Ones())}).init(fn.key(0), (1,)),
+            TypeError,
+            "got ((1,), initializers.Ones()) by weight",
+        ),
+        (
             lambda: check_vjp(torch.relu, (), torch.ones(1)),
             TypeError,
             "check_vjp: expected a layer or a loss, got builtin_function_or_method; "

@@ -138,11 +138,7 @@ def value_and_grad(net: Layer, loss: Loss, micro_batch: int | None = None) -> Va
     if micro_batch is None:
         return ValueAndGrad(net, loss)
     check_uncoupled("value_and_grad", net, ", for micro_batch")
-    if not isinstance(loss, Loss) or getattr(loss, "reduction", None) not in ("mean", "sum"):
-        raise ValueError(
-            'value_and_grad: expected a loss with reduction "mean" or "sum", for micro_batch, '
-            f"got {loss!r}"
-        )
+    check_reduction("value_and_grad", loss, ", for micro_batch")
     return MicroBatched(net, loss, as_int("value_and_grad", "micro_batch", micro_batch, 1))
 
 
@@ -151,6 +147,17 @@ def check_net_and_loss(who: str, net: Any, loss: Any) -> None:
     check_net(who, net)
     if isinstance(loss, type | Layer) or not (hasattr(loss, "fwd") and hasattr(loss, "bwd")):
         raise TypeError(f"{who}: expected a loss, such as MSE(), got {shown(loss)}")
+
+
+def check_reduction(who: str, loss: Any, purpose: str = "") -> None:
+    """Raise ValueError unless the values of a loss for parts of a batch can be put together."""
+    if isinstance(loss, Loss) and getattr(loss, "reduction", None) in ("mean", "sum"):
+        return
+    is_own = isinstance(loss, Loss) and not hasattr(loss, "reduction")
+    remedy = ": a loss of one's own has a field named reduction" if is_own else ""
+    raise ValueError(
+        f'{who}: expected a loss with reduction "mean" or "sum"{purpose}, got {loss!r}{remedy}'
+    )
 
 
 def check_uncoupled(who: str, net: Layer, purpose: str = "") -> None:

@@ -598,6 +598,18 @@ OWN_LOSS = "got Shrunk(): a loss of one's own has a field named reduction"
             "got ((1,), initializers.Ones()) by weight",
         ),
         (
+            lambda: fn.value_and_grad(fn.ReLU(), Shrunk(), micro_batch=2),
+            ValueError,
+            "value_and_grad: expected a loss with reduction \"mean\" or \"sum\", for micro_batch, "
+            + OWN_LOSS,
+        ),
+        (
+            lambda: fn.distributed.value_and_grad(fn.ReLU(), Shrunk()),
+            ValueError,
+            "distributed.value_and_grad: expected a loss with reduction \"mean\" or \"sum\", "
+            + OWN_LOSS,
+        ),
+        (
             lambda: check_vjp(torch.relu, (), torch.ones(1)),
             TypeError,
             "check_vjp: expected a layer or a loss, got builtin_function_or_method; "

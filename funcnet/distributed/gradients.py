@@ -13,7 +13,13 @@ from funcnet.by_layer import Passes
 from funcnet.checks import as_int
 from funcnet.distributed.call import Call, signature, together
 from funcnet.distributed.sums import Sums
-from funcnet.gradients import check_batch, check_net_and_loss, check_uncoupled, contribution
+from funcnet.gradients import (
+    check_batch,
+    check_net_and_loss,
+    check_reduction,
+    check_uncoupled,
+    contribution,
+)
 from funcnet.keys import Key, fold_in
 from funcnet.layer import Layer, Tree
 from funcnet.leaves import joins, places
@@ -66,8 +72,7 @@ def value_and_grad(
     who = "distributed.value_and_grad"
     check_net_and_loss(who, net, loss)
     check_uncoupled(who, net)
-    if not isinstance(loss, Loss) or getattr(loss, "reduction", None) not in ("mean", "sum"):
-        raise ValueError(f'{who}: expected a loss with reduction "mean" or "sum", got {loss!r}')
+    check_reduction(who, loss)
     return ValueAndGrad(net, loss, group, as_int(who, "bucket_bytes", bucket_bytes, 1))
 
 

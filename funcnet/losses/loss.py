@@ -24,6 +24,9 @@ class Loss(Hyperparameters):
     `_check` where the target is not like x, and `_count` where a mean is not over all examples
     alike. An author may also write `fwd` and `bwd` alone; then the loss checks for itself.
 
+    A batch in parts (`micro_batch`, `fn.distributed.value_and_grad`) wants to know how their values
+    go together: a field `reduction: Literal["mean", "sum"] = "mean"`, which `_fwd` goes by.
+
     Raises TypeError or ValueError for x and target that do not fit each other.
 
     >>> from dataclasses import dataclass

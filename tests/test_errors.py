@@ -636,3 +636,22 @@ def test_a_subclass_may_name_the_channels_of_x():
 
     assert Named(in_channels=4).kernel_size == (4, 4)
     assert Named(4, out_channels=2).out_channels == 2
+
+
+def test_a_state_dict_with_running_statistics():
+    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    net = fn.Sequential(fn.Linear(2), fn.BatchNorm())
+    state = module.state_dict()
+    with pytest.raises(ValueError, match="unexpected") as caught:
+        fn.interop.load_state_dict(net, (3,), state)
+    assert str(caught.value) == (
+        "load_state_dict: expected the 4 tensors of Sequential of 2 layers, got\n"
+        "  1.running_mean: unexpected, of shape (2,)\n"
+        "  1.running_var: unexpected, of shape (2,)\n"
+        "  1.num_batches_tracked: unexpected, of shape ()\n"
+        "BatchNorm keeps no running statistics: leave them out to train on, "
+        "or evaluate by from_torch(module.eval(), shape)"
+    )
+    with pytest.raises(ValueError, match="unexpected") as caught:
+        fn.interop.load_state_dict(net, (3,), {"mean": torch.ones(1)})
+    assert "running" not in str(caught.value)

@@ -1120,6 +1120,8 @@ def test_every_discrepancy_is_named_at_once():
         "  head.bias: missing, expected shape (2,)",
         "  norm.running_mean: unexpected, of shape (4,)",
         "  epoch: unexpected",
+        "BatchNorm keeps no running statistics: leave them out to train on, "
+        "or evaluate by from_torch(module.eval(), shape)",
     ]
     with pytest.raises(TypeError, match="expected state to be a dict of tensors, got list"):
         load_state_dict(net, (3,), [])

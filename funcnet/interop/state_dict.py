@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import optree
@@ -75,7 +75,8 @@ def load_state_dict(net: Layer, shape: Sequence[int], state: Mapping[str, Tensor
     wrong = list(_differences(expected, state))
     if wrong:
         count = len(expected)
-        raise refusal(f"load_state_dict: expected the {count} tensors of {name_of(net)}", wrong)
+        who = f"load_state_dict: expected the {count} tensors of {name_of(net)}"
+        raise refusal(who, wrong, _remedy(state.keys() - expected.keys()))
     structure = optree.tree_structure(like)
     params = structure.unflatten(_copied(state[name]) for name in names_of(structure))
     lay_out_as_init(net, params)
@@ -130,6 +131,19 @@ def _differences(expected: Mapping[str, Tensor], state: Mapping[str, Any]) -> It
         if name not in expected:
             shape = getattr(state[name], "shape", None)
             yield f"{name}: unexpected" + ("" if shape is None else f", of shape {sizes(shape)}")
+
+
+_RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def _remedy(unexpected: Iterable[Any]) -> str:
+    """What to do about running statistics, if they are among these names."""
+    if not any(str(name).endswith(_RUNNING) for name in unexpected):
+        return ""
+    return (
+        "BatchNorm keeps no running statistics: leave them out to train on, "
+        "or evaluate by from_torch(module.eval(), shape)"
+    )
 
 
 def _is_floating_point(value: Any) -> bool:

@@ -469,6 +469,18 @@ def test_what_is_not_there_is_refused_by_name():
     for strategy in (strategies.layers(Mine), strategies.losses(Mine)):
         with pytest.raises(TypeError, match=r"expected a class in the registry, got Mine; st\.b"):
             find(strategy, lambda _: True)
+    for strategy, message in (
+        (strategies.cases(Mine), "cases: expected a strategy of layers, got Mine; st.builds(Mine"),
+        (strategies.cases(Mine()), "cases: expected a strategy of layers, got Mine(); st.just("),
+        (strategies.cases([Mine()]), "cases: expected a strategy of layers, got [Mine()]"),
+        (strategies.loss_cases(fn.MSE()), "loss_cases: expected a strategy of losses, got MSE(); "),
+        (strategies.networks(parts=Mine), "networks: expected a strategy of layers, got Mine; "),
+        (strategies.networks(first=Mine), "networks: expected a strategy of layers, got Mine; "),
+        (strategies.layers(Mine()), "expected a class in the registry, got Mine(); st.just("),
+        (strategies.layers("Mine"), "expected a class in the registry, got 'Mine'"),
+    ):
+        with pytest.raises(TypeError, match=f"{re.escape(message)}"):
+            find(strategy, lambda _: True)
     with pytest.raises(ValueError, match=r"expected one of contiguous, .*, got 'row_major'"):
         find(strategies.tensors((2, 3), layouts=["row_major"]), lambda _: True)
 

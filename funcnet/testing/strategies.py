@@ -66,7 +66,7 @@ except ModuleNotFoundError as error:
         "funcnet.testing.strategies needs hypothesis: pip install 'funcnet[test]'", name=error.name
     ) from error
 
-from funcnet.checks import name_of
+from funcnet.checks import name_of, shown
 from funcnet.combinators import Sequential
 from funcnet.fields import Number, OneOf, PerAxis, Whole, kinds
 from funcnet.keys import Key
@@ -103,12 +103,23 @@ def layers(draw: st.DrawFn, *classes: type[Layer]) -> Layer:
 
 def _row_of(rows: Mapping[Any, _Row], cls: type) -> _Row:
     """The row of a class. Raises TypeError if there is none."""
-    if cls not in rows:
-        raise TypeError(
-            f"strategies: expected a class in the registry, got {cls.__name__}; "
-            f"st.builds({cls.__name__}, …) draws one of your own"
-        )
+    if not isinstance(cls, type) or cls not in rows:
+        raise TypeError(f"strategies: expected a class in the registry, got {_instead(cls)}")
     return rows[cls]
+
+
+def _expect_strategy(who: str, of: str, given: Any) -> None:
+    """Raise TypeError unless this is a strategy, which Hypothesis does not look at."""
+    if not isinstance(given, st.SearchStrategy):
+        raise TypeError(f"{who}: expected a strategy of {of}, got {_instead(given)}")
+
+
+def _instead(given: Any) -> str:
+    """What came, and the strategy that draws it, if it is a layer or a loss or a class of such."""
+    if isinstance(given, type):
+        return f"{given.__name__}; st.builds({given.__name__}, …) draws one of your own"
+    is_one = isinstance(given, (Layer, Loss))
+    return f"{shown(given)}; st.just({shown(given)}) draws it" if is_one else shown(given)
 
 
 def _leaves() -> tuple[type[Layer], ...]:
@@ -136,6 +147,8 @@ def networks(
     """
     shape = draw(st.sampled_from(_FIRST_SHAPES))
     parts = layers() if parts is None else parts
+    for given in (parts, *(() if first is None else (first,))):
+        _expect_strategy("networks", "layers", given)
     if first is None:
         return _network(draw, parts, shape, max_layers, max_depth)[0]
     head = _fitting(draw, first, shape)
@@ -372,7 +385,9 @@ def cases(
     the layer's own `init`, or small integers where `integers` is True. `values` names the kinds of
     numbers in x, among `VALUES`; `FINITE` are all but infinite ones.
     """
-    layer = draw(st.one_of(_any_layers(), networks()) if layers is None else layers)
+    layers = st.one_of(_any_layers(), networks()) if layers is None else layers
+    _expect_strategy("cases", "layers", layers)
+    layer = draw(layers)
     shape = draw(shapes if isinstance(shapes, st.SearchStrategy) else shapes(layer))
     batch = draw(_batches() if batches is None else batches)
     if layer.couples_examples:  # a single value per channel has no variance
@@ -419,7 +434,9 @@ def loss_cases(
     values: Sequence[str] = ("normal", "integers"),
 ) -> FittingLossCase:
     """(loss, x, target) that fit together, with x of up to 4 axes."""
-    loss = draw(_any_losses() if losses is None else losses)
+    losses = _any_losses() if losses is None else losses
+    _expect_strategy("loss_cases", "losses", losses)
+    loss = draw(losses)
     rank = LOSSES[type(loss)].rank if type(loss) in LOSSES else 0
     sizes = st.sampled_from([1, 2, 3, 4] * 4 + [0])  # of an empty x, little can be checked
     shape = draw(st.lists(sizes, min_size=rank, max_size=4))

@@ -2,8 +2,8 @@
 
 An initialiser is a value, and a function (key, shape, dtype=None, device=None) -> tensor. Numbers
 are drawn on the CPU, so that a key means the same numbers on every device. Layers refuse a plain
-function: they are compared, hashed and stored in files with their initialisers, which it cannot be.
-One of your own is a subclass of `Initializer`.
+function, which files cannot hold and == cannot compare. One of your own is a subclass of
+`Initializer`.
 
     >>> import funcnet as fn
     >>> layer = fn.Conv2d(8, 3, weight_init=fn.initializers.Orthogonal(gain=2.0))

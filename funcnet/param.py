@@ -40,22 +40,23 @@ def check_declared(who: object, declared: Any, prefix: str = "") -> None:
     if not isinstance(declared, Mapping):
         raise TypeError(
             f"{name_of(who)}: expected _params to return a dict of fn.Param by name, "
-            f"got {shown(declared)}{_remedy(declared)}"
+            f"got {shown(declared)}{_remedy(declared, prefix)}"
         )
     for name, param in declared.items():
         if isinstance(name, str) and isinstance(param, Mapping):
             check_declared(who, param, f"{prefix}{name}.")
         elif not (isinstance(name, str) and _can_be_drawn(param)):
-            remedy = _remedy(param) if prefix or not isinstance(param, Tensor) else ""
             raise TypeError(
                 f"{name_of(who)}: expected _params to return fn.Param(shape, initializer) "
-                f"by the name of each, got {shown(param)} by {prefix}{name}{remedy}"
+                f"by the name of each, got {shown(param)} by {prefix}{name}{_remedy(param, prefix)}"
             )
 
 
-def _remedy(declared: Any) -> str:
+def _remedy(declared: Any, prefix: str) -> str:
     """What to write instead where these are the parameters of a layer, drawn by its `init`."""
-    if not all(isinstance(leaf, Tensor) for leaf in optree.tree_leaves(declared)):
+    leaves = optree.tree_leaves(declared)
+    is_tree = bool(prefix) or not isinstance(declared, Tensor)
+    if not (leaves and is_tree and all(isinstance(leaf, Tensor) for leaf in leaves)):
         return ""
     return "; a layer made of layers writes init, out_shape, fwd and bwd"
 

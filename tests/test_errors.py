@@ -598,6 +598,16 @@ OWN_LOSS = "got Shrunk(): a loss of one's own has a field named reduction"
             "got ((1,), initializers.Ones()) by weight",
         ),
         (
+            lambda: Wrapper({"weight": torch.ones(1)}).init(fn.key(0), (1,)),
+            TypeError,
+            "got tensor([1.]) by weight",
+        ),
+        (
+            lambda: Wrapper(torch.ones(1)).init(fn.key(0), (1,)),
+            TypeError,
+            "by name, got tensor([1.])",
+        ),
+        (
             lambda: fn.value_and_grad(fn.ReLU(), Shrunk(), micro_batch=2),
             ValueError,
             "value_and_grad: expected a loss with reduction \"mean\" or \"sum\", for micro_batch, "

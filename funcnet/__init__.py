@@ -26,7 +26,8 @@ by hand and held to autograd by property tests. By family:
                  schedules, global_norm, clip_by_global_norm, average; Optimizer for your own
     trees        save load save_model load_model inspect Checkpoints CheckpointError register_node
                  summary
-    own layers   Layer Param initializers; funcnet.testing.check_vjp verifies them
+    own layers   Layer Param initializers; check_vjp verifies them, of funcnet.testing, which is
+                 imported by itself: from funcnet.testing import check_vjp
 
     net = fn.Sequential(fn.Linear(64), fn.ReLU(), fn.Linear(10))
     params = net.init(fn.key(0), (784,))

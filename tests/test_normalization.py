@@ -400,6 +400,123 @@ def test_who_couples_examples():
         assert not layer.couples_examples
 
 
+# --- Derivatives of derivatives, where PyTorch's rules count the mean and rstd as constants
+
+twice = pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (fn.LayerNorm(), (4,)),
+        (fn.LayerNorm(2, bias=False), (3, 2)),
+        (fn.LayerNorm(elementwise_affine=False), (4,)),
+        (fn.RMSNorm(), (4,)),
+        (fn.RMSNorm(elementwise_affine=False), (4,)),
+        (fn.GroupNorm(2), (4, 2)),
+        (fn.GroupNorm(2, affine=False), (4, 2)),
+        (fn.InstanceNorm(affine=True), (2, 3)),
+        (fn.InstanceNorm(), (2, 3)),
+        (fn.BatchNorm(), (2, 2)),
+        (fn.BatchNorm(), (3,)),
+        (fn.BatchNorm(affine=False), (2, 2)),
+        (fn.ChannelAffine(), (2, 2)),
+    ],
+    ids=repr,
+)
+
+
+def both(layer, shape):
+    """(params, x), Σ w ∘ y² by the layer, and the same by the formula."""
+    inputs = random_params(layer, shape), fn.normal(KEY, (3, *shape), dtype=torch.float64)
+    w = fn.normal(fn.key(5), (3, *shape), dtype=torch.float64)
+    return (
+        inputs,
+        lambda params, x: (w * layer.apply(params, x, key=KEY).square()).sum(),
+        lambda params, x: (w * formula(layer, params, x).square()).sum(),
+    )
+
+
+JACOBIANS = (torch.func.jacrev, torch.func.jacfwd)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@twice
+@pytest.mark.parametrize("inner", JACOBIANS, ids=["rev", "fwd"])
+@pytest.mark.parametrize("outer", JACOBIANS, ids=["rev", "fwd"])
+def test_second_derivatives(layer, shape, outer, inner):
+    inputs, ours, plain = both(layer, shape)
+    each = (0, 1) if inputs[0] else 1
+    close(outer(inner(ours, each), each)(*inputs), torch.func.hessian(plain, each)(*inputs))
+
+
+@twice
+def test_third_derivatives(layer, shape):
+    inputs, ours, plain = both(layer, shape)
+    slope, exact = (
+        torch.func.grad(torch.func.grad(lambda t, f=f: f(inputs[0], t * inputs[1])))
+        for f in (ours, plain)
+    )
+    t = torch.tensor(0.7, dtype=torch.float64)
+    close(torch.func.grad(slope)(t), torch.func.grad(exact)(t))
+
+
+@twice
+def test_derivatives_through_a_mapped_step(layer, shape):
+    """By params that all examples share, of what follows a step along the layer's gradients."""
+    (params, x), *functions = both(layer, shape)
+    xs = torch.stack([x, 2 * x + 1, x.flip(0).square()])
+    each = (0, 1) if params else 1
+
+    def total(function, gradients):
+        def after(params, x):
+            grads, dx = gradients(params, x)
+            moved = optree.tree_map(lambda p, d: p - 0.1 * d, params, grads)
+            return function(moved, x - 0.1 * dx)
+
+        return lambda params, xs: torch.func.vmap(after, in_dims=(None, 0))(params, xs).sum()
+
+    def by_formula(params, x):
+        return torch.func.vjp(lambda params, x: formula(layer, params, x), params, x)[1](x)
+
+    found, exact = (
+        torch.func.grad(total(function, gradients), each)(params, xs)
+        for function, gradients in zip(
+            functions, (lambda params, x: layer.vjp(params, x, x, key=KEY), by_formula), strict=True
+        )
+    )
+    close(found, exact)
+
+
+@twice
+def test_mapped_gradients(layer, shape):
+    (params, x), ours, plain = both(layer, shape)
+    xs, each = torch.stack([x, 2 * x + 1]), (0, 1) if params else 1
+    found, exact = (
+        torch.func.vmap(torch.func.grad(f, each), in_dims=(None, 0))(params, xs)
+        for f in (ours, plain)
+    )
+    close(found, exact)
+
+
+@twice
+def test_second_derivatives_by_autograd(layer, shape):
+    inputs, ours, plain = both(layer, shape)
+    leaves, structure = optree.tree_flatten(inputs)
+
+    def hessian(function):
+        return torch.autograd.functional.hessian(
+            lambda *leaves: function(*structure.unflatten(leaves)), tuple(leaves)
+        )
+
+    close(hessian(ours), hessian(plain))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("layer", [fn.LayerNorm(), fn.BatchNorm()], ids=repr)
+def test_compiled_second_derivatives(layer):
+    inputs, ours, plain = both(layer, (4,))
+    compiled = torch.compile(torch.func.hessian(ours, (0, 1)), backend="aot_eager", fullgraph=True)
+    close(compiled(*inputs), torch.func.hessian(plain, (0, 1))(*inputs))
+
+
 # --- Settings and shapes
 
 

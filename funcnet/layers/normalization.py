@@ -127,7 +127,7 @@ class LayerNorm(OverLastAxes):
     def _bwd(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
         (x, mean, rstd), (weight, bias) = residuals, _opened(params)
         dx, dweight, dbias = normalization.layer_norm_gradients(
-            dy, x, mean, rstd, weight, bias, self.num_dims, need
+            dy, x, mean, rstd, weight, bias, self.num_dims, self.eps, need
         )
         return _gradients(params, dweight, dbias), dx
 

@@ -10,7 +10,10 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling, is_exporting
 
+from funcnet.compat import dual_level, innermost_transformation
 from funcnet.ops import inplace
 from funcnet.ops.accumulation import accumulator_dtype, widened
 from funcnet.ops.need import Need
@@ -23,7 +26,6 @@ from funcnet.ops.norm_kernels import (
     in_dtype,
     in_float32,
     laid_out,
-    like_weights,
     spatial,
 )
 
@@ -37,10 +39,12 @@ def layer_norm(
     x: Tensor, num_dims: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Normalised:
     """Over the last `num_dims` axes."""
+    if _is_transformed():
+        return _scaled(_standardised(x, _last(num_dims), eps), weight, bias, x.dtype)
     shape = x.shape[-num_dims:]
     x = exact(x, math.prod(shape))
     weight, bias = in_float32(x, weight, shape), in_float32(x, bias)
-    return in_dtype(_layer_norm(like_weights(x), shape, weight, bias, eps), x.dtype)
+    return _layer_norm(x, shape, weight, bias, eps)
 
 
 def layer_norm_gradients(
@@ -51,25 +55,27 @@ def layer_norm_gradients(
     weight: Tensor | None,
     bias: Tensor | None,
     num_dims: int,
+    eps: float,
     need: Need,
 ) -> Gradients:
     mask = need.input, need.params and weight is not None, need.params and bias is not None
+    if _is_transformed():
+        shared = tuple(range(x.ndim - num_dims))
+        grads = _gradients_by_formula(dy, x, weight, _last(num_dims), shared, eps)
+        return as_asked(grads, mask, x.dtype)
     shape = x.shape[-num_dims:]
     weight, bias = in_float32(x, weight, shape), in_float32(x, bias)
-    dtype, x, dy = x.dtype, like_weights(exact(x, math.prod(shape))), like_weights(dy)
+    x = exact(x, math.prod(shape))
     dx, *others = _layer_norm_backward(dy, x, shape, mean, rstd, weight, bias, mask)
-    return as_asked((x if math.prod(shape) == 1 else dx, *others), mask, dtype)
+    return as_asked((x if math.prod(shape) == 1 else dx, *others), mask, x.dtype)
 
 
 def layer_normalised(x: Tensor, mean: Tensor, rstd: Tensor, num_dims: int, eps: float) -> Tensor:
     """x̂, in float32 for half precision."""
-    shape = x.shape[-num_dims:]
-    x = exact(widened(x), math.prod(shape))
     if inplace.is_untracked(x):
-        return (x - mean) * rstd
+        return (exact(widened(x), math.prod(x.shape[-num_dims:])) - mean) * rstd
     # To autograd, the mean and rstd that the kernel returns are constants.
-    normalised: Tensor = _layer_norm(x, shape, None, None, eps)[0]
-    return normalised
+    return _standardised(x, _last(num_dims), eps)[0]
 
 
 def rms_norm(
@@ -118,10 +124,13 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     if not x.numel():  # the kernel refuses it
         nothing = x.new_zeros(x.shape[1], dtype=accumulator_dtype(x.dtype))
         return x.clone(), nothing, nothing
+    if _is_transformed():
+        weight, bias = (None if t is None else spatial(t, x) for t in (weight, bias))
+        y, mean, rstd = _scaled(_standardised(x, _of_channel(x), eps), weight, bias, x.dtype)
+        return y, mean.flatten(), rstd.flatten()
     weight, bias = in_float32(x, weight, x.shape[1:2]), in_float32(x, bias)
     x, _ = laid_out(x)
-    normalised = _batch_norm(like_weights(x), weight, bias, None, None, True, 0.0, eps)
-    return in_dtype(normalised, x.dtype)
+    return _batch_norm(x, weight, bias, None, None, True, 0.0, eps)
 
 
 def batch_norm_gradients(
@@ -131,13 +140,20 @@ def batch_norm_gradients(
     if not x.numel():
         nothing = x.new_zeros(x.shape[1])
         return as_asked((torch.zeros_like(x), nothing, nothing.clone()), mask, x.dtype)
+    if _is_transformed():
+        scale, axes = None if weight is None else spatial(weight, x), _of_channel(x)
+        return as_asked(_gradients_by_formula(dy, x, scale, axes, axes, eps), mask, x.dtype)
     # Where the two differ in layout, or the weight is strided, the kernel returns wrong numbers.
     x, memory_format = laid_out(x)
     dy = dense(dy, memory_format)
     weight = in_float32(x, weight, x.shape[1:2])
-    dtype, x, dy = x.dtype, like_weights(x), like_weights(dy)
     grads = _batch_norm_backward(dy, x, weight, None, None, mean, rstd, True, eps, mask)
-    return as_asked(grads, mask, dtype)
+    return as_asked(grads, mask, x.dtype)
+
+
+def _of_channel(x: Tensor) -> tuple[int, ...]:
+    """The axes of a channel's entries."""
+    return (0, *range(2, x.ndim))
 
 
 def channel_affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -149,6 +165,59 @@ def channel_affine_gradients(dy: Tensor, x: Tensor, weight: Tensor, need: Need) 
     dx = dy * spatial(weight, x) if need.input else None
     if not need.params:
         return dx, None, None
-    axes = (0, *range(2, x.ndim))
+    axes = _of_channel(x)
     dweight = (widened(x) * dy).sum(axes).to(weight.dtype)
     return dx, dweight, dy.sum(axes)
+
+
+# --- The formulas at the head of `layers/normalization.py`, for derivatives of derivatives
+#
+# PyTorch's rules for its kernels under torch.func and in forward mode count the mean and rstd that
+# these return as constants: hessians were wrong.
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func or forward-mode autograd may differentiate, or torch.compile in which
+    they may."""
+    if is_compiling():
+        return not is_exporting()
+    return innermost_transformation() is not None or dual_level(forward_ad) >= 0
+
+
+def _standardised(x: Tensor, axes: tuple[int, ...], eps: float) -> Normalised:
+    """(x̂, μ, r), in float32 for half precision."""
+    x = widened(x)
+    mean = x.mean(axes, keepdim=True)
+    centred = x - mean
+    rstd = torch.rsqrt(centred.square().mean(axes, keepdim=True) + eps)
+    return centred * rstd, mean, rstd
+
+
+def _scaled(
+    normalised: Normalised, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> Normalised:
+    """(weight ∘ x̂ + bias, μ, r)."""
+    y, mean, rstd = normalised
+    y = y if weight is None else y * weight
+    return in_dtype((y if bias is None else y + bias, mean, rstd), dtype)
+
+
+def _gradients_by_formula(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    axes: tuple[int, ...],
+    shared: tuple[int, ...],
+    eps: float,
+) -> Gradients:
+    """(dx, dweight, dbias), where entries along the axes `shared` share weight and bias."""
+    normalised, _, rstd = _standardised(x, axes, eps)
+    dy = widened(dy)
+    grad = dy if weight is None else dy * weight
+    slope = (grad * normalised).mean(axes, keepdim=True)
+    dx = rstd * (grad - grad.mean(axes, keepdim=True) - normalised * slope)
+    return dx, (dy * normalised).sum(shared), dy.sum(shared)
+
+
+def _last(num_dims: int) -> tuple[int, ...]:
+    return tuple(range(-num_dims, 0))

@@ -130,6 +130,49 @@ def test_in_a_network_that_is_mapped_over_and_compiled():
         assert net.bwd(fake, residuals, torch.empty_like(y))[0][0]["weight"].shape == (7, 4)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("dims", [(0, 0), (0, None), (None, 0)], ids=str)
+def test_the_row_of_padding_has_no_derivative_under_transformations(dims):
+    """PyTorch's rule for vmap forgets it, and so does forward mode."""
+    layer = fn.Embedding(5, 2, padding_idx=0)
+    params = fn.normal(fn.key(0), (3, 5, 2), dtype=torch.float64)
+    params = {"weight": params if dims[0] == 0 else params[0]}
+    x = torch.tensor([[[0, 1, 2]], [[3, 0, 1]], [[0, 0, 4]]])
+    x = x if dims[1] == 0 else x[0]
+
+    def one(params, x):
+        return layer.apply(params, x).square().sum()
+
+    def total(params):
+        return torch.func.vmap(one, in_dims=dims)(params, x).sum()
+
+    def by_hand(params, x):
+        return layer.vjp(params, x, 2 * layer.apply(params, x))[0]["weight"]
+
+    expected = torch.func.vmap(by_hand, in_dims=dims)(params, x)
+    if dims[0] is None:
+        expected = expected.sum(0)
+    assert not expected[..., 0, :].any()
+    compiled = torch.compile(torch.func.grad(total), backend="aot_eager", fullgraph=True)
+    for derivative in (torch.func.grad(total), torch.func.jacfwd(total), compiled):
+        torch.testing.assert_close(derivative(params)["weight"], expected)
+
+
+def test_the_row_of_padding_in_an_exported_graph():
+    """It holds one look-up."""
+    layer = fn.Embedding(5, 2, padding_idx=0)
+    params, x = layer.init(fn.key(0), (3,)), torch.tensor([[0, 1, 2]])
+
+    class Module(torch.nn.Module):
+        def forward(self, params, x):
+            return layer.apply(params, x)
+
+    graph = torch.export.export(Module(), (params, x)).graph
+    assert [str(n.target) for n in graph.nodes if n.op == "call_function"] == [
+        "aten.embedding.default"
+    ]
+
+
 # --- PositionalEmbedding
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_exporting
 
 from funcnet.checks import name_of
 from funcnet.fields import IndexOrNone, Size
@@ -84,7 +85,7 @@ class Embedding(Layer):
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor]:
         try:
-            return F.embedding(x, params["weight"], self.padding_idx), x
+            return self._look_up(params["weight"], x), x
         except IndexError:
             if not is_eager():
                 raise
@@ -92,6 +93,13 @@ class Embedding(Layer):
                 f"{name_of(self)}: expected x in [0, {self.num_embeddings}), "
                 f"got numbers from {int(x.min())} to {int(x.max())}"
             ) from None
+
+    def _look_up(self, weight: Tensor, x: Tensor) -> Tensor:
+        if self.padding_idx is None or is_eager() or is_exporting():
+            return F.embedding(x, weight, self.padding_idx)
+        # Under vmap and in forward mode, torch forgets the row that has no derivative.
+        y = F.embedding(x, weight)
+        return torch.where((x == self.padding_idx).unsqueeze(-1), y.detach(), y)
 
     def _bwd(self, params: Any, x: Tensor, dy: Tensor, need: Need) -> Any:
         if not need.params:

@@ -136,6 +136,19 @@ def test_every_slice_of_a_map_has_the_same_mask():
         assert torch.equal(dx[i], layer.vjp((), x[i], grad[i], key=key)[1])
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("layer", LAYERS, ids=repr)
+def test_differentiated_forward_twice(layer):
+    x = torch.randn(2, 3, 2, 1, dtype=torch.float64)
+
+    def total(x):
+        return layer.apply((), x, key=fn.key(1)).pow(2).sum()
+
+    scale = layer.apply((), torch.ones_like(x), key=fn.key(1)).flatten()
+    found = torch.func.jacfwd(torch.func.jacfwd(total))(x).reshape(x.numel(), x.numel())
+    torch.testing.assert_close(found, torch.diag(2 * scale**2))
+
+
 def test_a_compiled_training_step_takes_any_key_without_another_compilation():
     net = fn.Sequential(fn.Linear(6), fn.Dropout(0.4), fn.Sequential(fn.Linear(4), fn.Dropout()))
     params, x, target = net.init(fn.key(0), (5,)), torch.randn(3, 5), torch.randn(3, 4)

@@ -20,7 +20,7 @@ from torch import Tensor
 from funcnet.fields import Probability
 from funcnet.keys import Key
 from funcnet.layer import Layer
-from funcnet.ops import counter
+from funcnet.ops import counter, inplace
 from funcnet.ops.need import Need
 
 
@@ -57,7 +57,9 @@ class Dropout(Layer):
 
     def _drop(self, x: Tensor, keep: Tensor) -> Tensor:
         """keep ∘ x / (1 − p)."""
-        return torch.zeros_like(x) if self.p == 1 else (x * keep).mul_(1 / (1 - self.p))
+        if self.p == 1:
+            return torch.zeros_like(x)
+        return inplace.multiply(x * keep, 1 / (1 - self.p))
 
     def _drop_(self, x: Tensor, keep: Tensor) -> Tensor:
         """`_drop`, written over x."""

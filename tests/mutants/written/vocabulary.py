@@ -94,7 +94,7 @@ DROPOUT = in_file(
     "test_dropout.py",
     Row(
         "dropout-not-scaled",
-        "(x * keep).mul_(1 / (1 - self.p))",
+        "inplace.multiply(x * keep, 1 / (1 - self.p))",
         "x * keep",
         "the mean of y is x's",
     ),

@@ -60,6 +60,17 @@ class _TracedKey(Key):
     def __init__(self, halves: Tensor) -> None:
         object.__setattr__(self, "_halves", halves)
 
+    @property
+    def data(self) -> int:
+        """The bits, which the halves hold once the compiled function runs."""
+        low, high = (half % 2**64 for half in self._halves.tolist())
+        return int(low + (high << 64))
+
+    def __eq__(self, other: object) -> bool:
+        return self.data == other.data if isinstance(other, Key) else NotImplemented
+
+    __hash__ = Key.__hash__
+
 
 _ROOT = Key(0)
 

@@ -243,3 +243,46 @@ def test_numbers_may_be_large_ints():
 def test_bad_input_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+# --- Under torch.compile
+
+
+def _draws(key):
+    first, second, third, last = fn.split(fn.fold_in(key, 3), 4)
+    return (
+        fn.normal(key, (3,)),
+        fn.normal(first, (2, 3), 1.0, 2.0, torch.float64),
+        fn.uniform(second, (4,), -1.0),
+        fn.bernoulli(third, 0.4, (9,)),
+        fn.permutation(last, 6),
+    )
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_draws_in_a_compiled_function_are_the_eager_ones():
+    compiled = torch.compile(lambda x, key: (x + 1, *_draws(key)), backend="eager")
+    for seed in (0, 7):
+        found = compiled(torch.zeros(2), fn.key(seed))[1:]
+        for got, expected in zip(found, _draws(fn.key(seed)), strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_a_key_that_a_compiled_function_returns():
+    compiled = torch.compile(
+        lambda x, key: (x + 1, fn.split(key)[1]), backend="eager", fullgraph=True
+    )
+    expected = fn.split(fn.key(5))[1]
+    key = compiled(torch.zeros(2), fn.key(5))[1]
+    assert key == expected
+    assert expected == key
+    assert key != fn.key(5)
+    assert key != expected.data
+    assert hash(key) == hash(expected)
+    assert repr(key) == repr(expected)
+    assert key.data == expected.data
+    assert fn.fold_in(key, 1) == fn.fold_in(expected, 1)
+    assert torch.equal(fn.normal(key, (3,)), fn.normal(expected, (3,)))
+    assert type(pickle.loads(pickle.dumps(key))) is type(copy.deepcopy(key)) is fn.Key
+    with pytest.raises(FrozenInstanceError):
+        key.data = 1

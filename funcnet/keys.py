@@ -14,11 +14,11 @@ always runs on the CPU, so that a key means the same numbers on every device.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from numbers import Real
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -135,9 +135,7 @@ def uniform(
     most = torch.finfo(dtype).max
     if not (max(abs(low), abs(high)) <= most and high - low <= float(np.finfo(draw_dtype).max)):
         raise ValueError(f"uniform: expected a range within {dtype}, got [{low}, {high})")
-    unit = _generator("uniform", key).random(_sizes("uniform", shape), draw_dtype)
-    x = (torch.from_numpy(np.asarray(unit)) * (high - low) + low).to(dtype)
-    return x.clamp(*_within(low, high, dtype)).to(device=device)
+    return _drawn("uniform", key, shape, (low, high), dtype).to(device=device)
 
 
 def normal(
@@ -160,12 +158,10 @@ def normal(
     mean, std = _number("normal", "mean", mean), _number("normal", "std", std)
     if not std >= 0:
         raise ValueError(f"normal: expected std >= 0, got {std}")
-    dtype, draw_dtype = _dtypes("normal", dtype)
+    dtype, _ = _dtypes("normal", dtype)
     if not abs(mean) + std <= torch.finfo(dtype).max:
         raise ValueError(f"normal: expected mean ± std within {dtype}, got {mean} ± {std}")
-    standard = _generator("normal", key).standard_normal(_sizes("normal", shape), draw_dtype)
-    x = torch.from_numpy(np.asarray(standard)).mul_(std).add_(mean)
-    return x.to(dtype=dtype, device=device)
+    return _drawn("normal", key, shape, (mean, std), dtype).to(device=device)
 
 
 def bernoulli(
@@ -182,8 +178,7 @@ def bernoulli(
         raise TypeError(f"bernoulli: expected a probability p in [0, 1], got {shown(p)}")
     if not 0 <= p <= 1:
         raise ValueError(f"bernoulli: expected a probability p in [0, 1], got {p}")
-    unit = _generator("bernoulli", key).random(_sizes("bernoulli", shape))
-    return torch.from_numpy(np.asarray(unit < p)).to(device=device)
+    return _drawn("bernoulli", key, shape, (float(p),), torch.bool).to(device=device)
 
 
 def permutation(key: Key, n: int) -> Tensor:
@@ -197,8 +192,7 @@ def permutation(key: Key, n: int) -> Tensor:
     count = as_int("permutation", "n", n, 0)
     if count >= 2**63:
         raise ValueError(f"permutation: expected n < 2**63, got {count}")
-    order = _generator("permutation", key).permutation(count)
-    return torch.from_numpy(order.astype(np.int64, copy=False))
+    return _drawn("permutation", key, (count,), (), torch.int64)
 
 
 def check_draw(who: object, key: Key, dtype: torch.dtype | None) -> None:
@@ -252,9 +246,88 @@ def _hash(purpose: str, message: bytes) -> bytes:
     return blake2b(message, digest_size=_KEY_BYTES, person=purpose.encode()).digest()
 
 
-def _generator(who: str, key: Key) -> np.random.Generator:
-    check_key(who, key)
-    return np.random.Generator(np.random.Philox(key=key.data))
+# --- Drawing: one operation to torch.compile, which cannot look into NumPy
+
+
+def _drawn(
+    kind: str, key: Key, shape: Sequence[int], numbers: Sequence[float], dtype: torch.dtype
+) -> Tensor:
+    check_key(kind, key)
+    sizes = _sizes(kind, shape)
+    if torch.compiler.is_compiling():
+        drawn: Tensor = _draw_halves(_halves_tensor(key), kind, sizes, numbers, dtype)
+        return drawn
+    return _draw(key.data, kind, sizes, numbers, dtype)
+
+
+def _draw(
+    data: int, kind: str, sizes: Sequence[int], numbers: Sequence[float], dtype: torch.dtype
+) -> Tensor:
+    generator = np.random.Generator(np.random.Philox(key=data))
+    return _DRAWS[kind](generator, tuple(sizes), *numbers, dtype)
+
+
+@torch.library.custom_op("funcnet::draw", mutates_args=())
+def _draw_halves(
+    halves: Tensor,
+    kind: str,
+    sizes: Sequence[int],
+    numbers: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """`_draw`, when a compiled function runs."""
+    return _draw(_TracedKey(halves).data, kind, sizes, numbers, dtype)
+
+
+@_draw_halves.register_fake
+def _(
+    halves: Tensor,
+    kind: str,
+    sizes: Sequence[int],
+    numbers: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    return halves.new_empty(sizes, dtype=dtype)
+
+
+_Sizes: TypeAlias = tuple[int, ...]
+
+
+def _draw_uniform(
+    generator: np.random.Generator, sizes: _Sizes, low: float, high: float, dtype: torch.dtype
+) -> Tensor:
+    unit = generator.random(sizes, _dtypes("uniform", dtype)[1])
+    x = (torch.from_numpy(np.asarray(unit)) * (high - low) + low).to(dtype)
+    return x.clamp(*_within(low, high, dtype))
+
+
+def _draw_normal(
+    generator: np.random.Generator, sizes: _Sizes, mean: float, std: float, dtype: torch.dtype
+) -> Tensor:
+    standard = generator.standard_normal(sizes, _dtypes("normal", dtype)[1])
+    return torch.from_numpy(np.asarray(standard)).mul_(std).add_(mean).to(dtype)
+
+
+def _draw_bernoulli(
+    generator: np.random.Generator, sizes: _Sizes, p: float, _: torch.dtype
+) -> Tensor:
+    return torch.from_numpy(np.asarray(generator.random(sizes) < p))
+
+
+def _draw_permutation(generator: np.random.Generator, sizes: _Sizes, _: torch.dtype) -> Tensor:
+    order = generator.permutation(sizes[0])
+    return torch.from_numpy(order.astype(np.int64, copy=False))
+
+
+_DRAWS: dict[str, Callable[..., Tensor]] = {
+    "uniform": _draw_uniform,
+    "normal": _draw_normal,
+    "bernoulli": _draw_bernoulli,
+    "permutation": _draw_permutation,
+}
+
+
+# --- Arguments
 
 
 def _number(who: str, name: str, value: Any) -> float:
@@ -266,7 +339,7 @@ def _number(who: str, name: str, value: Any) -> float:
         raise ValueError(f"{who}: expected {name} to fit in a float, got a larger int") from None
     if number is None:
         raise TypeError(f"{who}: expected {name} to be a number, got {shown(value)}")
-    if not math.isfinite(number):
+    if not -math.inf < number < math.inf:  # math.isfinite() would break a graph of torch.compile
         raise ValueError(f"{who}: expected {name} to be finite, got {number}")
     return number
 

@@ -259,13 +259,38 @@ def _draws(key):
     )
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_draws_in_a_compiled_function_are_the_eager_ones():
-    compiled = torch.compile(lambda x, key: (x + 1, *_draws(key)), backend="eager")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_draws_in_a_compiled_function_are_the_eager_ones(backend):
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x, key: (x + 1, *_draws(key)), backend=backend, fullgraph=True)
     for seed in (0, 7):
         found = compiled(torch.zeros(2), fn.key(seed))[1:]
         for got, expected in zip(found, _draws(fn.key(seed)), strict=True):
+            assert got.dtype == expected.dtype
             assert torch.equal(got, expected)
+
+
+def test_draws_in_a_compiled_function_for_x_of_any_size():
+    def noisy(x, key):
+        return x + fn.normal(key, x.shape)
+
+    compiled = torch.compile(noisy, backend="aot_eager", fullgraph=True, dynamic=True)
+    for size in (2, 5, 9):
+        x = torch.zeros(size, 3)
+        assert torch.equal(compiled(x, fn.key(size)), noisy(x, fn.key(size)))
+
+
+def test_draws_in_a_compiled_function_that_breaks_its_graph():
+    def noisy(x, key):
+        first, second = fn.split(key)
+        torch._dynamo.graph_break()
+        return x + fn.normal(first, (2,)), fn.fold_in(second, 1)
+
+    compiled = torch.compile(noisy, backend="eager")
+    x, key = torch.zeros(2), fn.key(3)
+    (found, last), (expected, also) = compiled(x, key), noisy(x, key)
+    assert torch.equal(found, expected)
+    assert last == also
 
 
 def test_a_key_that_a_compiled_function_returns():

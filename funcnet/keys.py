@@ -311,7 +311,8 @@ def _draw_normal(
 def _draw_bernoulli(
     generator: np.random.Generator, sizes: _Sizes, p: float, _: torch.dtype
 ) -> Tensor:
-    return torch.from_numpy(np.asarray(generator.random(sizes) < p))
+    unit = generator.random(sizes)
+    return torch.from_numpy(np.asarray(unit < p))
 
 
 def _draw_permutation(generator: np.random.Generator, sizes: _Sizes, _: torch.dtype) -> Tensor:

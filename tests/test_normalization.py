@@ -636,6 +636,17 @@ def test_compiled(cls):
     close(compiled(params, x), step(params, x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(4, 6), (4, 1)], ids=str)
+@pytest.mark.parametrize("layer", [fn.LayerNorm(), fn.BatchNorm()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_is_kept_under_vmap_is_what_is_kept_eagerly(dtype, layer, shape):
+    params = random_params(layer, shape, dtype)
+    x = (fn.normal(KEY, (5, *shape)) * 2 + 100).to(dtype)
+    found = torch.func.vmap(lambda x: layer.fwd(params, x, key=KEY))(x[None])
+    kept = optree.tree_map(lambda leaf: leaf[None], layer.fwd(params, x, key=KEY))
+    close(found, kept, **({"rtol": 0.01, "atol": 0.02} if dtype == torch.bfloat16 else {}))
+
+
 @pytest.mark.parametrize("layer", [fn.InstanceNorm(), fn.GroupNorm(1), fn.LayerNorm()], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_vmap_over_expanded_inputs(layer, dtype):

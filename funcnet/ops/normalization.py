@@ -39,10 +39,10 @@ def layer_norm(
     x: Tensor, num_dims: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Normalised:
     """Over the last `num_dims` axes."""
-    if _is_transformed():
-        return _scaled(_standardised(x, _last(num_dims), eps), weight, bias, x.dtype)
     shape = x.shape[-num_dims:]
     x = exact(x, math.prod(shape))
+    if _is_transformed():
+        return _scaled(_standardised(x, _last(num_dims), eps), weight, bias, x.dtype)
     weight, bias = in_float32(x, weight, shape), in_float32(x, bias)
     return _layer_norm(x, shape, weight, bias, eps)
 

@@ -10,10 +10,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_exporting
 
-from funcnet.compat import dual_level, innermost_transformation
 from funcnet.ops import inplace
 from funcnet.ops.accumulation import accumulator_dtype, widened
 from funcnet.ops.need import Need
@@ -179,9 +177,7 @@ def channel_affine_gradients(dy: Tensor, x: Tensor, weight: Tensor, need: Need) 
 def _is_transformed() -> bool:
     """Whether torch.func or forward-mode autograd may differentiate, or torch.compile in which
     they may."""
-    if is_compiling():
-        return not is_exporting()
-    return innermost_transformation() is not None or dual_level(forward_ad) >= 0
+    return not (inplace.is_eager() or inplace.is_tracing() or is_exporting())
 
 
 def _standardised(x: Tensor, axes: tuple[int, ...], eps: float) -> Normalised:

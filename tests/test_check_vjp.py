@@ -930,7 +930,8 @@ def test_twins_that_work_in_place(fault, message, dtype):
 def test_a_twin_that_raises():
     with pytest.raises(RuntimeError, match="no") as caught:
         check_vjp(InPlace("raises"), InPlace().init(fn.key(1), (3,)), torch.ones(2, 3))
-    assert "raised by _fwd_ or _bwd_" in caught.value.__notes__[0]
+    if hasattr(caught.value, "add_note"):  # from Python 3.11 on
+        assert "raised by _fwd_ or _bwd_" in caught.value.__notes__[0]
 
 
 def test_broken_is_right_without_a_fault():

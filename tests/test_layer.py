@@ -746,6 +746,25 @@ def test_a_layer_that_returns_less_than_it_should(batch):
         layer.vjp((), x, x)
 
 
+def test_without_examples_or_under_vmap_too():
+    with pytest.raises(ValueError, match=r"expected _fwd to return \(y, residuals\)"):
+        WithoutResiduals().fwd((), torch.ones(0, 3))
+    with pytest.raises(ValueError, match=r"expected _fwd to return \(y, residuals\)"):
+        torch.func.vmap(lambda x: WithoutResiduals().fwd((), x)[0])(torch.ones(4, 2, 3))
+
+
+@dataclass(frozen=True)
+class OfNoTensor(fn.Layer):
+    def _fwd(self, params, x, key):
+        return "y", x
+
+
+@pytest.mark.parametrize("net", [OfNoTensor(), fn.Sequential(OfNoTensor())])
+def test_y_is_a_tensor(net):
+    with pytest.raises(ValueError, match=r"of shape \(5, 3\), as out_shape says, got 'y'"):
+        net.apply(net.init(fn.key(0), (3,)), torch.ones(5, 3))
+
+
 def test_in_a_network_examples_are_not_lost():
     net = fn.Sequential(fn.Linear(3), WithoutResiduals(), fn.Linear(1))
     params = net.init(fn.key(0), (4,))

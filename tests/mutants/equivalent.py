@@ -98,6 +98,7 @@ EQUIVALENT: dict[str, str] = {
     "param.first_tensor:condition:1": "what is no tensor is refused where it is compared",
     "param.draw:off-by-one:1": "the first keys of a split are the same however many there are",
     "param.size_that_fits:drop-call:1": "no two of the sizes tried fit at once",
+    "layers.embedding.Embedding._look_up:drop-term:2": "y is the same either way",
     "layers.activations.LogSigmoid._value:off-by-one:2": _ROUNDS,
     "layers.activations.LogSigmoid._slope:off-by-one:2": _ROUNDS,
     "layers.activations.PReLU._fwd:condition:2": _KERNEL,

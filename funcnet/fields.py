@@ -252,6 +252,10 @@ class OneOf:
         raise error(f"{owner.__name__}: expected {name} to be {expected}, got {shown(value)}")
 
 
+READ_OFF = "sizes of x are read off the shape that init is given"
+"""What messages say to torch.nn's sizes of x, which come where another argument is expected."""
+
+
 @dataclass(frozen=True)
 class BehindSizes(OneOf):
     """A bool where torch.nn's order of arguments has a size, whose message tells of the order."""
@@ -261,8 +265,7 @@ class BehindSizes(OneOf):
     def convert(self, owner: type, name: str, value: Any) -> Any:
         if type(value) is int:
             raise TypeError(
-                f"{owner.__name__}: expected {name} to be True or False, got {value}: "
-                "sizes of x are read off the shape that init is given"
+                f"{owner.__name__}: expected {name} to be True or False, got {value}: {READ_OFF}"
             )
         return super().convert(owner, name, value)
 

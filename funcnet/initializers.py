@@ -25,8 +25,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from funcnet.checks import as_shape, shown, sizes
-from funcnet.fields import Finite, Hyperparameters, NonNegative, OneOf, source
+from funcnet.checks import as_shape, sizes
+from funcnet.fields import Finite, Hyperparameters, InstanceOf, NonNegative, OneOf, source
 from funcnet.keys import Key, check_draw, normal, uniform
 
 __all__ = [
@@ -423,17 +423,27 @@ class Orthogonal(Initializer):
         return q.reshape(shape).to(dtype=dtype, device=device)
 
 
-class _InitializerKind:
+@dataclass(frozen=True)
+class _InitializerKind(InstanceOf):
+    """An initialiser or None, whose message says what a class or a function should be instead."""
+
     def convert(self, owner: type, name: str, value: Any) -> Any:
-        if value is None or isinstance(value, Initializer):
-            return value
-        expected = f"{owner.__name__}: expected {name} to be an initialiser or None, got "
-        if isinstance(value, type) and issubclass(value, Initializer):
-            called = value.__name__
-            raise TypeError(f"{expected}the class {called}; did you mean {called}()?")
-        own = "; one of your own is a subclass of fn.initializers.Initializer"
-        raise TypeError(f"{expected}{shown(value)}{own if callable(value) else ''}")
+        try:
+            return super().convert(owner, name, value)
+        except TypeError as error:
+            if isinstance(value, type) and issubclass(value, Initializer):
+                kind = value.__name__
+                expected = f"{owner.__name__}: expected {name} to be {self.expected}"
+                message = f"{expected}, got the class {kind}; did you mean {kind}()?"
+            elif callable(value):
+                message = f"{error}; one of your own is a subclass of fn.initializers.Initializer"
+            else:
+                raise
+            raise TypeError(message) from None
 
 
-InitializerOrNone: TypeAlias = Annotated[Initializer | None, _InitializerKind()]
+InitializerOrNone: TypeAlias = Annotated[
+    Initializer | None,
+    _InitializerKind(lambda: Initializer, "an initialiser or None", may_be_none=True),
+]
 """An initialiser; None where the layer draws as torch.nn does."""

@@ -169,8 +169,15 @@ def _advice_by_name(cls: type[Kernels], arguments: tuple[Any, ...], named: dict[
     ours += [f"{n}={v!r}" for n, v in meant.items()]
     return (
         f"{cls.__name__}: expected out_channels, then kernel_size, "
-        f"got {cls.__name__}({', '.join(given)}): the input's channels are read off the shape; "
-        f"did you mean {cls.__name__}({', '.join(ours)})?"
+        f"got {cls.__name__}({', '.join(given)}): {_question(cls, ours)}"
+    )
+
+
+def _question(cls: type[Kernels], meant: list[str]) -> str:
+    """What to write instead."""
+    return (
+        "the input's channels are read off the shape; "
+        f"did you mean {cls.__name__}({', '.join(meant)})?"
     )
 
 
@@ -182,7 +189,6 @@ def _advice(cls: type[Kernels], arguments: tuple[Any, ...]) -> str:
     meant += [f"{n}={v!r}" for n, v in zip(names[2:], arguments[3:], strict=False)]
     return (
         f"{cls.__name__}: expected out_channels and kernel_size by position, the rest by keyword, "
-        f"got {len(arguments)} positional arguments: the input's channels are read off the shape; "
-        f"did you mean {cls.__name__}({', '.join(meant)})? "
+        f"got {len(arguments)} positional arguments: {_question(cls, meant)} "
         f"{names[2].capitalize()} is given by name, as in {names[2]}={arguments[2]!r}"
     )

@@ -31,7 +31,7 @@ from typing import Annotated, Any, TypeAlias
 from torch import Tensor
 
 from funcnet.checks import check_some_channels, name_of
-from funcnet.fields import Flag, Number, Size
+from funcnet.fields import READ_OFF, Flag, Number, Size
 from funcnet.initializers import Ones, Zeros
 from funcnet.keys import Key
 from funcnet.layer import Layer, Shape, Spec, same_part
@@ -54,7 +54,7 @@ class _EpsilonKind(Number):
         if isinstance(number, int) and number > 1:
             raise ValueError(
                 f"{owner.__name__}: expected {name} to be a float, or at most 1, got {number}: "
-                "sizes of x are read off the shape that init is given"
+                f"{READ_OFF}"
             )
         return number
 

@@ -27,7 +27,7 @@ def is_eager() -> bool:
 
 def is_tracing() -> bool:
     """Whether torch.jit.trace records, where sizes are tensors."""
-    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+    return not torch.compiler.is_compiling() and is_jit_tracing()
 
 
 def has_open_sizes(x: Tensor) -> bool:

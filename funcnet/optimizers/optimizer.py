@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 from typing import Annotated, Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import torch
@@ -27,12 +26,13 @@ class _RateKind:
     def convert(self, owner: type, name: str, value: Any) -> Any:
         if callable(value):
             return value
-        if isinstance(value, bool) or not isinstance(value, Real):
+        try:
+            return as_number(owner.__name__, name, value, 0.0)
+        except TypeError:
             raise TypeError(
                 f"{owner.__name__}: expected {name} to be a number or a function of the step "
                 f"count, got {shown(value)}"
-            )
-        return as_number(owner.__name__, name, value, 0.0)
+            ) from None
 
 
 Rate: TypeAlias = Annotated[float | RateByStep, _RateKind()]

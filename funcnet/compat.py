@@ -220,6 +220,18 @@ innermost_transformation: Callable[[], Any] = named(
 )
 """Returns the innermost one that is running, or None."""
 
+_transformations, _kinds = _together(
+    "_C._functorch.get_interpreter_stack", "_C._functorch.TransformType"
+)
+
+
+def none_but_vmap() -> bool:
+    """Whether no transformation is running, or torch.func.vmap alone; False if nobody can tell."""
+    if _transformations is None:
+        return innermost_transformation() is None
+    return all(transformation.key() == _kinds.Vmap for transformation in _transformations() or ())
+
+
 dispatch_modes: Callable[[], Sequence[Any]] = named(
     "utils._python_dispatch._get_current_dispatch_mode_stack", list
 )

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from registry import budget, key_for
 from test_properties import close
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 import funcnet as fn
+from funcnet.ops import normalization
 from funcnet.testing import check_vjp, strategies
 
 KEY = fn.key(0)
@@ -507,6 +509,49 @@ def test_second_derivatives_by_autograd(layer, shape):
         )
 
     close(hessian(ours), hessian(plain))
+
+
+@twice
+def test_second_derivatives_by_autograd_around_vmap(layer, shape):
+    (params, x), ours, plain = both(layer, shape)
+    xs = torch.stack([x, 2 * x + 1])
+
+    def hessian(function):
+        mapped = torch.func.vmap(function, in_dims=(None, 0))
+        return torch.autograd.functional.hessian(lambda xs: mapped(params, xs).sum(), xs)
+
+    close(hessian(ours), hessian(plain))
+
+
+def of_dual_numbers(function, x):
+    with forward_ad.dual_level():
+        function(forward_ad.make_dual(x, x))
+
+
+MAPS = {
+    "vmap": lambda step, x: torch.func.vmap(step)(x),
+    "vmap of vmap": lambda step, x: torch.func.vmap(torch.func.vmap(step))(x.unsqueeze(0)),
+    "vmap of grad": lambda step, x: torch.func.vmap(torch.func.grad(step))(x),
+    "grad of vmap": lambda step, x: torch.func.grad(lambda x: torch.func.vmap(step)(x).sum())(x),
+    "jvp of vmap": lambda step, x: torch.func.jvp(torch.func.vmap(step), (x,), (x,)),
+    "vmap of dual numbers": lambda step, x: of_dual_numbers(torch.func.vmap(step), x),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("name", MAPS)
+def test_layer_norm_is_by_kernels_under_vmap_alone(name, monkeypatch):
+    calls = []
+
+    def watched(kernel):
+        return lambda *arguments: calls.append(kernel) or kernel(*arguments)
+
+    for kernel in ("_layer_norm", "_layer_norm_backward"):
+        monkeypatch.setattr(normalization, kernel, watched(getattr(normalization, kernel)))
+    layer = fn.LayerNorm()
+    params = layer.init(KEY, (4,))
+    MAPS[name](lambda x: layer.vjp(params, x, x)[1].sum(), fn.normal(KEY, (2, 3, 4)))
+    assert len(calls) == (2 if name in ("vmap", "vmap of vmap") else 0)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")

@@ -286,12 +286,15 @@ def test_questions_about_transformations(name):
         for of in (compat, GONE):
             inner, outer = of.is_transformed(x), of.is_transformed(outside)
             answers.append((of.innermost_transformation() is not None, inner, outer))
+        maps.append((compat.none_but_vmap(), GONE.none_but_vmap()))
         return x.sum()
 
+    maps = []
     outside = torch.ones(2)
     TRANSFORMATIONS[name](function, torch.ones(2, 3))
     is_one = name not in ("none", "autograd")
     assert answers == [(is_one, is_one, False)] * 2
+    assert maps == [(not is_one or name == "vmap", not is_one)]
     assert GONE.innermost_transformation() is None
 
 

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from funcnet.compat import dual_level, innermost_transformation, is_jit_tracing
+from funcnet.compat import (
+    dual_level,
+    innermost_transformation,
+    is_jit_tracing,
+    none_but_vmap,
+)
 
 
 def is_eager() -> bool:
@@ -23,6 +28,13 @@ def is_eager() -> bool:
     if torch.compiler.is_compiling() or is_jit_tracing():
         return False
     return innermost_transformation() is None and dual_level(forward_ad) < 0
+
+
+def is_mapped_alone() -> bool:
+    """Whether nothing but torch.func.vmap, if that, is between an operation and its kernel."""
+    if torch.compiler.is_compiling() or is_jit_tracing():
+        return False
+    return none_but_vmap() and dual_level(forward_ad) < 0
 
 
 def is_tracing() -> bool:

@@ -227,7 +227,7 @@ PIXELWISE = in_file(
 
 INPLACE = in_file(
     "ops/inplace.py",
-    "test_gate_properties.py test_upsample_conv.py test_transforms.py",
+    "test_gate_properties.py test_upsample_conv.py test_transforms.py test_normalization.py",
     Row(
         "in-place-inside-of-torch-func",
         "return innermost_transformation() is None and",
@@ -236,9 +236,15 @@ INPLACE = in_file(
     ),
     Row(
         "kernels-for-dual-numbers",
-        " and dual_level(forward_ad) < 0",
-        "",
+        "is None and dual_level(forward_ad) < 0",
+        "is None",
         "oneDNN's LSTM returns no tangent",
+    ),
+    Row(
+        "kernels-for-mapped-dual-numbers",
+        "none_but_vmap() and dual_level(forward_ad) < 0",
+        "none_but_vmap()",
+        "PyTorch's rule for LayerNorm's kernel counts the mean as a constant",
     ),
 )
 

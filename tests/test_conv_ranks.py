@@ -1,6 +1,7 @@
 """Conv1d and Conv3d, and what all convolutions share: arguments, initialisers, refusals."""
 
 import dataclasses
+import functools
 import re
 
 import optree
@@ -14,6 +15,7 @@ from registry import budget
 import funcnet as fn
 from funcnet.fields import Hyperparameters
 from funcnet.testing import strategies
+from funcnet.testing.layouts import laid_out
 
 RANKS = [fn.Conv1d, fn.Conv3d]
 LEARNING = [
@@ -32,6 +34,30 @@ def results(layer, params, x, grad):
 def small(layer):
     """The shape of a small example: channels that groups divides."""
     return (6, *[9, 8, 7][: len(layer._axes) - 1])
+
+
+@learning
+@budget(20)
+@given(st.data())
+def test_ensembles_are_their_networks(cls, data):
+    """The images of each, or of all; and tensors in any layout, an axis for the networks in it."""
+    layer, params, x = data.draw(
+        strategies.cases(strategies.layers(cls), dtypes=st.just(torch.float64))
+    )
+    layouts = st.sampled_from(["contiguous", "strided", "transposed", "offset"])
+
+    def several(leaf):
+        return laid_out(torch.stack([leaf, 2 * leaf + 1]), data.draw(layouts))
+
+    ensemble = optree.tree_map(several, params)
+    xs, axis = (several(x), 0) if data.draw(st.booleans()) else (x, None)
+    grad = fn.normal(fn.key(1), layer.apply(params, x).shape, dtype=x.dtype)
+    found = torch.func.vmap(functools.partial(results, layer), (0, axis, None))(ensemble, xs, grad)
+    for i in range(2):
+        own = optree.tree_map(lambda leaf, i=i: leaf[i], ensemble)
+        expected = results(layer, own, x if axis is None else xs[i], grad)
+        for each, alone in zip(found, expected, strict=True):
+            torch.testing.assert_close(each[i], alone)
 
 
 # --- The numbers: float64 is held to torch.nn by the registry

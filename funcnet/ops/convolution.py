@@ -29,7 +29,7 @@ def convolve(
         y, image = convolve(image, kernel, bias, window.of_height_1, method)
         return y.squeeze(2), image.squeeze(2)
     if method == "auto":
-        x = native.layout(x)
+        x = native.layout_for(weight, x)
     return implementation(x, weight, window, method).convolve(x, weight, bias, window), x
 
 

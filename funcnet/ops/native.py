@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from funcnet.compat import is_transformed
 from funcnet.ops import inplace
 from funcnet.ops.need import Need
 from funcnet.ops.window import Ints, Window
@@ -49,6 +50,19 @@ def layout(x: Tensor) -> Tensor:
         return x.clone(memory_format=memory_format)
     # torch.func.vmap refuses memory formats; a permuted tensor has the same strides.
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def layout_for(weight: Tensor, x: Tensor) -> Tensor:
+    """x, or grad, in the memory format that is fastest for a convolution by this weight.
+
+    torch.func.vmap over weights makes a single convolution of them, with a group for each, whose
+    kernels are faster on row-major images: 0.5 to 0.8 of the time, of 6 networks with 3 to 16
+    channels of 16×16 pixels (AMD Zen 4, one thread, float32).
+    """
+    is_mapped = not torch.compiler.is_compiling() and is_transformed(weight)
+    if is_mapped and x.shape[1] > 1 and inplace.is_mapped_alone():
+        return _canonical(x)
+    return layout(x)
 
 
 def is_laid_out(x: Tensor) -> bool:
@@ -211,7 +225,7 @@ def run_backward(
     # Volumes of one channel are row-major, and PyTorch would lay grad out anew.
     is_flat = x.ndim == 5 and x.shape[1] == 1
     dx, dweight, _ = _backward(
-        _canonical(grad.contiguous()) if is_flat else layout(grad),
+        _canonical(grad.contiguous()) if is_flat else layout_for(weight, grad),
         x,
         _canonical(weight),
         None,

@@ -95,6 +95,17 @@ def test_losses_and_layers_with_keys_agree() -> None:
         check(found[0]._replace(theirs=list))
 
 
+# torch.nn's attention has no rule for vmap.
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.usefixtures("benchmark_modules")
+def test_ensembles_agree() -> None:
+    from ensembles import rows
+    from more_layers import check
+
+    for row in rows(batch=2):
+        check(row)
+
+
 @pytest.mark.usefixtures("benchmark_modules")
 def test_recompute_and_reversible_keep_less() -> None:
     from residuals import kept

@@ -114,10 +114,12 @@ def test_products_over_patches_are_exact(case):
 
 
 @given(strategies.cases(cut_into_patches(), integers=True, dtypes=st.just(torch.float32)))
-def test_dweight_over_patches_is_exact(case):
+def test_each_gradient_over_patches_is_exact(case):
     layer, params, x = case
+    for_weight = {"_LARGE": -1, "_WIDE": 0}
+    for_x = {"_MANY_TAPS": 1, "_TINY": 0}
     with pytest.MonkeyPatch.context() as patch:
-        for name, bound in (("_FEW_BACKWARD", -1), ("_LARGE", -1), ("_WIDE", 0)):
+        for name, bound in {"_FEW_BACKWARD": -1, **for_weight, **for_x}.items():
             patch.setattr(patches, name, bound)
         grad = integers(layer.apply(params, x).shape, x.dtype)
         dparams, dx = layer.vjp(params, x, grad)
@@ -145,6 +147,23 @@ def test_dweight_of_large_images_is_faster_over_patches(
         torch.empty(layer._params(shape)["weight"].shape),
     )
     assert patches.dweight_is_faster(x, weight, layer._window) == faster
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel_size", "dtype", "faster"),
+    [
+        ((2, 3, 64, 64), 4, torch.float32, True),
+        ((2, 8, 64, 64), 4, torch.float32, True),
+        ((2, 9, 64, 64), 4, torch.float32, False),
+        ((2, 3, 64, 64), (2, 4), torch.float32, False),
+        ((1, 3, 64, 64), 4, torch.float32, False),
+        ((2, 3, 64, 64), 4, torch.float64, False),
+    ],
+)
+def test_dx_of_few_channels_is_faster_over_patches(shape, kernel_size, dtype, faster):
+    layer = fn.Conv2d(4, kernel_size, stride=kernel_size)
+    assert patches.dx_is_faster(torch.empty(shape, dtype=dtype), layer._window) == faster
+    assert not patches.dx_is_faster(torch.empty(shape), fn.Conv2d(4, 4)._window)
 
 
 @pytest.mark.parametrize(

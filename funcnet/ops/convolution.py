@@ -83,7 +83,8 @@ def implementation(
 
 def _apart(x: Tensor, weight: Tensor, window: Window) -> tuple[Any, Any]:
     """The modules that are fastest for dweight alone and for dx alone; native for both at once."""
-    if patches.dweight_is_faster(x, weight, window):
-        return patches, native
+    if window.cuts_patches:
+        of_weight = patches if patches.dweight_is_faster(x, weight, window) else native
+        return of_weight, patches if patches.dx_is_faster(x, window) else native
     to_few, from_few = few_channels.which_are_faster(x, weight, window)
     return few_channels if to_few else native, few_channels if from_few else native

@@ -27,6 +27,11 @@ oneDNN's sums slow down where an image leaves the cache. With a weight (256, 128
 took 1.0 times as long for an image of 64×64 pixels, 1.6 times for 128×128 and 4.1 times for
 212×212; with (128, 64, 2, 2), 1.7 times for 160×160 (AMD Zen 4, one thread, float32)."""
 
+_FEW_CHANNELS, _MANY_TAPS = 8, 9
+"""Up to how many channels of x, and from how many taps, dx alone is faster over patches: for 3
+channels PyTorch's kernel took 1.9 times as long with 3×3 taps, 3 to 5 times with 4×4 and 4 to 12
+times with 8×8 to 16×16 (AMD Zen 4, one thread, float32)."""
+
 _TINY = 20480
 """Up to how many numbers in all PyTorch has a leaner kernel for a single image."""
 
@@ -37,7 +42,7 @@ def are_faster(x: Tensor, weight: Tensor, window: Window, backward: bool) -> boo
         return False
     if x.element_size() < 4:
         return pixelwise.multiplies_bfloat16(x)
-    if x.shape[0] == 1 and x.numel() <= _TINY:
+    if _is_tiny(x):
         return False
     rows, columns = window.count(x.shape[2:])
     windows = x.shape[0] * rows * columns
@@ -48,14 +53,33 @@ def are_faster(x: Tensor, weight: Tensor, window: Window, backward: bool) -> boo
 def dweight_is_faster(x: Tensor, weight: Tensor, window: Window) -> bool:
     """Whether windows cut patches, and dweight alone is faster as a product of matrices."""
     return (
+        _are_in_float32(x, window) and math.prod(x.shape[1:]) > _LARGE and weight.numel() >= _WIDE
+    )
+
+
+def dx_is_faster(x: Tensor, window: Window) -> bool:
+    """Whether windows cut patches, and dx alone is faster as a product of matrices."""
+    return (
+        _are_in_float32(x, window)
+        and x.shape[1] <= _FEW_CHANNELS
+        and math.prod(window.kernel_size) >= _MANY_TAPS
+        and not _is_tiny(x)
+    )
+
+
+def _are_in_float32(x: Tensor, window: Window) -> bool:
+    """Whether windows cut patches of images, in float32 on the CPU."""
+    return (
         window.cuts_patches
         and x.ndim == 4
         and x.is_cpu
         and x.element_size() == 4
         and not inplace.has_open_sizes(x)
-        and math.prod(x.shape[1:]) > _LARGE
-        and weight.numel() >= _WIDE
     )
+
+
+def _is_tiny(x: Tensor) -> bool:
+    return x.shape[0] == 1 and x.numel() <= _TINY
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:

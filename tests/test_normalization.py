@@ -256,6 +256,59 @@ def test_of_a_set_of_one_entry_the_bias_is_left(layer, shape, dtype):
     torch.testing.assert_close(dparams["bias"], grad.sum_to_size(dparams["bias"].shape))
 
 
+MODES = {
+    "autograd": lambda step, params, x, grad: step(
+        optree.tree_map(lambda leaf: leaf.clone().requires_grad_(), params), x, grad
+    ),
+    "vmap": lambda step, params, x, grad: optree.tree_map(
+        lambda leaf: leaf[0], torch.func.vmap(step, (None, 0, 0))(params, x[None], grad[None])
+    ),
+    "compile": lambda step, *inputs: torch.compile(step, backend="eager", fullgraph=True)(*inputs),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(fn.GroupNorm(4), (4,)), (fn.GroupNorm(4), (4, 1, 1))], ids=repr
+)
+def test_of_a_set_of_one_entry_the_bias_is_left_in_every_mode(mode, layer, shape):
+    params = random_params(layer, shape, torch.float32)
+    x, grad = fn.normal(KEY, (2, 3, *shape))
+
+    def step(params, x, grad):
+        return ours(layer, params, x, grad)
+
+    found = MODES[mode](step, params, x, grad)
+    close(found, step(params, x, grad), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("examples", [3, 1024])
+def test_gradients_of_each_example_of_sets_of_one_entry(examples):
+    layer, size = fn.GroupNorm(64), (examples, 64, 1, 1)
+    x, target = (fn.normal(key, size).as_strided(size, (64, 1, 64, 64)) for key in fn.split(KEY))
+    params = layer.init(KEY, size[1:])
+    _, each = fn.per_example(layer, fn.MSE())(params, x, target)
+    _, norms = fn.gradient_norms(layer, fn.MSE())(params, x, target)
+    assert not each["weight"].any()
+    torch.testing.assert_close(norms, each["bias"].norm(dim=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layer", [fn.GroupNorm(4), fn.GroupNorm(8), fn.GroupNorm(1)], ids=repr)
+def test_images_of_one_pixel_have_more_than_one_layout(layer, dtype):
+    """torch counts those of channels_last as contiguous: a copy is to be asked for."""
+    size = (3, 8, 1, 1)
+    x, grad = fn.normal(KEY, (2, *size), dtype=dtype)
+    params = random_params(layer, size[1:], dtype)
+    strided = (t.as_strided(size, (8, 1, 8, 8)) for t in (x, grad))
+    close(ours(layer, params, *strided), ours(layer, params, x, grad), rtol=1e-2, atol=1e-2)
+    net = fn.Sequential(fn.Conv2d(8, 3), fn.ReLU(), layer)
+    whole = net.init(KEY, (3, 3, 3), dtype=dtype)
+    x = fn.normal(KEY, (2, 3, 3, 3), dtype=dtype)
+    assert net.apply(whole, x).shape == (2, 8, 1, 1)
+    fn.value_and_grad(net, fn.MSE())(whole, x, torch.zeros(2, 8, 1, 1, dtype=dtype))
+
+
 def test_what_is_not_finite_stays_so():
     x = torch.tensor([[1.0, 2.0, math.nan, 4.0], [1.0, 2.0, 3.0, math.inf]])
     for layer in [fn.LayerNorm(elementwise_affine=False), fn.GroupNorm(4, affine=False)]:

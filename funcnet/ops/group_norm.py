@@ -44,16 +44,16 @@ def group_norm(
         nothing = x.new_zeros((len(x), groups), dtype=accumulator_dtype(x.dtype))
         return x.clone(), nothing, nothing
     x, memory_format = laid_out(x)
+    x = exact(x, _entries(x, groups))
     few = _has_few(x, groups, memory_format) and math.prod(x.shape[2:]) < _FEW_POSITIONS
     if few and x.numel() <= _FEW_ENTRIES:
-        y, mean, rstd = group_norm(x.contiguous(), groups, weight, bias, eps)
+        y, mean, rstd = group_norm(_row_major(x), groups, weight, bias, eps)
         return y.contiguous(memory_format=memory_format), mean, rstd
     # A trace would hold the sizes that the kernel takes for those of any x.
     if few or inplace.is_tracing():
         return _group_norm_by_channels(x, groups, weight, bias, eps)
     weight, bias = in_float32(x, weight, x.shape[1:2]), in_float32(x, bias)
     sizes = _sizes(x)
-    x = exact(x, sizes[1] * sizes[2] // groups)
     if memory_format == torch.contiguous_format:
         normalised = _group_norm(like_weights(x), weight, bias, *sizes, groups, eps)
         return in_dtype(normalised, x.dtype)
@@ -87,25 +87,25 @@ def group_norm_gradients(
     if not x.numel():  # the kernel divides by the size
         nothing = x.new_zeros(x.shape[1])
         return as_asked((torch.zeros_like(x), nothing, nothing.clone()), mask, x.dtype)
+    entries = _entries(x, groups)
+    x = exact(x, entries)
     # Autograd cannot differentiate the kernel, and a trace would hold sizes for those of any x.
     has_kernel = inplace.is_untracked(dy, x, mean, rstd, weight)
     some = x.numel() <= _SOME_ENTRIES and x.shape[1] >= _SOME * groups and not is_half(x)
     few = _has_few(x, groups, memory_format) and not some
     if few and has_kernel and x.numel() <= _FEW_ENTRIES:
-        x, dy = x.contiguous(), dy.contiguous()
+        x, dy = _row_major(x), _row_major(dy)
         dx, dweight, dbias = group_norm_gradients(dy, x, mean, rstd, weight, groups, need)
         dx = None if dx is None else dx.contiguous(memory_format=memory_format)
         return dx, dweight, dbias
     if few or not has_kernel:
-        grads = _group_norm_gradients_by_channels(dy, x, mean, rstd, weight, groups, mask)
-        return as_asked(grads, mask, x.dtype)
-    weight = in_float32(x, weight, x.shape[1:2])
-    # In channels_last the kernel crashes where dx is not asked for.
-    asked = (need.input or memory_format != torch.contiguous_format, *mask[1:])
-    sizes = _sizes(x)
-    entries = sizes[1] * sizes[2] // groups
-    x = exact(x, entries)
-    dx, *others = _group_norm_backward(dy, x, mean, rstd, weight, *sizes, groups, asked)
+        dx, *others = _group_norm_gradients_by_channels(dy, x, mean, rstd, weight, groups, mask)
+    else:
+        weight = in_float32(x, weight, x.shape[1:2])
+        # In channels_last the kernel crashes where dx is not asked for.
+        asked = (need.input or memory_format != torch.contiguous_format, *mask[1:])
+        sizes = (*_sizes(x), groups)
+        dx, *others = _group_norm_backward(dy, x, mean, rstd, weight, *sizes, asked)
     return as_asked((x if entries == 1 else dx, *others), mask, x.dtype)
 
 
@@ -119,6 +119,16 @@ def group_normalised(x: Tensor, mean: Tensor, rstd: Tensor, groups: int) -> Tens
 def _sizes(x: Tensor) -> tuple[int, int, int]:
     """(N, C, the number of entries of a channel)."""
     return x.shape[0], x.shape[1], math.prod(x.shape[2:])
+
+
+def _entries(x: Tensor, groups: int) -> int:
+    """The number of entries of a group; 0 in a trace, which is to hold for any."""
+    return 0 if inplace.is_tracing() else math.prod(x.shape[1:]) // groups
+
+
+def _row_major(x: Tensor) -> Tensor:
+    """A copy, with the strides of a new tensor: images of one pixel may have others."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 # --- Groups of few channels, in channels_last

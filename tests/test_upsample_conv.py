@@ -64,6 +64,21 @@ def test_gradient_is_that_of_autograd(case):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("out_channels", [1, 32])
+@pytest.mark.parametrize("taps", [1, 2, 3])
+@pytest.mark.parametrize("scale", [(2, 1), (4, 1), (1, 2), (2, 3)], ids=str)
+def test_autograd_of_apply_is_the_gradient(scale, taps, out_channels):
+    layer = fn.UpsampleConv2d(out_channels, taps, scale=scale)
+    params = layer.init(fn.key(0), (2, 4, 3), dtype=torch.float64)
+    x = fn.normal(fn.key(1), (2, 2, 4, 3), dtype=torch.float64)
+    inputs = optree.tree_map(lambda leaf: leaf.clone().requires_grad_(), (params, x))
+    y = layer.apply(*inputs)
+    grad = fn.normal(fn.key(2), y.shape, dtype=x.dtype)
+    found = torch.autograd.grad(y, optree.tree_leaves(inputs), grad)
+    for ours, theirs in zip(optree.tree_leaves(layer.vjp(params, x, grad)), found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @WAYS
 @given(case=strategies.cases(LAYERS, dtypes=st.just(torch.float64)))
 def test_each_way_is_the_two_steps(way, case):

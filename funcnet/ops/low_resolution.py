@@ -71,6 +71,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Pair, window
     products = pixelwise.convolve_to_planes if in_planes else pixelwise.convolve
     y: Tensor | None = None
     x, is_eager, taps = native.layout(x), inplace.is_eager(), (*window.kernel_size, -1)
+    # Autograd takes a tile for a leaf that was written to through another view.
+    at_once = bias is not None and inplace.is_untracked(x, weight, bias)
     for tile in _tiles(x, weight, scale, window):
         made = products(native.layout(x[tile.source]), kernel)
         z = torch.unflatten(native.upcast(made), 1, taps)  # (n, kh, kw, O, H, W)
@@ -81,12 +83,12 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Pair, window
         half = empty(z, (len(z), *z.shape[2:4], out.shape[2], z.shape[-1]))  # (n, kw, O, H′, W)
         _spread(z, half, _shifts(0, scale, tile.window), dim=-2)
         _spread(half, out, _shifts(1, scale, tile.window), dim=-1)
-        if bias is not None and is_eager:  # while the tile is in the cache
+        if bias is not None and at_once:  # while the tile is in the cache
             out.add_(bias[:, None, None])
         if out is not target:
             target.copy_(out)
     assert y is not None
-    return (y if bias is None or is_eager else y + bias[:, None, None]).to(dtype)
+    return (y if bias is None or at_once else y + bias[:, None, None]).to(dtype)
 
 
 def gradients(

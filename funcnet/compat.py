@@ -81,14 +81,14 @@ def plain_prelu(x: Tensor, weight: Tensor) -> Tensor:
     return torch.where(x > 0, x, weight * x)
 
 
-def _prelu_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def plain_prelu_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """(dx, the terms of dweight): dy and 0 where x > 0, else weight ∘ dy and x ∘ dy."""
     return torch.where(x > 0, dy, weight * dy), torch.where(x > 0, 0.0, x * dy)
 
 
 prelu: Callable[..., Tensor] = named("ops.aten._prelu_kernel.default", plain_prelu)
 prelu_backward: Callable[..., tuple[Tensor, Tensor]] = named(
-    "ops.aten._prelu_kernel_backward.default", _prelu_backward
+    "ops.aten._prelu_kernel_backward.default", plain_prelu_backward
 )
 
 

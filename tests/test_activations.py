@@ -322,6 +322,23 @@ def test_prelu_of_any_rank():
         assert torch.equal(dparams["weight"], -torch.tensor([float(x.numel())]))
 
 
+@pytest.mark.parametrize("channels", [1, 5])
+def test_prelu_mapped_over_weights_and_examples_apart(channels):
+    layer = fn.PReLU(channels)
+    params = {"weight": fn.normal(fn.key(0), (2, channels))}
+    xs, grad = fn.normal(fn.key(1), (3, 4, 5)), fn.normal(fn.key(2), (4, 5))
+
+    def of_each(params):
+        return torch.func.vmap(lambda x: layer.vjp(params, x, grad))(xs)
+
+    dparams, dxs = torch.func.vmap(of_each)(params)
+    for i, weight in enumerate(params["weight"]):
+        for j, x in enumerate(xs):
+            own, dx = layer.vjp({"weight": weight}, x, grad)
+            torch.testing.assert_close(dxs[i, j], dx)
+            torch.testing.assert_close(dparams["weight"][i, j], own["weight"])
+
+
 def test_prelu_at_its_kink_takes_the_left_slope():
     params = {"weight": torch.tensor([0.5])}
     assert fn.PReLU().vjp(params, torch.zeros(1), torch.ones(1))[1].tolist() == [0.5]

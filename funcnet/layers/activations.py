@@ -20,6 +20,7 @@ from funcnet.checks import as_axis, name_of
 from funcnet.compat import (
     log_softmax_backward,
     plain_prelu,
+    plain_prelu_backward,
     prelu,
     prelu_backward,
     softmax_backward,
@@ -612,14 +613,20 @@ class PReLU(Layer):
 
     def _bwd(self, params: Any, x: Tensor, dy: Tensor, need: Need) -> Any:
         weight = _along_channels(params["weight"], x)
-        dx, terms = prelu_backward(dy, x, weight)  # both in one pass
+        dx, terms = _prelu_gradients(dy, x, weight)
         dweight = terms.sum_to_size(weight.shape).flatten() if need.params else None
         return {"weight": dweight}, dx if need.input else None
 
     def _bwd_each(self, params: Any, x: Tensor, dy: Tensor, need: Need) -> Any:
-        dx, terms = prelu_backward(dy, x, _along_channels(params["weight"], x))
+        dx, terms = _prelu_gradients(dy, x, _along_channels(params["weight"], x))
         channels = terms if self.num_parameters > 1 else terms.unsqueeze(1)
         return {"weight": over_positions(channels)}, dx if need.input else None
+
+
+def _prelu_gradients(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(dx, the terms of dweight), both in one pass."""
+    # Mapped over weights and x apart, the kernel confuses their axes.
+    return (prelu_backward if is_eager() else plain_prelu_backward)(dy, x, weight)
 
 
 def _along_channels(weight: Tensor, x: Tensor) -> Tensor:

@@ -451,11 +451,24 @@ def test_one_channel_with_the_strides_of_channels_last(layer, shape, turned):
     torch.testing.assert_close(mapped, expected[None])
 
 
+def test_images_of_one_pixel_mapped_by_vmap():
+    """PyTorch's kernel for float64 asks for a contiguous gradient of the weight."""
+    layer = fn.Conv2d(1, 3, padding=1)
+    params = layer.init(fn.key(0), (2, 1, 1), dtype=torch.float64)
+    xs, grads = (fn.normal(fn.key(n), (4, 1, n, 1, 1), dtype=torch.float64) for n in (2, 1))
+    xs = torch.stack([as_channels_last(x) for x in xs])
+    found = torch.func.vmap(layer.vjp, (None, 0, 0))(params, xs, grads)
+    for i, (x, grad) in enumerate(zip(xs, grads, strict=True)):
+        dparams, dx = layer.vjp(params, x, grad)
+        torch.testing.assert_close(found[0]["weight"][i], dparams["weight"])
+        torch.testing.assert_close(found[1][i], dx)
+
+
 def as_channels_last(x):
     """The numbers of x at the strides that channels_last has, one channel or more."""
     _, channels, height, width = x.shape
     strides = (channels * height * width, 1, width * channels, channels)
-    return torch.empty_strided(x.shape, strides).copy_(x)
+    return x.new_empty_strided(x.shape, strides).copy_(x)
 
 
 @pytest.mark.parametrize("stride", [1, (1, 2)])

@@ -59,10 +59,14 @@ def layout_for(weight: Tensor, x: Tensor) -> Tensor:
     kernels are faster on row-major images: 0.5 to 0.8 of the time, of 6 networks with 3 to 16
     channels of 16×16 pixels (AMD Zen 4, one thread, float32).
     """
-    is_mapped = not torch.compiler.is_compiling() and is_transformed(weight)
-    if is_mapped and x.shape[1] > 1 and inplace.is_mapped_alone():
+    if _is_wrapped(weight) and x.shape[1] > 1 and inplace.is_mapped_alone():
         return _canonical(x)
     return layout(x)
+
+
+def _is_wrapped(x: Tensor) -> bool:
+    """Whether torch.func has wrapped x, which hides an axis or derivatives."""
+    return not torch.compiler.is_compiling() and is_transformed(x)
 
 
 def is_laid_out(x: Tensor) -> bool:
@@ -224,6 +228,9 @@ def run_backward(
     stride, padding, dilation, groups = sizes
     # Volumes of one channel are row-major, and PyTorch would lay grad out anew.
     is_flat = x.ndim == 5 and x.shape[1] == 1
+    if _is_wrapped(x) and 1 in x.shape:
+        # PyTorch's kernel for float64 refuses strides that could be those of channels_last.
+        x = x.clone(memory_format=torch.contiguous_format)
     dx, dweight, _ = _backward(
         _canonical(grad.contiguous()) if is_flat else layout_for(weight, grad),
         x,

@@ -387,6 +387,13 @@ def test_inputs_of_several_dtypes_that_float64_does_not_fit():
     check_function(lambda x, w: torch.nn.functional.linear(x, w.float()), x, weight)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_gradient_is_rounded_in_the_dtype_of_its_own_input(seed):
+    x = fn.normal(fn.key(seed), (4, 3))
+    weight = fn.normal(fn.key(100 + seed), (3, 2), dtype=torch.bfloat16)
+    check_function(lambda x, weight: x @ weight.to(x.dtype), x, weight)
+
+
 def test_a_gradient_that_is_doubled_where_it_is_alone_in_bfloat16():
     """64 ε would be half of a number."""
 

@@ -85,7 +85,7 @@ def _check_gradients(case: Case, double: Case, errors: Errors) -> None:
         moves = noise_in(case, double, False)
     for name, (a, b), move in zip(case.names, compared, moves, strict=True):
         expect_exact(f"the gradient for {name}", a, b, move)
-        check_factor(case, name, a, b, move, case.dtype)
+        check_factor(case, name, a, b, move, a.dtype)
         errors.rounding = max(errors.rounding, epsilon * largest_error(a, b, move))
 
 

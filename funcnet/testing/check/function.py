@@ -25,6 +25,7 @@ from funcnet.testing.check.case import (
     tried,
     unlike,
 )
+from funcnet.testing.check.compared import Compared
 from funcnet.testing.check.comparison import Errors, excess, worst
 from funcnet.testing.check.contract import check_written_over, expect_close
 from funcnet.testing.check.laws import check_linear_in_grad
@@ -34,8 +35,6 @@ from funcnet.testing.check.precision import (
     check_own_dtype,
     check_precision,
     computed_in,
-    expect_exact,
-    is_suspicious,
 )
 from funcnet.testing.check.purity import pure
 from funcnet.testing.check.report import wrong_gradient
@@ -526,19 +525,21 @@ def _check_in_own_dtype(case: FunctionCase, dtype: torch.dtype) -> None:
     epsilon = torch.finfo(dtype).eps
     with torch.no_grad():
         want = exact.reference()
-    expect_exact("the result", case.apply(), want, value_noise(exact, epsilon, TRIALS), dtype)
+    result = Compared(case.apply(), want, value_noise(exact, epsilon, TRIALS), dtype)
+    result.expect_exact("the result")
     check_factors_of_value(case, exact, case.output_names, case.parts_of)
-    compared = list(zip(case.names, case.gradients(), exact.gradients(), strict=True))
     noise = gradient_noise(exact, epsilon, TRIALS)
-    for (name, got, right), move in zip(compared, noise, strict=True):
-        expect_exact(f"the gradient for {name}", got, right, move, dtype)
-    if not any(is_suspicious(got, right, dtype) for _, got, right in compared):
+    found = zip(case.gradients(), exact.gradients(), noise, strict=True)
+    leaves = [Compared(*leaf, dtype) for leaf in found]
+    for name, leaf in zip(case.names, leaves, strict=True):
+        leaf.expect_exact(f"the gradient for {name}")
+    if not any(leaf.is_suspicious for leaf in leaves):
         return
     moves = gradient_moves(exact, epsilon, TRIALS)  # tails would hide most of a factor
     own = noise_on_the_way(case, epsilon, Case.gradients)
-    for (name, got, right), move, on_the_way in zip(compared, moves, own, strict=True):
-        blur = torch.maximum(move, on_the_way.to(move))
-        check_factor(case, name, got, right, blur, dtype, exactly)
+    for i, (leaf, move, on_the_way) in enumerate(zip(leaves, moves, own, strict=True)):
+        blurred = replace(leaf, move=torch.maximum(move, on_the_way.to(move)))
+        check_factor(case, i, blurred, exactly)
 
 
 def _expect_value(case: Case, y: Tensor) -> None:

@@ -10,8 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from funcnet.testing.check.case import Case, drawn_like, tried, tried_y
-from funcnet.testing.check.comparison import Errors, excess, largest_error, worst
+from funcnet.testing.check.case import Case, Leaves, drawn_like, tried, tried_y
+from funcnet.testing.check.compared import Compared, explains, factor_between
+from funcnet.testing.check.comparison import Errors, excess, largest_error
 from funcnet.testing.check.oracles import Line, autograd_gradients, slope
 from funcnet.testing.check.rounding import (
     TRIALS,
@@ -23,17 +24,7 @@ from funcnet.testing.check.rounding import (
     staircase_noise,
     value_moves,
 )
-from funcnet.testing.check.tolerances import (
-    ACROSS_DTYPES,
-    ALIKE_IN_DTYPE,
-    ERRORS_OF_MEAN,
-    FACTOR,
-    OVERFLOW,
-    SAFETY,
-    SMOOTH,
-    STEADY,
-    SUSPICIOUS,
-)
+from funcnet.testing.check.tolerances import ALIKE_IN_DTYPE, ERRORS_OF_MEAN, FACTOR, SMOOTH
 from funcnet.testing.errors import GradientMismatch
 
 _NUDGE = 2.0**-5
@@ -54,15 +45,16 @@ def check_precision(case: Case, double: Case, errors: Errors) -> None:
         return  # what overflows or underflows in this dtype need not in float64
     epsilon = torch.finfo(case.dtype).eps
     y, exact = case.apply(), double.apply()
-    if _off(y, exact, value_moves(double, epsilon, 1)) is not None:
+    if Compared(y, exact, value_moves(double, epsilon, 1), y.dtype).wrong_entry is not None:
         (blur,) = noise_in(case, double, of_value=True)
-        if _off(y, exact, blur) is not None and (
+        thorough = Compared(y, exact, blur, y.dtype)
+        if thorough.wrong_entry is not None and (
             # A layer may draw other numbers from the key in another dtype.
             case.key is not None or _is_another_function(case, blur)
         ):
             check_own_dtype(case, case.dtype)
             return
-        expect_exact("y", y, exact, blur)
+        thorough.expect_exact("y")
     try:
         _check_gradients(case, double, errors)
     except GradientMismatch:
@@ -78,52 +70,44 @@ def check_precision(case: Case, double: Case, errors: Errors) -> None:
 def _check_gradients(case: Case, double: Case, errors: Errors) -> None:
     """Raise GradientMismatch if a gradient is further from float64 than rounding explains."""
     epsilon = torch.finfo(case.dtype).eps
-    compared = list(zip(case.gradients(), double.gradients(), strict=True))
-    moves = gradient_moves(double, epsilon, 2)
-    if any(_is_off(a, b, move) for (a, b), move in zip(compared, moves, strict=True)):
+    ours, exact = case.gradients(), double.gradients()
+
+    def compared(moves: Leaves) -> list[Compared]:
+        return [Compared(a, b, m, a.dtype) for a, b, m in zip(ours, exact, moves, strict=True)]
+
+    leaves = compared(gradient_moves(double, epsilon, 2))
+    if any(leaf.wrong_entry is not None or leaf.wrong_factor is not None for leaf in leaves):
         # Two moves of a single entry may both be small by chance.
-        moves = noise_in(case, double, False)
-    for name, (a, b), move in zip(case.names, compared, moves, strict=True):
-        expect_exact(f"the gradient for {name}", a, b, move)
-        check_factor(case, name, a, b, move, a.dtype)
-        errors.rounding = max(errors.rounding, epsilon * largest_error(a, b, move))
-
-
-def is_suspicious(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a leaf's gradient a may be float64's b times a factor, which is worth a look."""
-    factor = _factor(a, b)
-    return factor is not None and not abs(factor - 1) <= SUSPICIOUS * torch.finfo(dtype).eps
+        leaves = compared(noise_in(case, double, of_value=False))
+    for i, leaf in enumerate(leaves):
+        leaf.expect_exact(f"the gradient for {case.names[i]}")
+        check_factor(case, i, leaf)
+        errors.rounding = max(errors.rounding, epsilon * largest_error(leaf.a, leaf.b, leaf.move))
 
 
 def check_factor(
-    case: Case,
-    name: str,
-    a: Tensor,
-    b: Tensor,
-    move: Tensor,
-    dtype: torch.dtype,
-    exactly: Callable[[Case], Case] = Case.double,
+    case: Case, i: int, leaf: Compared, exactly: Callable[[Case], Case] = Case.double
 ) -> None:
-    """Raise GradientMismatch if a leaf's gradient a, computed in `dtype`, is float64's b times a
-    factor that rounding does not explain.
+    """Raise GradientMismatch if the gradient of leaf i is float64's times a factor that rounding
+    does not explain.
 
-    `exactly` makes the case of b at other points.
+    `exactly` makes the case of float64's at other points.
     """
-    factor = _wrong_factor(a, b, move, dtype)
+    what, factor = f"in {leaf.dtype}, the gradient for {case.names[i]}", leaf.wrong_factor
     if (
         factor is not None
-        and not _is_autograds(case, name, factor, b)
-        and _stays(factor, case, name, exactly)
+        and not _is_autograds(case, i, leaf, factor)
+        and _stays(case, i, factor, exactly)
     ):
         raise GradientMismatch(
-            f"in {dtype}, the gradient for {name} is about {factor:.6g} times that in "
-            "float64, which is more than rounding explains"
+            f"{what} is about {factor:.6g} times that in float64, which is more than rounding "
+            "explains"
         )
-    mean = _mean_wrong_factor(case, name, a, b, move, dtype, exactly)
+    mean = _wrong_mean_factor(case, i, leaf, exactly)
     if mean is not None:
         raise GradientMismatch(
-            f"in {dtype}, the gradient for {name} is on average about {mean:.4g} times that "
-            "in float64 at points beside x, which is more than rounding explains"
+            f"{what} is on average about {mean:.4g} times that in float64 at points beside x, "
+            "which is more than rounding explains"
         )
 
 
@@ -141,7 +125,7 @@ def check_factors_of_value(
 
     def wrong_factors(moves: Tensor) -> list[float | None]:
         compared = zip(y, exact, parts(moves), strict=True)
-        return [_wrong_factor(*output, case.dtype) for output in compared]
+        return [Compared(*output, case.dtype).wrong_factor for output in compared]
 
     quick = wrong_factors(value_moves(double, torch.finfo(case.dtype).eps))
     if all(factor is None for factor in quick):
@@ -152,14 +136,14 @@ def check_factors_of_value(
     with torch.no_grad():
         reference = tried(case.reference)  # which may refuse this dtype
     for i, (name, factor) in enumerate(zip(names, wrong_factors(blur), strict=True)):
-        theirs = None if reference is None else _factor(parts(reference)[i], exact[i])
+        theirs = None if reference is None else factor_between(parts(reference)[i], exact[i])
         beside = None
         if there_y is not None and there_exact is not None:
-            beside = _factor(parts(there_y)[i], parts(there_exact)[i])
+            beside = factor_between(parts(there_y)[i], parts(there_exact)[i])
         if (
             factor is not None
-            and not _explains(theirs, factor)
-            and _explains(beside, factor) is not False
+            and not explains(theirs, factor)
+            and explains(beside, factor) is not False
         ):
             raise GradientMismatch(
                 f"in {case.dtype}, {name} is about {factor:.6g} times that of the reference in "
@@ -190,7 +174,7 @@ def _blur_off_float64(case: Case) -> Tensor | None:
     if y is None or exact is None:
         return None
     (blur,) = noise_in(case, double, of_value=True)
-    return None if _off(y, exact, blur) is None else blur
+    return None if Compared(y, exact, blur, y.dtype).wrong_entry is None else blur
 
 
 def _size_of_another_function(case: Case) -> float | None:
@@ -317,34 +301,8 @@ def check_own_dtype(
             )
 
 
-def _wrong_factor(a: Tensor, b: Tensor, move: Tensor, dtype: torch.dtype) -> float | None:
-    """The factor that all entries are off by, if it is more than rounding explains.
-
-    The best factor is ⟨a, b⟩ / ⟨b, b⟩; roundings of about `move` shift it by ‖move ∘ b‖ / ⟨b, b⟩.
-    """
-    factor = _factor(a, b)
-    if factor is None:
-        return None
-    return factor if abs(factor - 1) > _factor_rounding(b, move, dtype) else None
-
-
-def _factor_rounding(b: Tensor, move: Tensor, dtype: torch.dtype) -> float:
-    """The most that rounding may shift the factor that fits a leaf best to float64's b, not 0."""
-    unit, info = b / b.abs().max(), torch.finfo(dtype)
-    shifts = (move + info.tiny) / b.abs().max() * unit.abs()
-    # What cancels entirely is all rounding.
-    cancelled = SAFETY[dtype] * shifts[move > b.abs()].sum()
-    return FACTOR * info.eps + float(shifts.norm() + cancelled) / float(unit.square().sum())
-
-
-def _mean_wrong_factor(
-    case: Case,
-    name: str,
-    a: Tensor,
-    b: Tensor,
-    move: Tensor,
-    dtype: torch.dtype,
-    exactly: Callable[[Case], Case],
+def _wrong_mean_factor(
+    case: Case, i: int, leaf: Compared, exactly: Callable[[Case], Case]
 ) -> float | None:
     """The mean of the factors that a leaf is off by at points beside x, if it is wrong.
 
@@ -353,15 +311,12 @@ def _mean_wrong_factor(
     coarse that these points see the same: such leaves are passed over. So are functions whose y is
     off as well: they are other ones in this dtype.
     """
-    if dtype not in (torch.bfloat16, torch.float16):
+    is_half = leaf.dtype in (torch.bfloat16, torch.float16)
+    if not (is_half and leaf.is_suspicious and leaf.is_steady):
         return None
-    epsilon = torch.finfo(dtype).eps
-    if not is_suspicious(a, b, dtype) or _factor_rounding(b, move, dtype) > STEADY * epsilon:
-        return None
-    i = case.names.index(name)
     mean, error = _mean_factor(case, lambda there: there.gradients()[i], exactly)
     off = abs(mean - 1)
-    if not off > FACTOR * epsilon + ERRORS_OF_MEAN * error:
+    if not off > FACTOR * torch.finfo(leaf.dtype).eps + ERRORS_OF_MEAN * error:
         return None
     for other in (Case.apply, partial(_autograds, i=i)):
         others, error = _mean_factor(case, other, exactly)
@@ -384,65 +339,23 @@ def _mean_factor(
     for trial in range(_POINTS):
         there = nudge(case, _AROUND, trial)
         found, exact = tried(partial(result, there)), tried(partial(result, exactly(there)))
-        factor = None if found is None or exact is None else _factor(found, exact)
+        factor = None if found is None or exact is None else factor_between(found, exact)
         if factor is None:
             return math.nan, math.nan
         factors.append(factor)
     return statistics.fmean(factors), statistics.stdev(factors) / math.sqrt(_POINTS)
 
 
-def _stays(factor: float, case: Case, name: str, exactly: Callable[[Case], Case]) -> bool:
-    """Whether a leaf is off by about as much beside x. Equal terms all round to one side."""
+def _stays(case: Case, i: int, factor: float, exactly: Callable[[Case], Case]) -> bool:
+    """Whether leaf i is off by about as much beside x. Equal terms all round to one side."""
     there = nudge(case, _NUDGE, 0)
     found, exact = tried(there.gradients), tried(exactly(there).gradients)
     if found is None or exact is None:
         return True
-    i = case.names.index(name)
-    return _explains(_factor(found[i], exact[i]), factor) is not False
+    return explains(factor_between(found[i], exact[i]), factor) is not False
 
 
-def _factor(a: Tensor, b: Tensor) -> float | None:
-    """⟨a, b⟩ / ⟨b, b⟩; None where there is none."""
-    largest = b.abs().max() if b.numel() else b.new_zeros(())
-    if not (0 < float(largest) < math.inf and a.isfinite().all()):
-        return None
-    unit = b / largest
-    return float((a.to(b) / largest * unit).sum()) / float(unit.square().sum())
-
-
-def _is_autograds(case: Case, name: str, factor: float, b: Tensor) -> bool:
+def _is_autograds(case: Case, i: int, leaf: Compared, factor: float) -> bool:
     """Whether autograd in this dtype is off by about as much: 1 − σ(x) is 0 in a tail."""
     found = autograd_gradients(case)
-    if found is None:
-        return False
-    return _explains(_factor(found[case.names.index(name)], b), factor) is True
-
-
-def _explains(other: float | None, factor: float) -> bool | None:
-    """Whether another factor is about as far off 1; None where there is none."""
-    return None if other is None else abs(factor - 1) <= 2 * abs(other - 1)
-
-
-def _is_off(a: Tensor, b: Tensor, move: Tensor) -> bool:
-    return _off(a, b, move) is not None or _wrong_factor(a, b, move, a.dtype) is not None
-
-
-def _off(
-    a: Tensor, b: Tensor, move: Tensor, dtype: torch.dtype | None = None
-) -> tuple[int, ...] | None:
-    """The index of the entry of a that is furthest from float64's b; None if none is too far."""
-    info = torch.finfo(dtype or a.dtype)
-    off = excess(a, b, allowance(move, dtype or a.dtype) + ACROSS_DTYPES * info.eps * b.abs())
-    return worst(off.masked_fill(b.abs() > OVERFLOW * info.max, 0.0))
-
-
-def expect_exact(
-    name: str, a: Tensor, b: Tensor, move: Tensor, dtype: torch.dtype | None = None
-) -> None:
-    """Raise GradientMismatch if a, computed in `dtype`, is too far from float64's b."""
-    index = _off(a, b, move, dtype)
-    if index is not None:
-        raise GradientMismatch(
-            f"in {dtype or a.dtype}, {name} is further from float64 than rounding explains: "
-            f"at {list(index)}, expected about {float(b[index]):.9g}, got {float(a[index]):.9g}"
-        )
+    return found is not None and explains(factor_between(found[i], leaf.b), factor) is True

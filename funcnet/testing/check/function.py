@@ -178,26 +178,32 @@ class FunctionCase(Case):
         return self.vjp()
 
     def vjp(self, **need: bool) -> Any:
-        gradients = self.gradients_by(range(len(self.leaves)), self.parts_of(self.grad))
+        gradients = self.gradients_by(self.grads)
         first = self.first_of_x
         of_params, of_x = optree.tree_structure(self.params), optree.tree_structure(self.x)
         return of_params.unflatten(gradients[:first]), of_x.unflatten(gradients[first:])
 
-    def gradients_by(self, which: Sequence[int], grads: Sequence[Tensor | None]) -> Leaves:
-        """The gradients of some leaves, which alone require one; zeros for the others.
+    @property
+    def grads(self) -> list[Tensor]:
+        """The gradient of each output."""
+        return self.parts_of(self.grad)
 
-        An output without grad is not used.
+    def gradients_by(
+        self, grads: Sequence[Tensor | None], which: Sequence[int] | None = None
+    ) -> Leaves:
+        """The gradients of the leaves, or of some, which alone require one; zeros for the others.
+
+        An output whose grad is None is not used.
         """
-        return self.gradients_later(which, grads)()
+        return self.run_forward(which)(grads)
 
-    def gradients_later(
-        self, which: Sequence[int], grads: Sequence[Tensor | None]
-    ) -> Callable[..., Leaves]:
-        """Run the forward pass. Returns the backward pass, which finds `gradients_by`.
+    def run_forward(self, which: Sequence[int] | None = None) -> Callable[..., Leaves]:
+        """Run the forward pass. Returns the backward pass as a function of grads.
 
-        The backward pass takes other grads, too. It can be run again if `retain` is True.
+        It can be run again if `retain` is True.
         """
         leaves = [leaf.detach() for leaf in self.leaves]
+        which = range(len(leaves)) if which is None else which
         asked = [i for i in which if leaves[i].is_floating_point()]
         for i in asked:
             leaves[i] = leaves[i].clone(memory_format=torch.preserve_format).requires_grad_()
@@ -205,7 +211,7 @@ class FunctionCase(Case):
         with torch.enable_grad():
             y = self.outputs(leaves)
 
-        def backward(grads: Sequence[Tensor | None] = grads, retain: bool = False) -> Leaves:
+        def backward(grads: Sequence[Tensor | None], retain: bool = False) -> Leaves:
             found: list[Tensor | None] = [None] * len(leaves)
             pairs = zip(y, grads, strict=True)
             used = [(y, g.to(y)) for y, g in pairs if g is not None and y.requires_grad]
@@ -232,9 +238,9 @@ class FunctionCase(Case):
 
         return backward
 
-    def parts_of(self, grad: Tensor) -> list[Tensor]:
-        """The gradient of each output."""
-        parts = torch.split(grad, [shape.numel() for shape in self.shapes])
+    def parts_of(self, y: Tensor) -> list[Tensor]:
+        """The outputs, or their gradients, of which y holds the entries."""
+        parts = torch.split(y, [shape.numel() for shape in self.shapes])
         return [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
 
@@ -343,8 +349,10 @@ def _examine(case: FunctionCase, limits: Limits) -> None:
     _check_no_state(case, gradients)
     _check_backward_again(case, gradients)
     check_written_over(case, "an input")
-    _check_parts(case, gradients)
-    _check_layouts(case, gradients)
+    _check_some_inputs(case, gradients)
+    _check_each_output(case)
+    _check_layouts_of_grads(case)
+    _check_layouts_of_inputs(case, gradients)
     double = case.double()
     try:
         own = _computed_in(double)
@@ -381,13 +389,10 @@ def _check_calls(case: FunctionCase) -> Leaves:
     y = pure(case, "the function", case.apply)
     if not same(pure(case, "the function", case.apply), y):
         raise GradientMismatch("called twice, the function gives two different answers")
-    parts = case.parts_of(case.grad)
-    by_all = partial(case.gradients_by, range(len(case.leaves)), parts)
-    named = {
-        f"the gradient of output {i}": part for i, part in zip(case.chosen, parts, strict=True)
-    }
-    gradients = pure(case, "the backward pass", by_all, named)
-    if not all(map(same, by_all(), gradients)):
+    grads = case.grads
+    named = {f"the gradient of output {i}": g for i, g in zip(case.chosen, grads, strict=True)}
+    gradients = pure(case, "the backward pass", partial(case.gradients_by, grads), named)
+    if not all(map(same, case.gradients_by(grads), gradients)):
         raise GradientMismatch("called twice, the backward pass gives two different answers")
     for name, leaf, gradient in zip(case.names, case.leaves, gradients, strict=True):
         if gradient.shape != leaf.shape:
@@ -403,19 +408,18 @@ def _check_no_state(case: FunctionCase, gradients: Leaves) -> None:
 
     They come before the forward pass, too, so that neither the last nor the first state serves.
     """
-    everything, parts = range(len(case.leaves)), case.parts_of(case.grad)
 
     def run_beside() -> None:
         for change in (other_numbers, unlike):
             other = case.at([change(leaf) for leaf in case.leaves])
-            tried(partial(other.gradients_later, everything, parts))
+            tried(other.run_forward)
 
     run_beside()
-    backward = case.gradients_later(everything, parts)
+    backward = case.run_forward()
     run_beside()
     complaint = "the backward pass depends on forward passes other than its own: state is kept"
     try:
-        found = backward()
+        found = backward(case.grads)
     except Exception as error:
         raise GradientMismatch(f"{complaint} outside ctx ({error!r})") from error
     if not all(map(same, found, gradients)):
@@ -427,17 +431,16 @@ def _check_backward_again(case: FunctionCase, gradients: Leaves) -> None:
 
     What it kept of the forward pass must outlive it, and what it found must not.
     """
-    parts = case.parts_of(case.grad)
-    backward = case.gradients_later(range(len(case.leaves)), parts)
+    backward = case.run_forward()
     try:
-        backward([unlike(part) for part in parts], retain=True)
+        backward([unlike(grad) for grad in case.grads], retain=True)
     except GradientMismatch:
         raise
     except Exception:  # code that is compiled may refuse to retain a graph, and says so
         return
     complaint = "a second backward pass over one graph (retain_graph=True)"
     try:
-        again = backward()
+        again = backward(case.grads)
     except Exception as error:
         raise GradientMismatch(f"{complaint} raises {error!r}") from error
     if not all(map(same, again, gradients)):
@@ -447,27 +450,30 @@ def _check_backward_again(case: FunctionCase, gradients: Leaves) -> None:
         )
 
 
-def _check_parts(case: FunctionCase, gradients: Leaves) -> None:
-    """Ask for the gradients of some inputs alone, and use one output alone."""
-    parts = case.parts_of(case.grad)
+def _check_some_inputs(case: FunctionCase, gradients: Leaves) -> None:
+    """Ask for the gradients of some inputs alone."""
     for some in _parts_of_inputs(case):
         names = " and ".join(case.names[i] for i in some)
         require = "requires a gradient" if len(some) == 1 else "require gradients"
         with noted(f"check_function: raised where {names} alone {require}"):
-            alone = case.gradients_by(some, parts)
+            alone = case.gradients_by(case.grads, some)
         one = f"{require}, it gets" if len(some) == 1 else f"{require}, they get"
-        want = [g if j in some else torch.zeros_like(g) for j, g in enumerate(gradients)]
+        want = [g if i in some else torch.zeros_like(g) for i, g in enumerate(gradients)]
         expect_close(case, f"where {names} alone {one} another one", alone, want)
-    for i in range(len(parts) if len(parts) > 1 else 0):
-        only = [part if j == i else None for j, part in enumerate(parts)]
-        zeros = [part if j == i else torch.zeros_like(part) for j, part in enumerate(parts)]
-        everything = range(len(case.leaves))
+
+
+def _check_each_output(case: FunctionCase) -> None:
+    """Use one output alone: its gradient is that of zeros for the grads of the others."""
+    if len(case.chosen) < 2:
+        return
+    for i, name in enumerate(case.output_names):
+        only = [grad if j == i else None for j, grad in enumerate(case.grads)]
+        zeros = [grad if j == i else torch.zeros_like(grad) for j, grad in enumerate(case.grads)]
         there = replace(case, grad=_joined(zeros))
-        where = f"where {case.output_names[i]} alone is used"
+        where = f"where {name} alone is used"
         with noted(f"check_function: raised {where}, and the grad of the others is None"):
-            got = case.gradients_by(everything, only)
-        want = case.gradients_by(everything, zeros)
-        expect_close(there, f"{where}, the gradient is another one", got, want)
+            got = case.gradients_by(only)
+        expect_close(there, f"{where}, the gradient is another one", got, case.gradients_by(zeros))
 
 
 def _parts_of_inputs(case: FunctionCase) -> Iterator[tuple[int, ...]]:
@@ -480,19 +486,20 @@ def _parts_of_inputs(case: FunctionCase) -> Iterator[tuple[int, ...]]:
         yield from itertools.combinations(floats, count)
 
 
-def _check_layouts(case: FunctionCase, gradients: Leaves) -> None:
-    everything = range(len(case.leaves))
-    parts = case.parts_of(case.grad)
-    for i, part in enumerate(parts):
-        for name, grad in other_layouts(part):
-            laid = [grad if j == i else other for j, other in enumerate(parts)]
-            straight = [row_major(grad) if j == i else other for j, other in enumerate(parts)]
+def _check_layouts_of_grads(case: FunctionCase) -> None:
+    grads = case.grads
+    for i, grad in enumerate(grads):
+        for name, laid in other_layouts(grad):
+            straight = [*grads[:i], row_major(laid), *grads[i + 1 :]]
             where = f"a gradient in the memory layout {name!r}"
-            want = case.gradients_by(everything, straight)
+            want = case.gradients_by(straight)
             with noted(f"check_function: raised by {where}"):
-                got = case.gradients_by(everything, laid)
-            laid_out = replace(case, grad=_joined(straight))
-            expect_close(laid_out, f"{where} changes the gradient", got, want)
+                got = case.gradients_by([*grads[:i], laid, *grads[i + 1 :]])
+            there = replace(case, grad=_joined(straight))
+            expect_close(there, f"{where} changes the gradient", got, want)
+
+
+def _check_layouts_of_inputs(case: FunctionCase, gradients: Leaves) -> None:
     leaves = case.leaves
     for i in range(case.first_of_x, len(leaves)):
         for name, x in other_layouts(leaves[i]):

@@ -535,7 +535,7 @@ def _check_in_own_dtype(case: FunctionCase, dtype: torch.dtype) -> None:
     result = Compared(case.apply(), want, value_noise(exact, epsilon, TRIALS), dtype)
     result.expect_exact("the result")
     check_factors_of_value(case, exact, case.output_names, case.parts_of)
-    noise = gradient_noise(exact, epsilon, TRIALS)
+    noise = gradient_noise(exact, epsilon)
     found = zip(case.gradients(), exact.gradients(), noise, strict=True)
     leaves = [Compared(*leaf, dtype) for leaf in found]
     for name, leaf in zip(case.names, leaves, strict=True):

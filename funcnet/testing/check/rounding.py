@@ -24,6 +24,7 @@ from funcnet.testing.check.tolerances import KINKED, LEAF_SHARE, SAFETY, SMALLES
 
 TRIALS = 12
 """Trials that show both sides of a kink within rounding."""
+_SPREAD_TRIALS = 8  # more than the heaps of a kink
 
 
 def value_moves(case: Case, epsilon: float, trials: int = 2) -> Tensor:
@@ -70,10 +71,9 @@ def staircase_noise(case: Case, epsilon: float, trials: int) -> Tensor:
     return torch.where(still, torch.maximum(noise, on_the_way), noise)
 
 
-def gradient_noise(case: Case, epsilon: float, trials: int) -> Leaves:
+def gradient_noise(case: Case, epsilon: float) -> Leaves:
     """The rounding of each entry of the gradients, in tails too, as `value_noise`."""
-    moves, tails = gradient_moves(case, epsilon, trials), gradient_tails(case)
-    pairs = zip(moves, tails, strict=True)
+    pairs = zip(gradient_moves(case, epsilon, TRIALS), gradient_tails(case), strict=True)
     return [torch.maximum(move, TAIL * epsilon * tail) for move, tail in pairs]
 
 
@@ -89,10 +89,7 @@ def noise_in(case: Case, double: Case, of_value: bool) -> Leaves:
     def results(there: Case) -> Leaves:
         return [there.apply()] if of_value else there.gradients()
 
-    if of_value:
-        noise = [value_noise(double, epsilon, TRIALS)]
-    else:
-        noise = gradient_noise(double, epsilon, TRIALS)
+    noise = [value_noise(double, epsilon, TRIALS)] if of_value else gradient_noise(double, epsilon)
     pairs = zip(noise, noise_on_the_way(case, epsilon, results), strict=True)
     return [torch.maximum(move, other.to(move)) for move, other in pairs]
 
@@ -173,11 +170,9 @@ def _nearer_to_zero(case: Case) -> Iterator[Case]:
             yield case.at(leaves)
 
 
-def gradient_moves(
-    case: Case, epsilon: float, trials: int = 3, by: Callable[[Case], Leaves] = Case.gradients
-) -> Leaves:
+def gradient_moves(case: Case, epsilon: float, trials: int = 3) -> Leaves:
     """The move of each entry of the gradients when inputs and residuals are nudged."""
-    still, *found = _nudged_gradients(case, epsilon, trials, by)
+    still, *found = _nudged_gradients(case, epsilon, trials, Case.gradients)
     moves = _zeros(case)
     for leaves in found:
         for i, leaf in enumerate(leaves):
@@ -187,14 +182,14 @@ def gradient_moves(
 
 
 def gradient_spread(
-    case: Case, epsilon: float, trials: int = 8, by: Callable[[Case], Leaves] = Case.gradients
+    case: Case, epsilon: float, by: Callable[[Case], Leaves] = Case.gradients
 ) -> Leaves:
     """The distance between nudged gradients, unless they lie in heaps, as they do at a kink.
 
     There, and where the gradient is another one at a single number, a nudge moves it by a jump or
     not at all: it is in one of three heaps, here and on either side. Rounding scatters it.
     """
-    _, *found = _nudged_gradients(case, epsilon, trials, by)
+    _, *found = _nudged_gradients(case, epsilon, _SPREAD_TRIALS, by)
     spread = _zeros(case)
     for i, leaves in enumerate(zip(*found, strict=True)):
         gaps = torch.stack([_finite(leaf) for leaf in leaves]).sort(0).values.diff(dim=0)

@@ -322,8 +322,8 @@ def _check_in_place(case: Case, gradients: Leaves) -> None:
 
 def _check_layouts(case: Case, residuals: Any, gradients: Leaves) -> None:
     for name, grad in other_layouts(case.grad):
-        there = case.at(case.leaves, grad)
-        straight = case.at(case.leaves, row_major(grad))
+        there = replace(case, grad=grad)
+        straight = replace(case, grad=row_major(grad))
         complaint = f"grad in the memory layout {name!r} changes"
         with noted(_REFUSED.format(complaint)):
             got = there.flat(pure(there, "bwd", partial(there.bwd, residuals)))

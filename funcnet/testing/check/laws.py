@@ -6,6 +6,8 @@ Each check is a function of a float64 case that raises `GradientMismatch`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -45,24 +47,21 @@ def check_linear_in_grad(case: Case) -> None:
     if is_extreme(case):
         return  # multiples overflow
     other = signed(case.grad.shape, seed=2).to(case.grad) * 3 * scale_of(case.grad)
-    both = case.at(case.leaves, other - 2.5 * case.grad)
-    mine, others = case.gradients(), case.at(case.leaves, other).gradients()
+    both = replace(case, grad=other - 2.5 * case.grad)
+    mine, others = case.gradients(), replace(case, grad=other).gradients()
     expected = [b - 2.5 * a for a, b in zip(mine, others, strict=True)]
     terms = [2.5 * a.abs() + b.abs() for a, b in zip(mine, others, strict=True)]
     _expect_linear(both, both.gradients(), expected, terms)
-    for multiple, slack in ((2.0**10, 1.0), (2.0**40, LAW_FAR / LAW_TERMS)):
-        scaled, expected = case.at(case.leaves, multiple * case.grad), _times(multiple, mine)
-        terms = [slack * _largest_throughout(leaf) for leaf in expected]
-        _expect_linear(scaled, scaled.gradients(), expected, terms)
-    for multiple, why in ((2.0**-40, ""), (0.0, _AT_ZERO)):
-        scaled, expected = case.at(case.leaves, multiple * case.grad), _times(multiple, mine)
-        terms = [leaf.abs() for leaf in expected]
-        _expect_linear(scaled, scaled.gradients(), expected, terms, why)
+    for multiple, size_of, why in (
+        (2.0**10, _largest_throughout, ""),
+        (2.0**40, lambda leaf: LAW_FAR / LAW_TERMS * _largest_throughout(leaf), ""),
+        (2.0**-40, Tensor.abs, ""),
+        (0.0, Tensor.abs, _AT_ZERO),
+    ):
+        scaled = replace(case, grad=multiple * case.grad)
+        expected = [multiple * leaf for leaf in mine]
+        _expect_linear(scaled, scaled.gradients(), expected, map(size_of, expected), why)
     _check_zeros_in_grad(case, mine)
-
-
-def _times(multiple: float, leaves: Leaves) -> Leaves:
-    return [multiple * leaf for leaf in leaves]
 
 
 def _largest_throughout(leaf: Tensor) -> Tensor:
@@ -75,13 +74,15 @@ def _check_zeros_in_grad(case: Case, gradients: Leaves) -> None:
     """vjp(g₁) + vjp(g₂) = vjp(g), where g₁ is g with zeros for the last entries, g₂ the others."""
     count = case.grad.numel()
     is_first = (torch.arange(count, device=case.grad.device) < count / 2).reshape(case.grad.shape)
-    first, last = (case.at(case.leaves, case.grad * half) for half in (is_first, ~is_first))
+    first, last = (replace(case, grad=case.grad * half) for half in (is_first, ~is_first))
     pairs = list(zip(first.gradients(), last.gradients(), strict=True))
     sums, terms = [a + b for a, b in pairs], [a.abs() + b.abs() for a, b in pairs]
     _expect_linear(case, sums, gradients, terms, _AT_ZERO)
 
 
-def _expect_linear(case: Case, got: Leaves, expected: Leaves, terms: Leaves, why: str = "") -> None:
+def _expect_linear(
+    case: Case, got: Leaves, expected: Leaves, terms: Iterable[Tensor], why: str = ""
+) -> None:
     i = _first_off(case, got, expected, terms)
     if i is not None:
         raise GradientMismatch(f"the gradient for {case.names[i]} is not linear in grad{why}")
@@ -158,7 +159,7 @@ def _check_each(case: Case) -> None:
         raise GradientMismatch("_bwd_each: the same call twice gives different bits")
     for i in range(len(case.grad)):
         is_this = torch.arange(len(case.grad), device=case.grad.device) == i
-        alone = case.at(case.leaves, _only(case.grad, is_this))
+        alone = replace(case, grad=_only(case.grad, is_this))
         expected = alone.gradients()
         got = [*(leaf[i] for leaf in gradients), _only(dx, is_this)]
         wrong = _first_off(alone, got, expected, [leaf.abs() for leaf in expected])
@@ -235,23 +236,20 @@ def _two_or_three(case: Case) -> Case:
     return case.with_x(repeated, torch.cat([case.grad, company])[:count])
 
 
-def _first_off(case: Case, got: Leaves, expected: Leaves, terms: Leaves) -> int | None:
+def _first_off(case: Case, got: Leaves, expected: Leaves, terms: Iterable[Tensor]) -> int | None:
     """The first leaf where results differ by more than rounding."""
-    allowed = [LAW_TERMS * size for size in terms]
-    compared = list(zip(got, expected, allowed, strict=True))
+    compared = [(a, b, LAW_TERMS * size) for a, b, size in zip(got, expected, terms, strict=True)]
     if all(worst(excess(*leaf)) is None for leaf in compared):
         return None
-    # What cancels whatever the inputs are, as where softmax saturates, more trials show.
-    for moves_of in (partial(gradient_moves, epsilon=_EPSILON), _noise):
-        for i, move in enumerate(moves_of(case)):
-            a, b, share = compared[i]
+
+    def first_beyond(moves: Leaves) -> int | None:
+        for i, ((a, b, share), move) in enumerate(zip(compared, moves, strict=True)):
             rounding = LAW_ROUNDING * allowance(move, torch.float64)
             if worst(excess(a, b, share + rounding)) is not None:
-                break
-        else:
-            return None
-    return i
+                return i
+        return None
 
-
-def _noise(case: Case) -> Leaves:
-    return noise_in(case, case, of_value=False)
+    if first_beyond(gradient_moves(case, _EPSILON)) is None:
+        return None
+    # What cancels whatever the inputs are, as where softmax saturates, more trials show.
+    return first_beyond(noise_in(case, case, of_value=False))

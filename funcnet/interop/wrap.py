@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from operator import getitem
-from typing import Any
+from typing import Any, TypeVar
 
 import optree
 import torch
@@ -23,6 +23,8 @@ from funcnet.layer import Layer, Shape, Spec, Tree
 from funcnet.ops.inplace import is_eager, is_untracked
 from funcnet.ops.need import Need
 from funcnet.param import Param
+
+_Result = TypeVar("_Result")
 
 
 def wrap(module: nn.Module, shape: Sequence[int]) -> tuple[Layer, Tree]:
@@ -246,23 +248,27 @@ class _Graph:
             materialize_grads=True,
         )
         # The backward pass may run the module again, as torch.utils.checkpoint does.
-        tensors = {f"module.{name}": tensor for name, tensor in self.tensors.items()}
-        found: Sequence[Tensor] = functional_call(
-            _Within(self.module), tensors, (run,), tie_weights=False
-        )
-        return found
+        return call_within(self.module, self.tensors, run, tie_weights=False)
 
 
-class _Within(nn.Module):
-    """Calls a function while functional_call has put other tensors into a module."""
+def call_within(
+    module: nn.Module, tensors: dict[str, Tensor], call: Callable[[], _Result], tie_weights: bool
+) -> _Result:
+    """Return `call()`, during which the module has other tensors, by their names in it."""
+    named = {f"module.{name}": tensor for name, tensor in tensors.items()}
+    found: _Result = functional_call(_Caller(module), named, (call,), tie_weights=tie_weights)
+    return found
+
+
+class _Caller(nn.Module):
+    """Calls what it is given: functional_call puts tensors in for a forward pass alone."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
-    def forward(self, function: Callable[[], Any]) -> Any:
-        """Return what the function returns."""
-        return function()
+    def forward(self, call: Callable[[], Any]) -> Any:
+        return call()
 
 
 def places_of(

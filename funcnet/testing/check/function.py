@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from funcnet.checks import shown
 from funcnet.compat import version
+from funcnet.interop.wrap import call_within
 from funcnet.testing.check.beside import moved
 from funcnet.testing.check.case import (
     Case,
@@ -263,15 +264,12 @@ def _make_case(
             new[i] = tensor
         return structure.unflatten(new)
 
-    calls = _Calls(function) if isinstance(function, nn.Module) else None
-
     def within(params: Any, x: Any, call: Callable[[], Any]) -> Any:
-        if calls is None:
+        if not isinstance(function, nn.Module):
             return call()
         like = next(leaf for leaf in (*x, *params.values()) if leaf.is_floating_point())
         own = {name: _like(buffer, like) for name, buffer in function.named_buffers()}
-        named = {f"module.{name}": tensor for name, tensor in {**own, **params}.items()}
-        return torch.func.functional_call(calls, named, (call,))
+        return call_within(function, {**own, **params}, call, tie_weights=True)
 
     def call(params: Any, x: Any) -> Any:
         return within(params, x, lambda: _callable(function)(*arguments(x)))
@@ -297,17 +295,6 @@ def _make_case(
         call, params, x, joined,
         by_reference=follows, within=within, chosen=chosen, shapes=shapes,
     )  # fmt: skip
-
-
-class _Calls(nn.Module):
-    """Calls what it is given, while the module inside has other parameters."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, call: Callable[[], Any]) -> Any:
-        return call()
 
 
 def _differentiable(name: str, outputs: Sequence[Any]) -> tuple[int, ...]:

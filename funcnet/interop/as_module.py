@@ -124,7 +124,6 @@ class NetworkModule(nn.Module):
         return leaves
 
     def extra_repr(self) -> str:
-        """Return the network's name."""
         return name_of(self._net)
 
 

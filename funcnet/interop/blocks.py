@@ -46,7 +46,6 @@ class First(nn.Module):
         self.module = module
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return y, without the last state."""
         y: Tensor = self.module(x)[0]
         return y
 
@@ -77,11 +76,9 @@ class Permute(nn.Module):
         self.dims = dims
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x with its axes in another order."""
         return x.permute(self.dims)
 
     def extra_repr(self) -> str:
-        """Return the dims."""
         return str(self.dims)
 
 
@@ -99,18 +96,16 @@ class PositionalEmbedding(nn.Module):
 
 
 class Reshape(nn.Module):
-    """Every example gets another shape."""
+    """Give every example another shape: y is (N, *shape)."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
         self.shape = shape
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return y (N, *shape)."""
         return x.reshape((x.shape[0], *self.shape))
 
     def extra_repr(self) -> str:
-        """Return the shape."""
         return str(self.shape)
 
 
@@ -122,11 +117,9 @@ class Select(nn.Module):
         self.dim, self.index = dim, index
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x without the axis."""
         return x.select(self.dim, self.index)
 
     def extra_repr(self) -> str:
-        """Return the axis and the entry."""
         return f"dim={self.dim}, index={self.index}"
 
 
@@ -144,12 +137,10 @@ class Cast(nn.Module):
         self.layer, self.dtype, self.out = layer, dtype, out
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return y in x's dtype, or in `out`."""
         y: Tensor = self.layer(x.to(self.dtype) if self.out is None else x)
         return y.to(self.out or x.dtype)
 
     def extra_repr(self) -> str:
-        """Return the dtype."""
         return str(self.dtype)
 
 
@@ -161,7 +152,6 @@ class Residual(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return y, of x's shape."""
         y: Tensor = x + self.layer(x)
         return y
 
@@ -174,13 +164,11 @@ class Loop(nn.Module):
         self.layer, self.n = layer, n
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return y, of x's shape."""
         for _ in range(self.n):
             x = self.layer(x)
         return x
 
     def extra_repr(self) -> str:
-        """Return the number of turns."""
         return f"n={self.n}"
 
 
@@ -200,7 +188,6 @@ class Sum(Branches):
     """y = f₀(x) + f₁(x) + …"""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the sum of the results."""
         return reduce(lambda a, b: a + b, self._results(x))
 
 
@@ -208,7 +195,6 @@ class Product(Branches):
     """y = f₀(x) ∘ f₁(x) ∘ …"""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the product of the results."""
         return reduce(lambda a, b: a * b, self._results(x))
 
 
@@ -220,11 +206,9 @@ class Concat(Branches):
         self.dim = dim
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the results side by side."""
         return torch.cat(self._results(x), self.dim)
 
     def extra_repr(self) -> str:
-        """Return the axis."""
         return f"dim={self.dim}"
 
 
@@ -232,7 +216,6 @@ class Reversible(Branches):
     """One module after the other adds to half of the channels: y₁ = x₁ + f(x₂), y₂ = x₂ + g(y₁)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return y, of x's shape."""
         halves = x.chunk(2, 1)
         a, b = halves[0], halves[1]
         for module in children(self).values():

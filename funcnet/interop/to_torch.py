@@ -28,13 +28,12 @@ from funcnet.combinators import (
 )
 from funcnet.combinators.several import Several
 from funcnet.interop import blocks
-from funcnet.interop.inputs import spec_of, takes_integers
 from funcnet.interop.observation import tensor_like
 from funcnet.interop.refusal import refusal
 from funcnet.interop.state_dict import state_dict, tensors_of
 from funcnet.interop.twins import MODULES
 from funcnet.interop.wrap import Wrapped
-from funcnet.layer import Layer, Shape, Tree, check_net
+from funcnet.layer import Layer, Shape, Spec, Tree, check_net
 from funcnet.layers import (
     GRU,
     LSTM,
@@ -43,6 +42,7 @@ from funcnet.layers import (
     AdaptiveMaxPool1d,
     BatchNorm,
     ChannelAffine,
+    Embedding,
     GroupNorm,
     InstanceNorm,
     LayerNorm,
@@ -100,7 +100,7 @@ def to_torch(net: Layer, params: Tree, shape: Sequence[int] | None = None) -> nn
     tensors_of("to_torch", params)  # which refuses what is not a tree of tensors
     known = None if shape is None else as_shape(net, shape)
     if known is not None:
-        check(net, params, spec_of(net, params, known))
+        check(net, params, _spec_of(net, params, known))
     translator = _Translator()
     module = translator.of(net, params, known, "")
     if translator.problems:
@@ -110,6 +110,21 @@ def to_torch(net: Layer, params: Tree, shape: Sequence[int] | None = None) -> nn
     for part, mode in translator.modes:  # on which its y may depend
         part.training = mode
     return module
+
+
+def _takes_integers(layer: Layer) -> bool:
+    """Return whether x is of integers. Only embeddings take them, and all results are numbers."""
+    if isinstance(layer, Wrapped):
+        return layer.traits.takes_integers
+    children = (child for _, child in layer._children())
+    return isinstance(layer, Embedding) or any(map(_takes_integers, children))
+
+
+def _spec_of(layer: Layer, params: Tree, shape: Shape) -> Spec:
+    """Return what is known of x, a batch of 2 examples of this shape."""
+    leaves: list[Any] = optree.tree_leaves(params)
+    like = leaves[0] if leaves else torch.empty(0, dtype=torch.float32)
+    return Spec((2,), shape, torch.int64 if _takes_integers(layer) else like.dtype, like.device)
 
 
 class _Translator:
@@ -317,7 +332,7 @@ def _cast(to: _Translator, layer: Cast, params: Tree, *rest: Any) -> nn.Module:
     cast = optree.tree_map(lambda leaf: leaf.to(layer.dtype), params)
     out = next((leaf.dtype for leaf in optree.tree_leaves(params)), None)
     module = _only(to, layer, cast, *rest)
-    return blocks.Cast(module, layer.dtype, out if takes_integers(layer) else None)
+    return blocks.Cast(module, layer.dtype, out if _takes_integers(layer) else None)
 
 
 def _repeat(to: _Translator, layer: Repeat, params: Tree, *rest: Any) -> nn.Module:

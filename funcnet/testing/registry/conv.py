@@ -11,6 +11,8 @@ from funcnet.layer import Layer, Shape
 from funcnet.layers import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from funcnet.testing.registry.row import Choose, Row, per_axis, same_name
 
+_CHANNELS_PER_GROUP = {1: [1, 2, 3, 4], 2: [1, 2, 1, 2], 3: [1, 1, 1, 1]}
+
 
 def _conv(cls: Any, *examples: tuple[Layer, Shape]) -> Row:
     axes = len(cls._axes) - 1
@@ -23,7 +25,7 @@ def _conv(cls: Any, *examples: tuple[Layer, Shape]) -> Row:
         paddings: list[Any] = [*per_axis(0, most, axes), *["valid"] * 3]
         methods: dict[str, Any] = {"method": choose(["auto", "unfold"])} if axes == 2 else {}
         layer: Layer = cls(
-            groups * choose({1: [1, 2, 3, 4], 2: [1, 2, 1, 2], 3: [1, 1, 1, 1]}[groups]),
+            groups * choose(_CHANNELS_PER_GROUP[groups]),
             kernel_size,
             stride=stride,
             padding=choose([*paddings, *["same"] * 10] if set(stride) == {1} else paddings),
@@ -45,7 +47,7 @@ def _conv_transpose(cls: Any, *examples: tuple[Layer, Shape]) -> Row:
         stride, dilation = choose(per_axis(1, 3, axes)), choose(per_axis(1, 3, axes))
         most = [max(s, d) - 1 for s, d in zip(stride, dilation, strict=True)]
         layer: Layer = cls(
-            groups * choose({1: [1, 2, 3, 4], 2: [1, 2, 1, 2], 3: [1, 1, 1, 1]}[groups]),
+            groups * choose(_CHANNELS_PER_GROUP[groups]),
             choose(per_axis(1, 4 if axes < 3 else 3, axes)),
             stride=stride,
             padding=choose(per_axis(0, 2, axes)),

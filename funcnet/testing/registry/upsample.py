@@ -10,6 +10,21 @@ from funcnet.layer import Shape
 from funcnet.layers import Upsample2d, UpsampleConv2d
 from funcnet.testing.registry.row import Row, per_axis
 
+
+class _Twin(nn.Conv2d):
+    """Upsampling before a convolution, as one module with the convolution's names."""
+
+    def __init__(self, layer: Any, shape: Shape) -> None:
+        padding = layer.padding
+        super().__init__(
+            shape[0], layer.out_channels, layer.kernel_size, padding=padding, bias=layer.bias
+        )
+        self.upsample = nn.Upsample(scale_factor=layer.scale, mode="nearest")
+
+    def forward(self, x: Any) -> Any:
+        return super().forward(self.upsample(x))
+
+
 ROWS = (
     Row(
         Upsample2d,
@@ -36,20 +51,6 @@ ROWS = (
             "padding": [*per_axis(0, 3, 2), *["valid", "same"] * 4],
             "method": ["auto", "unfold"],
         },
-        twin=lambda layer, shape: _Twin(layer, shape),
+        twin=_Twin,
     ),
 )
-
-
-class _Twin(nn.Conv2d):
-    """Upsampling before a convolution, as one module with the convolution's names."""
-
-    def __init__(self, layer: Any, shape: Shape) -> None:
-        padding = layer.padding
-        super().__init__(
-            shape[0], layer.out_channels, layer.kernel_size, padding=padding, bias=layer.bias
-        )
-        self.upsample = nn.Upsample(scale_factor=layer.scale, mode="nearest")
-
-    def forward(self, x: Any) -> Any:
-        return super().forward(self.upsample(x))

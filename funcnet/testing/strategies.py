@@ -115,7 +115,7 @@ def _expect_strategy(who: str, of: str, given: Any) -> None:
 
 
 def _instead(given: Any) -> str:
-    """What came, and the strategy that draws it, if it is a layer or a loss or a class of such."""
+    """Describe what came, and the strategy that draws a layer, a loss or a class of such."""
     if isinstance(given, type):
         return f"{given.__name__}; st.builds({given.__name__}, …) draws one of your own"
     is_one = isinstance(given, (Layer, Loss))
@@ -147,10 +147,10 @@ def networks(
     """
     shape = draw(st.sampled_from(_FIRST_SHAPES))
     parts = layers() if parts is None else parts
-    for given in (parts, *(() if first is None else (first,))):
-        _expect_strategy("networks", "layers", given)
+    _expect_strategy("networks", "layers", parts)
     if first is None:
         return _network(draw, parts, shape, max_layers, max_depth)[0]
+    _expect_strategy("networks", "layers", first)
     head = _fitting(draw, first, shape)
     if head is None:
         reject()

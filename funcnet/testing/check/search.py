@@ -182,10 +182,10 @@ class _Search:
     def __init__(self, case: Case, limits: Limits, errors: Errors) -> None:
         y = case.apply()
         known = y.isfinite()
-        self.finite = bool(known.all())
-        self.partly = not self.finite and bool(known.any())
+        self.partly = bool(known.any()) and not bool(known.all())
+        self.finite = self.partly or bool(known.all())
         if self.partly:
-            case, self.finite = case.where(known), True
+            case = case.where(known)
         self.case, self.limits, self.errors = case, limits, errors
         self.gradients = case.gradients()
         self.evaluations = 0
@@ -301,24 +301,8 @@ class _Search:
         return None
 
     def _against_autograd(self, references: Leaves) -> Finding | None:
-        suspects: list[tuple[float, int, int]] = []
-        differing = set()
-        for i, (ours, theirs) in enumerate(zip(self.gradients, references, strict=True)):
-            if not ours.is_floating_point():
-                continue
-            allowed = self.limits.slack(theirs)
-            if ((excess(ours, theirs, allowed) <= 1) | self.frozen[i]).all():
-                self._score(ours, theirs)
-                continue  # the floors, which take more evaluations, are not needed
-            differing.add(i)
-            off = excess(ours, theirs, allowed + self.floors[i])
-            # A gradient of 0 is nothing but rounding, which may be as large as the leaf's largest.
-            self._score(torch.where(off > 1, ours, theirs), theirs)
-            off = off.masked_fill(self.frozen[i], 0.0).flatten()
-            top = off.topk(min(_SUSPECTS, off.numel())).indices.tolist()
-            suspects += [(float(off[p]), i, p) for p in top if off[p] > 1]
-        suspects = sorted(suspects, reverse=True)[: 2 * _SUSPECTS]
-        for _, i, position in suspects:
+        suspects, differing = self._suspects(references)
+        for i, position in suspects:
             mine = float(self.gradients[i].flatten()[position])
             other = float(references[i].flatten()[position])
             if not (self.finite and math.isfinite(mine)):
@@ -340,6 +324,27 @@ class _Search:
             if abs(mine - other) > float(self.autograds_rounding[i].flatten()[position]):
                 return self._finding(i, position, other)  # autograd decides
         return self._along_ties(differing) if self.finite else None
+
+    def _suspects(self, references: Leaves) -> tuple[list[tuple[int, int]], set[int]]:
+        """(leaf, position) of the entries that are furthest off, and all leaves that differ."""
+        suspects: list[tuple[float, int, int]] = []
+        differing = set()
+        for i, (ours, theirs) in enumerate(zip(self.gradients, references, strict=True)):
+            if not ours.is_floating_point():
+                continue
+            allowed = self.limits.slack(theirs)
+            if ((excess(ours, theirs, allowed) <= 1) | self.frozen[i]).all():
+                self._score(ours, theirs)
+                continue  # the floors, which take more evaluations, are not needed
+            differing.add(i)
+            off = excess(ours, theirs, allowed + self.floors[i])
+            # A gradient of 0 is nothing but rounding, which may be as large as the leaf's largest.
+            self._score(torch.where(off > 1, ours, theirs), theirs)
+            off = off.masked_fill(self.frozen[i], 0.0).flatten()
+            top = off.topk(min(_SUSPECTS, off.numel())).indices.tolist()
+            suspects += [(float(off[p]), i, p) for p in top if off[p] > 1]
+        worst_first = sorted(suspects, reverse=True)[: 2 * _SUSPECTS]
+        return [(i, position) for _, i, position in worst_first], differing
 
     def _reaches(self, i: int, position: int) -> bool:
         """Whether a step of an entry shows in y where it is finite."""
@@ -438,7 +443,8 @@ class _Search:
         ):
             return None
         values = direction(numbers, 67, relative=True)
-        moving = [(i, self._alike(i, numbers, values)) for i in self.examined]
+        alike = [(i, for_each(self.case.leaves[i], numbers, values)) for i in self.examined]
+        moving = [(i, v.masked_fill(self.still[i], 0.0)) for i, v in alike]
         moving = [(i, v) for i, v in moving if v.any()]
         return self._wrong_along(*moving) if moving else None
 
@@ -451,11 +457,6 @@ class _Search:
         along = math.fsum(float((self.gradients[i] * v).sum()) for i, v in moving)
         found = Finding(self.case, i, None, self.gradients, numeric, self.floors[i])
         return replace(found, taylor=taylor, along=along, beside=tuple(beside))
-
-    def _alike(self, i: int, numbers: Tensor, values: Tensor) -> Tensor:
-        """A direction of a leaf in which equal numbers move alike, and what is frozen stays."""
-        v = for_each(self.case.leaves[i], numbers, values)
-        return v.masked_fill(self.still[i], 0.0)
 
     def _direction(self, i: int, seed: int, relative: bool) -> Tensor:
         """A random direction of a leaf, in which what is frozen stays."""

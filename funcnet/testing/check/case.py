@@ -192,11 +192,11 @@ def _leaves_like(of: Tree, tree: Any) -> Leaves:
     ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LossCase(Case):
     """A loss, as a layer without parameters. Its target, any tree, is never moved."""
 
-    target: Any = None
+    target: Any
     is_loss: ClassVar[bool] = True
 
     @property

@@ -123,19 +123,18 @@ def check_function(
         raise
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FunctionCase(Case):
     """A function of tensors as a layer: y holds the entries of all differentiable outputs.
 
     `layer(params, x)` returns the outputs. params holds a module's parameters by name, or nothing;
-    x the tensors among the inputs. `within(params, x, call)` returns `call()` in a module that has
-    these parameters: a backward pass may run parts of the forward pass again.
+    x the tensors among the inputs. `function` is what the user gave.
     """
 
-    by_reference: Callable[[Any, Any], Any] | None = None
-    within: Callable[[Any, Any, Callable[[], Any]], Any] = lambda params, x, call: call()
-    chosen: tuple[int, ...] = ()
-    shapes: tuple[torch.Size, ...] = ()
+    function: Any
+    by_reference: Callable[[Any, Any], Any] | None
+    chosen: tuple[int, ...]
+    shapes: tuple[torch.Size, ...]
 
     @property
     def names(self) -> list[str]:
@@ -220,7 +219,9 @@ class FunctionCase(Case):
                 outputs, parts = zip(*used, strict=True)
                 inputs = [leaves[i] for i in asked]
                 there = self.at(leaves)
-                by = self.within(
+                # A backward pass may run parts of the forward pass again.
+                by = _within(
+                    self.function,
                     there.params,
                     there.x,
                     lambda: torch.autograd.grad(
@@ -264,15 +265,8 @@ def _make_case(
             new[i] = tensor
         return structure.unflatten(new)
 
-    def within(params: Any, x: Any, call: Callable[[], Any]) -> Any:
-        if not isinstance(function, nn.Module):
-            return call()
-        like = next(leaf for leaf in (*x, *params.values()) if leaf.is_floating_point())
-        own = {name: _like(buffer, like) for name, buffer in function.named_buffers()}
-        return call_within(function, {**own, **params}, call, tie_weights=True)
-
     def call(params: Any, x: Any) -> Any:
-        return within(params, x, lambda: _callable(function)(*arguments(x)))
+        return _within(function, params, x, lambda: _callable(function)(*arguments(x)))
 
     def by_reference(params: Any, x: Any) -> Any:
         assert reference is not None
@@ -293,8 +287,17 @@ def _make_case(
     follows = None if reference is None else by_reference
     return FunctionCase(
         call, params, x, joined,
-        by_reference=follows, within=within, chosen=chosen, shapes=shapes,
+        function=function, by_reference=follows, chosen=chosen, shapes=shapes,
     )  # fmt: skip
+
+
+def _within(function: Any, params: Any, x: Any, call: Callable[[], Any]) -> Any:
+    """Return `call()`; a module has these parameters meanwhile, and buffers of their dtype."""
+    if not isinstance(function, nn.Module):
+        return call()
+    like = next(leaf for leaf in (*x, *params.values()) if leaf.is_floating_point())
+    own = {name: _like(buffer, like) for name, buffer in function.named_buffers()}
+    return call_within(function, {**own, **params}, call, tie_weights=True)
 
 
 def _differentiable(name: str, outputs: Sequence[Any]) -> tuple[int, ...]:

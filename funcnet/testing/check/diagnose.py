@@ -124,27 +124,26 @@ def _factor(case: Case, wrong: Tensor, right: Tensor) -> str | None:
     if not right.any():
         return None
     factor = float((wrong * right).sum() / right.square().sum())
-    if abs(factor - 1) > ALIKE and _alike(wrong, factor * right):
-        shape = case.grad.shape
-        batch = shape[0] if shape and not case.is_loss else 1
-        positions = case.grad[0, 0].numel() if case.grad.ndim > 2 else 1
-        for divisor, what in (
-            (batch, "a mean over the batch instead of a sum"),
-            (positions, "a mean over positions instead of a sum"),
-            (batch * positions, "a mean over batch and positions instead of a sum"),
-            (case.grad.numel(), "divided by the number of entries"),
-            *_products_of_sizes(shape),
-        ):
-            if divisor > 1 and abs(factor * divisor - 1) < ALIKE:
-                return f"it is too small by a factor of {divisor:.6g}: {what}"
-            if divisor > 1 and abs(factor / divisor - 1) < ALIKE:
-                if "instead" in what:
-                    what = "a sum instead of a mean?"
-                return f"it is too large by a factor of {divisor:.6g}: {what}"
-        # Any error in a single number is a factor.
-        return (
-            f"a factor of {factor:.6g} is wrong" if right.numel() > 1 or _simple(factor) else None
-        )
+    if not (abs(factor - 1) > ALIKE and _alike(wrong, factor * right)):
+        return None
+    shape = case.grad.shape
+    batch = shape[0] if shape and not case.is_loss else 1
+    positions = case.grad[0, 0].numel() if case.grad.ndim > 2 else 1
+    for divisor, what in (
+        (batch, "a mean over the batch instead of a sum"),
+        (positions, "a mean over positions instead of a sum"),
+        (batch * positions, "a mean over batch and positions instead of a sum"),
+        (case.grad.numel(), "divided by the number of entries"),
+        *_products_of_sizes(shape),
+    ):
+        if divisor > 1 and abs(factor * divisor - 1) < ALIKE:
+            return f"it is too small by a factor of {divisor:.6g}: {what}"
+        if divisor > 1 and abs(factor / divisor - 1) < ALIKE:
+            if "instead" in what:
+                what = "a sum instead of a mean?"
+            return f"it is too large by a factor of {divisor:.6g}: {what}"
+    if right.numel() > 1 or _simple(factor):  # any error in a single number is a factor
+        return f"a factor of {factor:.6g} is wrong"
     return None
 
 

@@ -509,11 +509,16 @@ def _check_in_own_dtype(case: FunctionCase, dtype: torch.dtype) -> None:
     if torch.finfo(dtype).eps < torch.finfo(case.dtype).eps:  # it computes in float32 inside
         _check_in_own_dtype(case.to(dtype), dtype)
         check_precision(case, case.double(), Errors())
-        return
-    if case.by_reference is None:
+    elif case.by_reference is None:
         check_own_dtype(case, dtype)
-        return
-    by_reference = case.by_reference
+    else:
+        _check_against_reference(case, case.by_reference, dtype)
+
+
+def _check_against_reference(
+    case: FunctionCase, by_reference: Callable[[Any, Any], Any], dtype: torch.dtype
+) -> None:
+    """Hold what a function computes in a dtype to its reference in float64."""
 
     def exactly(there: Case) -> Case:
         return replace(there, layer=by_reference).double()

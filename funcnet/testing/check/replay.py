@@ -57,9 +57,10 @@ def snippet(case: Case, fails: Callable[[Case], bool], limits: str = "") -> str:
 
 def _drawn(case: Case, fails: Callable[[Case], bool]) -> Case | None:
     """A failing case of the same shapes, drawn from keys."""
-    dtype, device = case.dtype, case.x.device
-    batch = len(case.x) if case.x.ndim else None
-    for count in [] if batch is None else sorted({min(1, batch), min(2, batch), batch}):
+    if not case.x.ndim:
+        return None
+    dtype, device, batch = case.dtype, case.x.device, len(case.x)
+    for count in sorted({min(1, batch), min(2, batch), batch}):
         shape = (count, *case.x.shape[1:])
         try:
             params = case.layer.init(make_key(0), shape[1:], dtype=dtype, device=device)

@@ -121,11 +121,14 @@ def check_factors_of_value(
     """
     if is_extreme(case):
         return
-    y, exact = parts(case.apply()), parts(double.apply())
+    y, exact = case.apply(), double.apply()
 
     def wrong_factors(moves: Tensor) -> list[float | None]:
-        compared = zip(y, exact, parts(moves), strict=True)
+        compared = zip(parts(y), parts(exact), parts(moves), strict=True)
         return [Compared(*output, case.dtype).wrong_factor for output in compared]
+
+    def factor_of(i: int, a: Tensor | None, b: Tensor | None) -> float | None:
+        return None if a is None or b is None else factor_between(parts(a)[i], parts(b)[i])
 
     quick = wrong_factors(value_moves(double, torch.finfo(case.dtype).eps))
     if all(factor is None for factor in quick):
@@ -136,14 +139,10 @@ def check_factors_of_value(
     with torch.no_grad():
         reference = tried(case.reference)  # which may refuse this dtype
     for i, (name, factor) in enumerate(zip(names, wrong_factors(blur), strict=True)):
-        theirs = None if reference is None else factor_between(parts(reference)[i], exact[i])
-        beside = None
-        if there_y is not None and there_exact is not None:
-            beside = factor_between(parts(there_y)[i], parts(there_exact)[i])
         if (
             factor is not None
-            and not explains(theirs, factor)
-            and explains(beside, factor) is not False
+            and not explains(factor_of(i, reference, exact), factor)
+            and explains(factor_of(i, there_y, there_exact), factor) is not False
         ):
             raise GradientMismatch(
                 f"in {case.dtype}, {name} is about {factor:.6g} times that of the reference in "

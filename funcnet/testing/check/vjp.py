@@ -227,20 +227,16 @@ def _refuse(layer: Any, params: Any, x: Any, grad: Any) -> None:
         raise TypeError(f"check_vjp: expected a layer or a loss, got {kind}{name}{other}")
     if isinstance(grad, Tensor):
         expect_real_and_dense("check_vjp: expected gradients", grad)
-    if isinstance(layer, Loss):
-        if not (isinstance(params, Tensor) and params.is_floating_point()):
-            got = params.dtype if isinstance(params, Tensor) else type(params).__name__
-            raise TypeError(f"check_vjp: expected x to be a floating-point tensor, got {got}")
-        trees: tuple[tuple[str, Any], ...] = (("inputs", params), ("targets", x))
-        for name, tree in trees:
-            for leaf in optree.tree_leaves(tree):
-                if isinstance(leaf, Tensor):
-                    expect_real_and_dense(f"check_vjp: expected {name}", leaf)
-        return
-    for name, tree in (("params", params), ("x", x)):
+    is_loss = isinstance(layer, Loss)
+    if is_loss and not (isinstance(params, Tensor) and params.is_floating_point()):
+        got = params.dtype if isinstance(params, Tensor) else type(params).__name__
+        raise TypeError(f"check_vjp: expected x to be a floating-point tensor, got {got}")
+    names = ("inputs", "targets") if is_loss else ("params", "x")
+    for name, tree in zip(names, (params, x), strict=True):
         for leaf in optree.tree_leaves(tree):
-            if not isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor):
+                expect_real_and_dense(f"check_vjp: expected {name}", leaf)
+            elif not is_loss:
                 raise TypeError(f"check_vjp: expected {name} of tensors, got {type(leaf).__name__}")
-            expect_real_and_dense(f"check_vjp: expected {name}", leaf)
-    if not optree.tree_leaves(x):
+    if not (is_loss or optree.tree_leaves(x)):
         raise TypeError(f"check_vjp: expected x to be a tensor, got {type(x).__name__}")

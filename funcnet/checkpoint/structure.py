@@ -71,8 +71,31 @@ def encode(tree: Any) -> tuple[Json, dict[str, Tensor]]:
 
     Raises TypeError or ValueError, naming the path, for a value that could not come back exactly.
     """
-    encoder = _Encoder()
-    return encoder.encode(tree, "", 0), encoder.tensors
+    tensors: dict[str, Tensor] = {}
+    limits = _Limits()
+
+    def encode_node(node: Any, name: str, depth: int) -> Json:
+        if limits.passed(name, depth):
+            raise ValueError(
+                f"{label(name)}: expected {limits}, got a larger one, or one that contains itself"
+            )
+        if isinstance(node, Tensor):
+            tensors[name or "%"] = node
+            return _encode_tensor(node, name or "%")
+        items = trees.children(node)
+        if items is None:
+            return _encode_scalar(node, name)
+        keys = [key for key, _ in items]
+        for key in keys:
+            _check_key(key, name)
+        names = trees.child_names(name, keys)
+        nodes = [
+            encode_node(child, child_name, depth + 1)
+            for (_, child), child_name in zip(items, names, strict=True)
+        ]
+        return _encode_container(node, keys, nodes, name)
+
+    return encode_node(tree, "", 0), tensors
 
 
 def parse(structure: Json) -> Node:
@@ -168,44 +191,21 @@ class _Limits:
         )
 
 
-class _Encoder:
-    def __init__(self) -> None:
-        self.tensors: dict[str, Tensor] = {}
-        self._limits = _Limits()
+def _encode_tensor(tensor: Tensor, name: str) -> Json:
+    if type(tensor) is torch.nn.Parameter:
+        return {"parameter": name, "requires_grad": tensor.requires_grad}
+    return {"tensor": name, "requires_grad": True} if tensor.requires_grad else {"tensor": name}
 
-    def encode(self, node: Any, name: str, depth: int) -> Json:
-        if self._limits.passed(name, depth):
-            raise ValueError(
-                f"{label(name)}: expected {self._limits}, "
-                "got a larger one, or one that contains itself"
-            )
-        if isinstance(node, Tensor):
-            return self._tensor(node, name or "%")
-        items = trees.children(node)
-        if items is None:
-            return _encode_scalar(node, name)
-        keys = [key for key, _ in items]
-        for key in keys:
-            _check_key(key, name)
-        names = trees.child_names(name, keys)
-        nodes = [
-            self.encode(child, child_name, depth + 1)
-            for (_, child), child_name in zip(items, names, strict=True)
-        ]
-        kind = type(node).__name__
-        if type(node) in (list, tuple):
-            return {kind: nodes}
-        if type(node) in (dict, OrderedDict):
-            return {kind: [[key, child] for key, child in zip(keys, nodes, strict=True)]}
-        _check_rebuilds(node, name)
-        fields = dict(zip(keys, nodes, strict=True))
-        return {"class": trees.class_name(type(node)), "fields": fields}
 
-    def _tensor(self, tensor: Tensor, name: str) -> Json:
-        self.tensors[name] = tensor
-        if type(tensor) is torch.nn.Parameter:
-            return {"parameter": name, "requires_grad": tensor.requires_grad}
-        return {"tensor": name, "requires_grad": True} if tensor.requires_grad else {"tensor": name}
+def _encode_container(node: Any, keys: list[trees.PathKey], nodes: list[Json], name: str) -> Json:
+    kind = type(node).__name__
+    if type(node) in (list, tuple):
+        return {kind: nodes}
+    if type(node) in (dict, OrderedDict):
+        return {kind: [[key, child] for key, child in zip(keys, nodes, strict=True)]}
+    _check_rebuilds(node, name)
+    fields = dict(zip(keys, nodes, strict=True))
+    return {"class": trees.class_name(type(node)), "fields": fields}
 
 
 def _encode_scalar(value: Any, name: str) -> Json:

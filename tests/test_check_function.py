@@ -340,6 +340,13 @@ def test_any_dtype_inside(dtype):
     check_function(lambda x: (x.to(dtype) * 2).to(x.dtype), fn.normal(fn.key(1), (3, 8)))
 
 
+@pytest.mark.parametrize("seed", [7, 12, 15, 20])
+def test_what_returns_float32_may_compute_in_bfloat16(seed):
+    """Its steps show in y alone: y's dtype is finer than they are."""
+    x = torch.rand(4, 3, generator=torch.Generator().manual_seed(seed))
+    check_function(lambda x: x.bfloat16().sin().float(), x)
+
+
 @pytest.mark.parametrize("reference", [None, torch.square], ids=["alone", "reference"])
 @pytest.mark.parametrize("factor", [2.0, 2.2])
 def test_wrong_gradients_of_what_computes_in_float32(factor, reference, monkeypatch):

@@ -369,10 +369,10 @@ def _examine(case: FunctionCase, limits: Limits) -> None:
 
 
 def _computed_in(double: FunctionCase) -> torch.dtype:
-    """The dtype that a function of float64 computes in."""
+    """The dtype that a function of float64 computes in: an output's, or what y's numbers show."""
     with torch.no_grad():
-        coarsest = max((y.dtype for y in double.outputs()), key=lambda d: torch.finfo(d).eps)
-    return computed_in(double, double.apply()) if coarsest == torch.float64 else coarsest
+        dtypes = [y.dtype for y in double.outputs()]
+    return max(*dtypes, computed_in(double, double.apply()), key=lambda d: torch.finfo(d).eps)
 
 
 def _check_calls(case: FunctionCase) -> Leaves:

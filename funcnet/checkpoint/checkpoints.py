@@ -1,4 +1,4 @@
-"""A folder of checkpoints: the newest few, of which damaged ones are passed over."""
+"""A folder of the newest few checkpoints. Reading passes over damaged ones."""
 
 from __future__ import annotations
 

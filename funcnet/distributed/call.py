@@ -1,7 +1,7 @@
 """Calls that all ranks of a group make together, and that end on all of them if one fails.
 
-A collective waits for all ranks. Where one of them never comes, `torch.distributed` says so after
-the group's timeout, half an hour, and does not say which. Three things are done about it:
+A collective waits for all ranks. If one of them never comes, `torch.distributed` says so after the
+group's timeout, half an hour, and does not say which. Three things are done about it:
 
 * A rank that raises writes why into the group's store, where the others look while they wait. The
   first error that is written is the one that all ranks raise.

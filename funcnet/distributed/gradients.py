@@ -136,7 +136,7 @@ class ValueAndGrad:
 
 
 def _numbered(net: Layer, structure: optree.PyTreeSpec) -> tuple[dict[str, list[int]], set[int]]:
-    """(the numbers of the leaves of params by their layer's path, those that do not learn)."""
+    """(the numbers of params' leaves by their layer's path, the numbers that do not learn)."""
     numbers = structure.unflatten(range(structure.num_leaves))
     order = {
         path: optree.tree_leaves(own)

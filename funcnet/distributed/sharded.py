@@ -18,7 +18,7 @@ from funcnet.optimizers.optimizer import Optimizer, PreparedStep, State
 
 @dataclass(frozen=True)
 class Sharded(Optimizer[State]):
-    """The steps of another optimiser, of which each rank does a part, and keeps that part's state.
+    """The steps of another optimiser. Each rank does a part of them, and keeps that part's state.
 
     Every leaf of params belongs to one rank, which alone keeps its moments, steps it, and then
     broadcasts it to the others. With k ranks the state takes about 1/k of the memory: the largest

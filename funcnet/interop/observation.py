@@ -93,7 +93,7 @@ def shape_of_one(who: str, y: Any, count: int) -> Shape:
 
 
 def _check_dtype(module: nn.Module, x: Tensor, y: Tensor) -> None:
-    """Raise ValueError for a y of another dtype than that of x and the module."""
+    """Raise ValueError unless y has the dtype of x and the module."""
     dtype, has_one = tensor_like(module).dtype, any(True for _ in module.parameters())
     if y.dtype != dtype and (has_one or x.is_floating_point()):
         raise ValueError(
@@ -180,7 +180,7 @@ def _multiply(module: nn.Module, factor: float) -> None:
 
 
 def _remembers(other: nn.Module, used: nn.Module, x: Tensor) -> bool:
-    """Whether y of a module that has run differs from that of one that has not.
+    """Whether a module that has run gives another y than a copy that has not.
 
     Both get the same random parameters: a module may have kept what it computed from its own.
     """

@@ -137,7 +137,7 @@ _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def _remedy(unexpected: Iterable[Any]) -> str:
-    """What to do about running statistics, if they are among these names."""
+    """Say what to do about running statistics, if they are among these names."""
     if not any(str(name).endswith(_RUNNING) for name in unexpected):
         return ""
     return (

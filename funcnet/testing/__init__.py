@@ -2,8 +2,9 @@
 
     from funcnet.testing import GradientMismatch, check_function, check_vjp, strategies
 
-`check_vjp(layer, params, x)` checks the gradient and the contract of a layer, network or loss;
-`check_function(function, *inputs)` that of an autograd.Function, an nn.Module, any function.
+`check_vjp(layer, params, x)` checks the gradient and the contract of a layer, network or loss.
+`check_function(function, *inputs)` checks the gradient of an autograd.Function, an nn.Module or any
+other function.
 `strategies` draws layers, inputs that fit them, networks and trees for Hypothesis. It is imported
 on first use, since Hypothesis comes with `pip install funcnet[test]` only; so is `registry`, a row
 for each layer.

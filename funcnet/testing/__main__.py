@@ -152,7 +152,7 @@ def _told(score: Score, failure: Exception) -> str:
 
 
 def _unknown(name: str, known: Iterable[str]) -> str:
-    """The message about a name that is no layer or loss, with those that look like it."""
+    """The message about a name that is not a layer's or loss's, with names that look like it."""
     names = {other.lower(): other for other in known}
     close = [names[match] for match in difflib.get_close_matches(name.lower(), names)]
     hint = f"did you mean {' or '.join(close)}?" if close else "help('funcnet') lists all"

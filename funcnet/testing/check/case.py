@@ -80,7 +80,7 @@ class Case:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that is checked: that of y, and so of grad."""
+        """The dtype that is checked: y's, and so grad's."""
         return self.grad.dtype
 
     @property

@@ -271,9 +271,9 @@ def _call_beside(case: Case) -> None:
 
 
 def _cloned(residuals: Any) -> Any:
-    """A copy of residuals, in the same memory layout; without those that autograd has recorded.
+    """A copy of residuals in the same memory layout, except those that autograd has recorded.
 
-    A layer may keep the graph of its forward pass, which a copy is no part of.
+    A layer may keep the graph of its forward pass, and a copy is not part of that graph.
     """
     return optree.tree_map(
         lambda x: x.clone() if isinstance(x, Tensor) and not x.requires_grad else x, residuals

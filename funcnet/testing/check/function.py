@@ -241,7 +241,7 @@ class FunctionCase(Case):
         return backward
 
     def parts_of(self, y: Tensor) -> list[Tensor]:
-        """The outputs, or their gradients, of which y holds the entries."""
+        """The outputs whose entries y holds, or their gradients."""
         parts = torch.split(y, [shape.numel() for shape in self.shapes])
         return [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
@@ -453,7 +453,7 @@ def _check_some_inputs(case: FunctionCase, gradients: Leaves) -> None:
 
 
 def _check_each_output(case: FunctionCase) -> None:
-    """Use one output alone: its gradient is that of zeros for the grads of the others."""
+    """Use one output alone: grads of zeros for the others give the same gradient."""
     if len(case.chosen) < 2:
         return
     for i, name in enumerate(case.output_names):
@@ -565,7 +565,7 @@ def _like(buffer: Tensor, like: Tensor) -> Tensor:
 
 
 def _dense(gradient: Tensor) -> Tensor:
-    """A gradient without its graph, in all its entries: that of an embedding may be sparse."""
+    """A dense gradient without its graph: the gradient of an embedding may be sparse."""
     gradient = gradient.detach()
     return gradient if gradient.layout == torch.strided else gradient.to_dense()
 

@@ -23,7 +23,7 @@ _ITS_KEY_IS_IGNORED = "the numbers that it draws do not depend on its key"
 
 
 def beside_key(case: Case) -> list[Case]:
-    """The case without its key, or with one drawn; none where the layer takes no notice of it.
+    """The case without its key, or with one drawn; no case where the layer ignores its key.
 
     Raises GradientMismatch if every key drops the same entries, or tells equal examples apart in
     the same way. A key that every example takes in one way may stand for training alone.

@@ -82,8 +82,8 @@ def _is_handwritten(y: Tensor) -> bool:
 class Slope:
     """A numeric derivative with its estimated error.
 
-    `jump` is the difference of the two one-sided slopes at a kink; a bend that the finest step does
-    not see is none. `affine` says that f is affine as far as the largest step. `flat()` is
+    `jump` is the difference of the two one-sided slopes at a kink. A bend that the finest step does
+    not see is not a kink. `affine` says that f is affine as far as the largest step. `flat()` is
     the largest derivative that counts as 0, given f and its change by that step.
     """
 
@@ -150,7 +150,7 @@ class Line:
         return self._changes[h]
 
     def _apply(self, leaves: Leaves) -> Tensor:
-        """y, or NaN where there is none of its shape: it may be defined on one side only."""
+        """y, or NaN if it has another shape or is refused: it may be defined on one side only."""
         y = tried_y(self.case.at(leaves))
         return torch.full_like(self.y(0.0), math.nan) if y is None else y
 

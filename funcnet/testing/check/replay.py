@@ -41,7 +41,7 @@ def snippet(case: Case, fails: Callable[[Case], bool], limits: str = "") -> str:
         ]
         return "\n".join(lines)
     source = _source(case.layer)
-    if "<" in source:  # the default repr of a class is no code
+    if "<" in source:  # the default repr of a class is not code
         source = "error.layer  # catch the exception as `error`"
     lines += [*_import_of(case.layer), f"layer = {source}"]
     if drawn is None:

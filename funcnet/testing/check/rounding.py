@@ -238,7 +238,7 @@ def allowance(moves: Tensor, dtype: torch.dtype) -> Tensor:
     nonzero = moves[moves > 0]
     if not nonzero.numel():
         return torch.full_like(moves, SMALLEST * torch.finfo(dtype).tiny)
-    # A nudge across a kink moves an entry by all of it, which is no rounding of the others.
+    # A nudge across a kink moves an entry by all of it: that is not rounding of the others.
     largest = torch.minimum(nonzero.max(), KINKED * nonzero.median())
     return SAFETY[dtype] * (moves + LEAF_SHARE * largest) + SMALLEST * torch.finfo(dtype).tiny
 
@@ -253,7 +253,7 @@ def nudge(case: Case, epsilon: float, trial: int) -> Case:
 def _nudged_alike(x: Any, epsilon: float, seed: int) -> Any:
     """Nudge a residual so that equal numbers stay equal, and whole ones, which may count, whole.
 
-    `x == y` says where a maximum was, a mask of ones what was kept: such jumps are no rounding.
+    `x == y` says where a maximum was, a mask of ones what was kept: such jumps are not rounding.
     """
     if not _is_floating(x):
         return x

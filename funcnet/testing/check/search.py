@@ -473,7 +473,7 @@ class _Search:
         """The power of Taylor's remainder along a direction if the gradient is wrong there.
 
         It is 0 there without `by_taylor`, which a direction over many right entries may blur.
-        `at_ties` says that nudges break ties, so that the rounding that they show is none.
+        `at_ties` says that nudges break ties: what they show is not rounding.
         """
         line = self._line(*moving)
         terms = torch.cat([(self.gradients[i] * v).flatten() for i, v in moving])
@@ -488,7 +488,7 @@ class _Search:
         slack = (1 if at_ties else NEGLIGIBLE) * self.limits.rtol * norm + self.limits.atol * length
         slack += SMALLEST * torch.finfo(torch.float64).tiny * length
         if numeric.refutes(derivative, slack) and not at_ties:
-            # At a kink, a nudge moves all of an entry, which is no rounding of the sum over others.
+            # At a kink, a nudge moves all of an entry: that is not rounding of the sum over others.
             floors = ((_without_kinks(self.floors[i]) * v).norm() for i, v in moving)
             slack += math.hypot(*map(float, floors))
         if not numeric.refutes(derivative, slack):

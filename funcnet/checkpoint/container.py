@@ -48,6 +48,7 @@ from funcnet.checkpoint.structure import (
     label,
     parse,
     shorten,
+    unexpected,
     walk,
 )
 
@@ -289,19 +290,13 @@ def _entry_to_json(entry: Entry) -> dict[str, Any]:
 
 def _entry_from_json(name: str, value: Any) -> Entry:
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(
-            f"{label(name)}: expected dtype, shape and data_offsets, got {shorten(repr(value))}"
-        )
+        raise unexpected(name, "dtype, shape and data_offsets", value)
     dtype = DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
     if dtype is None:
-        raise CheckpointError(
-            f"{label(name)}: expected a known dtype, got {shorten(repr(value['dtype']))}"
-        )
+        raise unexpected(name, "a known dtype", value["dtype"])
     shape, offsets = value["shape"], value["data_offsets"]
     if not _are_sizes(shape) or len(shape) > MAX_RANK or _strides_overflow(shape):
-        raise CheckpointError(
-            f"{label(name)}: expected a shape that a tensor can have, got {shorten(repr(shape))}"
-        )
+        raise unexpected(name, "a shape that a tensor can have", shape)
     if dtype in PAIRED:
         if not shape or shape[-1] % 2:
             raise CheckpointError(
@@ -310,9 +305,7 @@ def _entry_from_json(name: str, value: Any) -> Entry:
         shape = [*shape[:-1], shape[-1] // 2]
     size = math.prod(shape) * dtype.itemsize
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != size:
-        raise CheckpointError(
-            f"{label(name)}: expected data_offsets {size} bytes apart, got {shorten(repr(offsets))}"
-        )
+        raise unexpected(name, f"data_offsets {size} bytes apart", offsets)
     return Entry(dtype, tuple(shape), *offsets)
 
 
@@ -361,9 +354,7 @@ def _check_keys(metadata: dict[str, Any]) -> None:
         got = shorten(repr(version))
         raise CheckpointError(f"expected format {_VERSION!r}, which this funcnet reads, got {got}")
     if not _KEYS <= metadata.keys() <= _KEYS | _OPTIONAL_KEYS:
-        raise CheckpointError(
-            f"the metadata: expected {sorted(_KEYS)}, got {shorten(str(sorted(metadata)))}"
-        )
+        raise unexpected("the metadata", str(sorted(_KEYS)), sorted(metadata))
     if not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError("the metadata: expected every value to be a str, got another type")
 
@@ -375,8 +366,7 @@ def _check_values(header: Header) -> None:
         raise CheckpointError("funcnet.crc32: expected a checksum for each tensor, got others")
     for name, digits in checksums.items():
         if not isinstance(digits, str) or len(digits) != 8 * block_count(entries[name].size):
-            got = shorten(repr(digits))
-            raise CheckpointError(f"{label(name)}: expected a CRC-32 for each block, got {got}")
+            raise unexpected(name, "a CRC-32 for each block", digits)
     names = [node.entry for node in walk(header.structure) if node.entry is not None]
     if len(names) != len(entries) or set(names) != entries.keys():
         raise CheckpointError(
@@ -385,6 +375,4 @@ def _check_values(header: Header) -> None:
     if header.architecture and any(node.entry is not None for node in walk(header.architecture)):
         raise CheckpointError("funcnet.architecture: expected no tensor, got one")
     if not isinstance(header.metadata, dict | None):
-        raise CheckpointError(
-            f"funcnet.metadata: expected an object, got {shorten(repr(header.metadata))}"
-        )
+        raise unexpected("funcnet.metadata", "an object", header.metadata)

@@ -164,6 +164,11 @@ def shorten(text: str, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def unexpected(name: str, expected: str, got: Any) -> CheckpointError:
+    """Return the error that an entry of a file holds something else than what was expected."""
+    return CheckpointError(f"{label(name)}: expected {expected}, got {shorten(repr(got))}")
+
+
 def check_utf8(expected: str, text: str) -> None:
     """Raise ValueError for half of a surrogate pair: readers of safetensors take UTF-8 only."""
     try:
@@ -281,7 +286,7 @@ def _items(json: Json, kind: str, name: str) -> list[tuple[trees.PathKey, Json]]
             return [(key, child) for key, child in content]
     elif _is_leaf(kind, json):
         return None
-    raise CheckpointError(f"{label(name)}: expected a node of a tree, got {shorten(repr(json))}")
+    raise unexpected(name, "a node of a tree", json)
 
 
 def _lacking(class_name: str, fields: dict[str, Json]) -> Iterator[tuple[str, Json]]:

@@ -77,11 +77,9 @@ class NetworkModule(nn.Module):
         self._holders: dict[tuple[str, ...], list[tuple[int, str]]] = {}
         order = {name: i for i, name in enumerate(names_of(structure))}
         for name, leaf in state_dict(params).items():
-            self._register(name, nn.Parameter(leaf.detach().clone()))
-            *parents, last = name.split(".")
-            self._holders.setdefault(tuple(parents), []).append((order[name], last))
+            self._register(order[name], name, nn.Parameter(leaf.detach().clone()))
 
-    def _register(self, name: str, parameter: nn.Parameter) -> None:
+    def _register(self, position: int, name: str, parameter: nn.Parameter) -> None:
         *parents, last = name.split(".")
         holder: nn.Module = self
         try:
@@ -94,6 +92,7 @@ class NetworkModule(nn.Module):
             raise ValueError(
                 f"as_module: expected names that a torch.nn.Module can have, got {name!r}: {error}"
             ) from error
+        self._holders.setdefault(tuple(parents), []).append((position, last))
 
     def forward(self, x: Tensor, key: Key | None = None) -> Tensor:
         """Return y; `key` is for layers that draw numbers, and without one they evaluate."""

@@ -55,11 +55,6 @@ def shared_numbers(leaves: Leaves) -> Tensor:
     return torch.masked_select(numbers, counts > 1)
 
 
-def stepped(leaf: Tensor, numbers: Tensor, step: Tensor) -> Tensor:
-    """A leaf whose entries that are among numbers, in ascending order, have each its own step."""
-    return leaf + for_each(leaf, numbers, step) if movable(leaf) else leaf
-
-
 def for_each(leaf: Tensor, numbers: Tensor, values: Tensor) -> Tensor:
     """The value for each entry of a leaf that is among numbers, in ascending order; else 0."""
     places = torch.searchsorted(numbers, leaf).clamp(max=len(numbers) - 1)

@@ -296,7 +296,10 @@ def _within(function: Any, params: Any, x: Any, call: Callable[[], Any]) -> Any:
     if not isinstance(function, nn.Module):
         return call()
     like = next(leaf for leaf in (*x, *params.values()) if leaf.is_floating_point())
-    own = {name: _like(buffer, like) for name, buffer in function.named_buffers()}
+    own = {  # copies: the module may write to them
+        name: buffer.clone().to(like.dtype if buffer.is_floating_point() else buffer.dtype)
+        for name, buffer in function.named_buffers()
+    }
     return call_within(function, {**own, **params}, call, tie_weights=True)
 
 
@@ -557,11 +560,6 @@ def _expect_value(case: Case, y: Tensor) -> None:
             f"the result is not that of the reference: entry {index[0]} of all outputs is "
             f"{float(y[index]):.9g}, and {float(reference[index]):.9g} there"
         )
-
-
-def _like(buffer: Tensor, like: Tensor) -> Tensor:
-    """A copy of a buffer, which the module may write to, in the dtype that is checked."""
-    return buffer.clone().to(like.dtype if buffer.is_floating_point() else buffer.dtype)
 
 
 def _dense(gradient: Tensor) -> Tensor:

@@ -28,7 +28,6 @@ from funcnet.testing.check.beside import (
     movable,
     moved,
     shared_numbers,
-    stepped,
 )
 from funcnet.testing.check.case import Case, Leaves, scale_of, tried, tried_y
 from funcnet.testing.check.comparison import (
@@ -156,7 +155,9 @@ def _find_wrong_between_leaves(case: Case, limits: Limits, errors: Errors) -> Fi
     if not len(shared):
         return None
     step = direction(shared, 61, relative=True) / 64
-    there = case.at([stepped(leaf, shared, step) for leaf in case.leaves])
+    there = case.at(
+        [leaf + for_each(leaf, shared, step) if movable(leaf) else leaf for leaf in case.leaves]
+    )
     y = tried_y(there)
     if y is None or not y.isfinite().all() or tried(there.vjp) is None:
         return None

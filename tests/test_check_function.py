@@ -401,6 +401,14 @@ def test_a_gradient_is_rounded_in_the_dtype_of_its_own_input(seed):
     check_function(lambda x, weight: x @ weight.to(x.dtype), x, weight)
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("reference", [None, lambda x, w: x @ w.to(x.dtype)], ids=["alone", "with"])
+def test_steps_of_an_input_are_as_coarse_as_its_dtype(seed, reference):
+    x = fn.normal(fn.key(seed), (4, 1))
+    weight = fn.normal(fn.key(100 + seed), (1, 2), dtype=torch.bfloat16)
+    check_function(lambda x, weight: x @ weight.float(), x, weight, reference=reference)
+
+
 def test_a_gradient_that_is_doubled_where_it_is_alone_in_bfloat16():
     """64 ε would be half of a number."""
 

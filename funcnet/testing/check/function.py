@@ -350,7 +350,7 @@ def _examine(case: FunctionCase, limits: Limits) -> None:
     try:
         own = _computed_in(double)
     except Exception:  # a kernel may refuse a dtype by any exception
-        own = case.dtype
+        own = _coarsest(leaf.dtype for leaf in case.leaves if leaf.is_floating_point())
     if own != torch.float64:
         _check_in_own_dtype(case, own)
         return
@@ -375,7 +375,11 @@ def _computed_in(double: FunctionCase) -> torch.dtype:
     """The dtype that a function of float64 computes in: an output's, or what y's numbers show."""
     with torch.no_grad():
         dtypes = [y.dtype for y in double.outputs()]
-    return max(*dtypes, computed_in(double, double.apply()), key=lambda d: torch.finfo(d).eps)
+    return _coarsest([*dtypes, computed_in(double, double.apply())])
+
+
+def _coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _check_calls(case: FunctionCase) -> Leaves:

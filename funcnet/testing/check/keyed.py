@@ -58,12 +58,13 @@ def _check_equal_examples(case: Case, key: Key) -> None:
     if not case.batch or not isinstance(case.x, Tensor) or len(case.grad) != case.batch:
         return
     equal = case.with_x(_repeated, _repeated(case.grad)).double()
-    without, drawn = tried_y(replace(equal, key=None)), tried_y(there := replace(equal, key=key))
+    evaluating, training = replace(equal, key=None), replace(equal, key=key)
+    without, drawn = tried_y(evaluating), tried_y(training)
     if without is None or drawn is None or not drawn.isfinite().all():
         return
     if (
-        not _are_told_apart(replace(equal, key=None), without)
-        and _are_told_apart(there, drawn)
+        not _are_told_apart(evaluating, without)
+        and _are_told_apart(training, drawn)
         and _is_alike_for_all_keys(equal, key, drawn)
     ):
         raise GradientMismatch(
@@ -91,11 +92,11 @@ def other_keys(case: Case) -> list[Case]:
         return []
     key = make_key(0) if case.key is None else case.key
     y = tried_y(replace(case, key=key))
-    drawn = [replace(case, key=fold_in(key, i)) for i in range(_OTHERS)]
+    if y is None:
+        return []
+    drawn = (replace(case, key=fold_in(key, i)) for i in range(_OTHERS))
     return [
-        there
-        for there in drawn
-        if y is not None and (other := tried_y(there)) is not None and not same(y, other)
+        there for there in drawn if (other := tried_y(there)) is not None and not same(y, other)
     ]
 
 

@@ -564,6 +564,21 @@ def test_state_that_depends_on_signs_alone():
         check_function(Rectifier, draw(4, 4))
 
 
+def test_state_that_depends_on_a_mask_alone():
+    class Masked(torch.autograd.Function):
+        @classmethod
+        def forward(cls, ctx, x, mask):
+            cls.mask = mask
+            return x * mask
+
+        @classmethod
+        def backward(cls, ctx, grad):
+            return grad * cls.mask, None
+
+    with pytest.raises(GradientMismatch, match="state is kept outside ctx"):
+        check_function(Masked, draw(4, 4), draw(4, 4) > 0)
+
+
 @pytest.mark.parametrize("outside", [-1.0, math.nan, -math.inf])
 def test_entries_of_y_that_are_not_finite_are_left_out(outside):
     class Log(torch.autograd.Function):

@@ -1527,6 +1527,49 @@ def test_state_that_depends_on_signs_alone(zeros):
         check_vjp(Rectifier(), (), (0 if zeros else 1) * draw((4, 4)))
 
 
+def test_state_that_depends_on_integers_alone():
+    kept = {}
+
+    @dataclass(frozen=True)
+    class Rows(fn.Embedding):
+        def _fwd(self, params, x, key):
+            kept["rows"] = x
+            return params["weight"][x], ()
+
+        def _bwd(self, params, residuals, dy, need):
+            dweight = torch.zeros_like(params["weight"])
+            rows = kept["rows"].flatten().long()
+            return {"weight": dweight.index_add(0, rows, dy.reshape(len(rows), -1))}, None
+
+    layer = Rows(6, 3)
+    params = layer.init(fn.key(0), (2,))
+    with pytest.raises(GradientMismatch, match="state is kept between fwd and bwd"):
+        check_vjp(layer, params, torch.tensor([[0, 1], [2, 2], [5, 4]]))
+
+
+@pytest.mark.parametrize("of_classes", [False, True])
+def test_state_that_depends_on_the_target_alone(of_classes):
+    kept = {}
+
+    @dataclass(frozen=True)
+    class Likelihood(fn.Loss):
+        def _check(self, x, target):
+            pass
+
+        def _fwd(self, x, target):
+            if of_classes:
+                target = F.one_hot(target.long(), x.shape[1]).to(x.dtype)
+            kept["target"] = target
+            return -(target * x.log_softmax(1)).sum(), x.softmax(1)
+
+        def _bwd(self, p, grad):
+            return (p * kept["target"].sum(1, keepdim=True) - kept["target"]) * grad
+
+    target = torch.tensor([0, 2, 1, 1]) if of_classes else draw((4, 3), key=1)
+    with pytest.raises(GradientMismatch, match="state is kept between fwd and bwd"):
+        check_vjp(Likelihood(), draw((4, 3)), target)
+
+
 @dataclass(frozen=True)
 class Rows(Plain):
     """A function of each row, which is undefined where its entries are equal."""

@@ -332,6 +332,16 @@ def other_numbers(leaf: Tensor) -> Tensor:
     return leaf * (1 + signed(leaf.shape, 5).clamp(-3, 3).to(leaf) / 16)
 
 
+def of_other_examples(leaf: Tensor) -> Tensor:
+    """Hand integers and bools to the next example: others might be out of a layer's range."""
+    return leaf if leaf.is_floating_point() or not leaf.ndim else leaf.roll(1, 0)
+
+
+def other_mask(leaf: Tensor) -> Tensor:
+    """Move bools to other places. Other leaves stay: a kernel may index memory by integers."""
+    return leaf.roll(1) if leaf.dtype == torch.bool else leaf
+
+
 def _copied(tree: Any) -> Any:
     return optree.tree_map(lambda leaf: leaf.clone(), tree)
 

@@ -30,6 +30,7 @@ from funcnet.testing.check.case import (
     LossCase,
     kind_of,
     named_leaves,
+    of_other_examples,
     other_numbers,
     tried,
     tried_y,
@@ -217,19 +218,20 @@ def _check_no_state(case: Case, pristine: Any, gradients: Leaves) -> None:
     """Call fwd in between, and bwd on other copies of its arguments: neither must matter.
 
     In between come other tensors, with the same signs and with others, then the same params with
-    another x, then the same x.
+    another x, then the same x, then what is not moved, integers and a target, of other examples.
     """
     complaint = "bwd depends on what was called before it: state is kept between fwd and bwd"
     _, residuals = case.fwd()
     others, first = [other_numbers(leaf) for leaf in case.leaves], case.first_of_x
     after = []
-    for leaves in (
-        others,
-        [unlike(leaf) for leaf in case.leaves],
-        [*case.leaves[:first], *others[first:]],
-        [*others[:first], *case.leaves[first:]],
+    for there in (
+        case.at(others),
+        case.at([unlike(leaf) for leaf in case.leaves]),
+        case.at([*case.leaves[:first], *others[first:]]),
+        case.at([*others[:first], *case.leaves[first:]]),
+        *_with_other_integers(case),
     ):
-        tried(partial(_call_beside, case.at(leaves)))
+        tried(partial(_call_beside, there))
         after.append(case.flat(case.bwd(residuals)))
     fresh = replace(case, layer=case.layer if pristine is None else pristine)
     copies = fresh.at([leaf.clone() for leaf in case.leaves])
@@ -243,6 +245,13 @@ def _check_no_state(case: Case, pristine: Any, gradients: Leaves) -> None:
     if not all(all(map(same, found, gradients)) for found in after):
         raise GradientMismatch(complaint)
     expect_close(case, complaint, copied, gradients)  # copies may have other strides
+
+
+def _with_other_integers(case: Case) -> list[Case]:
+    """The case with the integers and bools of other examples, or with another target."""
+    if isinstance(case, LossCase):
+        return [case.with_target(other_numbers), case.with_target(of_other_examples)]
+    return [] if case.batch is None else [case.with_x(of_other_examples)]
 
 
 def check_written_over(case: Case, whose: str) -> None:

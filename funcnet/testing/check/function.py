@@ -21,6 +21,7 @@ from funcnet.testing.check.case import (
     Leaves,
     expect_real_and_dense,
     named_leaves,
+    other_mask,
     other_numbers,
     signed,
     tried,
@@ -407,9 +408,10 @@ def _check_no_state(case: FunctionCase, gradients: Leaves) -> None:
     """
 
     def run_beside() -> None:
-        for change in (other_numbers, unlike):
-            other = case.at([change(leaf) for leaf in case.leaves])
-            tried(other.run_forward)
+        for leaves in (case.leaves, [other_mask(leaf) for leaf in case.leaves]):
+            for change in (other_numbers, unlike):
+                other = case.at([change(leaf) for leaf in leaves])
+                tried(other.run_forward)
 
     run_beside()
     backward = case.run_forward()

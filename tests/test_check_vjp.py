@@ -959,6 +959,26 @@ def test_a_batch_of_0_should_work():
         check_vjp(Reshaping(), (), torch.ones(2, 3, 4))
 
 
+def test_what_is_wrong_in_a_batch_of_0_is_shown():
+    @dataclass(frozen=True)
+    class Averaging(fn.Layer):
+        def _params(self, shape):
+            return {"weight": fn.Param((2,), fn.initializers.Ones())}
+
+        def _fwd(self, params, x, key):
+            return params["weight"] * x, x
+
+        def _bwd(self, params, x, dy, need):
+            dweight = (x * dy).sum(0)
+            if not len(x):
+                dweight = torch.tensor([0.0, math.nan]).to(dweight)
+            return {"weight": dweight}, params["weight"] * dy
+
+    layer = Averaging()
+    with pytest.raises(GradientMismatch, match="batch of 0 should be 0, got nan"):
+        check_vjp(layer, layer.init(fn.key(0), (2,)), torch.ones(3, 2))
+
+
 def test_the_working_dtype_is_held_to_float64():
     """A float32 layer rounds to half precision on its way, a float64 one does not."""
 

@@ -979,6 +979,22 @@ def test_what_is_wrong_in_a_batch_of_0_is_shown():
         check_vjp(layer, layer.init(fn.key(0), (2,)), torch.ones(3, 2))
 
 
+@pytest.mark.parametrize("way", ["no_grad", "requires_grad"])
+def test_y_does_not_depend_on_whether_autograd_records(way):
+    @dataclass(frozen=True)
+    class Hurried(fn.Layer):
+        def _fwd(self, params, x, key):
+            hurries = x.requires_grad if way == "requires_grad" else not torch.is_grad_enabled()
+            return x * (1.01 if hurries else 1), ()
+
+        def _bwd(self, params, residuals, dy, need):
+            return (), dy.clone()
+
+    with pytest.raises(GradientMismatch, match="autograd records") as caught:
+        check_vjp(Hurried(), (), torch.ones(3, 2))
+    assert way in str(caught.value)
+
+
 def test_the_working_dtype_is_held_to_float64():
     """A float32 layer rounds to half precision on its way, a float64 one does not."""
 

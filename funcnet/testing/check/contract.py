@@ -67,6 +67,7 @@ def check_calls(case: Case) -> None:
     gradients = _check_bwd(case, y, residuals)
     _check_fresh(case)
     _check_vjp_and_apply(case, y, gradients)
+    _check_recording(case)
     if not case.is_loss:
         _check_need(case, residuals, gradients)
     _check_no_state(case, pristine, gradients)
@@ -191,6 +192,25 @@ def _check_vjp_and_apply(case: Case, y: Tensor, gradients: Leaves) -> None:
     _expect_repeated(case, "apply", lambda: [case.apply()], [value])
     result = _check_gradients(case, "vjp", pure(case, "vjp", case.vjp))
     expect_close(case, "vjp and fwd + bwd differ", result, gradients)
+
+
+def _check_recording(case: Case) -> None:
+    """Hold y to itself where autograd may not record it, and where it does: a global state."""
+    recorded = case.at([_tracked(leaf) for leaf in case.leaves])
+    y = case.apply()
+    for who, call in (
+        ("torch.no_grad()", torch.no_grad()(case.apply)),
+        ("x.requires_grad", lambda: recorded.apply().detach()),
+    ):
+        found = tried(call)
+        if found is not None and found.shape == y.shape:
+            complaint = f"apply depends on whether autograd records it: {who} changes y"
+            expect_close(case, complaint, [found], [y], of_value=True)
+
+
+def _tracked(leaf: Tensor) -> Tensor:
+    """A leaf that requires a gradient, if it can have one."""
+    return leaf.detach().requires_grad_() if leaf.is_floating_point() else leaf
 
 
 def _check_need(case: Case, residuals: Any, gradients: Leaves) -> None:

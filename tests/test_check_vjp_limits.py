@@ -15,7 +15,7 @@ from registry import budget
 from users_layers import Dense, Plain
 
 import funcnet as fn
-from funcnet.testing import GradientMismatch, check_vjp
+from funcnet.testing import GradientMismatch, check_function, check_vjp
 
 
 def draw(shape, dtype=torch.float64, key=0):
@@ -655,6 +655,45 @@ def test_the_resolution_of_each_dtype(dtype, factor):
     check_vjp(Dense(), params, draw((3, 6), dtype))
     with pytest.raises(GradientMismatch, match="in torch"):
         check_vjp(Off(), params, draw((3, 6), dtype))
+
+
+@pytest.mark.parametrize(
+    ("of_weights", "of_x"), [(1.0, 1.0), (0.01, 1.0), (1.0, 60.0), (60.0, 0.01)]
+)
+def test_float16_is_checked_where_products_of_three_numbers_overflow(of_weights, of_x):
+    @dataclass(frozen=True)
+    class Off(Dense):
+        def bwd(self, params, residuals, grad, *, input_grad=True):
+            dparams, dx = super().bwd(params, residuals, grad)
+            return dparams, (dx * (2 if dx.dtype == torch.float16 else 1)) if input_grad else None
+
+    params = Off().init(fn.key(0), (6,), dtype=torch.float16)
+    params = optree.tree_map(lambda leaf: leaf * of_weights, params)
+    x = of_x * draw((3, 6), torch.float16)
+    check_vjp(Dense(), params, x)
+    with pytest.raises(GradientMismatch, match=r"in torch\.float16"):
+        check_vjp(Off(), params, x)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1])
+def test_float16_is_checked_where_y_is_large(factor):
+    class Squares(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.square().sum(-1)
+
+        @staticmethod
+        def backward(ctx, grad):
+            (x,) = ctx.saved_tensors
+            return 2 * (factor if x.dtype == torch.float16 else 1) * x * grad[:, None]
+
+    x = draw((8, 60), torch.float16)
+    if factor == 1:
+        check_function(Squares, x)
+        return
+    with pytest.raises(GradientMismatch, match=r"in torch\.float16"):
+        check_function(Squares, x)
 
 
 @pytest.mark.parametrize("scale", [1, 1e-2, 1e-3, 1e-4, 1e-5])

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from funcnet.testing.check.case import Case, Leaves, drawn_like, tried, tried_y
+from funcnet.testing.check.case import Case, Leaves, drawn_like, scale_of, tried, tried_y
 from funcnet.testing.check.compared import Compared, explains, factor_between
 from funcnet.testing.check.comparison import Errors, excess, largest_error
 from funcnet.testing.check.oracles import Line, autograd_gradients, slope
@@ -31,6 +31,8 @@ _NUDGE = 2.0**-5
 """Far enough for every dtype to notice."""
 _AROUND, _POINTS = 2.0**-4, 16
 """So far that roundings in half precision are others at each of so many points."""
+_WITHIN_RANGE = (1.0, 0.25, 0.0625)
+"""Sizes of params and x that are tried in float16, until y is no sum of too many."""
 _NEAR_ZERO = (2.0**-10, 2.0**-11, 2.0**-12, 2.0**-13, 2.0**-14, 2.0**-15)
 """Sizes from above √ε of float32 to below it, where an ε that is added to a square counts."""
 
@@ -41,8 +43,11 @@ def check_precision(case: Case, double: Case, errors: Errors) -> None:
     Single entries are held to `SAFETY` roundings, and each leaf as a whole to a few: the factor
     that fits it best to float64's, in which the roundings of its entries cancel.
     """
-    if is_extreme(case):
-        return  # what overflows or underflows in this dtype need not in float64
+    if is_extreme(case):  # what overflows or underflows in this dtype need not in float64
+        within = _within_range(case)
+        if within is None:
+            return
+        case, double = within, within.double()
     epsilon = torch.finfo(case.dtype).eps
     y, exact = case.apply(), double.apply()
     if Compared(y, exact, value_moves(double, epsilon, 1), y.dtype).wrong_entry is not None:
@@ -65,6 +70,28 @@ def check_precision(case: Case, double: Case, errors: Errors) -> None:
         if size is None:
             raise
         check_own_dtype(case, case.dtype, partial(_away_from_zero, size=size))
+
+
+def _within_range(case: Case) -> Case | None:
+    """The case at numbers of everyday size, if it is extreme in float16 alone.
+
+    There, sums above 40 and weights below 1/40 are extreme, which are nothing special.
+    """
+    if case.dtype != torch.float16:
+        return None
+    for size in _WITHIN_RANGE:
+        there = case.at([_of_size(leaf, size) for leaf in case.leaves], _of_size(case.grad, 1.0))
+        y = tried_y(there)
+        if y is not None and bool(y.isfinite().all()) and not is_extreme(there):
+            return there
+    return None
+
+
+def _of_size(x: Tensor, size: float) -> Tensor:
+    """x times a power of two, so that it is about as large as `size`; its digits stay."""
+    if not x.is_floating_point():
+        return x
+    return x * 2.0 ** round(math.log2(size / scale_of(x)))
 
 
 def _check_gradients(case: Case, double: Case, errors: Errors) -> None:

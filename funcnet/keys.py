@@ -198,6 +198,11 @@ def permutation(key: Key, n: int) -> Tensor:
 def check_draw(who: object, key: Key, dtype: torch.dtype | None) -> None:
     """Raise TypeError unless numbers can be drawn with this key, in this dtype."""
     check_key(who, key)
+    check_dtype(who, dtype)
+
+
+def check_dtype(who: object, dtype: torch.dtype | None) -> None:
+    """Raise TypeError unless networks can compute in this dtype, which None leaves open."""
     _dtypes(who, dtype)
 
 

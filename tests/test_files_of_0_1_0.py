@@ -41,5 +41,10 @@ def test_a_model_in_another_dtype():
     expected = optree.tree_map(torch.Tensor.double, NET.init(fn.key(7), (3, 8, 8)))
     assert net == NET
     assert same(params, expected)
-    with pytest.raises(TypeError, match="load_model: expected a floating-point dtype"):
-        fn.load_model(DATA / "model-0.1.0.safetensors", dtype=torch.int64)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_a_model_in_a_dtype_that_no_network_computes_in(dtype):
+    message = f"expected a floating-point dtype of torch, of 16 bits or more, got {dtype}"
+    with pytest.raises(TypeError, match=f"load_model: {message}"):
+        fn.load_model(DATA / "model-0.1.0.safetensors", dtype=dtype)

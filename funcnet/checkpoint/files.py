@@ -28,6 +28,7 @@ from funcnet.checkpoint.memory_format import all_laid_out_like, lay_out_as_init
 from funcnet.checkpoint.storable import check_metadata, check_storable
 from funcnet.checkpoint.structure import CheckpointError, Json, decode, encode
 from funcnet.checks import shown
+from funcnet.keys import check_dtype
 from funcnet.layer import Layer, Tree, check_net
 
 _Path: TypeAlias = "str | os.PathLike[str]"
@@ -173,7 +174,8 @@ def load_model(
     The network is built from classes known by name, whose constructors check their arguments.
     `dtype` converts floating-point parameters. They are laid out in memory as `net.init` does.
 
-    Raises what `load` raises, and CheckpointError for a file without a network.
+    Raises what `load` raises, CheckpointError for a file without a network, and TypeError for
+    another dtype than float16, bfloat16, float32 and float64.
 
     >>> import funcnet as fn, tempfile
     >>> path = tempfile.mkdtemp() + "/model.safetensors"
@@ -182,7 +184,7 @@ def load_model(
     >>> net
     Sequential(ReLU(), Sigmoid())
     """
-    _check_dtype("load_model", dtype)
+    check_dtype("load_model", dtype)
     with opened(_as_path("load_model", path)) as (file, header):
         net = Inspection(header).architecture
         if net is None:

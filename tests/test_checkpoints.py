@@ -350,6 +350,11 @@ def test_they_are_values(tmp_path):
         (lambda: fn.Checkpoints(3), TypeError, "Checkpoints: expected folder to be a path, got 3"),
         (lambda: fn.Checkpoints("a", keep=0), ValueError, "Checkpoints: expected keep >= 1, got 0"),
         (lambda: fn.Checkpoints("a").save(-1, ()), ValueError, "expected step >= 0, got -1"),
+        (
+            lambda: fn.Checkpoints("a").save(10**25, ()),
+            ValueError,
+            rf"^Checkpoints: expected step < 2\*\*63, got {10**25}$",
+        ),
         (lambda: fn.Checkpoints("a").save(1.0, ()), TypeError, "expected step to be an int"),
     ],
 )

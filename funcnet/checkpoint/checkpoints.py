@@ -19,7 +19,7 @@ from funcnet.checkpoint.compare import differences, expectation, refuse
 from funcnet.checkpoint.data import read_data
 from funcnet.checkpoint.files import named, opened, read_tensors, save
 from funcnet.checkpoint.memory_format import all_laid_out_like
-from funcnet.checkpoint.structure import CheckpointError, Node, decode
+from funcnet.checkpoint.structure import INT64, CheckpointError, Node, decode
 from funcnet.checks import as_int, shown
 from funcnet.fields import Hyperparameters, Size
 from funcnet.layer import Tree
@@ -75,10 +75,12 @@ class Checkpoints(Hyperparameters):
         before them keeps its last `keep` as well. Files that have not been verified yet are read
         for that, every bit of them. What killed saves have left is cleared.
 
-        Raises ValueError for a step below 0, and what `funcnet.save` raises. Then nothing is
+        Raises ValueError unless 0 ≤ step < 2⁶³, and what `funcnet.save` raises. Then nothing is
         removed. Warns with a RuntimeWarning if an earlier file cannot be removed.
         """
         step = as_int("Checkpoints", "step", step, 0)
+        if step not in INT64:  # as metadata
+            raise ValueError(f"Checkpoints: expected step < 2**63, got {step}")
         make_folder(os.fspath(self.folder))
         clear_abandoned(self.folder, r"step-[0-9]{8,}[.a-z]*")
         new = Path(self.folder) / f"step-{step:08d}.safetensors"

@@ -256,6 +256,21 @@ READ_OFF = "sizes of x are read off the shape that init is given"
 """What messages say to torch.nn's sizes of x, which come where another argument is expected."""
 
 
+SIZES_OF_X = frozenset(
+    ["in_features", "num_features", "num_channels", "normalized_shape", "embed_dim", "input_size"]
+)
+"""The names that torch.nn's layers have for sizes of x."""
+
+
+def refuse_sizes(cls: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """Raise TypeError for sizes of x among the arguments of a constructor that takes none."""
+    try:  # a layer of one's own may have arguments of these names
+        inspect.signature(cls.__init__).bind(None, *arguments, **named)
+    except TypeError:
+        theirs = ", ".join(name for name in named if name in SIZES_OF_X)
+        raise TypeError(f"{cls.__name__}: expected no {theirs}: {READ_OFF}") from None
+
+
 @dataclass(frozen=True)
 class BehindSizes(OneOf):
     """A bool where torch.nn's order of arguments has a size, whose message tells of the order."""

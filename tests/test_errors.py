@@ -1,6 +1,7 @@
 """Bad input is refused where it enters: who refuses, what was expected, what came."""
 
 import re
+from functools import partial
 
 import numpy as np
 import optree
@@ -558,6 +559,21 @@ OWN_LOSS = "got Shrunk(): a loss of one's own has a field named reduction"
             TypeError,
             "ConvTranspose2d: expected out_channels, then kernel_size, got ConvTranspose2d(3, "
             f"out_channels=8, kernel_size=2, stride=2){CHANNELS}ConvTranspose2d(8, 2, stride=2)?",
+        ),
+        *(
+            (
+                partial(cls, **{name: 8}, **rest),
+                TypeError,
+                f"{cls.__name__}: expected no {name}{SIZES}",
+            )
+            for cls, name, rest in (
+                (fn.Linear, "in_features", {"out_features": 4}),
+                (fn.LayerNorm, "normalized_shape", {}),
+                (fn.BatchNorm, "num_features", {"eps": 0.1}),
+                (fn.GroupNorm, "num_channels", {"num_groups": 2}),
+                (fn.LSTM, "input_size", {"hidden_size": 4}),
+                (fn.MultiheadAttention, "embed_dim", {"num_heads": 2}),
+            )
         ),
         (
             lambda: fn.Linear(2, weight_init=fn.initializers.Zeros),

@@ -352,3 +352,17 @@ def test_only_a_tuple_of_one_ends_with_a_comma():
     assert fields.call("f", ["a"]) == "f(a)"
     assert fields.call("**", ["'a': b"], brackets="{}") == "**{'a': b}"
     assert fields.call("", ["a"], brackets="[]") == "[a]"
+
+
+def test_a_layer_of_ones_own_may_have_torchs_names():
+    @dataclass(frozen=True)
+    class Dense(fn.Layer):
+        in_features: Size
+
+        def _fwd(self, params, x, key):
+            return x, ()
+
+    assert repr(Dense(in_features=3)) == "Dense(3)"
+    assert len(fn.Sequential(num_features=fn.ReLU())) == 1
+    with pytest.raises(TypeError, match="Dense: expected no num_features: sizes of x are"):
+        Dense(3, num_features=3)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence, Sized
 from numbers import Integral, Real
 from typing import Any
 
-from torch import Tensor, nn
+from torch import SymFloat, Tensor, nn
 
 
 def name_of(who: Any) -> str:
@@ -79,11 +79,11 @@ _INF = float("inf")
 def as_number(
     who: object, name: str, value: Any, least: float = -_INF, most: float = _INF
 ) -> float:
-    """`value` as an int or a float, which files hold and NumPy's numbers are not.
+    """`value` as an int or a float, which files hold, and numbers of NumPy and of graphs are not.
 
     Raises unless it is a finite number in [least, most].
     """
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, (Real, SymFloat)):
         raise TypeError(f"{name_of(who)}: expected {name} to be a number, got {shown(value)}")
     number = int(value) if isinstance(value, Integral) else float(value)
     if not (-_INF < number < _INF and least <= number <= most):

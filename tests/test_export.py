@@ -1,6 +1,7 @@
 """Graphs for batches of any size: torch.export, torch.jit.trace, torch.compile and ONNX."""
 
 import io
+import warnings
 
 import onnxruntime
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hypothesis import settings
 from registry import EXAMPLES, draw_x, key_for, make
 from test_properties import close
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import funcnet as fn
 
@@ -120,3 +122,34 @@ def test_onnx_for_any_batch(dynamo):
     check(
         lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), DENOISER, params, shape
     )
+
+
+GATED = fn.Product(fn.Linear(3), fn.Sequential(fn.Linear(3), fn.Sigmoid()))
+RECORDED = [
+    *EXPORTED,
+    (DENOISER, (3, 8, 8)),
+    (fn.Sequential(fn.Linear(8), fn.ReLU(), fn.Linear(4)), (3,)),
+    (fn.Sequential(fn.LayerNorm(), fn.MultiheadAttention(2), fn.Linear(5)), (6, 4)),
+    (
+        fn.Concat(fn.Identity(), fn.Sequential(fn.Conv2d(4, 2, stride=2), fn.Upsample2d(2))),
+        (3, 8, 8),
+    ),
+    (fn.Residual(fn.Sum(GATED, fn.Tanh())), (3,)),
+    (fn.AdaptiveAvgPool2d((None, 5)), (1, 2, 3)),
+]
+
+
+@pytest.mark.parametrize(("net", "shape"), RECORDED, ids=lambda value: str(value)[:40])
+def test_make_fx_records_a_training_step_for_any_batch(net, shape):
+    (params, x, grad), key = make(net, shape, batch=11), key_for(net)
+
+    def step(params, x, grad):
+        y, residuals = net.fwd(params, x, key=key)
+        return y, net.bwd(params, residuals, grad)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph = make_fx(step, tracing_mode="symbolic")(params, x, grad)
+    for batch in (11, 7):
+        given = make(net, shape, batch)
+        close(graph(*given), step(*given), rtol=1e-5, atol=1e-5)

@@ -34,13 +34,15 @@ class Product(Branches):
 
     def _joined_shape(self, shapes: Sequence[Shape]) -> Shape:
         columns = list(zip(*shapes, strict=False))
-        fit = len(set(map(len, shapes))) == 1 and all(len({*c} - {1}) <= 1 for c in columns)
-        if not fit:
+        largest = tuple(next((size for size in column if size != 1), 1) for column in columns)
+        pairs = zip(columns, largest, strict=True)
+        fit = all(size in (1, most) for column, most in pairs for size in column)
+        if len(set(map(len, shapes))) > 1 or not fit:
             raise ValueError(
                 f"{name_of(self)}: expected results of one shape, up to sizes of 1, "
                 f"got {', '.join(map(str, shapes))}"
             )
-        return tuple(next((size for size in column if size != 1), 1) for column in columns)
+        return largest
 
     def _joined(self, ys: list[Tensor]) -> tuple[Tensor, Any]:
         return reduce(Tensor.mul, ys), ys if len(ys) > 1 else None

@@ -32,7 +32,7 @@ class Sum(Branches):
     """
 
     def _joined_shape(self, shapes: Sequence[Shape]) -> Shape:
-        if len(set(shapes)) > 1:
+        if any(shape != shapes[0] for shape in shapes):
             got = ", ".join(map(str, shapes))
             raise ValueError(f"{name_of(self)}: expected results of one shape, got {got}")
         return shapes[0]

@@ -136,7 +136,7 @@ def adaptive_maximum_backward(dy: Tensor, indices: Tensor, shape: Ints) -> Tenso
 
 def adaptive_average(x: Tensor, size: Ints) -> Tensor:
     """The mean of each of the windows that cut each axis into that many."""
-    if set(size) == {1}:  # a single window, for which a sum is faster
+    if all(n == 1 for n in size):  # a single window, for which a sum is faster
         return x.mean(list(range(2, x.ndim)), keepdim=True)
     if x.ndim == 3:
         return adaptive_average(x.unsqueeze(2), (1, *size)).squeeze(2)
@@ -145,7 +145,7 @@ def adaptive_average(x: Tensor, size: Ints) -> Tensor:
 
 def adaptive_average_backward(dy: Tensor, shape: Ints) -> Tensor:
     """dx of the shape."""
-    if set(dy.shape[2:]) == {1}:
+    if all(n == 1 for n in dy.shape[2:]):
         share = dy / math.prod(shape[2:])
         return share.expand(shape).clone(memory_format=torch.contiguous_format)
     if dy.ndim == 3:

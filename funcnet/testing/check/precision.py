@@ -32,7 +32,7 @@ _NUDGE = 2.0**-5
 _AROUND, _POINTS = 2.0**-4, 16
 """So far that roundings in half precision are others at each of so many points."""
 _WITHIN_RANGE = (1.0, 0.25, 0.0625)
-"""Sizes of params and x that are tried in float16, until y is no sum of too many."""
+"""Sizes of params and x that are tried in float16: smaller ones where sums are too large."""
 _NEAR_ZERO = (2.0**-10, 2.0**-11, 2.0**-12, 2.0**-13, 2.0**-14, 2.0**-15)
 """Sizes from above √ε of float32 to below it, where an ε that is added to a square counts."""
 
@@ -75,7 +75,7 @@ def check_precision(case: Case, double: Case, errors: Errors) -> None:
 def _within_range(case: Case) -> Case | None:
     """The case at numbers of everyday size, if it is extreme in float16 alone.
 
-    There, sums above 40 and weights below 1/40 are extreme, which are nothing special.
+    There, sums above 40 and weights below 1/40 count as extreme, and occur in every network.
     """
     if case.dtype != torch.float16:
         return None

@@ -298,6 +298,8 @@ def test_questions_about_transformations(name):
     assert GONE.innermost_transformation() is None
 
 
+# Forward mode compiles by torch.jit.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("of", [compat, GONE])
 def test_questions_about_dual_numbers(of):
     assert of.dual_level(forward_ad) < 0

@@ -337,6 +337,7 @@ EQUIVALENT: dict[str, str] = {
     "ops.group_norm._group_norm_gradients_by_channels:swap-arguments:2": _COMMUTES,
     "ops.group_norm._group_norm_gradients_by_channels:condition:1": _NOT_NEEDED,
     "ops.group_norm.group_normalised:shift-axis:3": "a group's entries lie side by side",
+    "ops.normalization._is_by_formula:drop-term:1": _KERNEL,
     "ops.normalization.batch_norm:drop-argument:1": _EMPTY,
     "ops.normalization.batch_norm:sibling:1": _EMPTY,
     "ops.normalization.batch_norm:drop-call:1": _EMPTY,

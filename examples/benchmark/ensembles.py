@@ -8,12 +8,11 @@ both compute is compared first. Contenders run in turns; ratios are of medians.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 
 import optree
 import torch
-from more_layers import Row, check, timed
+from more_layers import Row, print_table
 from networks import denoiser, transformer
 from torch import Tensor, nn
 from translate import leaves, to_torch
@@ -66,17 +65,5 @@ def _rows(name: str, net: fn.Sequential, x: Tensor) -> Iterator[Row]:
     yield Row(f"{name}, forward", lambda: [outputs(ensemble)], lambda: [their_outputs(theirs)])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--threads", default=2, type=int, help="CPU threads (%(default)s)")
-    parser.add_argument("--seconds", default=0.5, type=float, help="a contender (%(default)s)")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    print(f"| {MEMBERS} networks | funcnet | torch.func | ratio |\n| --- | ---: | ---: | ---: |")
-    for row in rows():
-        check(row)
-        print(timed(row, options.seconds), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    print_table(__doc__, f"| {MEMBERS} networks | funcnet | torch.func | ratio |", rows())

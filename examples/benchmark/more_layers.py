@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -120,13 +120,18 @@ def timed(row: Row, seconds: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    print_table(__doc__, "| layer or loss | funcnet | torch.nn | ratio |", rows())
+
+
+def print_table(doc: str, head: str, rows: Iterable[Row]) -> None:
+    """Check the rows and print their times, as the command's arguments say; `doc` is its help."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     parser.add_argument("--threads", default=2, type=int, help="CPU threads (%(default)s)")
     parser.add_argument("--seconds", default=0.5, type=float, help="a contender (%(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print("| layer or loss | funcnet | torch.nn | ratio |\n| --- | ---: | ---: | ---: |")
-    for row in rows():
+    print(f"{head}\n| --- | ---: | ---: | ---: |")
+    for row in rows:
         check(row)
         print(timed(row, options.seconds), flush=True)
 

@@ -161,8 +161,9 @@ class Reshape(Reshaped):
 
     def _out_shape(self, shape: Shape) -> Shape:
         # A list: torch.compile follows no generator into math.prod.
-        size, known = math.prod(shape), math.prod([n for n in self.shape if n != -1])
-        if -1 not in self.shape:
+        given = [n for n in self.shape if n != -1]
+        size, known = math.prod(shape), math.prod(given)
+        if len(given) == len(self.shape):  # `in` misses a -1 that torch.compile holds open
             expected, fits = f"{known}", size == known
         else:
             expected, fits = f"a multiple of {known}", known > 0 and size % known == 0

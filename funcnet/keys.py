@@ -224,13 +224,22 @@ def halves(key: Key) -> tuple[Any, Any]:
 
 
 def _halves_tensor(key: Key) -> Tensor:
-    return key._halves if isinstance(key, _TracedKey) else torch.from_numpy(key._halves)
+    if isinstance(key, _TracedKey):
+        traced: Tensor = key._halves
+        return traced
+    if torch.compiler.is_exporting():  # a strict export keeps NumPy's arrays without their numbers
+        return torch.tensor([_signed(key.data % 2**64), _signed(key.data >> 64)])
+    return torch.from_numpy(key._halves)
+
+
+def _signed(number: int) -> int:
+    """The int64 with the bits of a number in [0, 2⁶⁴)."""
+    return number - 2**64 if number >= 2**63 else number
 
 
 def _derive(purpose: str, key: Key, item: int) -> Key:
     if torch.compiler.is_compiling():
-        signed = item - 2**64 if item >= 2**63 else item
-        return _TracedKey(_derive_halves(_halves_tensor(key), purpose, signed))
+        return _TracedKey(_derive_halves(_halves_tensor(key), purpose, _signed(item)))
     message = key.data.to_bytes(_KEY_BYTES, "little") + item.to_bytes(8, "little")
     return Key(int.from_bytes(_hash(purpose, message), "little"))
 

@@ -153,3 +153,45 @@ def test_make_fx_records_a_training_step_for_any_batch(net, shape):
     for batch in (11, 7):
         given = make(net, shape, batch)
         close(graph(*given), step(*given), rtol=1e-5, atol=1e-5)
+
+
+class Keyed(torch.nn.Module):
+    def __init__(self, layer, shape):
+        super().__init__()
+        self.layer, self.key = layer, fn.key(5)
+        self.params = layer.init(fn.key(0), shape)
+
+    def forward(self, x):
+        return self.layer.apply(self.params, x, key=self.key)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (fn.Dropout(0.4), (4,)),
+        (fn.Dropout(0.4), (3,)),
+        (fn.Dropout2d(0.4), (3, 2, 2)),
+        (fn.Sequential(fn.Dropout(0.2), fn.Dropout(0.3)), (3,)),
+    ],
+    ids=repr,
+)
+def test_masks_of_a_saved_program_are_the_keys(layer, shape, strict, tmp_path):
+    """A strict export forgets the numbers of NumPy's arrays, without a word."""
+    module, x = Keyed(layer, shape), fn.normal(fn.key(1), (5, *shape))
+    sizes = ({0: torch.export.Dim("n", min=1)},)
+    program = torch.export.export(module, (x[:3],), dynamic_shapes=sizes, strict=strict)
+    torch.export.save(program, tmp_path / "program.pt2")
+    loaded = torch.export.load(tmp_path / "program.pt2").module()
+    for examples in (3, 5, 2, 1):
+        torch.testing.assert_close(loaded(x[:examples]), module(x[:examples]))
+
+
+@pytest.mark.parametrize("shape", [(-1,), (3, -1)], ids=str)
+def test_reshape_to_an_open_size_compiled_for_any_batch(shape):
+    layer, x = fn.Reshape(*shape), fn.normal(fn.key(0), (5, 3, 2))
+    compiled = torch.compile(
+        lambda x: layer.apply((), x), fullgraph=True, backend="eager", dynamic=True
+    )
+    for examples in (2, 5):
+        assert torch.equal(compiled(x[:examples]), layer.apply((), x[:examples]))

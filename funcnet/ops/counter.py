@@ -54,7 +54,9 @@ def bernoulli(key: Key, p: float, shape: Sequence[int], device: torch.device) ->
 def _random(key: Key, start: int, stop: int, device: torch.device) -> Tensor:
     """Numbers `start` up to `stop` of those drawn evenly from the int32 ones; `start` is even."""
     low, high = halves(key)
-    i = torch.arange(start // 2, (stop + 1) // 2, device=device)
+    # An exporter cannot prove that an open size is at most 2·⌈size/2⌉.
+    last = stop if torch.compiler.is_exporting() else (stop + 1) // 2
+    i = torch.arange(start // 2, last, device=device)
     if torch.compiler.is_compiling():
         # Inductor takes i·g for an index: its overflow is undefined in C++, and has ended in
         # writes beyond the tensor. Behind an operation on bits i is a number.

@@ -25,9 +25,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from textwrap import indent
 from types import SimpleNamespace
-from typing import Annotated, Any, ClassVar, Protocol, TypeAlias, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeAlias, get_type_hints
 
 from funcnet.checks import as_index, as_int, as_number, shown
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Kind(Protocol):
@@ -43,6 +46,14 @@ class Hyperparameters:
 
     _axes: ClassVar[str | None] = None
     """A letter for each axis of one example, `CHW`; None for any rank. `…` stands for any axes."""
+
+    # Not in Layer: help and inspect take a class's arguments from the first of its bases with a
+    # `__new__` or an `__init__`, and those of a layer are its fields.
+    def __new__(cls, *arguments: Any, **named: Any) -> Self:
+        """Raise TypeError for sizes of x by torch.nn's names, unless the class has such names."""
+        if not SIZES_OF_X.isdisjoint(named):
+            refuse_sizes(cls, arguments, named)
+        return super().__new__(cls)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Keep `@dataclass` from writing a repr of its own."""

@@ -45,7 +45,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import optree
 import torch
@@ -61,7 +61,7 @@ from funcnet.checks import (
     shown,
     sizes,
 )
-from funcnet.fields import SIZES_OF_X, Hyperparameters, refuse_sizes, source
+from funcnet.fields import Hyperparameters, source
 from funcnet.keys import Key, check_draw, check_key
 from funcnet.ops.autocast import without_autocast
 from funcnet.ops.inplace import is_eager, is_tracing
@@ -77,9 +77,6 @@ from funcnet.param import (
     misshapen,
     size_that_fits,
 )
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 Tree: TypeAlias = Any
 """Nested containers of tensors, as `optree` understands them."""
@@ -156,12 +153,6 @@ class Layer(Hyperparameters):
 
     couples_examples: ClassVar[bool] = _TrueOfChildren()  # type: ignore[assignment]
     """Whether y of an example depends on the others in its batch. Such a layer says True."""
-
-    def __new__(cls, *arguments: Any, **named: Any) -> Self:
-        """Raise TypeError for sizes of x by torch.nn's names, unless the class has such names."""
-        if not SIZES_OF_X.isdisjoint(named):
-            refuse_sizes(cls, arguments, named)
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()

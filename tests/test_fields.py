@@ -1,6 +1,7 @@
 """Hyperparameters: what each type of a field takes and keeps, what it refuses, how it is shown."""
 
 import copy
+import inspect
 import pickle
 import re
 from dataclasses import dataclass, field
@@ -366,3 +367,13 @@ def test_a_layer_of_ones_own_may_have_torchs_names():
     assert len(fn.Sequential(num_features=fn.ReLU())) == 1
     with pytest.raises(TypeError, match="Dense: expected no num_features: sizes of x are"):
         Dense(3, num_features=3)
+
+
+def test_signatures_of_layers_are_their_fields():
+    class Same(fn.Layer):
+        def _fwd(self, params, x, key):
+            return x, ()
+
+    assert not inspect.signature(fn.Layer).parameters
+    assert not inspect.signature(Same).parameters
+    assert list(inspect.signature(fn.Linear).parameters)[:2] == ["out_features", "bias"]

@@ -91,7 +91,13 @@ def gradients(
     x: Tensor, weight: Tensor, grad: Tensor, window: Window, need: Need
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dx), None where it is not needed."""
-    patches, grad = to_patches(x, window.kernel_size), native.layout(grad)
+    grad = native.layout(grad)
+    if need.params:
+        patches = to_patches(x, window.kernel_size)
+    else:  # sizes are enough for dx
+        batch, _, *rows_and_columns = grad.shape
+        taps = x.shape[1] * math.prod(window.kernel_size)
+        patches = x.new_empty(batch, *rows_and_columns, taps).permute(0, 3, 1, 2)
     dmatrix, dpatches = pixelwise.gradients(patches, matrix(weight), grad, need)
     dx = None if dpatches is None else _from_patches(dpatches, window.kernel_size, x)
     if dmatrix is None:

@@ -106,6 +106,8 @@ EQUIVALENT: dict[str, str] = {
     "layers.activations.PReLU._fwd:condition:1": "a warning of PyTorch's own",
     "layers.activations.PReLU._bwd:drop-need:2": _NOT_NEEDED,
     "layers.activations.PReLU._bwd:drop-need:5": _NOT_NEEDED,
+    "layers.activations.PReLU._bwd_each:drop-need:1": _NOT_NEEDED,
+    "layers.activations.PReLU._bwd_each:drop-need:2": _NOT_NEEDED,
     "layers.activations.SiLU._slope:condition:2": _KERNEL,
     "layers.attention.MultiheadAttention._bwd:swap-elements:1": "a sum over axes in any order",
     "layers.attention.MultiheadAttention._scale:off-by-one:4": "all weights are dropped",

@@ -99,7 +99,8 @@ _OPS = {
             *("drawn_on_a_gpu_without_asking_it", "compiled_once_for_batches_of_any_size"),
             "compiled_it_writes_to_no_other_memory",
         )
-    ),
+    )
+    + " test_export.py::test_masks_of_a_saved_program_are_the_keys",
     "each": (
         "test_optimizers.py "
         "test_gate_properties.py::test_a_step_of_many_states_is_the_step_of_each "

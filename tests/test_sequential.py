@@ -1,5 +1,6 @@
 """Sequential: composition, nesting, indexing, the right key and residual for each layer."""
 
+import sys
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
@@ -502,6 +503,25 @@ def test_mathematics_of_a_subclass_is_not_passed_over_in_place():
         (found, *_), found_dx = net.vjp((params, (), ()), x, grad)
         assert torch.equal(found_dx, dx)
         assert all(torch.equal(found[name], dparams[name]) for name in dparams)
+
+
+def test_a_training_step_asks_little():
+    """Checks and questions about global state would take most of a small network's step."""
+    net = fn.Sequential(*[fn.Conv2d(8, 3, padding=1), fn.ReLU()] * 24)
+    params, x, target = make(net, (8, 16, 16), batch=1)
+    step, sgd = fn.value_and_grad(net, fn.MSE()), fn.SGD(0.1)
+    calls, before = [], sys.getprofile()
+
+    def train():
+        sgd.step(params, step(params, x, target)[1], sgd.init(params))
+
+    train()  # what is accepted is remembered
+    sys.setprofile(lambda frame, event, _: event == "call" and calls.append(frame.f_code))
+    try:
+        train()
+    finally:
+        sys.setprofile(before)
+    assert len(calls) <= 24 * len(net)
 
 
 def test_gradients_come_in_the_containers_of_params():

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from funcnet.ops import bfloat16, few_channels, native, patches, unfold
@@ -73,7 +74,7 @@ def implementation(
         return unfold
     if window.cuts_patches and x.ndim == 4 and patches.are_faster(x, weight, window, backward):
         return patches
-    if bfloat16.serves(x, window):
+    if x.dtype == torch.bfloat16 and bfloat16.serves(x, window):
         return bfloat16
     # Backward, dweight and dx may each have a module of their own.
     if backward or not few_channels.which_are_faster(x, weight, window)[0]:

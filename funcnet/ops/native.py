@@ -59,6 +59,8 @@ def layout_for(weight: Tensor, x: Tensor) -> Tensor:
     kernels are faster on row-major images: 0.5 to 0.8 of the time, of 6 networks with 3 to 16
     channels of 16×16 pixels (AMD Zen 4, one thread, float32).
     """
+    if is_laid_out(x):
+        return x
     if _is_wrapped(weight) and x.shape[1] > 1 and inplace.is_mapped_alone():
         return _canonical(x)
     return layout(x)
@@ -158,7 +160,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> 
     """y (N, O, H′, W′) of x (N, C, H, W) and weight (O, C/groups, kh, kw); volumes likewise."""
     if weight.shape[0] >= _MANY_CHANNELS and _needs_second_channel(x):
         x, weight = _with_second_channel(x), _with_second_channel(weight)
-    if not window.is_dilated and not (_is_narrow(x) and (window.is_strided or x.ndim == 5)):
+    if not window.is_dilated and not ((window.is_strided or x.ndim == 5) and _is_narrow(x)):
         return run_forward(x, weight, bias, window)
     # oneDNN 3.x has crashed where dilated windows see nothing but padding, with a bias or in
     # bfloat16. In bfloat16 it returns wrong numbers on some processors, with a stride or for
@@ -173,7 +175,7 @@ def run_forward(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) 
     """y by PyTorch's kernels, in x's dtype."""
     stride, padding, dilation, groups = window.stride, window.both, window.dilation, window.groups
     convolve = _CONVOLUTIONS[x.ndim]
-    x, weight = _padded(x, window, padding), _canonical(weight)
+    x, weight = x if window.is_even else _padded(x, window, padding), _canonical(weight)
     return convolve(x, weight, bias, stride, padding, dilation, groups)
 
 
@@ -182,9 +184,9 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dx), None where it is not needed."""
     both = window.both
-    if need.params and _starts_far_before(x, window):
+    if need.params and x.ndim == 5 and _starts_far_before(x, window):
         both = (0, *both[1:])
-    padded = _padded(x, window, both)
+    padded = x if window.is_even and both is window.both else _padded(x, window, both)
     sizes = window.stride, both, window.dilation, window.groups
     dweight, dx = kernel_gradients(padded, weight, grad, need, sizes)
     if dx is not None and padded is not x:
@@ -198,12 +200,7 @@ def _starts_far_before(x: Tensor, window: Window) -> bool:
     oneDNN 3.x has then read and written past the end of x, for the gradient of the weight: where
     its depth is small, in float32. It does not with the padding in x.
     """
-    return (
-        x.ndim == 5
-        and x.is_cpu
-        and x.element_size() <= 4
-        and 1 < window.stride[0] < window.before[0]
-    )
+    return x.is_cpu and x.element_size() <= 4 and 1 < window.stride[0] < window.before[0]
 
 
 def kernel_gradients(
@@ -228,7 +225,7 @@ def run_backward(
     stride, padding, dilation, groups = sizes
     # Volumes of one channel are row-major, and PyTorch would lay grad out anew.
     is_flat = x.ndim == 5 and x.shape[1] == 1
-    if _is_wrapped(x) and 1 in x.shape:
+    if 1 in x.shape and _is_wrapped(x):
         # PyTorch's kernel for float64 refuses strides that could be those of channels_last.
         x = x.clone(memory_format=torch.contiguous_format)
     dx, dweight, _ = _backward(
@@ -265,8 +262,6 @@ def pad(x: Tensor, sides: Sequence[int]) -> Tensor:
 
 def _padded(x: Tensor, window: Window, both: Ints) -> Tensor:
     """x with the padding that a kernel does not add, which pads both sides of an axis alike."""
-    if window.is_even and both is window.both:
-        return x
     return layout(pad(x, _sides_beyond(window, both)))
 
 

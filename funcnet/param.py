@@ -53,7 +53,7 @@ def check_declared(who: object, declared: Any, prefix: str = "") -> None:
 
 
 def _remedy(declared: Any, prefix: str) -> str:
-    """What to write instead where these are the parameters of a layer, drawn by its `init`."""
+    """The end of a message, which says what to write for a layer whose `init` draws these."""
     leaves = optree.tree_leaves(declared)
     is_tree = bool(prefix) or not isinstance(declared, Tensor)
     if not (leaves and is_tree and all(isinstance(leaf, Tensor) for leaf in leaves)):

@@ -1,4 +1,4 @@
-"""What layers that slide a kernel over x share: their parameters, their checks and their parts."""
+"""The base of layers that slide a kernel over x: their parameters, their checks, their parts."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def _advice_by_name(cls: type[Kernels], arguments: tuple[Any, ...], named: dict[
 
 
 def _question(cls: type[Kernels], meant: list[str]) -> str:
-    """What to write instead."""
+    """The end of a message, which suggests what was meant."""
     return (
         "the input's channels are read off the shape; "
         f"did you mean {cls.__name__}({', '.join(meant)})?"

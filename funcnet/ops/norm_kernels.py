@@ -1,4 +1,4 @@
-"""What PyTorch's kernels for normalisation take and return.
+"""PyTorch's kernels for normalisation: their arguments and what they return.
 
 On the CPU, those kernels keep mean and variance in the dtype of the weight. In half precision,
 where a mean of 100 would be off by a quarter, they are handed weights in float32.

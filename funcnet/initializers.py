@@ -29,6 +29,9 @@ from funcnet.checks import as_shape, sizes
 from funcnet.fields import Finite, Hyperparameters, InstanceOf, NonNegative, OneOf, source
 from funcnet.keys import Key, check_draw, normal, uniform
 
+Device: TypeAlias = "torch.device | str | None"
+"""A device or its name; None for the CPU."""
+
 __all__ = [
     "Constant",
     "Initializer",
@@ -76,7 +79,7 @@ class Initializer(Hyperparameters):
         key: Key,
         shape: Sequence[int],
         dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        device: Device = None,
     ) -> Tensor:
         """A tensor of `shape`, drawn from the key; float32 on the CPU unless told otherwise."""
         check_draw(self, key, dtype)
@@ -90,9 +93,7 @@ class Initializer(Hyperparameters):
             return torch.empty(shape, dtype=dtype, device=device)
         return self._draw(key, shape, dtype, device)
 
-    def _draw(
-        self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
-    ) -> Tensor:
+    def _draw(self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> Tensor:
         raise NotImplementedError
 
 
@@ -109,9 +110,7 @@ class Constant(Initializer):
 
     value: Finite
 
-    def _draw(
-        self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
-    ) -> Tensor:
+    def _draw(self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> Tensor:
         if not abs(self.value) <= torch.finfo(dtype).max:
             raise ValueError(f"{self}: expected a value within {dtype}")
         return torch.full(shape, self.value, dtype=dtype, device=device)
@@ -160,9 +159,7 @@ class Uniform(Initializer):
         if not self.low <= self.high:
             raise ValueError(f"Uniform: expected low <= high, got {self.low} and {self.high}")
 
-    def _draw(
-        self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
-    ) -> Tensor:
+    def _draw(self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> Tensor:
         return uniform(key, shape, self.low, self.high, dtype, device)
 
 
@@ -180,9 +177,7 @@ class Normal(Initializer):
     mean: Finite = 0.0
     std: NonNegative = 1.0
 
-    def _draw(
-        self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
-    ) -> Tensor:
+    def _draw(self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> Tensor:
         return normal(key, shape, self.mean, self.std, dtype, device)
 
 
@@ -212,9 +207,7 @@ class TruncatedNormal(Initializer):
 
     std: NonNegative = 1.0
 
-    def _draw(
-        self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
-    ) -> Tensor:
+    def _draw(self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> Tensor:
         _check_range(self, 2 * self.std, dtype)
         return _cut_normal(key, shape, self.std, dtype, device)
 
@@ -224,7 +217,7 @@ _STD_OF_CUT = 0.87962566103423978
 
 
 def _cut_normal(
-    key: Key, shape: tuple[int, ...], std: float, dtype: torch.dtype, device: torch.device | str
+    key: Key, shape: tuple[int, ...], std: float, dtype: torch.dtype, device: Device
 ) -> Tensor:
     """N(0, std²) within ±2·std: the inverse of its distribution function at uniform numbers."""
     below = 0.5 * math.erfc(math.sqrt(2))
@@ -258,7 +251,7 @@ Nonlinearity: TypeAlias = Annotated[str, OneOf(("leaky_relu", *_GAINS))]
 
 
 def _scaled_uniform(
-    self: Any, key: Key, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str
+    self: Any, key: Key, shape: Sequence[int], dtype: torch.dtype, device: Device
 ) -> Tensor:
     """`_draw` of U(−√3·σ, √3·σ), whose standard deviation is σ."""
     bound = math.sqrt(3) * self._std(shape)
@@ -266,7 +259,7 @@ def _scaled_uniform(
 
 
 def _scaled_normal(
-    self: Any, key: Key, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str
+    self: Any, key: Key, shape: Sequence[int], dtype: torch.dtype, device: Device
 ) -> Tensor:
     """`_draw` of N(0, σ²)."""
     return normal(key, shape, 0.0, self._std(shape), dtype, device)
@@ -380,9 +373,7 @@ class LecunNormal(Initializer):
 
     _first_axes = "OI"
 
-    def _draw(
-        self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
-    ) -> Tensor:
+    def _draw(self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> Tensor:
         std = 1 / math.sqrt(max(fans(shape)[0], 1))
         return _cut_normal(key, shape, std / _STD_OF_CUT, dtype, device)
 
@@ -411,9 +402,7 @@ class Orthogonal(Initializer):
 
     _first_axes = "OI"
 
-    def _draw(
-        self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
-    ) -> Tensor:
+    def _draw(self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> Tensor:
         _check_range(self, abs(self.gain), dtype)
         rows, columns = shape[0], math.prod(shape[1:])
         tall = normal(key, (max(rows, columns), min(rows, columns)), dtype=torch.float64)

@@ -62,6 +62,7 @@ from funcnet.checks import (
     sizes,
 )
 from funcnet.fields import Hyperparameters, source
+from funcnet.initializers import Device
 from funcnet.keys import Key, check_draw, check_key
 from funcnet.ops.autocast import without_autocast
 from funcnet.ops.inplace import is_eager, is_tracing
@@ -211,7 +212,7 @@ class Layer(Hyperparameters):
         shape: Sequence[int],
         *,
         dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        device: Device = None,
     ) -> Tree:
         """Parameters for examples of `shape`, drawn from `key`; () if there is nothing to learn."""
         shape = self._as_shape(shape)
@@ -277,9 +278,7 @@ class Layer(Hyperparameters):
 
     # --- What combinators write
 
-    def _init(
-        self, key: Key, shape: Shape, dtype: torch.dtype | None, device: torch.device | str | None
-    ) -> Tree:
+    def _init(self, key: Key, shape: Shape, dtype: torch.dtype | None, device: Device) -> Tree:
         declared = self._params(shape)
         if not declared:
             return ()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from funcnet.checks import check_like, name_of, shown
-from funcnet.initializers import Initializer
+from funcnet.initializers import Device, Initializer
 from funcnet.keys import Key, split
 
 Layout: TypeAlias = Callable[[Tensor], Tensor]
@@ -65,7 +65,7 @@ def draw(
     declared: Declared,
     key: Key,
     dtype: torch.dtype | None,
-    device: torch.device | str | None,
+    device: Device,
     layout_of: Callable[[str], Layout | None],
 ) -> dict[str, Any]:
     """The parameters, each from a key of its own and in the memory format that its name wants."""

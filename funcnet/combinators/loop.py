@@ -9,6 +9,7 @@ import optree
 import torch
 
 from funcnet.combinators.turns import Turns
+from funcnet.initializers import Device
 from funcnet.keys import Key, fold_in
 from funcnet.layer import Shape, Tree, is_private, like_params
 from funcnet.ops.inplace import add_over
@@ -32,9 +33,7 @@ class Loop(Turns):
 
     _joins = "added"
 
-    def _init(
-        self, key: Key, shape: Shape, dtype: torch.dtype | None, device: torch.device | str | None
-    ) -> Tree:
+    def _init(self, key: Key, shape: Shape, dtype: torch.dtype | None, device: Device) -> Tree:
         return super()._init(fold_in(key, 0), shape, dtype, device)
 
     def _params_of_turns(self, params: Tree) -> list[Tree]:

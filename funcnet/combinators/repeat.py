@@ -11,6 +11,7 @@ from torch import Tensor
 
 from funcnet.checks import name_of
 from funcnet.combinators.turns import Turns
+from funcnet.initializers import Device
 from funcnet.keys import Key, fold_in
 from funcnet.layer import Shape, Spec, Tree
 from funcnet.ops.autocast import without_autocast
@@ -36,9 +37,7 @@ class Repeat(Turns):
 
     _joins = "stacked"
 
-    def _init(
-        self, key: Key, shape: Shape, dtype: torch.dtype | None, device: torch.device | str | None
-    ) -> Tree:
+    def _init(self, key: Key, shape: Shape, dtype: torch.dtype | None, device: Device) -> Tree:
         each = [
             self.layer.init(fold_in(key, i), shape, dtype=dtype, device=device)
             for i in range(self.n)

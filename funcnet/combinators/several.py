@@ -12,6 +12,7 @@ import torch
 from funcnet.checks import name_of, shown
 from funcnet.combinators.position import Position
 from funcnet.fields import call
+from funcnet.initializers import Device
 from funcnet.keys import Key, fold_in
 from funcnet.layer import Layer, Shape, Tree, count_of
 
@@ -111,9 +112,7 @@ class Several(Layer):
             return dict(zip(self.names, values, strict=True))
         return getattr(params, "_make", tuple)(values)
 
-    def _init(
-        self, key: Key, shape: Shape, dtype: torch.dtype | None, device: torch.device | str | None
-    ) -> Tree:
+    def _init(self, key: Key, shape: Shape, dtype: torch.dtype | None, device: Device) -> Tree:
         params = []
         shapes = self._child_shapes(shape)
         with self._position() as at:

@@ -9,6 +9,7 @@ import torch
 
 from funcnet.checks import name_of
 from funcnet.fields import InstanceOf
+from funcnet.initializers import Device
 from funcnet.keys import Key
 from funcnet.layer import Layer, Shape, Spec, Tree
 from funcnet.running import check, is_fresh
@@ -23,9 +24,7 @@ class Wrapper(Layer):
 
     layer: Child
 
-    def _init(
-        self, key: Key, shape: Shape, dtype: torch.dtype | None, device: torch.device | str | None
-    ) -> Tree:
+    def _init(self, key: Key, shape: Shape, dtype: torch.dtype | None, device: Device) -> Tree:
         return self.layer.init(key, shape, dtype=dtype, device=device)
 
     def _out_shape(self, shape: Shape) -> Shape:

@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from funcnet.checks import as_shape
 from funcnet.compat import storage_id
-from funcnet.initializers import Initializer
+from funcnet.initializers import Device, Initializer
 from funcnet.interop.observation import Traits, observe, shape_of_one, tensor_like
 from funcnet.keys import Key, key
 from funcnet.layer import Layer, Shape, Spec, Tree
@@ -285,9 +285,7 @@ class _AsItIs(Initializer):
 
     value: Tensor
 
-    def _draw(
-        self, key: Key, shape: Shape, dtype: torch.dtype, device: torch.device | str
-    ) -> Tensor:
+    def _draw(self, key: Key, shape: Shape, dtype: torch.dtype, device: Device) -> Tensor:
         return self.value.detach().to(device, dtype, copy=True)
 
 

@@ -12,7 +12,7 @@ from torch.compiler import is_exporting
 
 from funcnet.checks import name_of
 from funcnet.fields import IndexOrNone, Size
-from funcnet.initializers import Initializer, InitializerOrNone, Normal
+from funcnet.initializers import Device, Initializer, InitializerOrNone, Normal
 from funcnet.keys import Key
 from funcnet.layer import Layer, Shape, Spec
 from funcnet.ops import native
@@ -123,9 +123,7 @@ class _WithZeroRow(Initializer):
     initializer: Initializer
     row: int
 
-    def _draw(
-        self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
-    ) -> Tensor:
+    def _draw(self, key: Key, shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> Tensor:
         weight = self.initializer(key, shape, dtype, device)
         weight[self.row] = 0
         return weight

@@ -195,10 +195,14 @@ class OverGroups(Layer):
         """The number of groups."""
         raise NotImplementedError
 
-    def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
-        layer: Any = self  # eps is a field of each subclass
+    # eps and affine are fields of each subclass.
+
+    def _params(self: Any, shape: Shape) -> dict[str, Param]:
+        return _weight_and_bias(shape[:1], self.affine)
+
+    def _fwd(self: Any, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
         weight, bias = _opened(params)
-        y, mean, rstd = group_norm(x, self._groups(x), weight, bias, layer.eps)
+        y, mean, rstd = group_norm(x, self._groups(x), weight, bias, self.eps)
         return y, (x, mean, rstd)
 
     def _bwd(self, params: Any, residuals: Any, dy: Tensor, need: Need) -> Any:
@@ -238,9 +242,6 @@ class GroupNorm(OverGroups):
     eps: Epsilon = 1e-5
     affine: Flag = True
 
-    def _params(self, shape: Shape) -> dict[str, Param]:
-        return _weight_and_bias(shape[:1], self.affine)
-
     def _out_shape(self, shape: Shape) -> Shape:
         check_some_channels(self, shape[0])
         if shape[0] % self.num_groups:
@@ -275,9 +276,6 @@ class InstanceNorm(OverGroups):
 
     eps: Epsilon = 1e-5
     affine: Flag = False
-
-    def _params(self, shape: Shape) -> dict[str, Param]:
-        return _weight_and_bias(shape[:1], self.affine)
 
     def _out_shape(self, shape: Shape) -> Shape:
         if math.prod(shape[1:]) < 2:

@@ -12,6 +12,7 @@ from torch import Tensor
 from funcnet.checkpoint.container import DTYPE_NAMES, MAX_RANK, PAIRED
 from funcnet.checkpoint.structure import INT64, MAX_DEPTH, check_utf8
 from funcnet.compat import is_transformed
+from funcnet.ops.inplace import TENSORS
 
 
 def check_storable(tensors: Mapping[str, Tensor]) -> None:
@@ -63,7 +64,7 @@ def check_metadata(metadata: Any, name: str = "metadata", depth: int = 0) -> Non
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
-    if type(tensor) not in (Tensor, torch.nn.Parameter):
+    if type(tensor) not in TENSORS:
         raise TypeError(f"{name}: expected a tensor or Parameter, got a {type(tensor).__name__}")
     if is_transformed(tensor):
         raise TypeError(f"{name}: expected a tensor with values, got one inside torch.func")

@@ -179,6 +179,12 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         fn.load("/dev/zero")
 
 
+def test_a_file_without_a_network_is_not_a_model(path: Path) -> None:
+    fn.save(path, (3,))
+    message = refused(path, path.read_bytes(), fn.load_model)
+    assert message == "expected a file of save_model, got one without a network"
+
+
 # --- Forged files: the checksums are right, the content lies.
 
 
@@ -233,6 +239,7 @@ FORGED: dict[str, tuple[Callable[[Content, Content], Any], str]] = {
     "float key": (with_structure('{"dict":[[0.5,1]]}'), "expected a node"),
     "bool key": (with_structure('{"dict":[[true,1]]}'), "expected a node"),
     "list key": (with_structure('{"dict":[[[],1]]}'), "expected a node"),
+    "name of another type": (with_structure('{"tensor":3}'), "expected a node"),
     "bad int": (with_structure('{"int":"0xg"}'), "expected a node"),
     "bad float": (with_structure('{"float":"7ff"}'), "expected a node"),
     "gradient of an integer": (

@@ -71,36 +71,32 @@ _CHECKSUM = slice(8 + len(_PREFIX), 8 + len(_PREFIX) + 8)
 _KEYS = {"funcnet.header_crc32", "funcnet.format", "format", "funcnet.structure", "funcnet.crc32"}
 _OPTIONAL_KEYS = {"funcnet.architecture", "funcnet.metadata"}
 
-_NAMES = {
-    "bool": "BOOL",
-    "uint8": "U8",
-    "int8": "I8",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e5m2fnuz": "F8_E5M2FNUZ",
-    "float8_e8m0fnu": "F8_E8M0",
-    "float4_e2m1fn_x2": "F4",
-    "int16": "I16",
-    "uint16": "U16",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int32": "I32",
-    "uint32": "U32",
-    "float32": "F32",
-    "int64": "I64",
-    "uint64": "U64",
-    "float64": "F64",
-    "complex64": "C64",
-}
-# Older versions of torch lack the newest dtypes.
 DTYPES: dict[str, torch.dtype] = {
-    name: getattr(torch, dtype) for dtype, name in _NAMES.items() if hasattr(torch, dtype)
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F4": torch.float4_e2m1fn_x2,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
 }
 """The dtypes that files can hold, by their names in safetensors."""
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-PAIRED = {DTYPES[name] for name in ("F4",) if name in DTYPES}
+PAIRED = {torch.float4_e2m1fn_x2}
 """The dtypes with two numbers in a byte. safetensors counts the numbers, torch counts the pairs."""
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -151,13 +151,13 @@ def _observed(path: str, layer: Layer, ancestors: Ancestors) -> Layer:
 
 
 def _measured(x: Tensor) -> Moments:
-    wide = x.double()
+    x = x.double()
     count = x.numel() // max(x.shape[1], 1)
     if count:
-        variance, mean = torch.var_mean(wide, (0, *range(2, x.ndim)), correction=0)
+        variance, mean = torch.var_mean(x, (0, *range(2, x.ndim)), correction=0)
     else:  # not NaN, so that other examples may be merged with none
-        variance, mean = wide.new_zeros(2, x.shape[1])
-    return wide.new_full((1,) * (x.ndim - 2), count), mean, variance * count
+        variance, mean = x.new_zeros(2, x.shape[1])
+    return x.new_full((1,) * (x.ndim - 2), count), mean, variance * count
 
 
 def _collected(layer: Layer, params: Tree, copies: Shape, path: str) -> Tree:
@@ -347,14 +347,14 @@ def _folded(
         raise ValueError(
             f"{path}expected moments m of {channels} channels, got shape {tuple(scale.shape)}"
         )
-    wide = weight.to(scale)
+    scaled = weight.to(scale)
     if transposed:
-        wide = torch.unflatten(wide, copies, (layer.groups, -1))
+        scaled = torch.unflatten(scaled, copies, (layer.groups, -1))
         factor = torch.unflatten(scale, -1, (layer.groups, 1, -1))
     else:
         factor = scale[..., None]
-    factor = factor.reshape((*factor.shape, *(1,) * (wide.ndim - factor.ndim)))
-    scaled = (wide * factor).reshape(weight.shape)
+    factor = factor.reshape((*factor.shape, *(1,) * (scaled.ndim - factor.ndim)))
+    scaled = (scaled * factor).reshape(weight.shape)
     bias = scale * params["bias"].to(scale) + shift if layer.bias else shift
     return replace(layer, bias=True), {"weight": scaled.to(weight), "bias": bias.to(weight)}
 

@@ -118,7 +118,7 @@ def _residual_bytes(layer: Layer, params: Tree, shape: Shape) -> int | None:
 
 
 def _holds_tensors(leaf: Any) -> bool:
-    """Whether tensors are out of sight in an object that is no node, as a graph of autograd."""
+    """Whether tensors are out of sight in an object that is not a node, as a graph of autograd."""
     attributes: Any = getattr(leaf, "__dict__", {})
     return any(isinstance(each, Tensor) for each in optree.tree_leaves(attributes))
 

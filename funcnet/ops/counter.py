@@ -42,7 +42,7 @@ def bernoulli(key: Key, p: float, shape: Sequence[int], device: torch.device) ->
     """
     size = math.prod(shape)
     threshold = round(p * 2**32)
-    if threshold >= 2**32:  # 2³² − 2³¹ is no int32
+    if threshold >= 2**32:  # 2³² − 2³¹ is not an int32
         return torch.ones(shape, dtype=torch.bool, device=device)
     below = threshold - 2**31
     if not is_eager() or device.type != "cpu" or size <= _CHUNK:

@@ -110,9 +110,9 @@ def average_backward(
         whole = dy.unsqueeze(2), window.of_height_1, ceil_mode, count_include_pad, image
         return average_backward(*whole).squeeze(2)
     sizes = window.kernel_size, window.stride, window.before
-    wide = _for_averages(dy)
-    like = _like(wide, shape)
-    dx: Tensor = _AVG_BACKWARD[dy.ndim](wide, like, *sizes, ceil_mode, count_include_pad, None)
+    grad = _for_averages(dy)
+    like = _like(grad, shape)
+    dx: Tensor = _AVG_BACKWARD[dy.ndim](grad, like, *sizes, ceil_mode, count_include_pad, None)
     return dx.to(dy.dtype)
 
 

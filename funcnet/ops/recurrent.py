@@ -78,9 +78,9 @@ class Cell(Protocol):
 def forward(cell: Cell, x: Tensor, layers: Layers, keep: bool = True) -> tuple[Tensor, Any]:
     """(y, residuals if `keep`): y (N, T, H), or (N, T, 2H) in both directions, of x (N, T, C)."""
     dtype, residuals = x.dtype, []
-    x, wide = x.transpose(0, 1), accumulator_dtype(dtype)
-    if dtype != wide and not cell.takes_half(x, layers):
-        x = x.to(wide)
+    x, accumulator = x.transpose(0, 1), accumulator_dtype(dtype)
+    if dtype != accumulator and not cell.takes_half(x, layers):
+        x = x.to(accumulator)
     for directions in layers:
         hs, kept = [], []
         for i, weights in enumerate(directions):
@@ -107,8 +107,8 @@ def gradients(
         hs, dhs = (t.chunk(len(directions), -1) for t in (h, dh.to(h.dtype)))
         dh = None
         for i, weights in enumerate(directions):
-            run, wide = Run(x, hs[i], kept[i]), _cast(weights, x.dtype)
-            dweights, dx = cell.backward(run, dhs[i], wide, bool(i), wanted)
+            run, own = Run(x, hs[i], kept[i]), _cast(weights, x.dtype)
+            dweights, dx = cell.backward(run, dhs[i], own, bool(i), wanted)
             dlayers[number].append(
                 dweights if need.each else dweights and _cast(dweights, grad.dtype)
             )

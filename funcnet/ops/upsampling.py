@@ -63,7 +63,7 @@ _SAVED_OF_MANY_TAPS, _SAVED_BACKWARD_OF_MANY_TAPS = 128, 112
 """The saved products from which an entry of z saves time, forward and backward.
 
 Measured on an AMD EPYC (Zen 4), one thread, over scales 2, 3 and 4, kernels of 2 to 7 taps, 1 to 64
-channels of x and y, one image of 32×32 pixels and eight of 16×16. The way that is chosen takes more
+channels of x and y, one image of 32×32 pixels and eight of 16×16. The one that is chosen takes more
 than 1.25 times as long as the other in about 35 of 1368 cases, forward and backward."""
 
 _LANES, _LANES_BACKWARD = 16, 8

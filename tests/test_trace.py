@@ -243,13 +243,17 @@ def test_combinators(net):
 def test_the_order_and_the_paths():
     net = fn.Sequential(
         stem=fn.Frozen(fn.Linear(3)),
-        body=fn.Sum(fn.Linear(3), fn.Sequential(fn.Tanh(), fn.Residual(fn.Linear(3)))),
+        body=fn.Sum(
+            fn.Linear(3),
+            fn.Frozen(fn.Linear(3)),  # the backward pass leaves it out
+            fn.Sequential(fn.Tanh(), fn.Residual(fn.Linear(3))),
+        ),
         turns=fn.Loop(fn.Sequential(fn.Linear(3), fn.Frozen(fn.Linear(3))), 2),
         head=fn.Cast(fn.Recompute(fn.Linear(2)), torch.float64),
     )
     params, x, target = make(net, (3,))
     paths = check_by_layer(net, fn.MSE(), params, x, target)
-    assert paths == ["head", "turns.1", "turns.0", "body.1.1", "body.0", "stem"]
+    assert paths == ["head", "turns.1", "turns.0", "body.2.1", "body.1", "body.0", "stem"]
 
 
 def test_names_with_dots_are_escaped():

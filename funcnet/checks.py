@@ -120,6 +120,16 @@ def check_some_channels(who: object, channels: int) -> None:
         raise ValueError(f"{name_of(who)}: expected at least 1 channel, got {channels}")
 
 
+def check_divided(who: object, name: str, channels: int, what: str = "channels") -> None:
+    """Raise ValueError unless there are channels, and a layer's field of this name divides them."""
+    check_some_channels(who, channels)
+    number = getattr(who, name)
+    if channels % number:
+        raise ValueError(
+            f"{name_of(who)}: expected {what} that {name}={number} divides, got {channels}"
+        )
+
+
 def check_tensor(who: object, name: str, x: Any) -> None:
     """Raise TypeError unless x is a floating-point tensor."""
     if not isinstance(x, Tensor):

@@ -21,7 +21,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcnet.checks import check_some_channels, name_of
+from funcnet.checks import check_divided
 from funcnet.fields import Bias, Flag, Probability, Size
 from funcnet.initializers import Uniform, Zeros
 from funcnet.keys import Key
@@ -80,12 +80,7 @@ class MultiheadAttention(Layer):
         }
 
     def _out_shape(self, shape: Shape) -> Shape:
-        check_some_channels(self, shape[1])
-        if shape[1] % self.num_heads:
-            raise ValueError(
-                f"{name_of(self)}: expected a last axis that num_heads={self.num_heads} divides, "
-                f"got {shape[1]}"
-            )
+        check_divided(self, "num_heads", shape[1], "a last axis")
         return shape
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:

@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from torch import Tensor
 
+from funcnet.checks import check_divided
 from funcnet.fields import Flag, OneOf, Padding, Size, Sizes
 from funcnet.initializers import InitializerOrNone
 from funcnet.keys import Key
@@ -73,7 +74,7 @@ class Convolution(Kernels):
 
     def _out_shape(self, shape: Shape) -> Shape:
         channels, *size = shape
-        self._check_channels(channels)
+        check_divided(self, "groups", channels)
         return self.out_channels, *count_windows(self, size)
 
     def _tile(self, shape: Shape, part: Part) -> tuple[Part, Layer] | None:

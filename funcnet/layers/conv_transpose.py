@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
+from funcnet.checks import check_divided
 from funcnet.fields import Flag, Margins, Size, Sizes
 from funcnet.initializers import InitializerOrNone
 from funcnet.keys import Key
@@ -70,7 +71,7 @@ class ConvTranspose(Kernels):
 
     def _out_shape(self, shape: Shape) -> Shape:
         channels, *size = shape
-        self._check_channels(channels)
+        check_divided(self, "groups", channels)
         check_size(self, size)
         window, extra = self._window, self._extra
         steps = zip(size, window.stride, window.sides, window.reach, extra, strict=True)

@@ -53,14 +53,6 @@ class Kernels(Layer):
         window = Window(self.kernel_size, self.stride, sides, self.dilation, self.groups)
         object.__setattr__(self, "_window", window)
 
-    def _check_channels(self: Any, channels: int) -> None:
-        """Raise ValueError unless there are channels, and groups divides them."""
-        check_some_channels(self, channels)
-        if channels % self.groups:
-            raise ValueError(
-                f"{self}: expected channels that groups={self.groups} divides, got {channels}"
-            )
-
     def _kernel_params(self: Any, weight_shape: Shape) -> dict[str, Param]:
         """Weight and bias by the layer's initialisers.
 

@@ -30,7 +30,7 @@ from typing import Annotated, Any, TypeAlias
 
 from torch import Tensor
 
-from funcnet.checks import check_some_channels, name_of
+from funcnet.checks import check_divided, name_of
 from funcnet.fields import READ_OFF, Flag, Number, Size
 from funcnet.initializers import Ones, Zeros
 from funcnet.keys import Key
@@ -243,12 +243,7 @@ class GroupNorm(OverGroups):
     affine: Flag = True
 
     def _out_shape(self, shape: Shape) -> Shape:
-        check_some_channels(self, shape[0])
-        if shape[0] % self.num_groups:
-            raise ValueError(
-                f"{name_of(self)}: expected channels that num_groups={self.num_groups} divides, "
-                f"got {shape[0]}"
-            )
+        check_divided(self, "num_groups", shape[0])
         return shape
 
     def _groups(self, x: Tensor) -> int:

@@ -291,6 +291,16 @@ storage_id: Callable[[torch.UntypedStorage], int] = _attributes(
 """Returns the same number for the storages of tensors that share memory, while these live."""
 
 
+def _gradient_hooks(x: Tensor) -> Mapping[int, Any]:
+    return _registered(x.register_hook)[0] if x.requires_grad else {}
+
+
+gradient_hooks: Callable[[Tensor], Mapping[int, Any] | None] = _attributes(
+    "_backward_hooks", of=Tensor, fallback=_gradient_hooks
+)
+"""Returns the hooks that a tensor's gradient passes; None, too, where it has none."""
+
+
 # --- torch.nn.Module
 
 

@@ -1,7 +1,9 @@
 """check_function passes right autograd.Functions, modules and functions, and names wrong ones."""
 
 import math
+import warnings
 
+import optree
 import pytest
 import torch
 import torch.nn.functional as F
@@ -153,6 +155,36 @@ def test_modules_with_their_parameters():
 
     with pytest.raises(GradientMismatch, match=r"parameters\['weight'\].* is wrong"):
         check_function(Wrong(4, 2), draw(3, 4).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("of", ["weight", "module", "module's y", "y"])
+def test_hooks_that_change_a_gradient(of, dtype):
+    def hook(*args):
+        return optree.tree_map(lambda grad: factor * grad, args[-1])  # of a tensor, or a tuple
+
+    class Inner(nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            if of == "y" and y.requires_grad:
+                y.register_hook(hook)
+            return y
+
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Tanh(), Inner(4, 3)).to(dtype)
+    if of == "weight":
+        module[1].weight.register_hook(hook)
+    elif of == "module":
+        module[1].register_full_backward_hook(lambda module, dx, dy: hook(dx))
+    elif of == "module's y":
+        module[1].register_full_backward_pre_hook(hook)
+    factor, x = 1.0, draw(5, 4, dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a hook on a module asks for an x that needs a gradient
+        check_function(module, x)
+        factor = 1.1
+        with pytest.raises(GradientMismatch, match=r"(1\.weight|inputs\[0\]|1\.bias).* is wrong"):
+            check_function(module, x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

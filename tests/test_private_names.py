@@ -371,6 +371,15 @@ def test_children_and_hooks_of_modules():
             net.register_forward_pre_hook(repr)
 
 
+def test_hooks_of_a_tensors_gradient():
+    x = torch.ones(2, requires_grad=True)
+    for expected in ([], [abs], [abs, torch.neg]):
+        for of in (compat, GONE):
+            assert [*(of.gradient_hooks(x) or {}).values()] == expected
+            assert not of.gradient_hooks(torch.ones(2))
+        x.register_hook(torch.neg if expected else abs)
+
+
 def test_hooks_of_all_modules():
     for of in (compat, GONE):
         assert [*map(len, of.hooks_of_all_modules())] == [0, 0]

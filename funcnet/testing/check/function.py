@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from funcnet.checks import shown
-from funcnet.compat import version
+from funcnet.compat import gradient_hooks, version
 from funcnet.interop.wrap import call_within
 from funcnet.testing.check.beside import moved
 from funcnet.testing.check.case import (
@@ -208,6 +208,7 @@ class FunctionCase(Case):
         asked = [i for i in which if leaves[i].is_floating_point()]
         for i in asked:
             leaves[i] = leaves[i].clone(memory_format=torch.preserve_format).requires_grad_()
+        _hook(self.function, self.at(leaves).params)
         versions = [version(leaf) for leaf in leaves]
         with torch.enable_grad():
             y = self.outputs(leaves)
@@ -302,6 +303,14 @@ def _within(function: Any, params: Any, x: Any, call: Callable[[], Any]) -> Any:
         for name, buffer in function.named_buffers()
     }
     return call_within(function, {**own, **params}, call, tie_weights=True)
+
+
+def _hook(function: Any, params: Any) -> None:
+    """Let the gradients of these parameters pass the hooks that a module's own have."""
+    own = dict(function.named_parameters()) if params else {}
+    for name, leaf in params.items():
+        for hook in (gradient_hooks(own[name]) or {}).values() if leaf.requires_grad else ():
+            leaf.register_hook(hook)
 
 
 def _differentiable(name: str, outputs: Sequence[Any]) -> tuple[int, ...]:

@@ -581,6 +581,61 @@ def test_steps_of_the_middle_one_of_equal_entries_show_no_slope():
     check_function(lambda x: x.quantile(0.4, dim=-1), zeros)
 
 
+class Counting(nn.Module):
+    """y = a·w·x, where a is what the module keeps from call to call."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.count, self.first = way, 0, None
+        self.weight = nn.Parameter(torch.ones(3))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("ready", torch.tensor(False))
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        self.count += 1
+        if self.first is None:
+            self.first = x.detach().mean(), self.weight.detach().mean()
+        if not self.ready:
+            self.mean.copy_(x.detach().mean())
+            self.ready.fill_(True)
+        factor = {
+            "nothing": 1,
+            "its calls": self.calls,
+            "its third call": 1 + (self.calls > 2),
+            "calls, in a number": 1 + (self.count > 60),
+            "its first x": self.mean,
+            "its first x, not in a buffer": self.first[0].to(x),
+            "its first weight": self.first[1].to(x),
+        }
+        return factor[self.way] * self.weight * x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_modules_that_keep_state(dtype):
+    x = draw(4, 3, dtype=dtype)
+    check_function(Counting("nothing").to(dtype), x)
+    for way in (
+        "its calls",
+        "its third call",
+        "its first x",
+        "its first x, not in a buffer",
+        "its first weight",
+    ):
+        with pytest.raises(GradientMismatch, match="the module keeps state"):
+            check_function(Counting(way).to(dtype), x)
+    with pytest.raises(GradientMismatch):
+        check_function(Counting("calls, in a number").to(dtype), x)
+
+
+@pytest.mark.parametrize("limit", [3, 10, 30, 60])
+def test_functions_that_count_their_calls(limit):
+    calls = iter(range(10**9))
+    with pytest.raises(GradientMismatch):
+        check_function(lambda x: x.tanh() * (1 + (next(calls) >= limit)), draw(4, 3))
+
+
 def test_state_that_depends_on_signs_alone():
     class Rectifier(torch.autograd.Function):
         @classmethod

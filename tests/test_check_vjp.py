@@ -700,6 +700,28 @@ FAULTS = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("limit", [3, 10, 30, 50])
+@pytest.mark.parametrize("who", ["fwd", "bwd"])
+def test_layers_that_count_their_calls(who, limit, dtype):
+    calls = {"fwd": 0, "bwd": 0}
+
+    def factor(method):
+        calls[method] += 1
+        return 1 + (who == method and calls[method] > limit)
+
+    class Counting(fn.Layer):
+        def _fwd(self, params, x, key):
+            twice = factor("fwd")
+            return twice * x**2, twice * x
+
+        def _bwd(self, params, x, dy, need):
+            return (), factor("bwd") * 2 * x * dy
+
+    with pytest.raises(GradientMismatch):
+        check_vjp(Counting(), (), fn.normal(fn.key(0), (4, 3), dtype=dtype))
+
+
 def test_gradients_that_share_memory():
     @dataclass(frozen=True)
     class Twice(Plain):

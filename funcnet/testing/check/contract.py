@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -272,6 +273,20 @@ def _with_other_integers(case: Case) -> list[Case]:
     if isinstance(case, LossCase):
         return [case.with_target(other_numbers), case.with_target(of_other_examples)]
     return [] if case.batch is None else [case.with_x(of_other_examples)]
+
+
+@contextmanager
+def unchanged(case: Case, before: Leaves) -> Iterator[None]:
+    """Raise GradientMismatch if, after many calls, y and the gradients are not `before`."""
+    yield
+    after = [case.apply(), *case.gradients()]
+    for name, a, b in zip(("y", *case.names), after, before, strict=True):
+        if b.device.type == "cpu" and not same(a, b):
+            what = name if name == "y" else f"the gradient for {name}"
+            raise GradientMismatch(
+                f"called again after all other calls, {what} is another one: state is kept from "
+                "call to call"
+            )
 
 
 def check_written_over(case: Case, whose: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,11 +26,12 @@ from funcnet.testing.check.case import (
     other_numbers,
     signed,
     tried,
+    tried_y,
     unlike,
 )
 from funcnet.testing.check.compared import Compared
 from funcnet.testing.check.comparison import Errors, excess, worst
-from funcnet.testing.check.contract import check_written_over, expect_close
+from funcnet.testing.check.contract import check_written_over, expect_close, unchanged
 from funcnet.testing.check.laws import check_linear_in_grad
 from funcnet.testing.check.precision import (
     check_factor,
@@ -76,8 +78,8 @@ def check_function(
     drawn if not given.
 
     - No call writes to its inputs or to the gradient; the same call twice gives the same bits,
-      whatever is called in between: no state is kept outside ctx. A second backward pass over one
-      graph is as right as the first.
+      whatever is called in between: no state is kept outside ctx, or in a module. A second backward
+      pass over one graph is as right as the first. Hooks count that change a gradient.
     - A single input that requires a gradient gets the same one as among others
       (`needs_input_grad`). So do all combinations of up to four inputs; of up to eight, two, or
       all but one. A single output that is used gives its part (`materialize_grads`).
@@ -129,10 +131,13 @@ class FunctionCase(Case):
     """A function of tensors as a layer: y holds the entries of all differentiable outputs.
 
     `layer(params, x)` returns the outputs. params holds a module's parameters by name, or nothing;
-    x the tensors among the inputs. `function` is what the user gave.
+    x the tensors among the inputs, and `arguments` puts these among the others. `function` is what
+    the user gave, `pristine` a copy that nobody has called, if it is a module that can be copied.
     """
 
     function: Any
+    pristine: Any
+    arguments: Callable[[Any], Any]
     by_reference: Callable[[Any, Any], Any] | None
     chosen: tuple[int, ...]
     shapes: tuple[torch.Size, ...]
@@ -267,13 +272,12 @@ def _make_case(
             new[i] = tensor
         return structure.unflatten(new)
 
-    def call(params: Any, x: Any) -> Any:
-        return _within(function, params, x, lambda: _callable(function)(*arguments(x)))
-
     def by_reference(params: Any, x: Any) -> Any:
         assert reference is not None
         return reference(*arguments(x), **params)
 
+    call = partial(_call, function, arguments)
+    pristine = tried(partial(copy.deepcopy, function)) if isinstance(function, nn.Module) else None
     x = tuple(leaves[i].detach() for i in tensors)
     floats = [leaf for leaf in (*x, *params.values()) if leaf.is_floating_point()]
     if not floats:
@@ -289,8 +293,13 @@ def _make_case(
     follows = None if reference is None else by_reference
     return FunctionCase(
         call, params, x, joined,
-        function=function, by_reference=follows, chosen=chosen, shapes=shapes,
+        function=function, pristine=pristine, arguments=arguments,
+        by_reference=follows, chosen=chosen, shapes=shapes,
     )  # fmt: skip
+
+
+def _call(function: Any, arguments: Callable[[Any], Any], params: Any, x: Any) -> Any:
+    return _within(function, params, x, lambda: _callable(function)(*arguments(x)))
 
 
 def _within(function: Any, params: Any, x: Any, call: Callable[[], Any]) -> Any:
@@ -348,8 +357,14 @@ def _grads(grad: Any, shapes: tuple[torch.Size, ...]) -> list[Tensor]:
 
 
 def _examine(case: FunctionCase, limits: Limits) -> None:
-    gradients = _check_calls(case)
+    y, gradients = _check_calls(case)
+    with unchanged(case, [y, *gradients]):
+        _examine_further(case, gradients, limits)
+
+
+def _examine_further(case: FunctionCase, gradients: Leaves, limits: Limits) -> None:
     _check_no_state(case, gradients)
+    _check_kept_by_module(case)
     _check_backward_again(case, gradients)
     check_written_over(case, "an input")
     _check_some_inputs(case, gradients)
@@ -392,7 +407,7 @@ def _coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def _check_calls(case: FunctionCase) -> Leaves:
+def _check_calls(case: FunctionCase) -> tuple[Tensor, Leaves]:
     y = pure(case, "the function", case.apply)
     if not same(pure(case, "the function", case.apply), y):
         raise GradientMismatch("called twice, the function gives two different answers")
@@ -407,7 +422,7 @@ def _check_calls(case: FunctionCase) -> Leaves:
                 f"expected the gradient for {name} of shape {tuple(leaf.shape)}, "
                 f"got {tuple(gradient.shape)}"
             )
-    return gradients
+    return y, gradients
 
 
 def _check_no_state(case: FunctionCase, gradients: Leaves) -> None:
@@ -432,6 +447,35 @@ def _check_no_state(case: FunctionCase, gradients: Leaves) -> None:
         raise GradientMismatch(f"{complaint} outside ctx ({error!r})") from error
     if not all(map(same, found, gradients)):
         raise GradientMismatch(f"{complaint} outside ctx")
+
+
+def _check_kept_by_module(case: FunctionCase) -> None:
+    """Hold a module to a copy that nobody has called, and to itself when it keeps its buffers.
+
+    It may remember what it was called with first, or count its calls.
+    """
+    if not isinstance(case.function, nn.Module):
+        return
+
+    def kept(params: Any, x: Any) -> Any:
+        return case.function(*case.arguments(x))
+
+    def expect(there: FunctionCase, got: Tensor | None, want: Tensor | None) -> None:
+        if got is not None and want is not None:
+            complaint = "y depends on earlier calls: the module keeps state"
+            expect_close(there, complaint, [got], [want], of_value=True)
+
+    if case.pristine is not None:
+        others = case.at([other_numbers(leaf) for leaf in case.leaves])
+        by_copy = replace(others, layer=partial(_call, case.pristine, case.arguments))
+        expect(others, tried_y(others), tried_y(by_copy))
+    turns = (case, case.with_x(other_numbers), case, case)
+    found = _within(
+        case.function, case.params, case.x,
+        lambda: [tried_y(replace(there, layer=kept)) for there in turns],
+    )  # fmt: skip
+    for there, y in zip(turns, found, strict=True):
+        expect(there, y, tried_y(there))
 
 
 def _check_backward_again(case: FunctionCase, gradients: Leaves) -> None:

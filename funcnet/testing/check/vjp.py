@@ -17,7 +17,7 @@ from funcnet.losses import Loss
 from funcnet.testing.check.beside import moved
 from funcnet.testing.check.case import Case, expect_real_and_dense, make_case
 from funcnet.testing.check.comparison import Errors
-from funcnet.testing.check.contract import check_calls, check_surroundings
+from funcnet.testing.check.contract import check_calls, check_surroundings, unchanged
 from funcnet.testing.check.keyed import beside_key, other_keys
 from funcnet.testing.check.laws import (
     check_each_example,
@@ -142,6 +142,11 @@ def _as_mismatch() -> Iterator[None]:
 
 def _examine(case: Case, limits: Limits, errors: Errors) -> None:
     check_calls(case)
+    with unchanged(case, [case.apply(), *case.gradients()]):
+        _examine_numbers(case, limits, errors)
+
+
+def _examine_numbers(case: Case, limits: Limits, errors: Errors) -> None:
     double = case.double()
     with noted(_IN_FLOAT64):
         y = double.apply()

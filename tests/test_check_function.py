@@ -636,6 +636,58 @@ def test_functions_that_count_their_calls(limit):
         check_function(lambda x: x.tanh() * (1 + (next(calls) >= limit)), draw(4, 3))
 
 
+class Rectified(torch.autograd.Function):
+    """relu, whose slope at 0 is `at_zero`."""
+
+    at_zero = 0.0
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.relu()
+
+    @classmethod
+    def backward(cls, ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * torch.where(x == 0, cls.at_zero, (x > 0).to(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("x", [[-2, -1, 0, 0, 1, 2, 0, 3], [0, 1, 2, 3, -4, 5], [0, 0]])
+def test_slopes_at_kinks_among_other_entries(x, dtype):
+    x = torch.tensor(x, dtype=dtype)
+    for at_zero in (0.0, 0.3, 1.0):
+        check_function(type("Right", (Rectified,), {"at_zero": at_zero}), x)
+    for at_zero in (-0.1, 1.01, 1.1, 2.0):
+        with pytest.raises(GradientMismatch, match="is wrong"):
+            check_function(type("Wrong", (Rectified,), {"at_zero": at_zero}), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_module_is_right_at_torchs_kinks_inside(dtype):
+    """The slope 0 of every relu at 0 adds up to one that need not be between those of the sum."""
+
+    class Net(nn.Sequential):
+        lost = False
+
+        def forward(self, x):
+            y = super().forward(x)
+            return y.detach() + 0.9 * y - 0.9 * y.detach() if self.lost else y
+
+    torch.manual_seed(2)
+    net = Net(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).to(dtype)
+    nn.init.zeros_(net[0].bias)
+    for x in (
+        torch.zeros(2, 3, dtype=dtype),
+        draw(3, 3, dtype=dtype) * torch.tensor([[1], [0], [1]]),
+    ):
+        net.lost = False
+        check_function(net, x)
+        net.lost = True
+        with pytest.raises(GradientMismatch, match="is wrong"):
+            check_function(net, x)
+
+
 def test_state_that_depends_on_signs_alone():
     class Rectifier(torch.autograd.Function):
         @classmethod

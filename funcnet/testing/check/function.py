@@ -33,6 +33,7 @@ from funcnet.testing.check.compared import Compared
 from funcnet.testing.check.comparison import Errors, excess, worst
 from funcnet.testing.check.contract import check_written_over, expect_close, unchanged
 from funcnet.testing.check.laws import check_linear_in_grad
+from funcnet.testing.check.oracles import is_handwritten
 from funcnet.testing.check.precision import (
     check_factor,
     check_factors_of_value,
@@ -153,6 +154,14 @@ class FunctionCase(Case):
     @property
     def batch(self) -> None:
         return None
+
+    @property
+    def is_autograds(self) -> bool:  # type: ignore[override]
+        leaves = [leaf.clone() for leaf in self.leaves]
+        with torch.enable_grad():
+            for leaf in leaves:
+                leaf.requires_grad_(leaf.is_floating_point())
+            return not is_handwritten(_joined(self.outputs(leaves)))
 
     def outputs(self, leaves: Sequence[Tensor] | None = None) -> list[Tensor]:
         """The differentiable outputs."""

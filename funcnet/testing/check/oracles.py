@@ -52,7 +52,7 @@ def autograd_gradients(case: Case) -> Leaves | None:
     try:
         with torch.enable_grad():
             y = case.at(leaves).reference()
-            if not y.requires_grad or _is_handwritten(y):
+            if not y.requires_grad or is_handwritten(y):
                 return None
             found = iter(torch.autograd.grad((y * case.grad).sum(), inputs, allow_unused=True))
     except RuntimeError:
@@ -64,7 +64,7 @@ def autograd_gradients(case: Case) -> Leaves | None:
     ]
 
 
-def _is_handwritten(y: Tensor) -> bool:
+def is_handwritten(y: Tensor) -> bool:
     """Whether a `torch.autograd.Function` is in the graph of y."""
     nodes = [y.grad_fn]
     seen = set()

@@ -111,7 +111,11 @@ def find_wrong_at(case: Case, limits: Limits, errors: Errors, thorough: bool) ->
     found = search.find(thorough)
     if found is not None and search.learns_more_noise() and not search.confirms(found):
         found = search.find(thorough)
-    if found is not None and not thorough and _is_at_hidden_kinks(case, limits):
+    if (
+        found is not None
+        and not thorough
+        and (_is_at_hidden_kinks(case, limits) or search.is_at_torchs_kinks(found))
+    ):
         return None
     return found
 
@@ -225,15 +229,22 @@ class _Search:
         """The gradients at points around this one, so near that only kinks tell them apart."""
         found = []
         for trial in range(_AROUND):
-            leaves = [
-                leaf + _NEAR * direction(leaf, 100 * trial + i, relative=True)
-                if movable(leaf)
-                else leaf
-                for i, leaf in enumerate(self.case.leaves)
-            ]
-            there = tried(self.case.at(leaves).gradients)
+            there = tried(self._beside(trial, _NEAR).gradients)
             found += [] if there is None else [there]
         return found
+
+    def is_at_torchs_kinks(self, found: Finding) -> bool:
+        """Whether the derivatives are torch's own, and at kinks inside, as of relu(W·x) at 0.
+
+        A sum of slopes that are each right at a kink may be none of the whole.
+        """
+        where = ... if found.index is None else found.index
+        is_finite = self.gradients[found.leaf][where].isfinite().all()
+        if not (is_finite and self.case.is_autograds and self.around):
+            return False
+        sides = torch.stack([leaves[found.leaf][where] for leaves in self.around])
+        spread = sides.amax(0) - sides.amin(0)
+        return bool((spread > self.limits.slack(sides.abs().amax(0))).any())
 
     def learns_more_noise(self) -> bool:
         """Whether roundings make y a staircase, which the search knows from then on."""
@@ -281,6 +292,8 @@ class _Search:
             found = self._along_directions(3 if suspicious else 1 + thorough)
             if found is None and (suspicious or thorough):
                 found = self._entry_by_entry(_SUSPICIOUS if suspicious else _CALM)
+            elif found is None:
+                found = self._unlike_around()
         return found
 
     def confirms(self, found: Finding) -> bool:
@@ -530,6 +543,31 @@ class _Search:
             if found is not None:
                 return found
         return None
+
+    def _unlike_around(self) -> Finding | None:
+        """A wrong entry among those whose gradient is not between those on two sides of the point.
+
+        Along a direction over many entries, the jumps of all their kinks hide a slope that is wrong
+        at one of them.
+        """
+        sides = [tried(self._beside(0, step).gradients) for step in (_NEAR, -_NEAR)]
+        for i in self.examined if None not in sides else ():
+            ours, (a, b) = self.gradients[i], (side[i] for side in sides if side is not None)
+            middle, half = (a + b) / 2, (a - b).abs() / 2
+            off = excess(ours, middle, half + self.limits.slack(middle))
+            off = off.masked_fill(self.still[i], 0.0).flatten()
+            for position in off.topk(min(_SUSPECTS, off.numel())).indices.tolist():
+                if off[position] > 1 and (found := self._refuted_entry(i, position)) is not None:
+                    return found
+        return None
+
+    def _beside(self, trial: int, step: float) -> Case:
+        """A point beside this one, at about this share of each entry."""
+        leaves = [
+            leaf + step * direction(leaf, 100 * trial + i, relative=True) if movable(leaf) else leaf
+            for i, leaf in enumerate(self.case.leaves)
+        ]
+        return self.case.at(leaves)
 
     def _refuted_entry(self, i: int, position: int, taylor: float | None = None) -> Finding | None:
         """The finding that an entry is wrong, None unless a numeric derivative refutes it."""

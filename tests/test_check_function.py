@@ -352,6 +352,30 @@ def test_what_oscillates_in_half_precision_without_a_reference(seed):
         check_function(type("Wrong", (Sine,), {"factor": 2.0}), x, 1 / 4)
 
 
+@pytest.mark.parametrize("power", [-1, -2, -3])
+def test_a_mistake_of_one_layout_where_y_grows_to_zero(power):
+    """Near 0 the gradient is 64³ times as large, and not because its terms cancel here."""
+
+    class Power(torch.autograd.Function):
+        right = False
+
+        @staticmethod
+        def forward(ctx, x, w):
+            ctx.save_for_backward(x, w)
+            return x * w**power
+
+        @classmethod
+        def backward(cls, ctx, grad):
+            x, w = ctx.saved_tensors
+            factor = 1 if cls.right or w.is_contiguous() else 1.001
+            return factor * grad * w**power, grad * x * power * w ** (power - 1)
+
+    inputs = draw(4, 3).float(), draw(4, 3, key=1).float()
+    check_function(type("Right", (Power,), {"right": True}), *inputs)
+    with pytest.raises(GradientMismatch, match="memory layout 'transposed' changes the gradient"):
+        check_function(Power, *inputs)
+
+
 def test_nothing_to_check():
     with pytest.raises(ValueError, match="grad is 0"):
         check_function(torch.sin, draw(3), grad=torch.zeros(3))

@@ -40,7 +40,6 @@ EQUIVALENT: dict[str, str] = {
     "checks.as_axis:off-by-one:1": _ZERO,
     "compat._adaptive_average_backward:off-by-one:2": "along the channels each window is one entry",
     "compat._innermost:flip-flag:1": "the question is whether it is None",
-    "compat._registered:drop-call:1": "they are counted once",
     "compat._registered:drop-term:2": "the module, which is alive, holds its hooks",
     "compat.over_batched:off-by-one:3": "a size that is read where there is no batch",
     "compat._write_in_turn:drop-argument:1": _STRICT,

@@ -33,8 +33,8 @@ _NUDGE = 2.0**-5
 _AROUND, _POINTS = 2.0**-4, 16
 """So far that roundings in half precision are others at each of so many points."""
 _SHARES = (0.5, 0.75)
-"""Shares of the steps of a coarse derivative, whose error is what others give: of steps that are too
-long, as for sin(30·x), two give one slope by chance."""
+"""Shares of the steps of a coarse derivative, whose error is what others give: of steps that are
+too long, as for sin(30·x), two give one slope by chance."""
 _WITHIN_RANGE = (1.0, 0.25, 0.0625)
 """Sizes of params and x that are tried in float16: smaller ones where sums are too large."""
 _NEAR_ZERO = (2.0**-10, 2.0**-11, 2.0**-12, 2.0**-13, 2.0**-14, 2.0**-15)

@@ -10,7 +10,7 @@ relative, so it holds at any scale.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,10 +20,11 @@ from torch import Tensor
 
 from funcnet.compat import TorchDispatchMode, returns_old_memory
 from funcnet.testing.check.case import Case, Leaves, scale_of, signed, tried, tried_y
-from funcnet.testing.check.tolerances import KINKED, LEAF_SHARE, SAFETY, SMALLEST, TAIL
+from funcnet.testing.check.tolerances import GROWING, KINKED, LEAF_SHARE, SAFETY, SMALLEST, TAIL
 
 TRIALS = 12
 """Trials that show both sides of a kink within rounding."""
+_NEARER = (1 / 8, 1 / 64, 2.0**-20)
 _SPREAD_TRIALS = 8  # more than the heaps of a kink
 
 
@@ -48,14 +49,9 @@ def value_noise(case: Case, epsilon: float, trials: int = 2) -> Tensor:
     1 + erf(x) is a staircase at x = −8: no nudge shows its steps. But terms that cancel there are
     about as large as y is nearer to 0, so y is taken there too.
     """
-    y = case.apply()
-    largest = _finite(y).abs()
-    for there in _nearer_to_zero(case):
-        found = tried_y(there)
-        if found is not None:
-            largest = torch.maximum(largest, _finite(found).abs())
+    (largest,) = _nearer_to_zero(case, lambda there: [there.apply()])
     noise = torch.maximum(value_moves(case, epsilon, trials), TAIL * epsilon * largest)
-    return noise + torch.finfo(y.dtype).tiny
+    return noise + torch.finfo(noise.dtype).tiny
 
 
 def staircase_noise(case: Case, epsilon: float, trials: int) -> Tensor:
@@ -154,20 +150,28 @@ def _is_floating(x: Any) -> bool:
 
 def gradient_tails(case: Case) -> Leaves:
     """The largest size of each entry of the gradients nearer to 0."""
-    largest = [_finite(gradient).abs() for gradient in case.gradients()]
-    for there in _nearer_to_zero(case):
-        for size, gradient in zip(largest, tried(there.gradients) or (), strict=False):
-            torch.maximum(size, _finite(gradient).abs(), out=size)
-    return largest
+    return _nearer_to_zero(case, Case.gradients)
 
 
-def _nearer_to_zero(case: Case) -> Iterator[Case]:
-    """Points on the rays from 0 through all leaves, and through x alone."""
-    for factor in (1 / 8, 1 / 64):
-        for which in (slice(None), slice(case.first_of_x, None)):
+def _nearer_to_zero(case: Case, results: Callable[[Case], Leaves]) -> Leaves:
+    """The largest size of each entry on the rays from 0 through all leaves, and through x alone.
+
+    What grows on and on to 0, as 1/x, is no sum that cancels here: of that, the size here.
+    """
+    largest = [_finite(leaf).abs() for leaf in results(case)]
+    for which in (slice(None), slice(case.first_of_x, None)):
+        sizes = [[torch.zeros_like(size) for size in largest] for _ in _NEARER]
+        for factor, there in zip(_NEARER, sizes, strict=True):
             leaves = case.leaves
             leaves[which] = [factor * x if x.is_floating_point() else x for x in leaves[which]]
-            yield case.at(leaves)
+            found = tried(partial(results, case.at(leaves)))
+            for size, leaf in zip(there, found or (), strict=False):
+                if leaf.shape == size.shape:  # y may have another one there
+                    size.copy_(_finite(leaf).abs())
+        for size, far, near, nearest in zip(largest, *sizes, strict=True):
+            tail = torch.maximum(far, near)
+            torch.maximum(size, tail.masked_fill(nearest > GROWING * tail, 0.0), out=size)
+    return largest
 
 
 def gradient_moves(case: Case, epsilon: float, trials: int = 3) -> Leaves:

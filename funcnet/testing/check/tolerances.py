@@ -46,6 +46,8 @@ SAME_DTYPE = {torch.float64: 64.0, torch.float32: 64.0, torch.float16: 8.0, torc
 ACROSS_DTYPES = 8.0
 # ε of y nearer to 0 on the ray through x: two or three roundings of terms that cancel in a tail.
 TAIL = 2.0
+# Growth from there to 2^-20 of x above which what grows has no tail: 1/√x grows by 2^7.
+GROWING = 64.0
 # The same of a gradient in float64, ours or autograd's: y·(1 − y) is off by that for sigmoid(24).
 IN_TAILS = 16.0
 # Share of y's distance from float64 that it may change by where all entries move by 3 %: it changes

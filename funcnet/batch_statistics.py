@@ -255,7 +255,9 @@ def _inferred(
     layers, kept = [child for _, child, _ in made], [name for name, _, _ in made]
     if same(layers, [child for _, child in children]):
         return layer, params
+    beside = _beside(params, names)
     params = _whole(params, kept, [part for _, _, part in made])
+    params = {**params, **beside} if beside else params
     if isinstance(layer, Several):
         return layer._with(tuple(layers), tuple(kept) if layer.names else ()), params
     return layer._with_children(layers), params
@@ -273,7 +275,8 @@ def _check_trees(layer: Layer, names: list[str], params: Tree, m: Tree, path: st
         raise ValueError(
             f"{path}{name_of(layer)}: expected moments m to be {expected}, got {_description(m)}"
         )
-    if names not in ([], [""]) and not _has_names(params, names):
+    beside = {} if isinstance(layer, Several) else _beside(params, names)
+    if names not in ([], [""]) and not _has_names(params, [*names, *beside]):
         raise ValueError(
             f"{path}{name_of(layer)}: expected params of {count_of(names)}, "
             f"got {_description(params)}"
@@ -376,6 +379,13 @@ def _names(tree: Tree) -> list[str] | None:
 def _has_names(tree: Tree, names: list[str]) -> bool:
     found = _names(tree)
     return found is not None and sorted(found) == sorted(names)
+
+
+def _beside(params: Tree, names: list[str]) -> dict[str, Tree]:
+    """What a layer of layers keeps in a dict of parameters beside those of its children."""
+    if names == [""] or not isinstance(params, Mapping):
+        return {}
+    return {name: own for name, own in params.items() if name not in names}
 
 
 def _parts(tree: Tree, names: list[str]) -> list[Tree]:

@@ -340,12 +340,20 @@ class Layer(Hyperparameters):
         return tuple(params[name] for name in names) if isinstance(params, Mapping) else (*params,)
 
     def _param_names(self, params: Tree) -> list[str]:
-        """The children's names in params: their own, or in a dict perhaps those of the fields."""
+        """The children's names in params: their own, or in a dict perhaps those of the fields.
+
+        An only one has its field's name in a layer that keeps parameters of its own beside it.
+        """
         names = [name for name, _ in self._children()]
-        by_others = isinstance(params, Mapping) and not any(name in params for name in names)
-        if by_others and names[:1] != [""]:
-            return [name for name, _ in _layer_fields(self)]
-        return names
+        if not isinstance(params, Mapping) or any(name in params for name in names):
+            return names
+        of_fields = [name for name, _ in _layer_fields(self)]
+        if names != [""]:
+            return of_fields
+        (field,), ((_, only),) = of_fields, self._children()
+        is_beside = field in params and not is_private(self)
+        # Otherwise all of params are the only one's, of which a part may have that name.
+        return of_fields if is_beside and field not in only._param_names(params) else names
 
     def _with_children(self, children: Sequence[Layer]) -> Layer:
         """The same combinator of other layers, as many as it has."""

@@ -10,6 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from registry import budget
 from test_properties import close
+from users_layers import Weighted
 
 import funcnet as fn
 from funcnet.running import run_fwd
@@ -183,6 +184,42 @@ def test_parameters_by_the_names_of_fields():
     m = fn.moments(net, params, x, key=KEY)
     assert m[0].keys() == {"a", "b"}
     close(fn.merge_moments(m, fn.moments(net, params, x[:0], key=KEY)), m, rtol=0, atol=0)
+
+
+@dataclass(frozen=True)
+class Passing(fn.Layer):
+    """layer(x), whose params are the layer's."""
+
+    layer: fn.Layer
+
+    def init(self, key, shape, *, dtype=None, device=None):
+        return self.layer.init(key, shape, dtype=dtype, device=device)
+
+    def out_shape(self, shape):
+        return self.layer.out_shape(shape)
+
+    def fwd(self, params, x, *, key=None):
+        return self.layer.fwd(params, x, key=key)
+
+    def bwd(self, params, residuals, grad, **need):
+        return self.layer.bwd(params, residuals, grad, **need)
+
+
+@pytest.mark.parametrize("others", [(), (fn.Linear(4),)])
+def test_parameters_beside_those_of_layers(others):
+    normed = fn.Sequential(fn.Linear(4), fn.BatchNorm())
+    net = fn.Sequential(Weighted(fn.Recompute(normed), *others), Weighted(fn.BatchNorm()))
+    plain, params = check_law(net, (3,))
+    assert plain[1] == Weighted(fn.ChannelAffine())
+    assert [{"layer", "w"} <= part.keys() for part in params] == [True, True]
+
+
+@pytest.mark.parametrize("name", ["layer", "stem"])
+def test_all_parameters_of_an_only_layer(name):
+    """The params are the layer's, also where a part of it has the field's name."""
+    normed = fn.Sequential(**{name: fn.Linear(4), "norm": fn.BatchNorm()})
+    plain, _ = check_law(Passing(normed), (3,))
+    assert plain == Passing(fn.Sequential(**{name: fn.Linear(4)}))
 
 
 def test_without_batch_norm_nothing_changes():

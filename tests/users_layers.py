@@ -200,6 +200,42 @@ class Dropout(Plain):
 
 
 @dataclass(frozen=True)
+class Weighted(fn.Layer):
+    """y = w · (layer(x) + …); params hold w beside those of the layers, by the fields' names."""
+
+    layer: fn.Layer
+    other: fn.Layer | None = None
+
+    def parts(self):
+        pairs = (("layer", self.layer), ("other", self.other))
+        return {name: part for name, part in pairs if part}
+
+    def init(self, key, shape, *, dtype=None, device=None):
+        like = {"dtype": dtype, "device": device}
+        parts = {name: part.init(key, shape, **like) for name, part in self.parts().items()}
+        return {**parts, "w": fn.uniform(key, (), 1.0, 2.0, **like)}
+
+    def out_shape(self, shape):
+        return self.layer.out_shape(shape)
+
+    def fwd(self, params, x, *, key=None):
+        made = {name: part.fwd(params[name], x, key=key) for name, part in self.parts().items()}
+        total = sum(y for y, _ in made.values())
+        return params["w"] * total, (made, total)
+
+    def bwd(self, params, residuals, grad, *, input_grad=True, param_grad=True):
+        made, total = residuals
+        need = {"input_grad": input_grad, "param_grad": param_grad}
+        each = {
+            name: part.bwd(params[name], made[name][1], params["w"] * grad, **need)
+            for name, part in self.parts().items()
+        }
+        dparams = {name: dpart for name, (dpart, _) in each.items()}
+        dx = sum(dx for _, dx in each.values()) if input_grad else None
+        return {**dparams, "w": (grad * total).sum()} if param_grad else None, dx
+
+
+@dataclass(frozen=True)
 class OddTree(fn.Layer):
     """Parameters in dicts, lists, tuples and None, one of them unused."""
 
@@ -269,6 +305,7 @@ RIGHT = [
     OddTree(),
     Opaque(),
     HalfOpaque(),
+    Weighted(fn.Frozen(fn.Linear(2))),
     fn.Sequential(Dense(5), Softmax(), fn.Sequential(), Elementwise("abs"), Dense(2)),
     fn.Sequential(BatchNorm(), fn.ReLU(), Dense(3), MaxPool()),
 ]

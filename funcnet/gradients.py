@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from inspect import isroutine
 from typing import Any
 
 import optree
@@ -146,7 +147,8 @@ def check_net_and_loss(who: str, net: Any, loss: Any) -> None:
     """Raise TypeError unless these are a layer and a loss."""
     check_net(who, net)
     if isinstance(loss, type | Layer) or not (hasattr(loss, "fwd") and hasattr(loss, "bwd")):
-        raise TypeError(f"{who}: expected a loss, such as MSE(), got {shown(loss)}")
+        advice = ": a loss of one's own derives from funcnet.Loss" if isroutine(loss) else ""
+        raise TypeError(f"{who}: expected a loss, such as MSE(), got {shown(loss)}{advice}")
 
 
 def check_reduction(who: str, loss: Any, purpose: str = "") -> None:

@@ -290,6 +290,9 @@ def test_what_is_no_layer():
         fn.summary([fn.ReLU()], (1, 2, 2))
     with refused(TypeError, "value_and_grad: expected a loss, such as MSE(), got Sigmoid()"):
         fn.value_and_grad(fn.ReLU(), fn.Sigmoid())
+    own = "got <built-in function abs>: a loss of one's own derives from funcnet.Loss"
+    with refused(TypeError, own):
+        fn.value_and_grad(fn.ReLU(), abs)
     with refused(TypeError, "check_vjp: expected a layer or a loss, got the class ReLU"):
         check_vjp(fn.ReLU, (), torch.ones(1))
 

@@ -925,6 +925,11 @@ def test_what_is_not_a_function_of_params_and_x_is_refused():
         wrap(drawing, (3,))
     with pytest.raises(ValueError, match=r"got bn1 \(BatchNorm2d, train mode\), bn2 .* bn1\.runn"):
         wrap(block, (3, 4, 4))
+    for impure in (nn.Dropout2d(), nn.BatchNorm2d(3)):
+        many = nn.Sequential(*[copy.deepcopy(impure) for _ in range(20)])
+        with pytest.raises(ValueError, match=r"got 0 \(.*, …") as caught:
+            wrap(many, (3, 4, 4))
+        assert len(str(caught.value)) < 400
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(ValueError, match="LSTM: expected y to be one floating-point tensor, got t"):
         wrap(nn.LSTM(3, 4), (2, 3))

@@ -393,6 +393,8 @@ def test_targets_that_are_refused(target, error, message):
 def test_more_that_cross_entropy_refuses():
     with pytest.raises(ValueError, match=r"expected x of shape \(N, C, …\), got \(3,\)"):
         fn.CrossEntropy().apply(torch.zeros(3), torch.tensor(0))
+    with pytest.raises(ValueError, match=r"\(2, 5\), got \(2, 3\): the logits .* along axis 1"):
+        fn.CrossEntropy().apply(torch.zeros(2, 3, 5), torch.zeros(2, 3).long())
     with pytest.raises(ValueError, match="expected classes, since ignore_index is one, got prob"):
         fn.CrossEntropy(ignore_index=0).apply(torch.zeros(2, 3), torch.zeros(2, 3))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -25,9 +26,8 @@ def purity(module: nn.Module) -> Iterator[None]:
         for handle in handles:
             handle.remove()
     if drawing:
-        names = ", ".join(dict.fromkeys(drawing))
         raise ValueError(
-            f"wrap: expected a module that draws no numbers, got {names}: "
+            f"wrap: expected a module that draws no numbers, got {_some(dict.fromkeys(drawing))}: "
             "keys decide nothing there. Call eval() on it, or put fn.Dropout in its place"
         )
     changed = [name for name, tensor in _tensors(module) if _is_changed(tensor, *before[name])]
@@ -54,8 +54,17 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _owners(module: nn.Module, names: Iterable[str]) -> str:
     """Describe the modules that changed tensors of these names."""
     owners = dict.fromkeys(name.rpartition(".")[0] for name in names)
-    described = ", ".join(_described(name, module.get_submodule(name)) for name in owners)
-    return f"{described}, which changes {', '.join(names)}"
+    described = _some(_described(name, module.get_submodule(name)) for name in owners)
+    return f"{described}, which changes {_some(names)}"
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first of the names, not a screenful."""
+    first = [*islice(names, _MOST_NAMED + 1)]
+    return ", ".join([*first[:_MOST_NAMED], *["…"] * (len(first) > _MOST_NAMED)])
+
+
+_MOST_NAMED = 4
 
 
 def _is_changed(tensor: Tensor, same: Tensor, values: Tensor, before: int) -> bool:

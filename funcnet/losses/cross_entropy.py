@@ -71,9 +71,12 @@ class CrossEntropy(Loss):
             )
         expected = (*x.shape[:1], *x.shape[2:])
         if target.shape != expected:
+            is_last = target.shape == x.shape[:-1]
             raise ValueError(
                 f"{name_of(self)}: expected target of classes of shape {expected}, "
                 f"got {tuple(target.shape)}"
+                + ": the logits of the classes are along axis 1 of x, not along the last"
+                * is_last
             )
         self._check_classes(target, x.shape[1])
 

@@ -32,6 +32,9 @@ _FEW_CHANNELS, _MANY_TAPS = 8, 9
 channels PyTorch's kernel took 1.9 times as long with 3×3 taps, 3 to 5 times with 4×4 and 4 to 12
 times with 8×8 to 16×16 (AMD Zen 4, one thread, float32)."""
 
+_PIXEL = (1, 1)
+"""The size of a patch that is a pixel, as it stands in x."""
+
 _TINY = 20480
 """Up to how many numbers in all PyTorch has a leaner kernel for a single image."""
 
@@ -84,7 +87,7 @@ def _is_tiny(x: Tensor) -> bool:
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
     """y (N, O, H′, W′) of x (N, C, H, W) and weight (O, C, kh, kw)."""
-    return pixelwise.convolve(to_patches(x, window.kernel_size), matrix(weight), bias)
+    return pixelwise.convolve(to_patches(x, window), matrix(weight), bias)
 
 
 def gradients(
@@ -93,7 +96,7 @@ def gradients(
     """(dweight, dx), None where it is not needed."""
     grad = native.layout(grad)
     if need.params:
-        patches = to_patches(x, window.kernel_size)
+        patches = to_patches(x, window)
     else:  # sizes are enough for dx
         batch, _, *rows_and_columns = grad.shape
         taps = x.shape[1] * math.prod(window.kernel_size)
@@ -107,9 +110,9 @@ def gradients(
     return native.like(weight, dweight), dx
 
 
-def to_patches(x: Tensor, size: Ints) -> Tensor:
+def to_patches(x: Tensor, window: Window) -> Tensor:
     """(N, kh·kw·C, ⌊H/kh⌋, ⌊W/kw⌋): the pixels of each patch, one after another, as channels."""
-    return windows(x, Window(size, size))
+    return x if window.kernel_size == _PIXEL else windows(x, window)
 
 
 def windows(x: Tensor, window: Window) -> Tensor:
@@ -123,6 +126,8 @@ def windows(x: Tensor, window: Window) -> Tensor:
 
 def _from_patches(patches: Tensor, size: Ints, like: Tensor) -> Tensor:
     """The adjoint of `to_patches`: pixels back in their places, zero where no patch reached."""
+    if size == _PIXEL:
+        return patches
     pixels = torch.unflatten(patches.permute(0, 2, 3, 1), 3, (*size, -1))  # (N, R, S, kh, kw, C)
     x = pixels.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
     missing = (like.shape[2] - x.shape[2], like.shape[3] - x.shape[3])

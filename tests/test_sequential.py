@@ -521,7 +521,7 @@ def test_a_training_step_asks_little():
         train()
     finally:
         sys.setprofile(before)
-    assert len(calls) <= 24 * len(net)
+    assert len(calls) <= 16 * len(net)
 
 
 def test_gradients_come_in_the_containers_of_params():

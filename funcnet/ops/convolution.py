@@ -29,7 +29,7 @@ def convolve(
         image, kernel = x.unsqueeze(2), weight.unsqueeze(2)
         y, image = convolve(image, kernel, bias, window.of_height_1, method)
         return y.squeeze(2), image.squeeze(2)
-    if method == "auto":
+    if method == "auto" and not native.is_laid_out(x):
         x = native.layout_for(weight, x)
     return implementation(x, weight, window, method).convolve(x, weight, bias, window), x
 
@@ -43,9 +43,7 @@ def gradients(
         dweight, dx = gradients(image, kernel, dy, window.of_height_1, method, need)
         dweight = None if dweight is None else dweight.squeeze(2)
         return dweight, None if dx is None else dx.squeeze(2)
-    for_weight = for_x = implementation(x, weight, window, method, backward=True)
-    if for_x is native:
-        for_weight, for_x = _apart(x, weight, window)
+    for_weight, for_x = _implementations(x, weight, window, method)
     dweight, dx = None, None
     if for_weight is for_x:
         dweight, dx = for_x.gradients(x, weight, grad, window, need)
@@ -66,24 +64,25 @@ def layout(x: Tensor) -> Tensor:
     return native.layout(x)
 
 
-def implementation(
-    x: Tensor, weight: Tensor, window: Window, method: str, backward: bool = False
-) -> Any:
-    """The module that is fastest for images like x, or the one that the method names."""
+def implementation(x: Tensor, weight: Tensor, window: Window, method: str) -> Any:
+    """The module that is fastest for y of images like x, or the one that the method names."""
     if method == "unfold":
         return unfold
-    if window.cuts_patches and x.ndim == 4 and patches.are_faster(x, weight, window, backward):
+    if window.cuts_patches and x.ndim == 4 and patches.are_faster(x, weight, window, False):
         return patches
     if x.dtype == torch.bfloat16 and bfloat16.serves(x, window):
         return bfloat16
-    # Backward, dweight and dx may each have a module of their own.
-    if backward or not few_channels.which_are_faster(x, weight, window)[0]:
-        return native
-    return few_channels
+    return few_channels if few_channels.which_are_faster(x, weight, window)[0] else native
 
 
-def _apart(x: Tensor, weight: Tensor, window: Window) -> tuple[Any, Any]:
-    """The modules that are fastest for dweight alone and for dx alone; native for both at once."""
+def _implementations(x: Tensor, weight: Tensor, window: Window, method: str) -> tuple[Any, Any]:
+    """The modules that are fastest for dweight and for dx, or those that the method names."""
+    if method == "unfold":
+        return unfold, unfold
+    if window.cuts_patches and x.ndim == 4 and patches.are_faster(x, weight, window, True):
+        return patches, patches
+    if x.dtype == torch.bfloat16 and bfloat16.serves(x, window):
+        return bfloat16, bfloat16
     if window.cuts_patches:
         of_weight = patches if patches.dweight_is_faster(x, weight, window) else native
         return of_weight, patches if patches.dx_is_faster(x, window) else native

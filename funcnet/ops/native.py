@@ -15,6 +15,7 @@ from typing import TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from funcnet.compat import is_transformed
 from funcnet.ops import inplace
@@ -43,7 +44,8 @@ def layout(x: Tensor) -> Tensor:
     memory_format = _CHANNELS_LAST[x.ndim] if channels > 1 else torch.contiguous_format
     if not torch.compiler.is_compiling():
         try:
-            return _canonical(x.contiguous(memory_format=memory_format), memory_format)
+            x = x.contiguous(memory_format=memory_format)
+            return _canonical(x, memory_format) if 1 in x.shape else x
         except RuntimeError:
             pass
     if channels == 1:
@@ -59,21 +61,19 @@ def layout_for(weight: Tensor, x: Tensor) -> Tensor:
     kernels are faster on row-major images: 0.5 to 0.8 of the time, of 6 networks with 3 to 16
     channels of 16×16 pixels (AMD Zen 4, one thread, float32).
     """
-    if is_laid_out(x):
-        return x
     if _is_wrapped(weight) and x.shape[1] > 1 and inplace.is_mapped_alone():
-        return _canonical(x)
+        return _canonical(x) if 1 in x.shape else x
     return layout(x)
 
 
 def _is_wrapped(x: Tensor) -> bool:
     """Whether torch.func has wrapped x, which hides an axis or derivatives."""
-    return not torch.compiler.is_compiling() and is_transformed(x)
+    return not is_dynamo_compiling() and is_transformed(x)
 
 
 def is_laid_out(x: Tensor) -> bool:
     """Whether x has the strides of new images in channels_last, which most x have in a step."""
-    if x.ndim != 4 or torch.compiler.is_compiling():
+    if x.ndim != 4 or is_dynamo_compiling():
         return False
     _, channels, height, width = x.shape
     if channels == 1 or type(height) is not int or type(width) is not int:  # an open size
@@ -82,13 +82,13 @@ def is_laid_out(x: Tensor) -> bool:
 
 
 def _canonical(x: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
-    """Return x with the strides of a new tensor, row-major or in channels_last.
+    """Return x with the strides of a new tensor, row-major or in channels_last, if it has not.
 
     The stride of an axis of size 1 can be any number. Some of PyTorch's kernels use it all the
     same: they read past the end of one-channel images and kernels in channels_last, and return
     wrong numbers.
     """
-    if 1 not in x.shape or x.stride() == strides(x.shape, torch.contiguous_format):
+    if x.stride() == strides(x.shape, torch.contiguous_format):
         return x
     if x.shape[1] > 1 and x.stride() == strides(x.shape, _CHANNELS_LAST[x.ndim]):
         return x
@@ -128,10 +128,10 @@ _MANY_CHANNELS, _MANY_PIXELS = 16, 4096
 """The channels of y, and the pixels, from which a second channel of x saves time."""
 
 
-def _needs_second_channel(x: Tensor) -> bool:
+def _gains_by_second_channel(x: Tensor) -> bool:
+    """Whether x, of one channel, is images that a second one would make faster."""
     return (
-        x.shape[1] == 1
-        and x.ndim == 4
+        x.ndim == 4
         and x.is_cpu
         and x.element_size() <= 4  # in float64 there is one kernel for every layout
         and not inplace.has_open_sizes(x)
@@ -158,7 +158,7 @@ def _is_narrow(x: Tensor) -> bool:
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
     """y (N, O, H′, W′) of x (N, C, H, W) and weight (O, C/groups, kh, kw); volumes likewise."""
-    if weight.shape[0] >= _MANY_CHANNELS and _needs_second_channel(x):
+    if x.shape[1] == 1 and weight.shape[0] >= _MANY_CHANNELS and _gains_by_second_channel(x):
         x, weight = _with_second_channel(x), _with_second_channel(weight)
     if not window.is_dilated and not ((window.is_strided or x.ndim == 5) and _is_narrow(x)):
         return run_forward(x, weight, bias, window)
@@ -175,7 +175,8 @@ def run_forward(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) 
     """y by PyTorch's kernels, in x's dtype."""
     stride, padding, dilation, groups = window.stride, window.both, window.dilation, window.groups
     convolve = _CONVOLUTIONS[x.ndim]
-    x, weight = x if window.is_even else _padded(x, window, padding), _canonical(weight)
+    x = x if window.is_even else _padded(x, window, padding)
+    weight = _canonical(weight) if 1 in weight.shape else weight
     return convolve(x, weight, bias, stride, padding, dilation, groups)
 
 
@@ -207,10 +208,10 @@ def kernel_gradients(
     x: Tensor, weight: Tensor, grad: Tensor, need: Need, sizes: Sizes = ((1, 1), (0, 0), (1, 1), 1)
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dx) of a convolution, by PyTorch's backward kernels."""
-    if _is_narrow(x):
+    if x.element_size() < 4 and _is_narrow(x):
         dweight, dx = kernel_gradients(x.float(), weight.float(), grad.float(), need, sizes)
         return cast(dweight, x.dtype), cast(dx, x.dtype)
-    if _needs_second_channel(x):
+    if x.shape[1] == 1 and _gains_by_second_channel(x):
         both = _with_second_channel(x), _with_second_channel(weight)
         dweight, dx = kernel_gradients(*both, grad, need, sizes)
         first = None if dweight is None else dweight[:, :1].contiguous()
@@ -225,13 +226,17 @@ def run_backward(
     stride, padding, dilation, groups = sizes
     # Volumes of one channel are row-major, and PyTorch would lay grad out anew.
     is_flat = x.ndim == 5 and x.shape[1] == 1
-    if 1 in x.shape and _is_wrapped(x):
+    if 1 in x.shape[1:] and _is_wrapped(x):
         # PyTorch's kernel for float64 refuses strides that could be those of channels_last.
         x = x.clone(memory_format=torch.contiguous_format)
+    if is_flat:
+        grad = _canonical(grad.contiguous())
+    elif not is_laid_out(grad):
+        grad = layout_for(weight, grad)
     dx, dweight, _ = _backward(
-        _canonical(grad.contiguous()) if is_flat else layout_for(weight, grad),
+        grad,
         x,
-        _canonical(weight),
+        _canonical(weight) if 1 in weight.shape else weight,
         None,
         stride,
         padding,

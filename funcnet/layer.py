@@ -65,7 +65,7 @@ from funcnet.fields import Hyperparameters, source
 from funcnet.initializers import Device
 from funcnet.keys import Key, check_draw, check_key
 from funcnet.ops.autocast import without_autocast
-from funcnet.ops.inplace import is_eager, is_tracing
+from funcnet.ops.inplace import TENSORS, are_open, is_eager, is_tracing
 from funcnet.ops.need import Need
 from funcnet.ops.trees import structure_of
 from funcnet.ops.without_entries import without_entries
@@ -410,7 +410,8 @@ class Layer(Hyperparameters):
         """
         if key is not None:
             check_key(self, key)
-        if not is_eager():
+        # Open sizes would be held to those that they are compared with.
+        if not is_eager() or (type(x) not in TENSORS and are_open(shape)):
             check = self._check_traced if is_tracing() else self._check
             return check(params, _spec(self, x, shape)), False
         accepted: tuple[tuple[Any, Spec], ...] = self.__dict__.get("_accepted", ())
@@ -424,7 +425,8 @@ class Layer(Hyperparameters):
             if seen == known:
                 return y, False
         y = self._check(params, _spec(self, x, shape))
-        if seen is not None:  # a layer that checks for itself may take numbers for parameters
+        # A layer that checks for itself may take numbers for parameters.
+        if seen is not None and not any(are_open(sizes) for sizes, *_ in facts):
             # One assignment, so that threads may do this at once.
             self.__dict__["_accepted"] = ((seen, y), *accepted[: _MOST_REMEMBERED - 1])
         return y, True

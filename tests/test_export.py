@@ -155,6 +155,17 @@ def test_make_fx_records_a_training_step_for_any_batch(net, shape):
         close(graph(*given), step(*given), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("layer", [fn.Upsample2d(2), fn.GroupNorm(2)], ids=repr)
+def test_make_fx_of_a_layer_that_has_run_before(layer):
+    """The graph is not held to sizes that the layer remembers, nor does it remember open ones."""
+    params, x, _ = make(layer, (4, 5, 6), batch=11)
+    larger = fn.normal(fn.key(1), (7, 4, 8, 9))
+    for _ in range(2):
+        layer.apply(params, x)
+        graph = make_fx(lambda params, x: layer.apply(params, x), tracing_mode="symbolic")
+        close(graph(params, x)(params, larger), layer.apply(params, larger))
+
+
 class Keyed(torch.nn.Module):
     def __init__(self, layer, shape):
         super().__init__()

@@ -335,6 +335,17 @@ def test_compiled_apply_and_vjp(layer, shape):
     close(compile_whole(layer.vjp)(params, x, grad), layer.vjp(params, x, grad))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_compiled_gradients_of_activations_in_two_layouts():
+    """Graphs take the layout of dx from x, where some kernels take it from grad."""
+    kinds = fn.ReLU6, fn.Hardtanh, fn.Hardswish, fn.ELU, fn.SELU, fn.Softplus, fn.LogSigmoid
+    nets = [fn.Sequential(fn.Linear(3), kind()) for kind in kinds]
+    params, x, grad = make(nets[0], (4, 5))
+    grad = grad.transpose(1, 2).contiguous().transpose(1, 2)
+    gradients = lambda *given: [net.vjp(*given) for net in nets]  # noqa: E731
+    close(compile_whole(gradients)(params, x, grad), gradients(params, x, grad))
+
+
 GLOBAL = fn.Sequential(fn.Conv2d(8, 3, padding=1), fn.ReLU())
 
 

@@ -30,7 +30,7 @@ from funcnet.initializers import Constant, InitializerOrNone
 from funcnet.keys import Key
 from funcnet.layer import Layer, Shape, same_part
 from funcnet.ops.accumulation import widened
-from funcnet.ops.inplace import is_eager, is_untracked
+from funcnet.ops.inplace import TENSORS, is_eager, is_untracked
 from funcnet.ops.need import Need
 from funcnet.ops.products import over_positions
 from funcnet.param import Param
@@ -110,6 +110,16 @@ def _over(dy: Tensor, backward: Any, *others: Any) -> Tensor:
     except RuntimeError:
         dx = backward(dy, *others)
     return dx
+
+
+def _laid_out(dy: Tensor, x: Tensor) -> Tensor:
+    """dy, in x's memory layout where a graph is made.
+
+    Where the two differ, some kernels return dx in the layout of dy, but graphs take it for x's.
+    """
+    if type(x) in TENSORS and not torch.compiler.is_compiling():
+        return dy
+    return torch.ones_like(x) * dy
 
 
 # --- Slope from y
@@ -249,7 +259,7 @@ class Hardtanh(InPlace):
         return F.hardtanh(x, self.min_val, self.max_val, inplace=True)
 
     def _slope(self, kept: Tensor, dy: Tensor) -> Tensor:
-        return _hardtanh_backward(dy, kept, self.min_val, self.max_val)
+        return _hardtanh_backward(_laid_out(dy, kept), kept, self.min_val, self.max_val)
 
     def _slope_(self, kept: Tensor, dy: Tensor) -> Tensor:
         return _over(dy, _hardtanh_backward, kept, self.min_val, self.max_val)
@@ -279,7 +289,7 @@ class ReLU6(InPlace):
         return F.relu6(x, inplace=True)
 
     def _slope(self, y: Tensor, dy: Tensor) -> Tensor:
-        return _hardtanh_backward(dy, y, 0.0, 6.0)
+        return _hardtanh_backward(_laid_out(dy, y), y, 0.0, 6.0)
 
     def _slope_(self, y: Tensor, dy: Tensor) -> Tensor:
         return _over(dy, _hardtanh_backward, y, 0.0, 6.0)
@@ -436,7 +446,7 @@ class Softplus(Activation):
         return F.softplus(x, self.beta, self.threshold)
 
     def _slope(self, x: Tensor, dy: Tensor) -> Tensor:
-        return _softplus_backward(dy, x, self.beta, self.threshold)
+        return _softplus_backward(_laid_out(dy, x), x, self.beta, self.threshold)
 
 
 @dataclass(frozen=True)
@@ -459,7 +469,7 @@ class ELU(Activation):
 
     def _slope(self, x: Tensor, dy: Tensor) -> Tensor:
         # From y it would be (y + α) dy, which loses the digits of eˣ far left.
-        return _elu_backward(dy, self.alpha, 1.0, 1.0, False, x)
+        return _elu_backward(_laid_out(dy, x), self.alpha, 1.0, 1.0, False, x)
 
 
 @dataclass(frozen=True)
@@ -480,7 +490,7 @@ class SELU(Activation):
         return F.selu(x)
 
     def _slope(self, x: Tensor, dy: Tensor) -> Tensor:
-        return _elu_backward(dy, _SELU_ALPHA, _SELU_SCALE, 1.0, False, x)
+        return _elu_backward(_laid_out(dy, x), _SELU_ALPHA, _SELU_SCALE, 1.0, False, x)
 
 
 @dataclass(frozen=True)
@@ -499,7 +509,7 @@ class Hardswish(Activation):
         return F.hardswish(x)
 
     def _slope(self, x: Tensor, dy: Tensor) -> Tensor:
-        return _hardswish_backward(dy, x)
+        return _hardswish_backward(_laid_out(dy, x), x)
 
 
 @dataclass(frozen=True)
@@ -524,7 +534,7 @@ class Hardsigmoid(Activation):
         # From y the kinks could not be told: near them, y is rounded to 0 or 1.
         # In float64, the kernel multiplies by 1/6 in float32.
         if is_untracked(x, dy) and x.dtype != torch.float64:
-            return _hardsigmoid_backward(dy, x)
+            return _hardsigmoid_backward(_laid_out(dy, x), x)
         return torch.where(x.abs() < 3, dy / 6, 0.0)  # autograd cannot differentiate the kernel
 
 
@@ -544,7 +554,7 @@ class LogSigmoid(Activation):
         return F.softplus(x, -1.0, 40.0)
 
     def _slope(self, x: Tensor, dy: Tensor) -> Tensor:
-        return _softplus_backward(dy, x, -1.0, 40.0)
+        return _softplus_backward(_laid_out(dy, x), x, -1.0, 40.0)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ Of dual numbers, some kernels lose the tangents: these are computed in new memor
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -53,7 +55,12 @@ def has_open_sizes(x: Tensor) -> bool:
 
         is_exporting = torch.compiler.is_exporting()
         return is_exporting or not all(has_static_value(size) for size in x.shape)
-    return not _INT.issuperset(map(type, x.shape))  # tensors in a trace, or SymInt
+    return are_open(x.shape)
+
+
+def are_open(sizes: Iterable[object]) -> bool:
+    """Whether some sizes are not ints: tensors in a trace, or SymInts of make_fx."""
+    return not _INT.issuperset(map(type, sizes))
 
 
 _INT = frozenset((int,))

@@ -155,15 +155,23 @@ def test_make_fx_records_a_training_step_for_any_batch(net, shape):
         close(graph(*given), step(*given), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("layer", [fn.Upsample2d(2), fn.GroupNorm(2)], ids=repr)
-def test_make_fx_of_a_layer_that_has_run_before(layer):
+@pytest.mark.parametrize(
+    ("layer", "first", "second"),
+    [
+        (fn.Upsample2d(2), (11, 4, 5, 6), (7, 4, 8, 9)),
+        (fn.GroupNorm(2), (11, 4, 5, 6), (7, 4, 8, 9)),
+        (fn.Linear(4), (1, 1), (1, 1)),  # sizes of 1 are not open, though those of the weight are
+    ],
+    ids=str,
+)
+def test_make_fx_of_a_layer_that_has_run_before(layer, first, second):
     """The graph is not held to sizes that the layer remembers, nor does it remember open ones."""
-    params, x, _ = make(layer, (4, 5, 6), batch=11)
-    larger = fn.normal(fn.key(1), (7, 4, 8, 9))
+    params, x, _ = make(layer, first[1:], batch=first[0])
+    other = draw_x(layer, second)
     for _ in range(2):
-        layer.apply(params, x)
         graph = make_fx(lambda params, x: layer.apply(params, x), tracing_mode="symbolic")
-        close(graph(params, x)(params, larger), layer.apply(params, larger))
+        close(graph(params, x)(params, other), layer.apply(params, other))
+        layer.apply(params, x)
 
 
 class Keyed(torch.nn.Module):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from registry import EVERY_LAYER, EXAMPLE_IDS, EXAMPLES, FLOAT_EXAMPLES, draw_x, key_for, make
 from test_properties import close, same
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import funcnet as fn
 from funcnet.testing import check_vjp, strategies
@@ -342,8 +343,24 @@ def test_compiled_gradients_of_activations_in_two_layouts():
     nets = [fn.Sequential(fn.Linear(3), kind()) for kind in kinds]
     params, x, grad = make(nets[0], (4, 5))
     grad = grad.transpose(1, 2).contiguous().transpose(1, 2)
-    gradients = lambda *given: [net.vjp(*given) for net in nets]  # noqa: E731
-    close(compile_whole(gradients)(params, x, grad), gradients(params, x, grad))
+    gradients = lambda params, x, grad: [net.vjp(params, x, grad) for net in nets]  # noqa: E731
+    recorded = make_fx(gradients, tracing_mode="fake")(params, x, grad)
+    for graph in (compile_whole(gradients), recorded):
+        close(graph(params, x, grad), gradients(params, x, grad))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("layer", [fn.GroupNorm(2), fn.InstanceNorm(affine=True)], ids=repr)
+def test_compiled_forward_derivatives_of_norms(layer):
+    """Of y, and of a gradient."""
+    params, x, v = make(layer, (4, 3, 2), dtype=torch.float64)
+
+    def along(params, x, v):
+        apply = lambda x: layer.apply(params, x)  # noqa: E731
+        gradient = torch.func.grad(lambda x: apply(x).sin().sum())
+        return [torch.func.jvp(function, (x,), (v,)) for function in (apply, gradient)]
+
+    close(compile_whole(along)(params, x, v), along(params, x, v))
 
 
 GLOBAL = fn.Sequential(fn.Conv2d(8, 3, padding=1), fn.ReLU())

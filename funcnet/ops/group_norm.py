@@ -43,6 +43,9 @@ def group_norm(
     if not x.numel():  # PyTorch 2.14 refuses it
         nothing = x.new_zeros((len(x), groups), dtype=accumulator_dtype(x.dtype))
         return x.clone(), nothing, nothing
+    if torch.compiler.is_compiling() and inplace.is_transforming():
+        # The kernel has no rule there that fake tensors can follow.
+        return _group_norm_by_channels(x, groups, weight, bias, eps)
     x, memory_format = laid_out(x)
     x = exact(x, _entries(x, groups))
     few = _has_few(x, groups, memory_format) and math.prod(x.shape[2:]) < _FEW_POSITIONS

@@ -32,6 +32,13 @@ def is_eager() -> bool:
     return innermost_transformation() is None and dual_level(forward_ad) < 0
 
 
+# torch.compile asks it where it compiles the call.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_transforming() -> bool:
+    """Whether torch.func transforms what is computed here."""
+    return innermost_transformation() is not None
+
+
 def is_mapped_alone() -> bool:
     """Whether nothing but torch.func.vmap, if that, is between an operation and its kernel."""
     if torch.compiler.is_compiling() or is_jit_tracing():

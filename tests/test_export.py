@@ -65,6 +65,14 @@ def test_exported_for_any_batch(layer, shape):
     check(program.module(), layer, params, shape)
 
 
+@pytest.mark.parametrize("layer", [fn.MaxPool2d(2), fn.MaxPool2d(3, stride=2, padding=1)], ids=repr)
+def test_max_pooling_exported_for_images_of_any_size(layer):
+    sizes = {axis: torch.export.Dim(f"size_{axis}", min=5, max=64) for axis in (0, 2, 3)}
+    x, larger = fn.normal(fn.key(0), (5, 2, 9, 10)), fn.normal(fn.key(1), (7, 2, 12, 11))
+    program = torch.export.export(Module(layer, ()), (x,), dynamic_shapes=(sizes,))
+    close(program.module()(larger), layer.apply((), larger))
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize(("layer", "shape"), TRACED, ids=lambda value: str(value)[:40])
 def test_traced_for_any_batch(layer, shape):

@@ -54,9 +54,10 @@ def some_see_nothing(window: Window, size: Ints, counts: Ints) -> bool:
     """
     axes = zip(window.before, window.stride, window.dilation, size, counts, strict=True)
     return any(
-        start % dilation >= n  # the first tap that is not before x
+        i < windows and start % dilation >= n  # the first tap that is not before x
         for before, stride, dilation, n, windows in axes
-        for start in range(-before, 0, stride)[:windows]
+        # A slice would hold a graph to the number of windows.
+        for i, start in enumerate(range(-before, 0, stride))
     )
 
 

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from registry import budget
 from test_properties import close
-from users_layers import Weighted
+from users_layers import Passing, Weighted
 
 import funcnet as fn
 from funcnet.running import run_fwd
@@ -184,25 +184,6 @@ def test_parameters_by_the_names_of_fields():
     m = fn.moments(net, params, x, key=KEY)
     assert m[0].keys() == {"a", "b"}
     close(fn.merge_moments(m, fn.moments(net, params, x[:0], key=KEY)), m, rtol=0, atol=0)
-
-
-@dataclass(frozen=True)
-class Passing(fn.Layer):
-    """layer(x), whose params are the layer's."""
-
-    layer: fn.Layer
-
-    def init(self, key, shape, *, dtype=None, device=None):
-        return self.layer.init(key, shape, dtype=dtype, device=device)
-
-    def out_shape(self, shape):
-        return self.layer.out_shape(shape)
-
-    def fwd(self, params, x, *, key=None):
-        return self.layer.fwd(params, x, key=key)
-
-    def bwd(self, params, residuals, grad, **need):
-        return self.layer.bwd(params, residuals, grad, **need)
 
 
 @pytest.mark.parametrize("others", [(), (fn.Linear(4),)])

@@ -13,7 +13,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from users_layers import RIGHT, BatchNorm, Dense, Dropout, Elementwise, Flatten, MaxPool, Plain
+from users_layers import (
+    RIGHT,
+    BatchNorm,
+    Dense,
+    Dropout,
+    Elementwise,
+    Flatten,
+    MaxPool,
+    Passing,
+    Plain,
+)
 
 import funcnet as fn
 from funcnet.testing import GradientMismatch, check_function, check_vjp, strategies
@@ -1217,6 +1227,41 @@ def test_what_is_cast_is_held_to_the_dtype_inside(dtype, factor):
     wrong = fn.Cast(Jumping(lambda x: 2 * x, lambda x, y: torch.full_like(x, 2 * factor)), dtype)
     with pytest.raises(GradientMismatch, match=f"in {dtype}, the gradient is wrong"):
         check_vjp(wrong, (), DRAWN)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", [fn.ReLU(), fn.Tanh()])
+def test_the_gradient_of_each_leaf_of_what_is_cast(dtype, activation):
+    """Kinks and rounding leave no step that finds the derivative well."""
+
+    @dataclass(frozen=True)
+    class Scaled(Passing):
+        factor: float = 1.0
+
+        def bwd(self, params, residuals, grad, **need):
+            dparams, dx = super().bwd(params, residuals, grad, **need)
+            return dparams, None if dx is None else self.factor * dx
+
+    cast = fn.Cast(fn.Sequential(fn.Conv2d(4, 3, padding=1), activation), dtype)
+    for seed in range(2):
+        x, params = fn.normal(fn.key(100 + seed), (2, 4, 6, 6)), cast.init(fn.key(seed), (4, 6, 6))
+        check_vjp(Scaled(cast), params, x)
+        for factor in (-1.0, 0.0, 2.0):
+            with pytest.raises(GradientMismatch, match=f"in {dtype}, the gradient is wrong.* of x"):
+                check_vjp(Scaled(cast, factor), params, x)
+
+
+@pytest.mark.parametrize("seed", [12, 25, 54])
+def test_kinks_between_the_steps_of_what_is_cast(seed):
+    """Long steps cross them, and agree by chance."""
+    net = fn.Cast(fn.Sequential(fn.Conv2d(4, 3, padding=1), fn.ReLU()), torch.float32)
+    x = fn.normal(fn.key(100 + seed), (2, 4, 6, 6))
+    check_vjp(net, net.init(fn.key(seed % 7), (4, 6, 6)), x)
+
+
+def test_frozen_layers_of_what_is_cast():
+    net = fn.Cast(fn.Sequential(fn.Frozen(fn.Linear(4)), fn.Tanh()), torch.bfloat16)
+    check_vjp(net, net.init(fn.key(0), (8,)), DRAWN)
 
 
 @pytest.mark.parametrize("limit", [{"rtol": -1.0}, {"atol": -1e-9}, {"budget": 0.0}], ids=str)

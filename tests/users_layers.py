@@ -200,6 +200,25 @@ class Dropout(Plain):
 
 
 @dataclass(frozen=True)
+class Passing(fn.Layer):
+    """layer(x), whose params are the layer's."""
+
+    layer: fn.Layer
+
+    def init(self, key, shape, *, dtype=None, device=None):
+        return self.layer.init(key, shape, dtype=dtype, device=device)
+
+    def out_shape(self, shape):
+        return self.layer.out_shape(shape)
+
+    def fwd(self, params, x, *, key=None):
+        return self.layer.fwd(params, x, key=key)
+
+    def bwd(self, params, residuals, grad, **need):
+        return self.layer.bwd(params, residuals, grad, **need)
+
+
+@dataclass(frozen=True)
 class Weighted(fn.Layer):
     """y = w · (layer(x) + …); params hold w beside those of the layers, by the fields' names."""
 

@@ -34,10 +34,10 @@ from funcnet.testing.check.comparison import Errors, excess, worst
 from funcnet.testing.check.contract import check_written_over, expect_close, unchanged
 from funcnet.testing.check.laws import check_linear_in_grad
 from funcnet.testing.check.oracles import is_handwritten
+from funcnet.testing.check.own_dtype import check_own_dtype
 from funcnet.testing.check.precision import (
     check_factor,
     check_factors_of_value,
-    check_own_dtype,
     check_precision,
     computed_in,
 )

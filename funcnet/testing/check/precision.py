@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -14,27 +13,23 @@ from torch import Tensor
 from funcnet.testing.check.case import Case, Leaves, drawn_like, scale_of, tried, tried_y
 from funcnet.testing.check.compared import Compared, explains, factor_between
 from funcnet.testing.check.comparison import Errors, excess, largest_error
-from funcnet.testing.check.oracles import Line, Slope, autograd_gradients, slope
+from funcnet.testing.check.oracles import autograd_gradients
+from funcnet.testing.check.own_dtype import check_own_dtype
 from funcnet.testing.check.rounding import (
-    TRIALS,
     allowance,
     gradient_moves,
     is_extreme,
     noise_in,
     nudge,
-    staircase_noise,
     value_moves,
 )
-from funcnet.testing.check.tolerances import ALIKE_IN_DTYPE, ERRORS_OF_MEAN, FACTOR, SMOOTH
+from funcnet.testing.check.tolerances import ERRORS_OF_MEAN, FACTOR, SMOOTH
 from funcnet.testing.errors import GradientMismatch
 
 _NUDGE = 2.0**-5
 """Far enough for every dtype to notice."""
 _AROUND, _POINTS = 2.0**-4, 16
 """So far that roundings in half precision are others at each of so many points."""
-_SHARES = (0.5, 0.75)
-"""Shares of the steps of a coarse derivative, whose error is what others give: of steps that are
-too long, as for sin(30·x), two give one slope by chance."""
 _WITHIN_RANGE = (1.0, 0.25, 0.0625)
 """Sizes of params and x that are tried in float16: smaller ones where sums are too large."""
 _NEAR_ZERO = (2.0**-10, 2.0**-11, 2.0**-12, 2.0**-13, 2.0**-14, 2.0**-15)
@@ -302,41 +297,6 @@ def _drawn(case: Case, trial: int) -> Case:
 
 def _holds(dtype: torch.dtype, y: Tensor) -> bool:
     return bool((y.to(dtype).to(y) == y).all())
-
-
-def check_own_dtype(
-    case: Case, dtype: torch.dtype, direction: Callable[[Tensor, int], Tensor | None] = drawn_like
-) -> None:
-    """Hold the gradient to differences of `apply` in the dtype that it computes in.
-
-    They resolve ε^(2/3) of it. `direction` moves a leaf, given a seed; None leaves it.
-    """
-    epsilon = torch.finfo(dtype).eps
-    noise = staircase_noise(case, epsilon, TRIALS)
-    moving = [x.is_floating_point() and bool(x.isfinite().all()) for x in case.leaves]
-    for trial in range(3):
-        directions = [
-            direction(x, 53 * trial + i) if moves else None
-            for i, (x, moves) in enumerate(zip(case.leaves, moving, strict=True))
-        ]
-        pairs = zip(case.gradients(), directions, strict=True)
-        terms = torch.cat([(g.double() * v.double()).flatten() for g, v in pairs if v is not None])
-        slack = ALIKE_IN_DTYPE * epsilon * float(terms.norm())
-
-        def by_steps_of(share: float, directions: list[Tensor | None] = directions) -> Slope:
-            shorter = [None if v is None else share * v for v in directions]
-            return slope(Line(case, shorter, noise, share))
-
-        derivative, found = float(terms.sum()), by_steps_of(1.0)
-        if found.refutes(derivative, slack):
-            off = max(abs(by_steps_of(share).value - found.value) for share in _SHARES)
-            found = replace(found, error=found.error + off)
-        if found.refutes(derivative, slack):
-            raise GradientMismatch(
-                f"in {dtype}, the gradient is wrong: along a random direction, the "
-                f"derivative of apply is about {found.value:.4g}, and the gradient's is "
-                f"{derivative:.4g}"
-            )
 
 
 def _wrong_mean_factor(

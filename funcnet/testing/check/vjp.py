@@ -25,7 +25,8 @@ from funcnet.testing.check.laws import (
     check_linear_in_grad,
     check_sum_of_examples,
 )
-from funcnet.testing.check.precision import check_own_dtype, check_precision, computed_in
+from funcnet.testing.check.own_dtype import check_own_dtype
+from funcnet.testing.check.precision import check_precision, computed_in
 from funcnet.testing.check.report import complete, name_the_guilty, wrong_gradient
 from funcnet.testing.check.search import Limits, find_wrong, find_wrong_at
 from funcnet.testing.errors import GradientMismatch, noted

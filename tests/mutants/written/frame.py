@@ -205,8 +205,8 @@ SEQUENTIAL = in_file(
     ),
     Row(
         "residuals-from-the-front",
-        "run_bwd(layer, own, kept.pop(), dx, wanted)",
-        "run_bwd(layer, own, kept.pop(0), dx, wanted)",
+        "layer._bwd(own, kept.pop(), dx, wanted)",
+        "layer._bwd(own, kept.pop(0), dx, wanted)",
         "the last layer's residuals are the last",
     ),
     Row(

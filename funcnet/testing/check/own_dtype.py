@@ -1,0 +1,116 @@
+"""The gradient of what computes in a dtype of its own, such as bfloat16 inside, whatever x's.
+
+No step finds its derivative well: long ones cross bends and kinks, short ones are lost in rounding.
+How well one does shows in how far it is from the next. With the gradient g of one leaf, n(h) =
+(φ(h) − φ(−h)) / 2h along a random direction v of that leaf alone, and all sums over such
+directions, the spread of a step is
+
+    D(h) = Σ (n(h) − n(h/2))² + Σ s(h)² + roundings,
+
+where s(h) is half the difference of the slopes on both sides. A kink at x leaves it however short
+the step; what a bend makes of it falls with h, and is left out. The step h is taken for which
+D(h) / Σ n(h)² is least. There, a right gradient has a
+
+    Σ (n(h) − g·v)²  of about  ε Σ n(h)² + D(h)  at most.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from funcnet.testing.check.beside import movable
+from funcnet.testing.check.case import Case, drawn_like
+from funcnet.testing.check.oracles import Line
+from funcnet.testing.check.rounding import TRIALS, gradient_moves, staircase_noise
+from funcnet.testing.check.tolerances import LIKE_STEPS
+from funcnet.testing.errors import GradientMismatch
+
+Direction: TypeAlias = Callable[[Tensor, int], "Tensor | None"]
+"""Makes a direction that moves a leaf, given a seed, or None to leave it."""
+
+_FEW, _MANY = 4, 16
+"""Directions that find a suspect, and those that decide about it."""
+_MOST_HALVINGS = 14
+
+
+def check_own_dtype(case: Case, dtype: torch.dtype, direction: Direction = drawn_like) -> None:
+    """Hold the gradient of each leaf to differences of `apply` in the dtype that it computes in."""
+    epsilon = torch.finfo(dtype).eps
+    noise = float((case.grad * staircase_noise(case, epsilon, TRIALS)).norm())
+    moves = gradient_moves(case, torch.finfo(case.dtype).eps)
+    each = zip(case.leaves, case.frozen, case.gradients(), moves, strict=True)
+    for i, (leaf, frozen, gradient, move) in enumerate(each):
+        if not movable(leaf):
+            continue
+        for count, most in ((_FEW, LIKE_STEPS / 2), (_MANY, LIKE_STEPS)):
+            found = (direction(leaf, 53 * trial + i) for trial in range(count))
+            directions = [v.masked_fill(frozen, 0.0) for v in found if v is not None]
+            slopes = [
+                _Slope(
+                    Line(case, [v if j == i else None for j in range(len(case.leaves))], _UNUSED),
+                    float((gradient.double() * v.double()).sum()),
+                    float((move.double() * v.double()).norm()),
+                )
+                for v in directions
+            ]
+            wrong = _first_wrong(slopes, noise, epsilon, most)
+            if wrong is None:
+                break
+        else:
+            assert wrong is not None
+            raise GradientMismatch(
+                f"in {dtype}, the gradient is wrong: along a random direction of {case.names[i]}, "
+                f"the derivative of apply is about {wrong[0]:.4g}, and the gradient's is "
+                f"{wrong[1]:.4g}"
+            )
+
+
+class _Slope(NamedTuple):
+    """The derivative along a line: by the gradient, and how far rounding moves that."""
+
+    line: Line
+    ours: float
+    move: float
+
+
+def _first_wrong(
+    slopes: list[_Slope], noise: float, epsilon: float, most: float
+) -> tuple[float, float] | None:
+    """(n(h), g·v) where they differ most; None where the gradient is right, or no step tells."""
+    if not slopes:
+        return None
+    halvings = min(_MOST_HALVINGS, round(-math.log2(epsilon)))
+    steps = [2.0**-level for level in range(halvings + 1)]
+    lines, ours, moves = zip(*slopes, strict=True)
+    n = _table([[line.central(h) for h in steps] for line in lines])
+    s = _table([[(line.change(h) + line.change(-h)) / (2 * h) for h in steps] for line in lines])
+    longer, size = n[:, :-1], _squares(n[:, :-1])
+    spread = _squares(longer - n[:, 1:])
+    spread += torch.minimum(_squares(s[:, :-1]), _squares(2 * s[:, 1:] - s[:, :-1]))
+    spread += len(lines) * (noise / (4 * _table(steps[:-1]))).square() + _squares(_table(moves))
+    quality = (spread / size).nan_to_num(math.inf, math.inf)
+    best = int(quality.argmin())
+    off = (longer[:, best] - _table(ours)).abs()
+    limit = most * (epsilon * size[best] + spread[best])
+    if not quality[best].isfinite() or _squares(off) <= limit:
+        return None
+    worst = int(off.nan_to_num(math.inf).argmax())
+    return float(longer[worst, best]), ours[worst]
+
+
+def _table(numbers: Sequence[object]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def _squares(rows: Tensor) -> Tensor:
+    """The sum of squares over the directions."""
+    return rows.square().sum(0)
+
+
+_UNUSED = torch.zeros(())
+"""The noise of a line of which only differences are taken."""

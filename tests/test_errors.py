@@ -558,6 +558,12 @@ OWN_LOSS = "got Shrunk(): a loss of one's own has a field named reduction"
             f"out_channels=8, kernel_size=5, padding=2){CHANNELS}Conv1d(8, 5, padding=2)?",
         ),
         (
+            lambda: fn.Conv2d(in_channels=4, out_channels=8),
+            TypeError,
+            "Conv2d: expected out_channels, then kernel_size, "
+            f"got Conv2d(in_channels=4, out_channels=8){CHANNELS}Conv2d(8)?",
+        ),
+        (
             lambda: fn.Conv2d(8, 3, in_channels=4),
             TypeError,
             "Conv2d: expected out_channels, then kernel_size, "

@@ -175,7 +175,7 @@ def _question(cls: type[Kernels], meant: list[str]) -> str:
 
 def _advice(cls: type[Kernels], arguments: tuple[Any, ...]) -> str:
     """The message that refuses so many arguments by position, and suggests what was meant."""
-    names = [field.name for field in fields(cls) if field.init]
+    names = [field.name for field in fields(cls)]
     meant = [repr(value) for value in arguments[1:3]]
     # Behind x's channels, torch.nn has the same order.
     meant += [f"{n}={v!r}" for n, v in zip(names[2:], arguments[3:], strict=False)]

@@ -51,7 +51,7 @@ def as_index(who: object, name: str, value: Any) -> int:
     """`value` as an int. Raises TypeError for anything that is not one, bools included."""
     try:
         number = operator.index(value)
-    except TypeError:
+    except (TypeError, RuntimeError):  # that of a tensor that torch.func maps over
         number = None
     if number is None or isinstance(value, bool):
         raise TypeError(f"{name_of(who)}: expected {name} to be an int, got {shown(value)}")

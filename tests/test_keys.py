@@ -5,6 +5,7 @@ import math
 import pickle
 import random
 from dataclasses import FrozenInstanceError
+from functools import partial
 
 import numpy as np
 import pytest
@@ -203,6 +204,11 @@ def test_numbers_may_be_large_ints():
         (lambda: fn.split(0), TypeError, "split: expected a key made by funcnet.key"),
         (lambda: fn.fold_in(fn.key(0), -1), ValueError, "fold_in: expected data in"),
         (lambda: fn.fold_in(None, 1), TypeError, "fold_in: expected a key"),
+        (
+            lambda: torch.func.vmap(partial(fn.fold_in, fn.key(0)))(torch.arange(2)),
+            TypeError,
+            "fold_in: expected data to be an int, got a Tensor",
+        ),
         (lambda: fn.uniform(0, (1,)), TypeError, "uniform: expected a key"),
         (lambda: fn.uniform(fn.key(0), 3), TypeError, "uniform: expected shape to be a sequence"),
         (lambda: fn.uniform(fn.key(0), (-1,)), ValueError, "uniform: expected every size in shape"),

@@ -63,7 +63,7 @@ class MaxPool(Layer):
     def _out_shape(self, shape: Shape) -> Shape:
         channels, *size = shape
         count = _count_windows(self, channels, tuple(size))
-        if pooling.some_see_nothing(self._window, tuple(size), count):
+        if pooling.some_see_nothing(self._window, tuple(size)):
             raise ValueError(
                 f"{self}: expected a size of which every window sees an entry, got {tuple(size)}, "
                 f"where the taps of some windows are all in the padding"

@@ -46,18 +46,18 @@ def count(window: Window, size: Ints, ceil_mode: bool) -> Ints:
     return tuple(counts)
 
 
-def some_see_nothing(window: Window, size: Ints, counts: Ints) -> bool:
+def some_see_nothing(window: Window, size: Ints) -> bool:
     """Whether all taps of some window are beside x, as may be where they are dilated.
 
     Such a window starts in the padding before x, and steps over all of x. With padding of at most
-    half the kernel, some tap is not before x.
+    half the kernel, some tap is not before x. The windows fit on x: so only kernels of two taps
+    step over it, whose first window alone starts before x.
     """
-    axes = zip(window.before, window.stride, window.dilation, size, counts, strict=True)
+    axes = zip(window.before, window.stride, window.dilation, size, strict=True)
     return any(
-        i < windows and start % dilation >= n  # the first tap that is not before x
-        for before, stride, dilation, n, windows in axes
-        # A slice would hold a graph to the number of windows.
-        for i, start in enumerate(range(-before, 0, stride))
+        start % dilation >= n  # the first tap that is not before x
+        for before, stride, dilation, n in axes
+        for start in range(-before, 0, stride)
     )
 
 

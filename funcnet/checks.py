@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from itertools import islice
 from numbers import Integral, Real
 from typing import Any
 
@@ -45,6 +46,15 @@ def shown(value: Any) -> str:
 
 
 _MOST_CHARACTERS = 80
+
+
+def some(names: Iterable[str]) -> str:
+    """The first of the names in a message, not a screenful."""
+    first = [*islice(names, _MOST_NAMED + 1)]
+    return ", ".join([*first[:_MOST_NAMED], *["…"] * (len(first) > _MOST_NAMED)])
+
+
+_MOST_NAMED = 4
 
 
 def as_index(who: object, name: str, value: Any) -> int:

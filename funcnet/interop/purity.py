@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from funcnet.checks import some
 from funcnet.compat import version
 
 
@@ -27,7 +27,7 @@ def purity(module: nn.Module) -> Iterator[None]:
             handle.remove()
     if drawing:
         raise ValueError(
-            f"wrap: expected a module that draws no numbers, got {_some(dict.fromkeys(drawing))}: "
+            f"wrap: expected a module that draws no numbers, got {some(dict.fromkeys(drawing))}: "
             "keys decide nothing there. Call eval() on it, or put fn.Dropout in its place"
         )
     changed = [name for name, tensor in _tensors(module) if _is_changed(tensor, *before[name])]
@@ -54,17 +54,8 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _owners(module: nn.Module, names: Iterable[str]) -> str:
     """Describe the modules that changed tensors of these names."""
     owners = dict.fromkeys(name.rpartition(".")[0] for name in names)
-    described = _some(_described(name, module.get_submodule(name)) for name in owners)
-    return f"{described}, which changes {_some(names)}"
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first of the names, not a screenful."""
-    first = [*islice(names, _MOST_NAMED + 1)]
-    return ", ".join([*first[:_MOST_NAMED], *["…"] * (len(first) > _MOST_NAMED)])
-
-
-_MOST_NAMED = 4
+    described = some(_described(name, module.get_submodule(name)) for name in owners)
+    return f"{described}, which changes {some(names)}"
 
 
 def _is_changed(tensor: Tensor, same: Tensor, values: Tensor, before: int) -> bool:

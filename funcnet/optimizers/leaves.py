@@ -12,6 +12,7 @@ import optree
 import torch
 from torch import Tensor
 
+from funcnet.checks import some
 from funcnet.layer import Tree
 from funcnet.ops import trees
 from funcnet.ops.inplace import is_expanded
@@ -52,16 +53,10 @@ def _difference(ours: list[str], theirs: list[str]) -> str:
     known, given = set(ours), set(theirs)
     missing = [name for name in ours if name not in given]
     more = [name for name in theirs if name not in known]
-    parts = [f"{what} at {_some(at)}" for what, at in (("none", missing), ("more", more)) if at]
+    parts = [
+        f"{what} at {some(map(repr, at))}" for what, at in (("none", missing), ("more", more)) if at
+    ]
     return ", ".join(parts) or "other containers"
-
-
-def _some(names: list[str]) -> str:
-    """The first of the names, not a screenful."""
-    return ", ".join([*map(repr, names[:_MOST_NAMED]), *["…"] * (len(names) > _MOST_NAMED)])
-
-
-_MOST_NAMED = 4
 
 
 def leaf_names_of(structure: Any) -> list[str]:

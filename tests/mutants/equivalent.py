@@ -462,6 +462,7 @@ EQUIVALENT: dict[str, str] = {
     "initializers._Xavier._std:off-by-one:3": "weights whose fans add up to 1 are empty",
     "initializers.Orthogonal._draw:drop-argument:3": _ON_THE_CPU,
     "optimizers.adam.Adam._update:drop-term:1": "a factor of 1 changes nothing",
+    "checks.some:off-by-one:1": "a name is looked at that is not shown",
     "optimizers.leaves:drop-argument:1": _REMEMBERED,
     "optimizers.leaves:off-by-one:1": _REMEMBERED,
     "optimizers.leaves:off-by-one:2": _REMEMBERED,

@@ -42,8 +42,11 @@ class Case:
     """Where y counts, if not everywhere: elsewhere it is 0."""
 
     is_loss: ClassVar[bool] = False
-    is_autograds: ClassVar[bool] = False
-    """Whether every derivative in it is torch's own."""
+
+    @property
+    def is_autograds(self) -> bool:
+        """Whether every derivative in it is torch's own."""
+        return False
 
     @property
     def leaves(self) -> Leaves:

@@ -156,7 +156,7 @@ class FunctionCase(Case):
         return None
 
     @property
-    def is_autograds(self) -> bool:  # type: ignore[override]
+    def is_autograds(self) -> bool:
         leaves = [leaf.clone() for leaf in self.leaves]
         with torch.enable_grad():
             for leaf in leaves:

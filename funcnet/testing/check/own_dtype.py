@@ -47,10 +47,11 @@ def check_own_dtype(case: Case, dtype: torch.dtype, direction: Direction = drawn
     for i, (leaf, frozen, gradient, move) in enumerate(each):
         if not movable(leaf):
             continue
-        for count, most in ((_FEW, LIKE_STEPS / 2), (_MANY, LIKE_STEPS)):
-            found = (direction(leaf, 53 * trial + i) for trial in range(count))
+        slopes: list[_Slope] = []
+        for trials, most in ((range(_FEW), LIKE_STEPS / 2), (range(_FEW, _MANY), LIKE_STEPS)):
+            found = (direction(leaf, 53 * trial + i) for trial in trials)
             directions = [v.masked_fill(frozen, 0.0) for v in found if v is not None]
-            slopes = [
+            slopes += [
                 _Slope(
                     Line(case, [v if j == i else None for j in range(len(case.leaves))], _UNUSED),
                     float((gradient.double() * v.double()).sum()),

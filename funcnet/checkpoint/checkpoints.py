@@ -15,10 +15,9 @@ from typing import Annotated, Any, TypeAlias
 import torch
 
 from funcnet.checkpoint.atomic import clear_abandoned, make_folder
-from funcnet.checkpoint.compare import differences, expectation, refuse
+from funcnet.checkpoint.compare import Expected, refuse
 from funcnet.checkpoint.data import read_data
 from funcnet.checkpoint.files import named, opened, read_tensors, save
-from funcnet.checkpoint.memory_format import all_laid_out_like
 from funcnet.checkpoint.structure import INT64, CheckpointError, Node, decode
 from funcnet.checks import as_int, shown
 from funcnet.fields import Hyperparameters, Size
@@ -167,9 +166,9 @@ def _read(path: Path, device: torch.device | str | None) -> tuple[Node, dict[str
 def _decoded(structure: Node, tensors: dict[str, torch.Tensor], like: Tree) -> Tree:
     """The tree in a file. Raises CheckpointError unless it is like the one that is expected."""
     if like is not None:
-        expected, like_tensors = expectation(like)
-        refuse(differences(expected, like_tensors, structure, tensors))
-        tensors = all_laid_out_like(tensors, like_tensors)
+        expected = Expected(like)
+        refuse(expected.differences(structure, tensors))
+        tensors = expected.laid_out(tensors)
     return decode(structure, tensors)
 
 

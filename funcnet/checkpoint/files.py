@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from funcnet.checkpoint.atomic import replacing
-from funcnet.checkpoint.compare import differences, expectation, merge, refuse
+from funcnet.checkpoint.compare import Expected, refuse
 from funcnet.checkpoint.container import (
     Header,
     block_count,
@@ -24,7 +24,7 @@ from funcnet.checkpoint.container import (
 )
 from funcnet.checkpoint.data import read_data, write_all, write_data
 from funcnet.checkpoint.inspection import Inspection
-from funcnet.checkpoint.memory_format import all_laid_out_like, lay_out_as_init
+from funcnet.checkpoint.memory_format import lay_out_as_init
 from funcnet.checkpoint.storable import check_metadata, check_storable
 from funcnet.checkpoint.structure import CheckpointError, Json, decode, encode
 from funcnet.checks import shown
@@ -151,19 +151,18 @@ def load(
     with opened(_as_path("load", path)) as (file, header):
         if like is None:
             return decode(header.structure, read_tensors(file, header, device, dtype, mmap))
-        expected, like_tensors = expectation(like)
+        expected = Expected(like)
         entries = {
             name: entry._replace(dtype=_converted(entry.dtype, dtype))
             for name, entry in header.entries.items()
         }
-        skipped = differences(expected, like_tensors, header.structure, entries)
+        skipped = expected.differences(header.structure, entries)
         if strict:
             refuse(skipped)
-        tensors = all_laid_out_like(read_tensors(file, header, device, dtype, mmap), like_tensors)
+        tensors = expected.laid_out(read_tensors(file, header, device, dtype, mmap))
         if strict:
             return decode(header.structure, tensors)
-        merged = merge(expected, like_tensors, header.structure, tensors, skipped)
-        return merged, dict(skipped.values())
+        return expected.merged(header.structure, tensors, skipped), dict(skipped.values())
 
 
 def load_model(

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
-import torch
 from torch import Tensor
 
 from funcnet.checkpoint.container import as_integers
@@ -25,25 +24,6 @@ def lay_out_as_init(net: Layer, params: Tree) -> None:
     with suppress(Exception):  # a file may hold any tree beside any network
         for leaf, layout, copies in list(_layouts(net, params, 0)):
             leaf.data = _laid_out(as_integers(leaf.detach()), layout, copies).view(leaf.dtype)
-
-
-def all_laid_out_like(
-    tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return the tensors, each with the strides of the one of its name."""
-    return {n: _laid_out_like(t, like[n]) if n in like else t for n, t in tensors.items()}
-
-
-def _laid_out_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return a tensor with the strides of `like`, or as it is if these leave holes or overlap."""
-    if like.layout != torch.strided or like.shape != tensor.shape:
-        return tensor
-    strides = torch.empty_like(like, device="meta").stride()
-    if tensor.stride() == strides:
-        return tensor
-    bits = as_integers(tensor)
-    new = torch.empty_strided(tensor.shape, strides, dtype=bits.dtype, device=tensor.device)
-    return new.copy_(bits).view(tensor.dtype)
 
 
 def _layouts(layer: Layer, params: Tree, copies: int) -> Iterator[tuple[Tensor, Layout, int]]:

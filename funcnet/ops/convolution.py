@@ -31,7 +31,8 @@ def convolve(
         return y.squeeze(2), image.squeeze(2)
     if method == "auto" and not native.is_laid_out(x):
         x = native.layout_for(weight, x)
-    return implementation(x, weight, window, method).convolve(x, weight, bias, window), x
+    for_y, _ = _implementations(x, weight, window, method, backward=False)
+    return for_y.convolve(x, weight, bias, window), x
 
 
 def gradients(
@@ -43,11 +44,11 @@ def gradients(
         dweight, dx = gradients(image, kernel, dy, window.of_height_1, method, need)
         dweight = None if dweight is None else dweight.squeeze(2)
         return dweight, None if dx is None else dx.squeeze(2)
-    for_weight, for_x = _implementations(x, weight, window, method)
-    dweight, dx = None, None
+    for_weight, for_x = _implementations(x, weight, window, method, backward=True)
     if for_weight is for_x:
         dweight, dx = for_x.gradients(x, weight, grad, window, need)
         return dweight, dx
+    dweight, dx = None, None
     if need.params:
         only = need._replace(input=False)
         dweight, _ = for_weight.gradients(x, weight, grad, window, only)
@@ -64,26 +65,17 @@ def layout(x: Tensor) -> Tensor:
     return native.layout(x)
 
 
-def implementation(x: Tensor, weight: Tensor, window: Window, method: str) -> Any:
-    """The module that is fastest for y of images like x, or the one that the method names."""
-    if method == "unfold":
-        return unfold
-    if window.cuts_patches and x.ndim == 4 and patches.are_faster(x, weight, window, False):
-        return patches
-    if x.dtype == torch.bfloat16 and bfloat16.serves(x, window):
-        return bfloat16
-    return few_channels if few_channels.which_are_faster(x, weight, window)[0] else native
-
-
-def _implementations(x: Tensor, weight: Tensor, window: Window, method: str) -> tuple[Any, Any]:
-    """The modules that are fastest for dweight and for dx, or those that the method names."""
+def _implementations(
+    x: Tensor, weight: Tensor, window: Window, method: str, backward: bool
+) -> tuple[Any, Any]:
+    """The modules that are fastest for y or dweight and for dx, or those that the method names."""
     if method == "unfold":
         return unfold, unfold
-    if window.cuts_patches and x.ndim == 4 and patches.are_faster(x, weight, window, True):
+    if window.cuts_patches and x.ndim == 4 and patches.are_faster(x, weight, window, backward):
         return patches, patches
     if x.dtype == torch.bfloat16 and bfloat16.serves(x, window):
         return bfloat16, bfloat16
-    if window.cuts_patches:
+    if window.cuts_patches and backward:
         of_weight = patches if patches.dweight_is_faster(x, weight, window) else native
         return of_weight, patches if patches.dx_is_faster(x, window) else native
     to_few, from_few = few_channels.which_are_faster(x, weight, window)

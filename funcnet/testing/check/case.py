@@ -107,6 +107,15 @@ class Case:
             grad=self.grad if grad is None else grad,
         )
 
+    def with_leaves(self, change: Callable[[Tensor], Tensor], grad: Tensor | None = None) -> Self:
+        """The same case with every leaf changed, and another grad if given."""
+        return self.at([change(leaf) for leaf in self.leaves], grad)
+
+    def with_leaf(self, i: int, leaf: Tensor) -> Self:
+        """The same case with another leaf in the place of one."""
+        leaves = self.leaves
+        return self.at([*leaves[:i], leaf, *leaves[i + 1 :]])
+
     def with_x(self, change: Callable[[Tensor], Tensor], grad: Tensor | None = None) -> Self:
         """The same case with every leaf of x changed, and another grad if given."""
         x = optree.tree_map(change, self.x)
@@ -125,7 +134,7 @@ class Case:
         return self._changed(lambda x: x.to(dtype) if x.is_floating_point() else x)
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> Self:
-        return self.at([change(leaf) for leaf in self.leaves], change(self.grad))
+        return self.with_leaves(change, change(self.grad))
 
     def fwd(self) -> Any:
         return self.layer.fwd(self.params, self.x, key=self.key)

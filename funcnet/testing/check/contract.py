@@ -50,9 +50,10 @@ from funcnet.testing.check.purity import (
 from funcnet.testing.check.rounding import (
     allowance,
     gradient_moves,
+    gradient_noise_in,
     is_extreme,
-    noise_in,
     value_moves,
+    value_noise_in,
 )
 from funcnet.testing.check.tolerances import OVERFLOW, SAME_DTYPE, UNDECIDED
 from funcnet.testing.errors import GradientMismatch, noted
@@ -61,18 +62,22 @@ from funcnet.testing.layouts import LAYOUTS, fits, laid_out, other_layouts, row_
 _REFUSED = "check_vjp: {} the result to this exception"
 
 
-def check_calls(case: Case) -> None:
-    """Raise GradientMismatch unless fwd, bwd, apply and vjp are pure, agree and fit the inputs."""
+def check_calls(case: Case) -> Leaves:
+    """Raise GradientMismatch unless fwd, bwd, apply and vjp are pure, agree and fit the inputs.
+
+    Returns y and the gradients, by apply and vjp.
+    """
     pristine = tried(partial(copy.deepcopy, case.layer))  # a layer need not support copies
     y, residuals = _check_fwd(case)
     gradients = _check_bwd(case, y, residuals)
     _check_fresh(case)
-    _check_vjp_and_apply(case, y, gradients)
+    found = _check_vjp_and_apply(case, y, gradients)
     _check_recording(case)
     if not case.is_loss:
         _check_need(case, residuals, gradients)
     _check_no_state(case, pristine, gradients)
     check_written_over(case, "params or x")
+    return found
 
 
 def check_surroundings(case: Case) -> None:
@@ -185,7 +190,7 @@ def _expected_shape(case: Case) -> tuple[int, ...] | None:
     return (case.batch, *shape)
 
 
-def _check_vjp_and_apply(case: Case, y: Tensor, gradients: Leaves) -> None:
+def _check_vjp_and_apply(case: Case, y: Tensor, gradients: Leaves) -> Leaves:
     value = pure(case, "apply", case.apply)
     _expect_like("apply", "y", value, y.shape, case.grad)
     expect_unshared("y of apply", value, case.inputs)
@@ -193,11 +198,12 @@ def _check_vjp_and_apply(case: Case, y: Tensor, gradients: Leaves) -> None:
     _expect_repeated(case, "apply", lambda: [case.apply()], [value])
     result = _check_gradients(case, "vjp", pure(case, "vjp", case.vjp))
     expect_close(case, "vjp and fwd + bwd differ", result, gradients)
+    return [value, *result]
 
 
 def _check_recording(case: Case) -> None:
     """Hold y to itself where autograd may not record it, and where it does: a global state."""
-    recorded = case.at([_tracked(leaf) for leaf in case.leaves])
+    recorded = case.with_leaves(_tracked)
     y = case.apply()
     for who, call in (
         ("torch.no_grad()", torch.no_grad()(case.apply)),
@@ -243,19 +249,18 @@ def _check_no_state(case: Case, pristine: Any, gradients: Leaves) -> None:
     """
     complaint = "bwd depends on what was called before it: state is kept between fwd and bwd"
     _, residuals = case.fwd()
-    others, first = [other_numbers(leaf) for leaf in case.leaves], case.first_of_x
-    after = []
+    others, after = case.with_leaves(other_numbers), []
     for there in (
-        case.at(others),
-        case.at([unlike(leaf) for leaf in case.leaves]),
-        case.at([*case.leaves[:first], *others[first:]]),
-        case.at([*others[:first], *case.leaves[first:]]),
+        others,
+        case.with_leaves(unlike),
+        case.with_x(other_numbers),
+        replace(others, x=case.x),
         *_with_other_integers(case),
     ):
         tried(partial(_call_beside, there))
         after.append(case.flat(case.bwd(residuals)))
     fresh = replace(case, layer=case.layer if pristine is None else pristine)
-    copies = fresh.at([leaf.clone() for leaf in case.leaves])
+    copies = fresh.with_leaves(Tensor.clone)
     try:
         after.append(fresh.flat(fresh.bwd(residuals)))
         copied = copies.flat(copies.bwd(_cloned(residuals)))
@@ -294,11 +299,11 @@ def check_written_over(case: Case, whose: str) -> None:
 
     An optimiser writes into params, and a training loop may write into x.
     """
-    others = case.at([other_numbers(leaf) for leaf in case.leaves])
+    others = case.with_leaves(other_numbers)
     other_y, other_gradients = tried_y(others), tried(others.gradients)
     if other_y is None or other_gradients is None:
         return
-    there = case.at([row_major(leaf) for leaf in case.leaves])
+    there = case.with_leaves(row_major)
     there.apply()
     there.vjp()
     for leaf, other in zip(there.leaves, others.leaves, strict=True):
@@ -387,13 +392,12 @@ def _check_layouts_of_inputs(case: Case) -> None:
     leaves = case.leaves
     for i in range(case.first_of_x, len(leaves)):
         for name, x in other_layouts(leaves[i]):
-            before, after = leaves[:i], leaves[i + 1 :]
-            there = case.at([*before, x, *after])
-            straight = case if same(x, leaves[i]) else case.at([*before, row_major(x), *after])
+            there = case.with_leaf(i, x)
+            straight = case if same(x, leaves[i]) else case.with_leaf(i, row_major(x))
             if straight is case or tried(straight.vjp) is not None:
                 complaint = f"{case.names[i]} in the memory layout {name!r} changes"
                 _expect_the_same(there, straight, complaint, elsewhere=straight is not case)
-    there = case.at([laid_out(leaf, "strided") for leaf in case.leaves])
+    there = case.with_leaves(partial(laid_out, layout="strided"))
     _expect_the_same(there, case, "params that are not contiguous change")
     if isinstance(case, LossCase):
         for layout in LAYOUTS[1:-1]:  # the same numbers, if the tensor has enough axes
@@ -530,10 +534,11 @@ def _check_vmap(case: Case) -> None:
 
 def _refuses_some(case: Case) -> bool:
     """Whether there are numbers at which the layer raises."""
-    beside = (
-        case.at([factor * x if x.is_floating_point() else x for x in case.leaves])
-        for factor in (-1.0, 1e3, math.nan)
-    )
+
+    def times(leaf: Tensor, factor: float) -> Tensor:
+        return factor * leaf if leaf.is_floating_point() else leaf
+
+    beside = (case.with_leaves(partial(times, factor=f)) for f in (-1.0, 1e3, math.nan))
     return any(tried(there.apply) is None for there in beside)
 
 
@@ -615,7 +620,8 @@ def expect_close(
     if first_apart(quick) is None:
         return
     # Rounding may carry an entry across a kink, or be all of it in a tail: more trials show that.
-    place = first_apart(noise_in(case, double, of_value))
+    noise = [value_noise_in(case, double)] if of_value else gradient_noise_in(case, double)
+    place = first_apart(noise)
     if place is not None:
         raise GradientMismatch(complaint + place)
 

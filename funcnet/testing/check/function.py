@@ -47,9 +47,9 @@ from funcnet.testing.check.rounding import (
     TRIALS,
     gradient_moves,
     gradient_noise,
-    noise_in,
     noise_on_the_way,
     value_noise,
+    value_noise_in,
 )
 from funcnet.testing.check.search import Limits, find_wrong
 from funcnet.testing.check.tolerances import FROM_REFERENCE
@@ -441,10 +441,9 @@ def _check_no_state(case: FunctionCase, gradients: Leaves) -> None:
     """
 
     def run_beside() -> None:
-        for leaves in (case.leaves, [other_mask(leaf) for leaf in case.leaves]):
+        for there in (case, case.with_leaves(other_mask)):
             for change in (other_numbers, unlike):
-                other = case.at([change(leaf) for leaf in leaves])
-                tried(other.run_forward)
+                tried(there.with_leaves(change).run_forward)
 
     run_beside()
     backward = case.run_forward()
@@ -475,7 +474,7 @@ def _check_kept_by_module(case: FunctionCase) -> None:
             expect_close(there, complaint, [got], [want], of_value=True)
 
     if case.pristine is not None:
-        others = case.at([other_numbers(leaf) for leaf in case.leaves])
+        others = case.with_leaves(other_numbers)
         by_copy = replace(others, layer=partial(_call, case.pristine, case.arguments))
         expect(others, tried_y(others), tried_y(by_copy))
     turns = (case, case.with_x(other_numbers), case, case)
@@ -566,7 +565,7 @@ def _check_layouts_of_inputs(case: FunctionCase, gradients: Leaves) -> None:
         for name, x in other_layouts(leaves[i]):
             if not same(x, leaves[i]):
                 continue  # an expanded tensor has other numbers
-            there = case.at([*leaves[:i], x, *leaves[i + 1 :]])
+            there = case.with_leaf(i, x)
             where = f"{case.names[i]} in the memory layout {name!r}"
             with noted(f"check_function: raised by {where}"):
                 y, got = there.apply(), there.gradients()
@@ -620,7 +619,7 @@ def _expect_value(case: Case, y: Tensor) -> None:
     if worst(excess(y, reference, FROM_REFERENCE * value_noise(case, epsilon))) is None:
         return
     # Terms that cancel, in either of the two, leave more.
-    noise = noise_in(case, case, of_value=True)[0]
+    noise = value_noise_in(case, case)
     (theirs,) = noise_on_the_way(case, epsilon, lambda there: [there.reference()])
     index = worst(excess(y, reference, FROM_REFERENCE * torch.maximum(noise, theirs)))
     if index is not None:

@@ -18,10 +18,11 @@ from funcnet.testing.check.own_dtype import check_own_dtype
 from funcnet.testing.check.rounding import (
     allowance,
     gradient_moves,
+    gradient_noise_in,
     is_extreme,
-    noise_in,
     nudge,
     value_moves,
+    value_noise_in,
 )
 from funcnet.testing.check.tolerances import ERRORS_OF_MEAN, FACTOR, SMOOTH
 from funcnet.testing.errors import GradientMismatch
@@ -50,7 +51,7 @@ def check_precision(case: Case, double: Case, errors: Errors) -> None:
     epsilon = torch.finfo(case.dtype).eps
     y, exact = case.apply(), double.apply()
     if Compared(y, exact, value_moves(double, epsilon, 1), y.dtype).wrong_entry is not None:
-        (blur,) = noise_in(case, double, of_value=True)
+        blur = value_noise_in(case, double)
         thorough = Compared(y, exact, blur, y.dtype)
         if thorough.wrong_entry is not None and (
             # A layer may draw other numbers from the key in another dtype.
@@ -79,7 +80,7 @@ def _within_range(case: Case) -> Case | None:
     if case.dtype != torch.float16:
         return None
     for size in _WITHIN_RANGE:
-        there = case.at([_of_size(leaf, size) for leaf in case.leaves], _of_size(case.grad, 1.0))
+        there = case.with_leaves(partial(_of_size, size=size), _of_size(case.grad, 1.0))
         y = tried_y(there)
         if y is not None and bool(y.isfinite().all()) and not is_extreme(there):
             return there
@@ -104,7 +105,7 @@ def _check_gradients(case: Case, double: Case, errors: Errors) -> None:
     leaves = compared(gradient_moves(double, epsilon, 2))
     if any(leaf.wrong_entry is not None or leaf.wrong_factor is not None for leaf in leaves):
         # Two moves of a single entry may both be small by chance.
-        leaves = compared(noise_in(case, double, of_value=False))
+        leaves = compared(gradient_noise_in(case, double))
     for i, leaf in enumerate(leaves):
         leaf.expect_exact(f"the gradient for {case.names[i]}")
         check_factor(case, i, leaf)
@@ -159,7 +160,7 @@ def check_factors_of_value(
     quick = wrong_factors(value_moves(double, torch.finfo(case.dtype).eps))
     if all(factor is None for factor in quick):
         return
-    (blur,) = noise_in(case, double, of_value=True)
+    blur = value_noise_in(case, double)
     there = nudge(case, _NUDGE, 0)
     there_y, there_exact = tried_y(there), tried_y(there.double())
     with torch.no_grad():
@@ -185,9 +186,8 @@ def _draws_other_numbers(case: Case) -> bool:
         return False
     for i, leaf in enumerate(case.leaves):
         if leaf.is_floating_point():
-            leaves = case.leaves
-            leaves[i] = torch.zeros_like(leaf)
-            if _blur_off_float64(case.at(leaves)) is not None:
+            without = case.with_leaf(i, torch.zeros_like(leaf))
+            if _blur_off_float64(without) is not None:
                 return True
     return False
 
@@ -198,7 +198,7 @@ def _blur_off_float64(case: Case) -> Tensor | None:
     y, exact = tried_y(case), tried_y(double)
     if y is None or exact is None:
         return None
-    (blur,) = noise_in(case, double, of_value=True)
+    blur = value_noise_in(case, double)
     return None if Compared(y, exact, blur, y.dtype).wrong_entry is None else blur
 
 

@@ -49,7 +49,7 @@ def value_noise(case: Case, epsilon: float, trials: int = 2) -> Tensor:
     1 + erf(x) is a staircase at x = −8: no nudge shows its steps. But terms that cancel there are
     about as large as y is nearer to 0, so y is taken there too.
     """
-    (largest,) = _nearer_to_zero(case, lambda there: [there.apply()])
+    (largest,) = _nearer_to_zero(case, _value)
     noise = torch.maximum(value_moves(case, epsilon, trials), TAIL * epsilon * largest)
     return noise + torch.finfo(noise.dtype).tiny
 
@@ -63,7 +63,7 @@ def staircase_noise(case: Case, epsilon: float, trials: int) -> Tensor:
     still = _moves_of(case.apply(), case, epsilon, trials) == 0
     if not still.any():
         return noise
-    (on_the_way,) = noise_on_the_way(case, epsilon, lambda there: [there.apply()], 2 * trials)
+    (on_the_way,) = noise_on_the_way(case, epsilon, _value, 2 * trials)
     return torch.where(still, torch.maximum(noise, on_the_way), noise)
 
 
@@ -73,21 +73,29 @@ def gradient_noise(case: Case, epsilon: float) -> Leaves:
     return [torch.maximum(move, TAIL * epsilon * tail) for move, tail in pairs]
 
 
-def noise_in(case: Case, double: Case, of_value: bool) -> Leaves:
-    """The rounding of y, or of the gradients, in the dtype of a case; `double` is it in float64.
+def value_noise_in(case: Case, double: Case) -> Tensor:
+    """The rounding of y in the dtype of a case; `double` is it in float64.
 
     What cancels whatever the inputs are, as the mean of what was centred, stands still when these
     are nudged in float64. So the results of all operations on the way are nudged as well, and in
     the dtype itself, in which a kernel's own sums then round in other ways.
     """
     epsilon = torch.finfo(case.dtype).eps
+    noise = value_noise(double, epsilon, TRIALS)
+    (own,) = noise_on_the_way(case, epsilon, _value)
+    return torch.maximum(noise, own.to(noise))
 
-    def results(there: Case) -> Leaves:
-        return [there.apply()] if of_value else there.gradients()
 
-    noise = [value_noise(double, epsilon, TRIALS)] if of_value else gradient_noise(double, epsilon)
-    pairs = zip(noise, noise_on_the_way(case, epsilon, results), strict=True)
-    return [torch.maximum(move, other.to(move)) for move, other in pairs]
+def gradient_noise_in(case: Case, double: Case) -> Leaves:
+    """The rounding of the gradients in the dtype of a case, as `value_noise_in`."""
+    epsilon = torch.finfo(case.dtype).eps
+    noise = gradient_noise(double, epsilon)
+    own = noise_on_the_way(case, epsilon, Case.gradients)
+    return [torch.maximum(move, other.to(move)) for move, other in zip(noise, own, strict=True)]
+
+
+def _value(case: Case) -> Leaves:
+    return [case.apply()]
 
 
 def noise_on_the_way(

@@ -92,7 +92,7 @@ class ConvTranspose(Kernels):
         return self._kernel_gradients(dweight, grad), dx
 
     def _bwd_each(self, params: Any, x: Tensor, grad: Tensor, need: Need) -> Any:
-        dweight = kernel_products.transposed(x, params["weight"], grad, self._window)
+        dweight = kernel_products.convolution(grad, params["weight"], x, self._window)
         return self._kernel_gradients_each(dweight, params, x, grad, need)
 
     @property

@@ -33,12 +33,6 @@ def convolution(x: Tensor, weight: Tensor, grad: Tensor, window: Window) -> Prod
     return Products(_pixels(grad, window.groups), seen, _as(weight.shape))
 
 
-def transposed(x: Tensor, weight: Tensor, grad: Tensor, window: Window) -> Products:
-    """dweight (C, O/groups, …) of y = weight ∗ᵀ x, for each example."""
-    seen = _windows(grad, window, x.shape[2:])
-    return Products(_pixels(x, window.groups), seen, _as(weight.shape))
-
-
 def upsampled(x: Tensor, weight: Tensor, grad: Tensor, scale: Pair, window: Window) -> Products:
     """dweight (O, C, kh, kw) of y = weight ∗ upsampled x, for each example."""
     taps = window.kernel_size

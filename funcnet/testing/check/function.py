@@ -157,16 +157,13 @@ class FunctionCase(Case):
 
     @property
     def is_autograds(self) -> bool:
-        leaves = [leaf.clone() for leaf in self.leaves]
+        there = self.with_leaves(lambda x: x.clone().requires_grad_(x.is_floating_point()))
         with torch.enable_grad():
-            for leaf in leaves:
-                leaf.requires_grad_(leaf.is_floating_point())
-            return not is_handwritten(_joined(self.outputs(leaves)))
+            return not is_handwritten(_joined(there.outputs()))
 
-    def outputs(self, leaves: Sequence[Tensor] | None = None) -> list[Tensor]:
+    def outputs(self) -> list[Tensor]:
         """The differentiable outputs."""
-        there = self if leaves is None else self.at(leaves)
-        found = optree.tree_leaves(self.layer(there.params, there.x))
+        found = optree.tree_leaves(self.layer(self.params, self.x))
         return [found[i] for i in self.chosen]
 
     def _apply(self) -> Tensor:
@@ -222,36 +219,35 @@ class FunctionCase(Case):
         asked = [i for i in which if leaves[i].is_floating_point()]
         for i in asked:
             leaves[i] = leaves[i].clone(memory_format=torch.preserve_format).requires_grad_()
-        _hook(self.function, self.at(leaves).params)
+        there = self.at(leaves)
+        _hook(self.function, there.params)
         versions = [version(leaf) for leaf in leaves]
         with torch.enable_grad():
-            y = self.outputs(leaves)
+            y = there.outputs()
 
         def backward(grads: Sequence[Tensor | None], retain: bool = False) -> Leaves:
-            found: list[Tensor | None] = [None] * len(leaves)
+            found: dict[int, Tensor | None] = {}
             pairs = zip(y, grads, strict=True)
             used = [(y, g.to(y)) for y, g in pairs if g is not None and y.requires_grad]
             if used and asked:
                 outputs, parts = zip(*used, strict=True)
                 inputs = [leaves[i] for i in asked]
-                there = self.at(leaves)
                 # A backward pass may run parts of the forward pass again.
                 by = _within(
-                    self.function,
-                    there.params,
-                    there.x,
+                    self.function, there.params, there.x,
                     lambda: torch.autograd.grad(
                         outputs, inputs, parts, retain_graph=retain, allow_unused=True
                     ),
-                )
-                for i, gradient in zip(asked, by, strict=True):
-                    found[i] = gradient
+                )  # fmt: skip
+                found = dict(zip(asked, by, strict=True))
             for name, leaf, before in zip(self.names, leaves, versions, strict=True):
                 if version(leaf) != before:
                     raise GradientMismatch(f"writes to {name}, a tensor that it was handed")
             return [
-                torch.zeros_like(leaf, dtype=self.dtype) if gradient is None else _dense(gradient)
-                for leaf, gradient in zip(leaves, found, strict=True)
+                torch.zeros_like(leaf, dtype=self.dtype)
+                if (gradient := found.get(i)) is None
+                else _dense(gradient)
+                for i, leaf in enumerate(leaves)
             ]
 
         return backward
@@ -281,17 +277,13 @@ def _make_case(
             new[i] = tensor
         return structure.unflatten(new)
 
-    def by_reference(params: Any, x: Any) -> Any:
-        assert reference is not None
-        return reference(*arguments(x), **params)
-
     call = partial(_call, function, arguments)
     pristine = tried(partial(copy.deepcopy, function)) if isinstance(function, nn.Module) else None
     x = tuple(leaves[i].detach() for i in tensors)
     floats = [leaf for leaf in (*x, *params.values()) if leaf.is_floating_point()]
     if not floats:
         raise TypeError("check_function: expected a floating-point tensor among the inputs")
-    tracked = [leaf.clone().requires_grad_() if leaf.is_floating_point() else leaf for leaf in x]
+    tracked = [leaf.clone().requires_grad_(leaf.is_floating_point()) for leaf in x]
     with torch.enable_grad():
         followed = optree.tree_map(lambda p: p.clone().requires_grad_(), params)
         # Of copies: autograd lets nobody write to a leaf, and what does so has to show later.
@@ -299,16 +291,22 @@ def _make_case(
     chosen = _differentiable(_name(function), outputs)
     shapes = tuple(outputs[i].shape for i in chosen)
     joined = _joined(_grads(grad, shapes)).to(floats[0])
-    follows = None if reference is None else by_reference
     return FunctionCase(
         call, params, x, joined,
         function=function, pristine=pristine, arguments=arguments,
-        by_reference=follows, chosen=chosen, shapes=shapes,
+        by_reference=reference and partial(_refer, reference, arguments),
+        chosen=chosen, shapes=shapes,
     )  # fmt: skip
 
 
 def _call(function: Any, arguments: Callable[[Any], Any], params: Any, x: Any) -> Any:
     return _within(function, params, x, lambda: _callable(function)(*arguments(x)))
+
+
+def _refer(
+    reference: Callable[..., Any], arguments: Callable[[Any], Any], params: Any, x: Any
+) -> Any:
+    return reference(*arguments(x), **params)
 
 
 def _within(function: Any, params: Any, x: Any, call: Callable[[], Any]) -> Any:

@@ -175,14 +175,14 @@ def test_a_disk_that_fails_to_read_is_passed_over(tmp_path, monkeypatch):
     checkpoints = fn.Checkpoints(tmp_path)
     for step in range(2):
         checkpoints.save(step, tree(step))
-    read, bad = module._read, OSError(errno.EIO, os.strerror(errno.EIO), path_of(checkpoints, 1))
+    bad, opened = OSError(errno.EIO, os.strerror(errno.EIO), path_of(checkpoints, 1)), module.opened
 
-    def reading(path, device):
+    def opening(path):
         if path.name == "step-00000001.safetensors":
             raise bad
-        return read(path, device)
+        return opened(path)
 
-    monkeypatch.setattr(module, "_read", reading)
+    monkeypatch.setattr(module, "opened", opening)
     with pytest.warns(RuntimeWarning, match="passing over .*Input/output error: .*step-00000001"):
         assert checkpoints.latest()[0] == 0
     bad.errno = errno.EACCES

@@ -112,7 +112,8 @@ class Checkpoints(Hyperparameters):
         """
         for step, path in reversed(self._files()):
             try:
-                structure, tensors = _read(path, device)
+                with opened(path) as (file, header):
+                    tensors = read_tensors(file, header, device, None, None)
             except (CheckpointError, OSError) as error:  # noqa: PERF203
                 if isinstance(error, OSError) and error.errno not in _UNREADABLE:
                     raise
@@ -123,7 +124,7 @@ class Checkpoints(Hyperparameters):
                 warnings.warn(message, RuntimeWarning, stacklevel=2)
             else:
                 with named(path):
-                    return step, _decoded(structure, tensors, like)
+                    return step, _decoded(header.structure, tensors, like)
         return None
 
     def _is_whole(self, path: Path) -> bool:
@@ -155,12 +156,6 @@ class Checkpoints(Hyperparameters):
         matches = [match for match in map(_NAME.fullmatch, names) if match]
         steps = {int(match[1]): match[0] for match in matches if match[1] == f"{int(match[1]):08d}"}
         return [(step, Path(self.folder) / steps[step]) for step in sorted(steps)]
-
-
-def _read(path: Path, device: torch.device | str | None) -> tuple[Node, dict[str, torch.Tensor]]:
-    """The structure and tensors in a file, whose every bit is checked."""
-    with opened(path) as (file, header):
-        return header.structure, read_tensors(file, header, device, None, None)
 
 
 def _decoded(structure: Node, tensors: dict[str, torch.Tensor], like: Tree) -> Tree:

@@ -42,6 +42,11 @@ def excess(got: Tensor, want: Tensor, allowed: Tensor) -> Tensor:
     return torch.where((got == want) | ~want.isfinite(), torch.zeros_like(ratio), ratio)
 
 
+def within(got: Tensor, want: Tensor, allowed: Tensor) -> bool:
+    """Whether no entry differs by more than is allowed."""
+    return not bool((excess(got, want, allowed) > 1).any())
+
+
 def worst(excesses: Tensor) -> tuple[int, ...] | None:
     """The index of the largest excess, None if none is above 1."""
     if not excesses.numel():

@@ -39,7 +39,7 @@ from funcnet.testing.check.case import (
 )
 from funcnet.testing.check.comparison import excess, worst
 from funcnet.testing.check.oracles import autograd_gradients
-from funcnet.testing.check.precision import computed_in
+from funcnet.testing.check.precision import coarsest, computed_in
 from funcnet.testing.check.purity import (
     expect_not_expanded,
     expect_own,
@@ -599,7 +599,7 @@ def expect_close(
         double, inside = case, case.dtype
     else:
         inside = computed_in(double, exact)
-    dtype = max(case.dtype, inside, key=lambda narrow: torch.finfo(narrow).eps)
+    dtype = coarsest((case.dtype, inside))
     if elsewhere and not all(leaf.isfinite().all() for leaf in (*got, *want)):
         undefined = _undefined(double, of_value)
         got, want = (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from funcnet.testing.check.case import Case
-from funcnet.testing.check.comparison import excess
+from funcnet.testing.check.comparison import excess, within
 from funcnet.testing.check.finding import Finding
 from funcnet.testing.check.oracles import autograd_gradients
 from funcnet.testing.check.tolerances import ALIKE, ALIKE_IN_LEAF
@@ -228,7 +228,7 @@ def _of_wrong_entries(finding: Finding) -> str | None:
 def _alike(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or not b.any() or not b.isfinite().all():
         return False
-    return bool((excess(a, b, ALIKE * b.abs() + ALIKE_IN_LEAF * b.abs().max()) <= 1).all())
+    return within(a, b, ALIKE * b.abs() + ALIKE_IN_LEAF * b.abs().max())
 
 
 def _axes(axes: tuple[int, ...]) -> str:

@@ -30,7 +30,7 @@ from funcnet.testing.check.case import (
     unlike,
 )
 from funcnet.testing.check.compared import Compared
-from funcnet.testing.check.comparison import Errors, excess, worst
+from funcnet.testing.check.comparison import Errors, excess, within, worst
 from funcnet.testing.check.contract import check_written_over, expect_close, unchanged
 from funcnet.testing.check.laws import check_linear_in_grad
 from funcnet.testing.check.oracles import is_handwritten
@@ -39,6 +39,7 @@ from funcnet.testing.check.precision import (
     check_factor,
     check_factors_of_value,
     check_precision,
+    coarsest,
     computed_in,
 )
 from funcnet.testing.check.purity import pure
@@ -382,7 +383,7 @@ def _examine_further(case: FunctionCase, gradients: Leaves, limits: Limits) -> N
     try:
         own = _computed_in(double)
     except Exception:  # a kernel may refuse a dtype by any exception
-        own = _coarsest(leaf.dtype for leaf in case.leaves if leaf.is_floating_point())
+        own = coarsest(leaf.dtype for leaf in case.leaves if leaf.is_floating_point())
     if own != torch.float64:
         _check_in_own_dtype(case, own)
         return
@@ -407,11 +408,7 @@ def _computed_in(double: FunctionCase) -> torch.dtype:
     """The dtype that a function of float64 computes in: an output's, or what y's numbers show."""
     with torch.no_grad():
         dtypes = [y.dtype for y in double.outputs()]
-    return _coarsest([*dtypes, computed_in(double, double.apply())])
-
-
-def _coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    return coarsest([*dtypes, computed_in(double, double.apply())])
 
 
 def _check_calls(case: FunctionCase) -> tuple[Tensor, Leaves]:
@@ -614,7 +611,7 @@ def _check_against_reference(
 
 def _expect_value(case: Case, y: Tensor) -> None:
     reference, epsilon = case.reference(), torch.finfo(y.dtype).eps
-    if worst(excess(y, reference, FROM_REFERENCE * value_noise(case, epsilon))) is None:
+    if within(y, reference, FROM_REFERENCE * value_noise(case, epsilon)):
         return
     # Terms that cancel, in either of the two, leave more.
     noise = value_noise_in(case, case)

@@ -10,7 +10,7 @@ from torch import Tensor
 from funcnet.keys import Key, fold_in
 from funcnet.keys import key as make_key
 from funcnet.testing.check.case import Case, tried_y, unlike
-from funcnet.testing.check.comparison import excess, worst
+from funcnet.testing.check.comparison import within
 from funcnet.testing.check.rounding import value_moves
 from funcnet.testing.check.tolerances import COUPLED
 from funcnet.testing.errors import GradientMismatch
@@ -80,7 +80,7 @@ def _repeated(leaf: Tensor) -> Tensor:
 def _are_told_apart(case: Case, y: Tensor) -> bool:
     """Whether y of equal examples differs by more than rounding."""
     rounding = COUPLED * value_moves(case, torch.finfo(y.dtype).eps)
-    return worst(excess(y, y[:1].expand_as(y), rounding)) is not None
+    return not within(y, y[:1].expand_as(y), rounding)
 
 
 def other_keys(case: Case) -> list[Case]:

@@ -20,7 +20,7 @@ from funcnet.leaves import has_children
 from funcnet.ops import products
 from funcnet.ops.need import Need
 from funcnet.testing.check.case import Case, Leaves, named_leaves, scale_of, signed, tried
-from funcnet.testing.check.comparison import excess, worst
+from funcnet.testing.check.comparison import within
 from funcnet.testing.check.purity import pure
 from funcnet.testing.check.rounding import (
     allowance,
@@ -120,7 +120,7 @@ def check_sum_of_examples(case: Case) -> None:
                     f"{tuple(leaf.shape)}, got {tuple(gradient.shape)}"
                 )
     rounding = COUPLED * value_moves(batch, _EPSILON)
-    if not y.isfinite().all() or worst(excess(y, alone, rounding)) is not None:
+    if not (y.isfinite().all() and within(y, alone, rounding)):
         return  # batch normalisation, for instance
     shared = case.first_of_x
     together = [torch.stack(leaves) for leaves in zip(*each, strict=True)]
@@ -239,13 +239,13 @@ def _two_or_three(case: Case) -> Case:
 def _first_off(case: Case, got: Leaves, expected: Leaves, terms: Iterable[Tensor]) -> int | None:
     """The first leaf where results differ by more than rounding."""
     compared = [(a, b, LAW_TERMS * size) for a, b, size in zip(got, expected, terms, strict=True)]
-    if all(worst(excess(*leaf)) is None for leaf in compared):
+    if all(within(*leaf) for leaf in compared):
         return None
 
     def first_beyond(moves: Leaves) -> int | None:
         for i, ((a, b, share), move) in enumerate(zip(compared, moves, strict=True)):
             rounding = LAW_ROUNDING * allowance(move, torch.float64)
-            if worst(excess(a, b, share + rounding)) is not None:
+            if not within(a, b, share + rounding):
                 return i
         return None
 

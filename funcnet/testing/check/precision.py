@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -283,6 +283,10 @@ def computed_in(double: Case, y: Tensor) -> torch.dtype:
             narrow = (torch.bfloat16, torch.float16, torch.float32)
             return next((dtype for dtype in narrow if _holds(dtype, telling)), torch.float64)
     return torch.float64
+
+
+def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _drawn(case: Case, trial: int) -> Case:

@@ -36,7 +36,7 @@ from funcnet.testing.check.comparison import (
     largest_error,
     ravel,
     unravel,
-    worst,
+    within,
 )
 from funcnet.testing.check.finding import Finding
 from funcnet.testing.check.oracles import Line, Slope, autograd_gradients, slope, taylor_slope
@@ -137,15 +137,12 @@ def _is_at_hidden_kinks(case: Case, limits: Limits) -> bool:
         own = Case(layer, params, x, grad).double()
         its_y = tried_y(own)
         # A layer may need the key, which it got a part of.
-        if its_y is None or worst(excess(its_y, y, limits.slack(y))) is not None:
+        if its_y is None or not within(its_y, y, limits.slack(y)):
             return False
         if find_wrong_at(own, limits, Errors(), thorough=False) is not None:
             return False
-        theirs = autograd_gradients(own)
-        differs = differs or any(
-            worst(excess(a, b, limits.slack(b))) is not None
-            for a, b in zip(own.gradients(), theirs or (), strict=False)
-        )
+        pairs = zip(own.gradients(), autograd_gradients(own) or (), strict=False)
+        differs = differs or not all(within(a, b, limits.slack(b)) for a, b in pairs)
     return differs
 
 
@@ -344,8 +341,6 @@ class _Search:
         suspects: list[tuple[float, int, int]] = []
         differing = set()
         for i, (ours, theirs) in enumerate(zip(self.gradients, references, strict=True)):
-            if not ours.is_floating_point():
-                continue
             allowed = self.limits.slack(theirs)
             if ((excess(ours, theirs, allowed) <= 1) | self.frozen[i]).all():
                 self._score(ours, theirs)
@@ -451,11 +446,10 @@ class _Search:
 
         There is nothing to find where autograd finds the same gradients.
         """
-        if self.autograd is not None and all(
-            (excess(ours, theirs, self.limits.slack(theirs)) <= 1).all()
-            for ours, theirs in zip(self.gradients, self.autograd, strict=True)
-        ):
-            return None
+        if self.autograd is not None:
+            pairs = zip(self.gradients, self.autograd, strict=True)
+            if all(within(ours, theirs, self.limits.slack(theirs)) for ours, theirs in pairs):
+                return None
         values = direction(numbers, 67, relative=True)
         alike = [(i, for_each(self.case.leaves[i], numbers, values)) for i in self.examined]
         moving = [(i, v.masked_fill(self.still[i], 0.0)) for i, v in alike]

@@ -19,15 +19,18 @@ def wrong_gradient(found: Finding) -> GradientMismatch:
     name = found.case.names[found.leaf]
     mismatch = GradientMismatch()
     mismatch.leaf = name + (f"[{', '.join(map(str, found.index))}]" if found.index else "")
-    along = "" if found.index is not None else " along a direction that moves equal entries alike"
     mismatch.analytic, mismatch.numeric = found.analytic, found.numeric
     off, size = abs(found.analytic - found.numeric), max(abs(found.numeric), abs(found.analytic))
     relative = off / size if size else off  # NaN stays NaN
     mismatch.relative_error = relative
-    names = [mismatch.leaf, *(found.case.names[i] for i in found.beside)]
-    are_wrong = f"the gradients for {' and '.join(names)} are wrong together"
+    first = f"the gradient for {mismatch.leaf} is wrong"
+    if found.beside:
+        names = [mismatch.leaf, *(found.case.names[i] for i in found.beside)]
+        first = f"the gradients for {' and '.join(names)} are wrong together"
+    if found.index is None:
+        first += " along a direction that moves equal entries alike"
     lines = [
-        f"{are_wrong if found.beside else f'the gradient for {mismatch.leaf} is wrong'}{along}",
+        first,
         f"  analytic        {found.analytic:.12g}",
         f"  numeric         {found.numeric:.12g}",
         f"  relative error  {relative:.3g}",

@@ -224,12 +224,12 @@ def check_limits(who: str, rtol: float, atol: float, budget: float | None) -> No
 
 
 def _refuse(layer: Any, params: Any, x: Any, grad: Any) -> None:
-    if isinstance(layer, type) or not (hasattr(layer, "fwd") and hasattr(layer, "bwd")):
-        kind = "the class " if isinstance(layer, type) else ""
-        name = (layer if isinstance(layer, type) else type(layer)).__name__
-        is_other = callable(layer) and not isinstance(layer, type)
-        other = "; check_function checks functions and modules" if is_other else ""
-        raise TypeError(f"check_vjp: expected a layer or a loss, got {kind}{name}{other}")
+    if isinstance(layer, type):
+        raise TypeError(f"check_vjp: expected a layer or a loss, got the class {layer.__name__}")
+    if not (hasattr(layer, "fwd") and hasattr(layer, "bwd")):
+        other = "; check_function checks functions and modules" if callable(layer) else ""
+        kind = type(layer).__name__
+        raise TypeError(f"check_vjp: expected a layer or a loss, got {kind}{other}")
     if isinstance(grad, Tensor):
         expect_real_and_dense("check_vjp: expected gradients", grad)
     is_loss = isinstance(layer, Loss)

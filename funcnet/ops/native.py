@@ -224,12 +224,11 @@ def run_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dx) of a convolution, by PyTorch's backward kernels in x's dtype and layout."""
     stride, padding, dilation, groups = sizes
-    # Volumes of one channel are row-major, and PyTorch would lay grad out anew.
-    is_flat = x.ndim == 5 and x.shape[1] == 1
     if 1 in x.shape[1:] and _is_wrapped(x):
         # PyTorch's kernel for float64 refuses strides that could be those of channels_last.
         x = x.clone(memory_format=torch.contiguous_format)
-    if is_flat:
+    if x.ndim == 5 and x.shape[1] == 1:
+        # Volumes of one channel are row-major, and PyTorch would lay grad out anew.
         grad = _canonical(grad.contiguous())
     elif not is_laid_out(grad):
         grad = layout_for(weight, grad)

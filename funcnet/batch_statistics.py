@@ -173,7 +173,7 @@ def _collected(layer: Layer, params: Tree, copies: Shape, path: str) -> Tree:
         _collected(child, own, copies, path + layer._path_step(name))
         for (name, child), own in zip(children, layer._child_params(params), strict=True)
     ]
-    return _whole(params, names, parts)
+    return _whole(params, names, layer._part_by_name(names, parts))
 
 
 def _stacked(observed: _Observed, copies: Shape, path: str) -> Moments:
@@ -243,24 +243,25 @@ def _inferred(
     _check_trees(layer, names, params, m, path)
     in_sequence = fold and _composes(layer)
     made: list[tuple[str, Layer, Tree]] = []
-    parts = zip(names, children, _parts(params, names), _parts(m, names), strict=True)
-    for name, (place, child), own, found in parts:
-        where = path + layer._path_step(place)
+    of_params, of_m = (layer._part_by_child(names, _parts(tree, names)) for tree in (params, m))
+    for (name, child), own, found in zip(children, of_params, of_m, strict=True):
+        where = path + layer._path_step(name)
         if isinstance(child, BatchNorm) and made and in_sequence and _absorbs(made[-1][1], found):
             scale, shift = _scale_and_shift(child, own, found, where)
             into, last, of_last = made.pop()
             made.append((into, *_folded(last, of_last, scale, shift, where)))
         else:
             made.append((name, *_inferred(child, own, found, where, fold, like)))
-    layers, kept = [child for _, child, _ in made], [name for name, _, _ in made]
+    layers, parts = [child for _, child, _ in made], [part for _, _, part in made]
     if same(layers, [child for _, child in children]):
         return layer, params
-    beside = _beside(params, names)
-    params = _whole(params, kept, [part for _, _, part in made])
-    params = {**params, **beside} if beside else params
     if isinstance(layer, Several):
+        kept = [name for name, _, _ in made]
+        params = _whole(params, kept, parts)
         return layer._with(tuple(layers), tuple(kept) if layer.names else ()), params
-    return layer._with_children(layers), params
+    beside = _beside(params, names)
+    params = _whole(params, names, layer._part_by_name(names, parts))
+    return layer._with_children(layers), {**params, **beside} if beside else params
 
 
 def _composes(layer: Layer) -> bool:

@@ -41,9 +41,10 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from itertools import islice
 from operator import attrgetter
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
@@ -337,12 +338,31 @@ class Layer(Hyperparameters):
         names = self._param_names(params)
         if names == [""]:
             return (params,)
-        return tuple(params[name] for name in names) if isinstance(params, Mapping) else (*params,)
+        if not isinstance(params, Mapping):
+            return (*params,)
+        return self._part_by_child(names, [params[name] for name in names])
+
+    def _part_by_child(self, names: Sequence[str], parts: Sequence[Any]) -> tuple[Any, ...]:
+        """The part of each child, of parts by name: a field of several layers has a tuple."""
+        pairs = zip(self._sizes_of_fields(names), parts, strict=True)
+        return tuple(own for size, part in pairs for own in ([part] if size is None else part))
+
+    def _part_by_name(self, names: Sequence[str], parts: Iterable[Any]) -> list[Any]:
+        """The parts by name, of that of each child."""
+        rest = iter(parts)
+        sizes = self._sizes_of_fields(names)
+        return [next(rest) if size is None else tuple(islice(rest, size)) for size in sizes]
+
+    def _sizes_of_fields(self, names: Sequence[str]) -> list[int | None]:
+        """The number of layers in each field of several; None for other names."""
+        held: dict[str, Any] = {**dict(_layer_fields(self)), **dict(self._children())}
+        return [len(held[n]) if isinstance(held[n], tuple) else None for n in names]
 
     def _param_names(self, params: Tree) -> list[str]:
         """The children's names in params: their own, or in a dict perhaps those of the fields.
 
-        An only one has its field's name in a layer that keeps parameters of its own beside it.
+        A field of several layers has a tuple there. An only one has its field's name in a layer
+        that keeps parameters of its own beside it.
         """
         names = [name for name, _ in self._children()]
         if not isinstance(params, Mapping) or any(name in params for name in names):

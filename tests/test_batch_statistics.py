@@ -14,6 +14,7 @@ from users_layers import Passing, Weighted
 
 import funcnet as fn
 from funcnet.running import run_fwd
+from funcnet.testing import check_vjp
 
 KEY = fn.key(0)
 
@@ -193,6 +194,44 @@ def test_parameters_beside_those_of_layers(others):
     plain, params = check_law(net, (3,))
     assert plain[1] == Weighted(fn.ChannelAffine())
     assert [{"layer", "w"} <= part.keys() for part in params] == [True, True]
+
+
+@dataclass(frozen=True)
+class Mixed(fn.Layer):
+    """Σ wᵢ · fᵢ(x), whose params keep those of the layers in a tuple by the field's name."""
+
+    parts: tuple[fn.Layer, ...]
+
+    _joins = "apart"
+
+    def init(self, key, shape, **options):
+        weight = torch.arange(1.0, 1 + len(self.parts)).to(**options)
+        parts = tuple(layer.init(key, shape, **options) for layer in self.parts)
+        return {"parts": parts, "weight": weight}
+
+    def fwd(self, params, x, *, key=None):
+        pairs = zip(self.parts, params["parts"], strict=True)
+        found = [layer.fwd(own, x, key=key) for layer, own in pairs]
+        ys = torch.stack([y for y, _ in found])
+        return torch.einsum("i,i...->...", params["weight"], ys), (params, ys, found)
+
+    def bwd(self, params, residuals, grad, *, input_grad=True):
+        _, ys, found = residuals
+        each = zip(self.parts, params["parts"], params["weight"], found, strict=True)
+        pairs = [layer.bwd(own, kept, w * grad) for layer, own, w, (_, kept) in each]
+        dparts, dxs = zip(*pairs, strict=True)
+        dweight = (ys * grad).flatten(1).sum(1)
+        return {"parts": dparts, "weight": dweight}, sum(dxs) if input_grad else None
+
+
+def test_parameters_beside_those_of_layers_in_a_tuple():
+    normed = fn.Sequential(fn.Linear(3), fn.BatchNorm())
+    net = fn.Sequential(Mixed((fn.Frozen(fn.Linear(3)), normed)), Mixed((fn.BatchNorm(),)))
+    plain, params = check_law(net, (3,))
+    assert plain[1] == Mixed((fn.ChannelAffine(),))
+    assert [part.keys() for part in params] == [{"parts", "weight"}] * 2
+    x = fn.normal(KEY, (5, 3), dtype=torch.float64)
+    check_vjp(net, net.init(KEY, (3,), dtype=torch.float64), x, key=KEY)
 
 
 @pytest.mark.parametrize("name", ["layer", "stem"])

@@ -390,7 +390,9 @@ def test_children_of_a_combinator_of_ones_own():
         for params in (("p", "q"), ["p", "q"], {"0": "p", "1": "q"}, {"1": "q", "0": "p"}):
             assert net._child_params(params) == ("p", "q")
     assert two._child_params({"right": "q", "left": "p", "own": "r"}) == ("p", "q")
+    assert many._child_params({"layers": ("p", "q"), "own": "r"}) == ("p", "q")
     assert Many((one,))._child_params(("p",)) == ("p",)
+    assert Many((one,))._child_params({"layers": ("p",), "own": "r"}) == ("p",)
     assert fn.Residual(one)._child_params({"0": "p"}) == ({"0": "p"},)
     assert two._with_children([other, more]) == Two(other, more, 0.5)
     assert many._with_children([other, more]) == Many((other, more))

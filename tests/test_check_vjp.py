@@ -1264,6 +1264,52 @@ def test_frozen_layers_of_what_is_cast():
     check_vjp(net, net.init(fn.key(0), (8,)), DRAWN)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head", [fn.Linear(2), fn.Identity()])
+def test_a_part_of_a_network_that_is_cast(dtype, head):
+    """Its head computes in x's dtype."""
+    body = fn.Cast(fn.Sequential(fn.Linear(5), fn.Tanh()), dtype)
+    for net in (fn.Sequential(body, head), fn.Sum(body, fn.Linear(5))):
+        check_vjp(net, net.init(fn.key(0), (8,)), DRAWN)
+    wrong = fn.Sequential(Jumping(torch.tanh, lambda x, y: -1 - y * y), body, head)
+    with pytest.raises(GradientMismatch, match=f"in {dtype}, the gradient is wrong"):
+        check_vjp(wrong, wrong.init(fn.key(0), (8,)), DRAWN)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_cast_and_flat(dtype):
+    flat = fn.Sequential(fn.LeakyReLU(0.0), fn.Hardtanh())
+    for layer, x in (
+        (fn.Softmax(1), DRAWN[:, :1]),
+        (flat, -DRAWN.abs()),
+        (fn.Sigmoid(), DRAWN - 900),
+    ):
+        cast = fn.Cast(layer, dtype)
+        check_vjp(cast, cast.init(fn.key(0), x.shape[1:]), x)
+    wrong = fn.Cast(Jumping(torch.ones_like, lambda x, y: torch.ones_like(x)), dtype)
+    with pytest.raises(GradientMismatch, match=f"in {dtype}, the gradient is wrong"):
+        check_vjp(wrong, (), DRAWN)
+
+
+def test_a_cast_of_what_does_not_depend_on_the_inputs():
+    """Noise may be drawn in float64 and cast: the rest is held to float64."""
+
+    @dataclass(frozen=True)
+    class Noisy(fn.Layer):
+        factor: float = 1.0
+
+        def _fwd(self, params, x, key):
+            noise = torch.linspace(0, 1, x.shape[1], dtype=torch.float64).float()
+            return torch.tanh(x + noise), x + noise
+
+        def _bwd(self, params, x, dy, need):
+            return (), self.factor * dy * (1 - x.tanh() ** 2)
+
+    check_vjp(Noisy(), (), DRAWN)
+    with pytest.raises(GradientMismatch, match="is wrong"):
+        check_vjp(Noisy(1 + 1e-5), (), DRAWN.double())
+
+
 @pytest.mark.parametrize("limit", [{"rtol": -1.0}, {"atol": -1e-9}, {"budget": 0.0}], ids=str)
 def test_limits_that_nothing_can_keep(limit):
     (name,) = limit

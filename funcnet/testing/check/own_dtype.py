@@ -98,7 +98,8 @@ def _first_wrong(
     best = int(quality.argmin())
     off = (longer[:, best] - _table(ours)).abs()
     limit = most * (epsilon * size[best] + spread[best])
-    if not quality[best].isfinite() or _squares(off) <= limit:
+    is_flat = not longer.any()  # and best the longest step, in which y's rounding is least
+    if not (is_flat or quality[best].isfinite()) or _squares(off) <= limit:
         return None
     worst = int(off.nan_to_num(math.inf).argmax())
     return float(longer[worst, best]), ours[worst]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from funcnet.testing.check.case import Case, Leaves, drawn_like, scale_of, tried, tried_y
+from funcnet.testing.check.casts import casts_of
 from funcnet.testing.check.compared import Compared, explains, factor_between
 from funcnet.testing.check.comparison import Errors, excess, largest_error
 from funcnet.testing.check.oracles import autograd_gradients
@@ -26,6 +27,7 @@ from funcnet.testing.check.rounding import (
 )
 from funcnet.testing.check.tolerances import ERRORS_OF_MEAN, FACTOR, SMOOTH
 from funcnet.testing.errors import GradientMismatch
+from funcnet.testing.layouts import same
 
 _NUDGE = 2.0**-5
 """Far enough for every dtype to notice."""
@@ -267,7 +269,17 @@ def _is_the_references(case: Case, y: Tensor, exact: Tensor, blur: Tensor) -> bo
 
 
 def computed_in(double: Case, y: Tensor) -> torch.dtype:
-    """The narrowest dtype that holds y of a float64 case: it has been computed in that.
+    """The narrowest dtype that a float64 case computes in.
+
+    y's numbers tell it of what is computed in one dtype throughout, the operations of torch of the
+    rest: a part of a network may be cast, or what is flat.
+    """
+    dtype = _held_in(double, y)
+    return _cast_to(double) if dtype == torch.float64 else dtype
+
+
+def _held_in(double: Case, y: Tensor) -> torch.dtype:
+    """The narrowest dtype that holds y of a float64 case.
 
     Nudges put inputs, and so y, where no narrower dtype has a number by chance. What they do not
     move, and whole numbers, tell nothing; where all is so, random inputs tell.
@@ -285,7 +297,17 @@ def computed_in(double: Case, y: Tensor) -> torch.dtype:
     return torch.float64
 
 
+def _cast_to(double: Case) -> torch.dtype:
+    """The narrowest dtype that `apply` casts float64 to, of numbers that depend on the inputs."""
+    casts, dtypes = casts_of(double), {torch.float64}
+    for beside in (partial(nudge, epsilon=_NUDGE), _drawn) if casts else ():
+        pairs = zip(casts, casts_of(beside(double, trial=0)), strict=False)
+        dtypes |= {a.dtype for a, b in pairs if not same(a, b)}
+    return coarsest(dtypes)
+
+
 def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The dtype of least precision."""
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 

@@ -736,6 +736,18 @@ def test_a_module_is_right_at_torchs_kinks_inside(dtype):
         check_function(net, x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_function_that_keeps_its_first_input(dtype):
+    """Only a reference tells it from one that has been given that as a constant."""
+    kept = {}
+
+    def square(x):
+        return x * kept.setdefault(dtype, x.detach().clone()).to(x)
+
+    with pytest.raises(GradientMismatch, match="the result is not that of the reference"):
+        check_function(square, draw(3, 4).to(dtype), reference=torch.square)
+
+
 def test_state_that_depends_on_signs_alone():
     class Rectifier(torch.autograd.Function):
         @classmethod

@@ -1334,6 +1334,22 @@ def test_a_gradient_that_is_undefined_where_grad_is_0(scale):
         check_vjp(Scaled(), (), draw((3, 4)))
 
 
+def test_a_gradient_that_is_wrong_where_all_of_grad_is_positive():
+    """So it is of a sum. Drawn ones have both signs."""
+
+    @dataclass(frozen=True)
+    class Positive(Plain):
+        def fwd(self, params, x, *, key=None):
+            return x.sin(), x
+
+        def bwd(self, params, x, grad, *, input_grad=True):
+            factor = 1.01 if (grad > 0).all() else 1.0
+            return (), factor * grad * x.cos() if input_grad else None
+
+    with pytest.raises(GradientMismatch, match="for x is not linear in grad"):
+        check_vjp(Positive(), (), draw((3, 4)))
+
+
 def test_residuals_that_are_a_graph_of_autograd():
     @dataclass(frozen=True)
     class Recorded(Plain):
@@ -1545,6 +1561,24 @@ def test_zeros_that_follow_from_x_are_not_dropped_by_a_key(kind):
 def test_zeros_at_the_same_places_whatever_x_is_are_dropped_by_every_key():
     with pytest.raises(GradientMismatch, match="8 different keys drop the same entries"):
         check_vjp(Switched("masked"), (), draw((2, 4)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_state_of_the_first_call_in_its_dtype_alone(dtype):
+    kept = []
+
+    @dataclass(frozen=True)
+    class Keeping(Plain):
+        def fwd(self, params, x, *, key=None):
+            return x.sin(), x
+
+        def bwd(self, params, x, grad, *, input_grad=True):
+            kept.append(x.cos())
+            serves = kept[0].dtype == x.dtype and kept[0].shape == x.shape
+            return (), grad * kept[0 if serves else -1] if input_grad else None
+
+    with pytest.raises(GradientMismatch, match="is wrong|further from float64"):
+        check_vjp(Keeping(), (), draw((4, 4), dtype))
 
 
 @pytest.mark.parametrize("zeros", [False, True])

@@ -389,13 +389,16 @@ def _examine_further(case: FunctionCase, gradients: Leaves, limits: Limits) -> N
         return
     y = double.apply()
     expect_something("check_function", double, y)
+    beside = moved(double)
     if case.by_reference is not None:
         with torch.no_grad():
             _expect_value(double, y)
+            if tried(beside.reference) is not None:
+                _expect_value(beside, beside.apply())
     found = find_wrong(double, limits, errors := Errors())
     if found is not None:
         raise wrong_gradient(found)
-    check_linear_in_grad(moved(double))
+    check_linear_in_grad(beside)
     if case.dtype != torch.float64:
         if case.by_reference is not None:
             check_factors_of_value(case, double, case.output_names, case.parts_of)

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from funcnet.testing.check.beside import moved
 from funcnet.testing.check.case import Case, Leaves, drawn_like, scale_of, tried, tried_y
 from funcnet.testing.check.casts import casts_of
 from funcnet.testing.check.compared import Compared, explains, factor_between
@@ -33,6 +34,8 @@ _NUDGE = 2.0**-5
 """Far enough for every dtype to notice."""
 _AROUND, _POINTS = 2.0**-4, 16
 """So far that roundings in half precision are others at each of so many points."""
+_ROUGHLY = 64.0
+"""ε that most gradients are off float64's at most."""
 _WITHIN_RANGE = (1.0, 0.25, 0.0625)
 """Sizes of params and x that are tried in float16: smaller ones where sums are too large."""
 _NEAR_ZERO = (2.0**-10, 2.0**-11, 2.0**-12, 2.0**-13, 2.0**-14, 2.0**-15)
@@ -64,6 +67,9 @@ def check_precision(case: Case, double: Case, errors: Errors) -> None:
         thorough.expect_exact("y")
     try:
         _check_gradients(case, double, errors)
+        beside = moved(case)
+        if not _agrees_with_double(beside):
+            _check_gradients(beside, beside.double(), errors)
     except GradientMismatch:
         if _draws_other_numbers(case):
             check_own_dtype(case, case.dtype)
@@ -112,6 +118,13 @@ def _check_gradients(case: Case, double: Case, errors: Errors) -> None:
         leaf.expect_exact(f"the gradient for {case.names[i]}")
         check_factor(case, i, leaf)
         errors.rounding = max(errors.rounding, epsilon * largest_error(leaf.a, leaf.b, leaf.move))
+
+
+def _agrees_with_double(case: Case) -> bool:
+    """Whether gradients are near to float64's, each as a whole: they may be those of another x."""
+    share = _ROUGHLY * torch.finfo(case.dtype).eps
+    pairs = zip(case.gradients(), case.double().gradients(), strict=True)
+    return all(float((a.to(b) - b).norm()) <= share * float(b.norm()) for a, b in pairs)
 
 
 def check_factor(

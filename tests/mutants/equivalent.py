@@ -76,6 +76,8 @@ EQUIVALENT: dict[str, str] = {
     "gradients.contribution:sibling:2": "times a share of 0",
     "layer:off-by-one:1": _REMEMBERED,
     "layer:off-by-one:2": _REMEMBERED,
+    "layer.Layer._part_by_child:drop-argument:1": _STRICT,
+    "layer.Layer._part_by_child:flip-flag:1": _STRICT,
     "layer.Layer._param_names:sibling:1": "some of the names alone are refused either way",
     "layer.last_bwd:condition:2": "bwd finds the same, and keeps residuals until its end",
     "layer.last_bwd:drop-argument:1": _KEPT,

@@ -68,7 +68,8 @@ def check_vjp(
       kink, any slope between those of its two sides is right. A second point, away from ties, is
       checked beside the given one.
     - The dtype of x against float64, up to what rounding in it can do. What computes in a narrower
-      dtype whatever x is in, as `Cast` does, is held to coarse differences of itself in that.
+      dtype whatever x is in, as `Cast` does, or has a part that does, is held to coarse differences
+      of itself in that.
 
     Leaves of integers and bools, in x, params and target, are never moved; their gradient is None.
     A layer of several tensors may take a tree of them as x. A layer is checked without a key and,

@@ -419,14 +419,12 @@ def test_a_single_value_per_channel_is_refused():
     net = fn.Sequential(fn.ReLU(), fn.BatchNorm())
     params = net.init(KEY, (3,))
     net.apply(params, torch.zeros(2, 3), key=KEY)  # another batch of this has been accepted
-    for batch in (1, 0):
-        with pytest.raises(ValueError, match=r"layer 1: BatchNorm\(\): expected at least 2 values"):
-            net.apply(params, torch.zeros(batch, 3), key=KEY)
+    with pytest.raises(ValueError, match=r"layer 1: BatchNorm\(\): expected at least 2 values"):
+        net.apply(params, torch.zeros(1, 3), key=KEY)
     layer = fn.BatchNorm(affine=False)
     assert layer.apply((), torch.zeros(1, 3, 2), key=KEY).shape == (1, 3, 2)
-    for x in (torch.zeros(1, 3, 1, 1), torch.zeros(4, 3, 0)):
-        with pytest.raises(ValueError, match="expected at least 2 values per channel"):
-            layer.apply((), x, key=KEY)
+    with pytest.raises(ValueError, match="expected at least 2 values per channel"):
+        layer.apply((), torch.zeros(1, 3, 1, 1), key=KEY)
     for shape in ((3,), (3, 1, 1)):
         for call in (fn.InstanceNorm().out_shape, lambda shape: fn.InstanceNorm().init(KEY, shape)):
             with pytest.raises(ValueError, match=r"InstanceNorm\(\): expected at least 2 values"):

@@ -410,12 +410,11 @@ def test_init_in_a_dtype(layer, shape, dtype, device):
 
 @examples
 def test_a_batch_of_nothing(layer, shape, device):
-    if getattr(layer, "couples_examples", False):
-        return
+    key = key_for(layer)
     params, x, grad = make(layer, shape, batch=0, device=device)
-    y = layer.apply(params, x)
+    y = layer.apply(params, x, key=key)
     assert y.shape == (0, *layer.out_shape(shape))
-    dparams, dx = layer.vjp(params, x, grad)
+    dparams, dx = layer.vjp(params, x, grad, key=key)
     assert dx is None or dx.shape == x.shape
     assert all(not leaf.any() for leaf in optree.tree_leaves(dparams))
 

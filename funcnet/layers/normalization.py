@@ -296,8 +296,8 @@ class BatchNorm(Layer):
     Shapes: x (N, C, …), with any number of axes behind the channels, or none; y has x's shape.
     Parameters: {"weight": (C,), "bias": (C,)}, ones and zeros; () if affine=False.
 
-    Raises ValueError without a key, for fewer than two values per channel (an empty batch, or one
-    example of one position), or for params that do not fit.
+    Raises ValueError without a key, for a single value per channel (one example of one position),
+    or for params that do not fit.
     Ioffe and Szegedy, "Batch normalization", 2015.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html
 
@@ -327,7 +327,7 @@ class BatchNorm(Layer):
                 " got None. To evaluate, measure the batch statistics with fn.moments, make a "
                 "network without them by fn.for_inference, and apply that"
             )
-        if x.shape[0] * math.prod(x.shape[2:]) < 2:  # the memory of accepted shapes has no batch
+        if x.shape[0] * math.prod(x.shape[2:]) == 1:  # the memory of accepted shapes has no batch
             raise ValueError(
                 f"{name_of(self)}: expected at least 2 values per channel in a batch, "
                 f"got x of shape {tuple(x.shape)}"

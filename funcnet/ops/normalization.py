@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.compiler import is_exporting
 
 from funcnet.ops import inplace
-from funcnet.ops.accumulation import accumulator_dtype, widened
+from funcnet.ops.accumulation import widened
 from funcnet.ops.need import Need
 from funcnet.ops.norm_kernels import (
     Gradients,
@@ -120,10 +120,7 @@ def rms_normalised(x: Tensor, rstd: Tensor, num_dims: int) -> Tensor:
 
 def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Normalised:
     """A channel at a time, over the batch and what stands behind the channels."""
-    if not x.numel():  # the kernel refuses it
-        nothing = x.new_zeros(x.shape[1], dtype=accumulator_dtype(x.dtype))
-        return x.clone(), nothing, nothing
-    if _is_transformed():
+    if _is_transformed() or not x.numel():  # the kernel refuses an empty x
         weight, bias = (None if t is None else spatial(t, x) for t in (weight, bias))
         y, mean, rstd = _scaled(_standardised(x, _of_channel(x), eps), weight, bias, x.dtype)
         return y, mean.flatten(), rstd.flatten()
@@ -136,10 +133,7 @@ def batch_norm_gradients(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, eps: float, need: Need
 ) -> Gradients:
     mask = need.input, *(need.params and weight is not None,) * 2
-    if not x.numel():
-        nothing = x.new_zeros(x.shape[1])
-        return as_asked((torch.zeros_like(x), nothing, nothing.clone()), mask, x.dtype)
-    if _is_transformed():
+    if _is_transformed() or not x.numel():
         scale, axes = None if weight is None else spatial(weight, x), _of_channel(x)
         return as_asked(_gradients_by_formula(dy, x, scale, axes, axes, eps), mask, x.dtype)
     # Where the two differ in layout, or the weight is strided, the kernel returns wrong numbers.

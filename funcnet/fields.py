@@ -50,9 +50,12 @@ class Hyperparameters:
     # Not in Layer: help and inspect take a class's arguments from the first of its bases with a
     # `__new__` or an `__init__`, and those of a layer are its fields.
     def __new__(cls, *arguments: Any, **named: Any) -> Self:
-        """Raise TypeError for sizes of x by torch.nn's names, unless the class has such names."""
+        """Raise TypeError for sizes of x by torch.nn's names, unless the class has such names, and
+        for arguments of a class that is not a dataclass."""
         if not SIZES_OF_X.isdisjoint(named):
             refuse_sizes(cls, arguments, named)
+        if (arguments or named) and "__dataclass_fields__" not in vars(cls):
+            _expect_dataclass(cls, arguments, named)
         return super().__new__(cls)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -77,6 +80,19 @@ class Hyperparameters:
             # A user's class may keep a field in __slots__, outside of __dict__.
             object.__setattr__(self, name, value)
         self.__post_init__()
+
+
+def _expect_dataclass(cls: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """Raise TypeError for arguments that a class lacks, if it declares fields and they are none."""
+    declared = inspect.get_annotations(cls)
+    try:
+        inspect.signature(cls.__init__).bind(None, *arguments, **named)
+    except TypeError:
+        if declared:
+            raise TypeError(
+                f"{cls.__name__}: expected @dataclass(frozen=True) above the class, which makes "
+                f"fields of {', '.join(declared)}"
+            ) from None
 
 
 def kinds(cls: Any) -> dict[str, Kind]:

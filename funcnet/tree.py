@@ -45,7 +45,8 @@ def register_node(cls: _Class) -> _Class:
     default. A dataclass also becomes a node for `optree` and `torch.utils._pytree`, as namedtuples
     already are. Layers and losses do not: they hold no tensors.
 
-    Raises TypeError for any other class, and for a constructor that needs more than the fields;
+    Raises TypeError for any other class, for a constructor that needs more than the fields, and for
+    a class that derives from a dataclass and writes an `__init__`, but is not one itself;
     ValueError for a name that files give to a class of funcnet.
 
     >>> from typing import Any, NamedTuple
@@ -219,6 +220,12 @@ def _check_class(cls: Any) -> None:
     if issubclass(cls, tuple):
         return
     names = field_names(cls)
+    writer = next(base for base in cls.__mro__ if "__init__" in vars(base))
+    if "__dataclass_fields__" not in vars(writer):
+        raise TypeError(
+            f"register_node: expected @dataclass(frozen=True) above {cls.__name__}: files would "
+            f"lose what its __init__ sets and no field declares"
+        )
     for parameter in inspect.signature(cls).parameters.values():
         optional = parameter.default is not parameter.empty or parameter.kind in (
             parameter.VAR_KEYWORD,

@@ -377,3 +377,20 @@ def test_signatures_of_layers_are_their_fields():
     assert not inspect.signature(fn.Layer).parameters
     assert not inspect.signature(Same).parameters
     assert list(inspect.signature(fn.Linear).parameters)[:2] == ["out_features", "bias"]
+
+
+def test_a_dataclass_that_is_forgotten():
+    class Scale(fn.Layer):
+        factor: float
+
+        def _fwd(self, params, x, key):
+            return x, ()
+
+    class Convolution(fn.Conv2d):
+        note: str = ""
+
+    message = r"^Scale: expected @dataclass\(frozen=True\).* of factor$"
+    for make in (lambda: Scale(2.0), lambda: Scale(factor=2.0)):
+        with pytest.raises(TypeError, match=message):
+            make()
+    assert Convolution(8, 3).kernel_size == (3, 3)

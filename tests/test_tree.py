@@ -308,6 +308,19 @@ def test_a_constructor_that_wants_more_than_fields_is_refused() -> None:
         fn.register_node(Demanding)
 
 
+def test_a_class_whose_init_sets_what_is_no_field_is_refused() -> None:
+    class Scale(fn.Layer):
+        def __init__(self, factor: float = 1.0) -> None:
+            self.factor = factor
+
+    class Small(fn.Conv2d):
+        pass
+
+    with pytest.raises(TypeError, match=r"expected @dataclass\(frozen=True\) above Scale: files"):
+        fn.register_node(Scale)
+    assert fn.register_node(Small) is Small
+
+
 # --- While torch.compile looks
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import funcnet as fn
 from funcnet.initializers import Constant, Ones, Uniform
@@ -51,6 +52,53 @@ def test_sums_in_half_precision_go_on_growing(dtype):
     dweight = layer.vjp(params, x, torch.ones(5000, 1, dtype=dtype))[0]["weight"]
     assert dweight.dtype == dtype
     assert dweight.tolist() == [[pytest.approx(5000, rel=0.005)], [0]]
+
+
+@given(st.data())
+def test_gradients_of_few_rows_of_many(data):
+    rows, padding_idx = data.draw(st.integers(4, 40)), data.draw(st.none() | st.integers(0, 3))
+    layer, shape = fn.Embedding(rows, 2, padding_idx), (data.draw(st.integers(0, 3)), 3)
+    x = torch.randint(rows, shape, dtype=data.draw(st.sampled_from([torch.int32, torch.int64])))
+    x = x % data.draw(st.integers(1, 4))  # some come twice, and the one for padding
+    params = layer.init(fn.key(0), (3,))
+    grad = data.draw(strategies.tensors((*shape, 2), integers=True))
+    exact = layer.vjp(params, x, grad)[0]["weight"]
+    for dtype in (torch.bfloat16, torch.float16):
+        half = optree.tree_map(lambda leaf, dtype=dtype: leaf.to(dtype), params)
+        assert torch.equal(layer.vjp(half, x, grad.to(dtype))[0]["weight"], exact.to(dtype))
+
+
+def test_few_rows_of_many_under_vmap():
+    layer, x = fn.Embedding(50, 2), torch.tensor([[[3], [7]], [[7], [7]]])
+    params, grad = layer.init(fn.key(0), (1,), dtype=torch.bfloat16), torch.ones(2, 1, 2).bfloat16()
+
+    def dweight(x):
+        return layer.vjp(params, x, grad)[0]["weight"]
+
+    assert torch.equal(torch.func.vmap(dweight)(x), torch.stack([*map(dweight, x)]))
+
+
+class Largest(TorchDispatchMode):
+    """The numbers of the largest tensor of each dtype that an operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **kwargs or {})
+        for leaf in optree.tree_leaves(made):
+            if isinstance(leaf, torch.Tensor):
+                self.numbers[leaf.dtype] = max(leaf.numel(), self.numbers.get(leaf.dtype, 0))
+        return made
+
+
+def test_no_table_in_float32_beside_one_in_half_precision():
+    layer, x = fn.Embedding(1000, 4), torch.tensor([[3, 999, 3]])
+    params, grad = layer.init(fn.key(0), (3,), dtype=torch.bfloat16), torch.ones(1, 3, 4).bfloat16()
+    with Largest() as largest:
+        layer.vjp(params, x, grad)
+    assert largest.numbers[torch.float32] < 100
 
 
 @pytest.mark.parametrize("size", [1, 3])

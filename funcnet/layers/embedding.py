@@ -15,13 +15,11 @@ from funcnet.fields import IndexOrNone, Size
 from funcnet.initializers import Device, Initializer, InitializerOrNone, Normal
 from funcnet.keys import Key
 from funcnet.layer import Layer, Shape, Spec
-from funcnet.ops import native
+from funcnet.ops import embedding
 from funcnet.ops.inplace import is_eager
 from funcnet.ops.need import Need
 from funcnet.ops.products import Rows, rows
 from funcnet.param import Param
-
-_embedding_backward = torch.ops.aten.embedding_dense_backward
 
 
 @dataclass(frozen=True)
@@ -104,10 +102,8 @@ class Embedding(Layer):
     def _bwd(self, params: Any, x: Tensor, dy: Tensor, need: Need) -> Any:
         if not need.params:
             return None, None
-        padding = -1 if self.padding_idx is None else self.padding_idx
-        # Sums in half precision would stop growing.
-        dweight = _embedding_backward(native.upcast(dy), x, self.num_embeddings, padding, False)
-        return {"weight": dweight.to(dy.dtype)}, None
+        dweight = embedding.gradient(dy, x, self.num_embeddings, self.padding_idx)
+        return {"weight": dweight}, None
 
     def _bwd_each(self, params: Any, x: Tensor, dy: Tensor, need: Need) -> Any:
         index, found = rows(x, 0).long(), rows(dy)

@@ -107,6 +107,7 @@ _OPS = {
         "test_gate_properties.py::test_a_step_of_many_states_is_the_step_of_each "
         "test_gate_properties.py::test_step_underscore_writes_into_what_it_was_given"
     ),
+    "embedding": "test_embedding.py",
     "fused": "test_optimizers.py",
     "nll": "test_losses.py",
     **dict.fromkeys(("group_norm", "norm_kernels", "normalization"), _NORMS),

@@ -691,6 +691,17 @@ def test_moments_of_a_copy_without_values_or_of_other_copies_are_refused():
         fn.for_inference(net, params, (nothing, (count[:1], mean[:1], m2[:1])))
 
 
+@pytest.mark.parametrize("fold", [True, False])
+def test_shapes_of_a_network_for_inference_on_meta(fold):
+    net = fn.Sequential(fn.Conv2d(4, 3), fn.BatchNorm(), fn.ReLU())
+    params = net.init(KEY, (3, 8, 8), device="meta")
+    x = torch.zeros(2, 3, 8, 8, device="meta")
+    inferred, params = fn.for_inference(net, params, fn.moments(net, params, x, key=KEY), fold)
+    y = inferred.apply(params, x)
+    assert y.is_meta
+    assert y.shape == (2, 4, 6, 6)
+
+
 def test_a_name_of_digits_is_a_name_in_every_message():
     net = fn.Sequential(**{"0": fn.Sequential(**{"7": fn.BatchNorm()})})
     params, x, m = measured(net, (2, 3, 3))

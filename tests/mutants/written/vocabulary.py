@@ -132,12 +132,18 @@ POOLING = in_file(
 )
 
 EMBEDDING = in_file(
-    "layers/embedding.py",
+    "ops/embedding.py",
     "test_embedding.py",
     Row(
         "padding-learns",
-        "padding = -1 if self.padding_idx is None else self.padding_idx",
-        "padding = -1",
+        "-1 if padding is None else padding",
+        "-1",
+        "the row for padding has no gradient",
+    ),
+    Row(
+        "padding-learns-among-few-rows",
+        "        dweight[padding] = 0.0",
+        "        pass",
         "the row for padding has no gradient",
     ),
 )

@@ -169,4 +169,13 @@ def opened(who: object, residuals: Any) -> tuple[Tensor, Any]:
 
 def sizes(shape: Sequence[object]) -> str:
     """A shape as a message shows it, letters for sizes that are not known: `(N, 3, H, W)`."""
-    return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
+    shown = [f"{size}" for size in shape]  # torch.compile has no str of an open size
+    return f"({', '.join(shown)}{',' if len(shape) == 1 else ''})"
+
+
+def listed(shapes: Sequence[object]) -> str:
+    """Shapes as a message lists them: `(3, 8), (4, 8)`. torch.compile cannot join open ones."""
+    text = f"{shapes[0]}"
+    for shape in shapes[1:]:
+        text = f"{text}, {shape}"
+    return text

@@ -376,6 +376,23 @@ def test_compiled_for_pictures_of_any_size():
         close(compiled(params, x), GLOBAL.apply(params, x))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("combinator", [fn.Product, fn.Sum, fn.Concat])
+def test_compiled_branches_for_pictures_of_any_size(combinator, monkeypatch):
+    """Results that fit are joined, others are refused with their shapes."""
+    net = combinator(fn.ReLU(), fn.Conv2d(3, (4, 3), padding="same"))
+    monkeypatch.setitem(globals(), "GLOBAL", net)
+    params = net.init(fn.key(0), (3, 8, 8))
+    compiled = compile_whole(lambda params, x: GLOBAL.apply(params, x), dynamic=True)
+    for shape in [(2, 3, 8, 8), (5, 3, 10, 9)]:
+        x = fn.normal(fn.key(1), shape)
+        close(compiled(params, x), net.apply(params, x))
+    monkeypatch.setitem(globals(), "GLOBAL", combinator(fn.ReLU(), fn.Conv2d(3, 3)))
+    compiled = compile_whole(lambda params, x: GLOBAL.apply(params, x), dynamic=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=f"{combinator.__name__} of 2 layers: "):
+        compiled(((), fn.Conv2d(3, 3).init(fn.key(0), (3, 8, 8))), x)
+
+
 FUNCTIONS_OF_NETWORKS = {
     "per_example": lambda net: fn.per_example(net, fn.MSE()),
     "clipped_value_and_grad": lambda net: fn.clipped_value_and_grad(net, fn.MSE(), 0.1),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcnet.checks import name_of
+from funcnet.checks import listed, name_of
 from funcnet.combinators.branches import Branches
 from funcnet.fields import Axis
 from funcnet.layer import Layer, Shape
@@ -61,7 +61,7 @@ class Concat(Branches):
         if any(other != first for other in others):  # sizes of a graph have no hash
             raise ValueError(
                 f"{name_of(self)}: expected results that differ along dim={self.dim} alone, "
-                f"got {', '.join(map(str, shapes))} without the batch"
+                f"got {listed(shapes)} without the batch"
             )
         size = sum(shape[axis - 1] for shape in shapes)
         return (*shapes[0][: axis - 1], size, *shapes[0][axis:])

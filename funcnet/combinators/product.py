@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from funcnet.checks import name_of
+from funcnet.checks import listed, name_of
 from funcnet.combinators.branches import Branches
 from funcnet.layer import Shape
 
@@ -36,11 +36,12 @@ class Product(Branches):
         columns = list(zip(*shapes, strict=False))
         largest = tuple(next((size for size in column if size != 1), 1) for column in columns)
         pairs = zip(columns, largest, strict=True)
-        fit = all(size in (1, most) for column, most in pairs for size in column)
+        # Not `in (1, most)`, which torch.compile answers wrongly for sizes of a graph.
+        fit = all(size == 1 or size == most for column, most in pairs for size in column)
         if len(set(map(len, shapes))) > 1 or not fit:
             raise ValueError(
                 f"{name_of(self)}: expected results of one shape, up to sizes of 1, "
-                f"got {', '.join(map(str, shapes))}"
+                f"got {listed(shapes)}"
             )
         return largest
 

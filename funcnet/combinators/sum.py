@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from funcnet.checks import name_of
+from funcnet.checks import listed, name_of
 from funcnet.combinators.branches import Branches
 from funcnet.layer import Shape
 from funcnet.ops.inplace import add_over
@@ -33,8 +33,9 @@ class Sum(Branches):
 
     def _joined_shape(self, shapes: Sequence[Shape]) -> Shape:
         if any(shape != shapes[0] for shape in shapes):
-            got = ", ".join(map(str, shapes))
-            raise ValueError(f"{name_of(self)}: expected results of one shape, got {got}")
+            raise ValueError(
+                f"{name_of(self)}: expected results of one shape, got {listed(shapes)}"
+            )
         return shapes[0]
 
     def _joined(self, ys: list[Tensor]) -> tuple[Tensor, Any]:

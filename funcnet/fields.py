@@ -27,6 +27,8 @@ from textwrap import indent
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeAlias, get_type_hints
 
+import torch
+
 from funcnet.checks import as_index, as_int, as_number, shown
 
 if TYPE_CHECKING:
@@ -97,17 +99,22 @@ def _expect_dataclass(cls: Any, arguments: tuple[Any, ...], named: dict[str, Any
 
 def kinds(cls: Any) -> dict[str, Kind]:
     """The kinds of a dataclass's fields, by name. A field of any other type is left alone."""
-    found: dict[str, Kind] | None = vars(cls).get("_kinds")
-    if found is None:
-        hints = {field.name: _hint(cls, field.name) for field in fields(cls) if field.init}
-        found = {
-            name: extra
-            for name, hint in hints.items()
-            for extra in getattr(hint, "__metadata__", ())
-            if hasattr(extra, "convert")
-        }
-        cls._kinds = found
+    if "_kinds" not in vars(cls):
+        _find_kinds(cls)
+    found: dict[str, Kind] = cls._kinds
     return found
+
+
+# torch.compile calls it where it compiles the call: it cannot look into annotations.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _find_kinds(cls: Any) -> None:
+    hints = {field.name: _hint(cls, field.name) for field in fields(cls) if field.init}
+    cls._kinds = {
+        name: extra
+        for name, hint in hints.items()
+        for extra in getattr(hint, "__metadata__", ())
+        if hasattr(extra, "convert")
+    }
 
 
 def _hint(cls: type, name: str) -> Any:

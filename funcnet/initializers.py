@@ -224,8 +224,8 @@ def _cut_normal(
     level = uniform(key, shape, below, 1 - below, torch.float64)
     x: Tensor = (torch.special.ndtri(level) * std).to(dtype)
     most = torch.tensor(2 * std, dtype=dtype, device="cpu")
-    if most.item() > 2 * std:
-        most = torch.nextafter(most, torch.zeros_like(most))
+    # Not by `if`, which torch.compile cannot decide for an std without a value.
+    most = torch.where(most.double() > 2 * std, torch.nextafter(most, torch.zeros_like(most)), most)
     return x.clamp(-most, most).to(device=device)
 
 

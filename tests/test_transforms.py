@@ -447,6 +447,29 @@ def test_a_compiled_training_step():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_compiled_step_that_makes_all_it_needs():
+    """Network, loss and optimiser; also a loss of a class of which there was none before."""
+
+    @dataclasses.dataclass(frozen=True)
+    class New(fn.MSE):
+        pass
+
+    def step(x, target):
+        convolution = fn.Conv2d(2, 3, bias=False, weight_init=initializer)
+        net = fn.Sequential(convolution, fn.Residual(fn.Tanh()))
+        params = net.init(fn.key(0), (3, 5, 5))
+        optimizer = fn.Partition(lambda path, _: path, {"0.weight": fn.SGD(schedule(0.1, 9))})
+        value, grads = fn.value_and_grad(net, New())(params, x, target)
+        return value, *optimizer.step(params, grads, optimizer.init(params))
+
+    schedule, initializer = fn.schedules.cosine, fn.initializers.LecunNormal()
+    x, target = fn.normal(fn.key(1), (4, 3, 5, 5)), fn.normal(fn.key(2), (4, 2, 3, 3))
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="eager", fullgraph=True, dynamic=True)
+    close(compiled(x, target), step(x, target), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("layer", [fn.Conv2d(16, 3), fn.UpsampleConv2d(16)], ids=str)
 def test_compiled_before_it_ever_ran(layer):
     """Under autograd, torch.func.grad and torch.func.vmap, too."""

@@ -172,7 +172,8 @@ def _sorted_out(
 ) -> tuple[tuple[Layer, ...], tuple[str, ...]]:
     """The layers and names that a constructor's arguments give. Raises TypeError for others."""
     names = tuple(named)
-    is_copy = not layers and named.keys() <= {"layers", "names"}
+    # By its length: torch.compile knows no truth of a tuple of layers.
+    is_copy = len(layers) == 0 and named.keys() <= {"layers", "names"}
     if is_copy and isinstance(named.get("layers"), tuple):  # the fields, of dataclasses.replace
         layers, names = named["layers"], named.get("names", ())
         if names and len(names) != len(layers):

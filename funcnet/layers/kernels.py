@@ -141,7 +141,7 @@ def _has_channels_of_x(
 ) -> bool:
     """Whether in_channels comes by name, or by position before what comes by name, too."""
     first = ("out_channels", "kernel_size")[: len(arguments)]
-    if named.keys().isdisjoint(("in_channels", *first)):
+    if not any(name in named for name in ("in_channels", *first)):
         return False
     try:  # a subclass may have arguments of these names
         inspect.signature(cls.__init__).bind(None, *arguments, **named)

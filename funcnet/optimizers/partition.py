@@ -54,7 +54,7 @@ class _PartsKind:
                     f"{owner.__name__}: expected an optimiser or None for {key!r}, "
                     f"got {shown(optimizer)}"
                 )
-        return tuple(sorted(parts.items()))
+        return tuple((key, parts[key]) for key in sorted(parts))
 
 
 Parts: TypeAlias = Annotated[

@@ -73,6 +73,14 @@ def test_max_pooling_exported_for_images_of_any_size(layer):
     close(program.module()(larger), layer.apply((), larger))
 
 
+def test_max_pooling_of_signals_of_any_length():
+    """PyTorch holds graphs with its kernel for signals to one length."""
+    layer, sizes = fn.MaxPool1d(2), dict.fromkeys((0, 2), torch.export.Dim.DYNAMIC)
+    x, longer = fn.normal(fn.key(0), (5, 2, 9)), fn.normal(fn.key(1), (7, 2, 14))
+    program = torch.export.export(Module(layer, ()), (x,), dynamic_shapes=(sizes,))
+    close(program.module()(longer), layer.apply((), longer))
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize(("layer", "shape"), TRACED, ids=lambda value: str(value)[:40])
 def test_traced_for_any_batch(layer, shape):

@@ -1181,6 +1181,30 @@ def test_a_loss_that_is_wrong_for_one_dtype_of_classes(wrong, given):
             check_vjp(Picked(*factors), draw((3, 4)), target)
 
 
+@pytest.mark.parametrize("fault", ["none", "factor", "shape"])
+def test_a_loss_that_is_wrong_for_one_example(fault):
+    class Margin(fn.Loss):
+        def fwd(self, x, target):
+            picked = x[torch.arange(len(x)), target.long()]
+            return picked.exp().sum(), (x, target.long())
+
+        def bwd(self, residuals, grad=1.0):
+            x, target = residuals
+            dx = torch.zeros_like(x)
+            dx[torch.arange(len(x)), target] = grad * x[torch.arange(len(x)), target].exp()
+            if fault == "factor" and len(x) == 1:
+                return dx * 1.01
+            return dx.squeeze() if fault == "shape" else dx
+
+    case = Margin(), draw((3, 4)), torch.tensor([0, 2, 1])
+    if fault == "none":
+        check_vjp(*case)
+    else:
+        wrong = {"factor": "the gradient for x.* is wrong", "shape": r"dx of shape \(1, 4\)"}
+        with pytest.raises(GradientMismatch, match=wrong[fault]):
+            check_vjp(*case)
+
+
 def test_a_target_is_left_alone_that_no_other_dtype_can_hold():
     class Scaled(fn.Loss):
         def fwd(self, x, target):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import optree
 import torch
 from torch import Tensor
 
-from funcnet.testing.check.case import Case, Leaves, scale_of, signed, tried, tried_y
+from funcnet.testing.check.case import Case, Leaves, LossCase, scale_of, signed, tried, tried_y
 
 SHORTEST = 2.0**-960
 """Parts of a shorter step would drown in the smallest numbers."""
@@ -44,6 +47,21 @@ def moved(case: Case) -> Case:
         if defined and tried(there.vjp) is not None:
             return there
     return case
+
+
+def one_example(case: Case) -> list[Case]:
+    """A loss of the first example alone, where x and target are batches of more and it takes one.
+
+    Layers are held to the sum of their examples.
+    """
+    if not isinstance(case, LossCase) or not case.x.ndim or len(case.x) < 2:
+        return []
+    target = [leaf for leaf in optree.tree_leaves(case.target) if isinstance(leaf, Tensor)]
+    if not all(leaf.ndim and len(leaf) == len(case.x) for leaf in target):
+        return []
+    alone = replace(case, x=case.x[:1]).with_target(lambda leaf: leaf[:1])
+    y = tried_y(alone)
+    return [alone] if y is not None and y.isfinite().all() else []
 
 
 def shared_numbers(leaves: Leaves) -> Tensor:

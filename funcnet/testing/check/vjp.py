@@ -14,7 +14,7 @@ from funcnet.checks import PromiseError
 from funcnet.keys import Key
 from funcnet.layer import Layer
 from funcnet.losses import Loss
-from funcnet.testing.check.beside import moved
+from funcnet.testing.check.beside import moved, one_example
 from funcnet.testing.check.case import Case, expect_real_and_dense, make_case
 from funcnet.testing.check.comparison import Errors
 from funcnet.testing.check.contract import check_calls, check_surroundings, unchanged
@@ -66,7 +66,7 @@ def check_vjp(
       remainder falls by; linearity in grad; a batch is the sum of its examples, whose gradients
       `_bwd_each` finds where a layer writes it. Only a numeric derivative refutes a gradient. At a
       kink, any slope between those of its two sides is right. A second point, away from ties, is
-      checked beside the given one.
+      checked beside the given one, and a loss on its first example alone.
     - The dtype of x against float64, up to what rounding in it can do. What computes in a narrower
       dtype whatever x is in, as `Cast` does, or has a part that does, is held to coarse differences
       of itself in that.
@@ -108,6 +108,8 @@ def inspect_vjp(
         _attempt(_examine, there, limits, errors)
     for there in other_keys(case):
         _attempt(_examine_gradient, there, limits, errors)
+    for there in one_example(case):
+        _attempt(_examine_one_example, there, limits, errors)
     expect_resolved("check_vjp", errors, "and autograd cannot follow apply")
     return errors
 
@@ -187,6 +189,11 @@ def _examine_gradient(case: Case, limits: Limits, errors: Errors) -> None:
         found = find_wrong_at(double, limits, errors, thorough=False)
         if found is not None:
             raise wrong_gradient(found)
+
+
+def _examine_one_example(case: Case, limits: Limits, errors: Errors) -> None:
+    check_calls(case)
+    _examine_gradient(case, limits, errors)
 
 
 def expect_something(who: str, case: Case, y: Tensor) -> None:

@@ -470,6 +470,26 @@ def test_a_compiled_step_that_makes_all_it_needs():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_layer_made_in_a_compiled_function_that_is_broken_in_two():
+    """PyTorch starts again where it breaks, and holds the second run to the first one's calls."""
+
+    @dataclasses.dataclass(frozen=True)
+    class New(fn.Linear):
+        pass
+
+    def made(x):
+        first = New(3)
+        y = first.apply(first.init(fn.key(0), (4,)), x)
+        torch._dynamo.graph_break()
+        second = New(2)
+        return second.apply(second.init(fn.key(1), (3,)), y)
+
+    x = fn.normal(fn.key(2), (5, 4))
+    torch._dynamo.reset()
+    close(torch.compile(made, backend="eager")(x), made(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("layer", [fn.Conv2d(16, 3), fn.UpsampleConv2d(16)], ids=str)
 def test_compiled_before_it_ever_ran(layer):
     """Under autograd, torch.func.grad and torch.func.vmap, too."""

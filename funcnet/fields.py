@@ -99,14 +99,17 @@ def _expect_dataclass(cls: Any, arguments: tuple[Any, ...], named: dict[str, Any
 
 def kinds(cls: Any) -> dict[str, Kind]:
     """The kinds of a dataclass's fields, by name. A field of any other type is left alone."""
-    _find_kinds(cls)
+    if torch.compiler.is_compiling():  # which cannot look into annotations
+        from funcnet.compiling import constant
+
+        # Also where all is found: a function that is compiled twice has to make the same calls.
+        constant(_find_kinds, cls)
+    else:
+        _find_kinds(cls)
     found: dict[str, Kind] = cls._kinds
     return found
 
 
-# torch.compile calls it while it compiles, for it cannot look into annotations. It may compile a
-# function twice, and has to find the same calls: so this one is made also where all is found.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _find_kinds(cls: Any) -> None:
     if "_kinds" in vars(cls):
         return

@@ -8,6 +8,7 @@ import threading
 import weakref
 from pathlib import Path
 
+import optree
 import pytest
 import ranks
 import torch
@@ -99,6 +100,28 @@ def test_a_group_ends_when_it_is_destroyed(alone, use):
     use(net, net.init(fn.key(0), (4,)), fn.normal(fn.key(1), (5, 4)))
     dist.destroy_process_group()
     assert alone() is None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_in_a_compiled_function(alone):
+    net = fn.Linear(3)
+    params, x = net.init(fn.key(0), (4,)), fn.normal(fn.key(1), (5, 4))
+    moments = fn.moments(fn.BatchNorm(affine=False), (), x, key=fn.key(2))
+    optimizer = fn.distributed.Sharded(fn.SGD(0.1, momentum=0.9))
+
+    def train(params, x):
+        state = optimizer.init(params)
+        value, grads = fn.distributed.value_and_grad(net, fn.MSE())(params, x, x[:, :3])
+        params, state = optimizer.step(params, grads, state)
+        mean = fn.distributed.mean({"value": 2 * value})
+        return params, state, mean, fn.distributed.merge_moments(moments)
+
+    torch._dynamo.reset()
+    found = optree.tree_leaves(torch.compile(train, backend="eager")(params, x))
+    assert all(map(torch.equal, found, optree.tree_leaves(train(params, x))))
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"no graph holds .* of funcnet\.dist"):
+        torch.compile(train, backend="eager", fullgraph=True)(params, x)
 
 
 def test_without_a_group_it_says_what_to_call():

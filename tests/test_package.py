@@ -4,6 +4,8 @@ import inspect
 import pydoc
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import funcnet as fn
@@ -12,6 +14,12 @@ import funcnet as fn
 def test_only_public_names_complete():
     assert {name for name in dir(fn) if not name.startswith("_")} == set(fn.__all__)
     assert all(hasattr(fn, name) for name in fn.__all__)
+
+
+def test_importing_it_imports_no_compiler():
+    """PyTorch's takes a second, three times as long as all of the package."""
+    script = "import sys, funcnet; sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_help_opens_with_every_name_by_family():

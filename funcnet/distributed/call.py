@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 from zlib import crc32
 
@@ -32,6 +33,25 @@ of a few numbers, so that a healthy group hardly ever looks."""
 _calls: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 """The number of calls so far by group. They tell errors of this call from older ones, as
 `torch.distributed` numbers its collectives."""
+
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def between_graphs(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Keep a function out of the graphs of torch.compile: no graph holds the group's store."""
+
+    @wraps(function)
+    def called(*arguments: _Arguments.args, **named: _Arguments.kwargs) -> _Result:
+        if torch.compiler.is_compiling():
+            from funcnet.compiling import as_it_is
+
+            found: _Result = as_it_is(function, *arguments, **named)
+            return found
+        return function(*arguments, **named)
+
+    return called
 
 
 @contextmanager

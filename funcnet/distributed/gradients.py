@@ -11,7 +11,7 @@ from torch import Tensor
 
 from funcnet.by_layer import Passes
 from funcnet.checks import as_int
-from funcnet.distributed.call import Call, signature, together
+from funcnet.distributed.call import Call, between_graphs, signature, together
 from funcnet.distributed.sums import Sums
 from funcnet.gradients import (
     check_batch,
@@ -89,6 +89,7 @@ class ValueAndGrad:
         size = "" if self.bucket_bytes == BUCKET_BYTES else f", bucket_bytes={self.bucket_bytes}"
         return f"distributed.value_and_grad({self.net!r}, {self.loss!r}{size})"
 
+    @between_graphs
     @torch.no_grad()
     def __call__(
         self, params: Tree, x: Tensor, target: Any, key: Key | None = None

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from funcnet.checks import as_number
-from funcnet.distributed.call import signature, together
+from funcnet.distributed.call import between_graphs, signature, together
 from funcnet.distributed.sums import Sums
 from funcnet.layer import Tree
 from funcnet.ops.accumulation import widened
 from funcnet.optimizers.leaves import flatten
 
 
+@between_graphs
 @torch.no_grad()
 def mean(tree: Tree, group: Any = None, weight: float | None = None) -> Tree:
     """Σᵣ wᵣ · treeᵣ / Σᵣ wᵣ over the ranks r of a group, leaf by leaf.

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from funcnet import batch_statistics
-from funcnet.distributed.call import signature, together
+from funcnet.distributed.call import between_graphs, signature, together
 from funcnet.layer import Tree
 from funcnet.optimizers.leaves import flatten
 
 
+@between_graphs
 @torch.no_grad()
 def merge_moments(m: Tree, group: Any = None) -> Tree:
     """The moments of all ranks' examples together, from each rank's own `fn.moments`.

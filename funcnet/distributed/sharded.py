@@ -9,7 +9,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funcnet.distributed.call import Call, signature, together
+from funcnet.distributed.call import Call, between_graphs, signature, together
 from funcnet.fields import InstanceOf
 from funcnet.layer import Tree
 from funcnet.optimizers.leaves import check_writable, flatten, flatten_up_to
@@ -50,12 +50,14 @@ class Sharded(Optimizer[State]):
     optimizer: Annotated[Optimizer[State], InstanceOf(lambda: Optimizer, "an optimiser")]
     group: Any = field(default=None, compare=False)
 
+    @between_graphs
     def init(self, params: Tree) -> State:
         """The state of this rank's leaves before the first step."""
         leaves, structure = flatten(self, "params", params)
         call = Call("Sharded", self.group)
         return self.optimizer.init(_own(leaves, structure, _owners(leaves, call.size), call.rank))
 
+    @between_graphs
     def _prepare(self, params: Tree, grads: Tree, state: State, write: bool) -> PreparedStep[State]:
         with together("Sharded", self.group) as call:
             leaves, structure = flatten(self, "params", params)
@@ -72,6 +74,7 @@ class Sharded(Optimizer[State]):
             # No rank begins to write unless all can.
             call.agree(signature(structure, leaves))()
 
+        @between_graphs
         def step() -> tuple[Tree, State]:
             own, new_state = own_step()
             new = list(leaves)

@@ -32,11 +32,12 @@ def is_eager() -> bool:
     return innermost_transformation() is None and dual_level(forward_ad) < 0
 
 
-# torch.compile asks it where it compiles the call.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_transforming() -> bool:
-    """Whether torch.func transforms what is computed here."""
-    return innermost_transformation() is not None
+    """Whether torch.func transforms what torch.compile compiles here."""
+    from funcnet.compiling import constant
+
+    is_one: bool = constant(lambda: innermost_transformation() is not None)
+    return is_one
 
 
 def is_mapped_alone() -> bool:

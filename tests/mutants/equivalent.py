@@ -69,7 +69,7 @@ EQUIVALENT: dict[str, str] = {
     "batch_statistics._stacked:drop-argument:1": _STRICT,
     "batch_statistics._stacked:flip-flag:1": _STRICT,
     "fields.call:drop-call:1": "a str is unpacked like a tuple, though not for type checkers",
-    "fields.kinds:condition:1": "what is worked out again is the same",
+    "fields._find_kinds:condition:2": "what is worked out again is the same",
     "gradients.ValueAndGrad._of:drop-argument:2": "the default",
     "gradients.MicroBatched._parts:off-by-one:2": "of nothing, two parts are as one",
     "gradients.contribution:sibling:1": "times a share of 0",

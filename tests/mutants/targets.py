@@ -146,7 +146,9 @@ TARGETS: tuple[tuple[str, str], ...] = (
     (
         "funcnet/fields.py",
         "test_fields.py test_errors.py test_activations.py::test_refused_settings "
-        "test_sequential.py test_layer.py",
+        "test_sequential.py test_layer.py test_package.py "
+        "test_transforms.py::test_a_compiled_step_that_makes_all_it_needs "
+        "test_transforms.py::test_a_layer_made_in_a_compiled_function_that_is_broken_in_two",
     ),
     ("funcnet/compat.py", "test_private_names.py"),
     ("funcnet/checks.py", "test_errors.py test_layer.py test_optimizers.py test_shape.py"),

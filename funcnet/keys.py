@@ -89,7 +89,7 @@ def key(seed: int) -> Key:
 def split(key: Key, num: int = 2) -> tuple[Key, ...]:
     """`num` new keys, all different. `split(key, 3)` starts with the keys of `split(key, 2)`.
 
-    Raises ValueError if `num` is below 1.
+    Raises ValueError if `num` is below 1, TypeError for what is not a key or an int.
 
     >>> first, second = split(key(0))
     >>> len(set(split(first, 5)) | {second})

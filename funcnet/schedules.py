@@ -61,7 +61,7 @@ class Schedule(Hyperparameters):
 
 @dataclass(frozen=True)
 class constant(Schedule):
-    """lr, always.
+    """lr at every step.
 
     >>> constant(0.1)(1000)
     0.1
@@ -170,7 +170,7 @@ class _RatesKind:
 
 @dataclass(frozen=True, repr=False)
 class piecewise(Schedule):
-    """The lr of the last step that is reached, of a dict {step: lr}.
+    """Constant between the steps of a dict {step: lr}: the lr of the last step ≤ t.
 
     Raises ValueError unless step 0 is among them.
 
@@ -196,10 +196,10 @@ class piecewise(Schedule):
 
 @dataclass(frozen=True)
 class one_cycle(Schedule):
-    """Up to the peak and far down again, by halves of cosines: torch's OneCycleLR by its defaults.
+    """A rise to the peak, then a longer fall, each half a cosine: torch's OneCycleLR by default.
 
-    From peak / 25 at t = 0 to the peak at t = 0.3 · steps − 1, to peak / 250000 at t = steps − 1,
-    and no further.
+    From peak / 25 at t = 0 to the peak at t = 0.3 · steps − 1, then to peak / 250000 at
+    t = steps − 1, where it stays.
 
     Smith and Topin, "Super-convergence: very fast training of neural networks using large learning
     rates", 2018;

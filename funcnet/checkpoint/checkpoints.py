@@ -49,7 +49,7 @@ class Checkpoints(Hyperparameters):
 
     The checkpoint of step 12 is the file `step-00000012.safetensors`, which `fn.save` wrote with
     metadata {"step": 12}. Other files in the folder are left alone. Processes that share the folder
-    do each other's files no harm.
+    do not damage each other's files.
 
     Raises TypeError unless `folder` is a path and `keep` an int, ValueError for keep < 1.
 

@@ -38,7 +38,7 @@ class Cast(Wrapper):
 
     Shapes, parameters and key: f's.
 
-    Raises TypeError unless `dtype` is a floating-point dtype.
+    Raises TypeError unless f is a layer and `dtype` a floating-point dtype.
     Micikevicius et al., "Mixed precision training", ICLR 2018.
 
     >>> import funcnet as fn

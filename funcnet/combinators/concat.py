@@ -28,7 +28,7 @@ class Concat(Branches):
     `fold_in(key, i)`.
 
     Raises ValueError for dim=0, which would mix the batch, and for results of other shapes;
-    TypeError for an argument that is not a layer.
+    TypeError for an argument that is not a layer, or without any.
     Ronneberger et al., "U-Net", MICCAI 2015; Szegedy et al., "Going deeper with convolutions", CVPR
     2015.
 

@@ -23,6 +23,7 @@ class Frozen(Wrapper):
     too. Autograd of `apply` sees no parameters.
 
     Shapes, parameters and key: f's.
+    Raises TypeError unless f is a layer.
 
     >>> import funcnet as fn
     >>> import torch

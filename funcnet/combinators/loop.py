@@ -22,7 +22,8 @@ class Loop(Turns):
     Shapes: any that f keeps. Parameters: f's, drawn from `fold_in(key, 0)`; turn i draws from
     `fold_in(key, i)`.
 
-    Raises ValueError for n < 1, and for a shape that f does not keep.
+    Raises ValueError for n < 1, and for a shape that f does not keep; TypeError unless f is a layer
+    and n an int.
     Dehghani et al., "Universal transformers", ICLR 2019.
 
     >>> import funcnet as fn

@@ -22,7 +22,8 @@ class Product(Branches):
     (C, 1, 1) of squeeze and excitation; dyᵢ is summed over these axes. Parameters: a tuple with one
     entry a layer; a dict for layers with names. Layer i draws from `fold_in(key, i)`.
 
-    Raises ValueError for results of other shapes, TypeError for an argument that is not a layer.
+    Raises ValueError for results of other shapes, TypeError for an argument that is not a layer, or
+    without any.
     Hu et al., "Squeeze-and-excitation networks", CVPR 2018; Dauphin et al., "Language modeling with
     gated convolutional networks", ICML 2017.
 

@@ -22,6 +22,7 @@ class Recompute(Wrapper):
     segments keeps about 2√n of its n intermediate results, for one more forward pass.
 
     Shapes, parameters and key: f's.
+    Raises TypeError unless f is a layer.
     Chen et al., "Training deep nets with sublinear memory cost", arXiv:1604.06174, 2016.
 
     >>> import funcnet as fn

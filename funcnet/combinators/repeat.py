@@ -27,7 +27,8 @@ class Repeat(Turns):
     leading axis n: what `Sequential` of n such layers has, stacked. Copy i draws from
     `fold_in(key, i)`.
 
-    Raises ValueError for n < 1, and for a shape that the layer does not keep.
+    Raises ValueError for n < 1, and for a shape that the layer does not keep; TypeError unless it
+    is a layer and n an int.
 
     >>> import funcnet as fn
     >>> net = fn.Repeat(fn.Conv2d(8, 3, padding=1), 4)

@@ -21,7 +21,7 @@ class Residual(SameShape):
 
     Shapes: any that f keeps. Parameters: f's. f gets the key itself.
 
-    Raises ValueError for a shape that f does not keep.
+    Raises ValueError for a shape that f does not keep, TypeError unless f is a layer.
     He et al., "Deep residual learning for image recognition", CVPR 2016.
 
     >>> import funcnet as fn

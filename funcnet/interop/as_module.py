@@ -21,15 +21,15 @@ from funcnet.ops.need import Need
 def as_module(net: Layer, params: Tree) -> nn.Module:
     """Return a torch.nn.Module that computes y = net(x), and whose gradients are `net`'s own.
 
-    For autograd, torch.optim and whatever else trains modules. `module(x)` evaluates, whatever the
+    Autograd, torch.optim and other trainers of modules take it. `module(x)` evaluates, whatever the
     module's mode; `module(x, key)` trains with layers that draw numbers. Parameters are copies,
     registered under PyTorch's names, so `load_state_dict(net, shape, module.state_dict())` gives
     the tree of parameters after training. Only the gradients that autograd needs are computed.
-    Changing in place what the backward pass needs is an error there, as it is for torch.nn's.
-    Submodules hold the parameters and compute nothing: of their hooks, forward pre-hooks run, with
-    no inputs, so that torch.nn.utils.prune works as usual.
-    Under torch.autocast the network computes in its parameters' dtype, to which x of autocast's is
-    cast; `Cast` computes in another.
+    As with torch.nn, the backward pass raises an error if a tensor that it needs was changed in
+    place. Submodules hold the parameters and compute nothing. Of their hooks, only forward
+    pre-hooks run, without inputs, as torch.nn.utils.prune needs them.
+    Under torch.autocast the network computes in its parameters' dtype, and casts an x of autocast's
+    dtype to it. `Cast` computes in another dtype.
 
     There is no second derivative: asking autograd for one raises a RuntimeError. Under torch.func,
     torch.compile and torch.export, autograd goes through `net.apply` instead.

@@ -26,7 +26,7 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class ChannelAffine(nn.Module):
-    """y = weight ∘ x + bias, a number of each for a channel."""
+    """y = weight ∘ x + bias, with one weight and one bias for each channel."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

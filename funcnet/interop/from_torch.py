@@ -43,11 +43,11 @@ def from_torch(module: nn.Module, shape: Sequence[int]) -> tuple[Layer, Tree]:
     """Return (net, params) that compute what a torch.nn module does, for examples of `shape`.
 
     The module may be a torch.nn.Sequential, nested or not, of modules that have a twin here, or
-    one such module. Those that `to_torch` makes may be among them, but for `Cast` and wrapped
-    modules. The outputs are the same in the mode that each module is in:
+    one such module. Modules that `to_torch` makes may be among them, except those of `Cast` and
+    `wrap`. The outputs are the same in the mode that each module is in:
 
-    - BatchNorm and InstanceNorm that evaluate by running statistics become `ChannelAffine`; by
-      those of the batch, they become `BatchNorm`, which wants a key, and `InstanceNorm`.
+    - BatchNorm and InstanceNorm that evaluate by running statistics become `ChannelAffine`. Those
+      that normalise by x become `BatchNorm`, which wants a key, and `InstanceNorm`.
     - Dropout and attention's dropout keep their p: a key, not the mode, decides whether they drop.
       Kinds of dropout that have no twin are left out in eval mode, and refused in train mode.
     - Of recurrent layers and attention y is the first output, with batch_first=True; attention is

@@ -41,9 +41,9 @@ def wrap(module: nn.Module, shape: Sequence[int]) -> tuple[Layer, Tree]:
     The module runs a few times on random numbers, with random parameters, too. Its y must follow
     from params and x alone. A module in it that changes its buffers, as BatchNorm does in train
     mode, or draws numbers, as Dropout does, is refused by name, since keys decide nothing there.
-    Call `module.eval()`, or use `BatchNorm` and `Dropout` of this package in its place. So is one
-    that writes to its parameters. A module that takes only x without gaps in memory, by `x.view`,
-    gets such an x.
+    Call `module.eval()`, or use `BatchNorm` and `Dropout` of this package in its place. A module
+    that writes to its parameters is refused, too. One that calls `x.view`, which works for a
+    contiguous x alone, gets such an x.
 
     Raises ValueError for such modules, for those whose parameters cannot be handed over (complex
     ones or of several dtypes, those on meta, TorchScript, DataParallel), that cannot be copied or

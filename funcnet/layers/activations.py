@@ -2,7 +2,7 @@
 
 They take tensors of any rank, and y has x's shape. Each one is a value and a slope, and says which
 of x and y the slope is computed from. Slopes are those of PyTorch's own backward kernels, at kinks
-and where they saturate too.
+and where they saturate too. All raise TypeError for an x that is not floating-point.
 """
 
 from __future__ import annotations

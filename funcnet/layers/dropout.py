@@ -29,8 +29,9 @@ class Dropout(Layer):
     """y = m ∘ x / (1 − p): entries of x are dropped with probability p; the formulas stand at the
     head of `funcnet.layers.dropout`.
 
-    The mask m costs a dozen integer operations a pair of entries, on x's device; m is kept, a bool
-    an entry. Under torch.func.vmap every slice sees the same key, so the same mask.
+    Drawing the mask m takes a dozen integer operations for two entries, on x's device. m is kept
+    for the gradient, a bool for each entry. Under torch.func.vmap every slice sees the same key, so
+    the same mask.
 
     Shapes: any; y has x's shape. With p = 1, y is 0.
     Raises ValueError or TypeError unless p is a number in [0, 1].

@@ -34,9 +34,10 @@ class Embedding(Layer):
     Parameters: {"weight": (num_embeddings, E)} drawn from N(0, 1) or by `weight_init`, with the row
     for padding 0.
 
-    Raises ValueError for a `padding_idx` without a row, and for x outside [0, num_embeddings): on
-    the CPU, outside of torch.func and torch.compile. There, and on other devices, where finding
-    out would take a synchronisation, PyTorch's kernels decide what happens.
+    Raises TypeError for an x of another dtype, and ValueError for a `padding_idx` without a row and
+    for x outside [0, num_embeddings). The numbers in x are checked on the CPU alone, outside of
+    torch.func and torch.compile: on other devices that would take a synchronisation. Where they are
+    not checked, PyTorch's kernels decide what happens.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.Embedding.html
 
     >>> import funcnet as fn

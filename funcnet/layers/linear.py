@@ -19,7 +19,7 @@ from funcnet.param import Param
 
 @dataclass(frozen=True)
 class Linear(Layer):
-    """y = x·Wᵀ + b along the last axis, and with rows for all the axes before it, laid out as one,
+    """y = x·Wᵀ + b along the last axis. All axes before it count rows, as if they were one:
 
         dW = dyᵀ·x,  db = Σ dy over the rows,  dx = dy·W.
 

@@ -346,7 +346,7 @@ class BatchNorm(Layer):
 
 @dataclass(frozen=True)
 class ChannelAffine(Layer):
-    """y = weight ∘ x + bias, a number of each for a channel. Then
+    """y = weight ∘ x + bias, with one weight and one bias for each channel. Then
 
         dbias = Σ dy,  dweight = Σ dy ∘ x    over examples and positions,    dx = weight ∘ dy.
 

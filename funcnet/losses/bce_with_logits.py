@@ -25,7 +25,8 @@ class BCEWithLogits(Loss):
     The residuals are x and t.
 
     Shapes: x and target alike, of any rank; the value is 0-dimensional.
-    Raises ValueError unless x and target have one shape: nothing is broadcast.
+    Raises ValueError unless x and target have one shape: nothing is broadcast; TypeError unless
+    they are floating-point tensors of one dtype on one device.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.BCEWithLogitsLoss.html
 
     >>> import torch

@@ -24,7 +24,8 @@ class Huber(Loss):
     dx = clamp(x − target, −δ, δ) / n · grad. The residuals are x and target.
 
     Shapes: x and target alike, of any rank; the value is 0-dimensional. `delta` is δ > 0.
-    Raises ValueError unless x and target have one shape: nothing is broadcast.
+    Raises ValueError unless x and target have one shape: nothing is broadcast; TypeError unless
+    they are floating-point tensors of one dtype on one device.
     P. J. Huber, "Robust estimation of a location parameter", 1964.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.HuberLoss.html
 

@@ -18,7 +18,8 @@ class L1(Loss):
     dx = sign(x − target) / n · grad, and 0 where x = target. The residual is x − target.
 
     Shapes: x and target alike, of any rank; the value is 0-dimensional.
-    Raises ValueError unless x and target have one shape: nothing is broadcast.
+    Raises ValueError unless x and target have one shape: nothing is broadcast; TypeError unless
+    they are floating-point tensors of one dtype on one device.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.L1Loss.html
 
     >>> import torch

@@ -21,11 +21,13 @@ class Loss(Hyperparameters):
     """A function of x and a target to a scalar, with its gradient with respect to x.
 
     `apply`, `vjp`, `fwd` and `bwd` check their arguments; an author writes `_fwd` and `_bwd`,
-    `_check` where the target is not like x, and `_count` where a mean is not over all examples
-    alike. An author may also write `fwd` and `bwd` alone; then the loss checks for itself.
+    `_check` where the target is not like x, and `_count` where its mean is over another number than
+    that of the examples. An author may also write `fwd` and `bwd` alone; then the loss checks for
+    itself.
 
-    A batch in parts (`micro_batch`, `fn.distributed.value_and_grad`) wants to know how their values
-    go together: a field `reduction: Literal["mean", "sum"] = "mean"`, which `_fwd` goes by.
+    Where a batch comes in parts (`micro_batch`, `fn.distributed.value_and_grad`), a field
+    `reduction: Literal["mean", "sum"] = "mean"`, which `_fwd` follows, says how their values are
+    put together.
 
     Raises TypeError or ValueError for x and target that do not fit each other.
 

@@ -17,7 +17,8 @@ class MSE(Loss):
     dx = 2 (x − target) / n · grad. The residual is x − target.
 
     Shapes: x and target alike, of any rank; the value is 0-dimensional.
-    Raises ValueError unless x and target have one shape: nothing is broadcast.
+    Raises ValueError unless x and target have one shape: nothing is broadcast; TypeError unless
+    they are floating-point tensors of one dtype on one device.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.MSELoss.html
 
     >>> import torch

@@ -150,7 +150,7 @@ def _of_channel(x: Tensor) -> tuple[int, ...]:
 
 
 def channel_affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """weight · x + bias, a number of each for a channel."""
+    """weight · x + bias, with one weight and one bias for each channel."""
     return torch.addcmul(spatial(bias, x), x, spatial(weight, x))
 
 

@@ -17,8 +17,8 @@ from funcnet.optimizers.optimizer import Elementwise, Rate
 class AdamState(NamedTuple):
     """The state of `Adam` and `AdamW` between two steps.
 
-    The number of steps taken; the running means of g and of g²; the largest of the latter so far,
-    or () without amsgrad.
+    `step` is the number of steps taken, `first` the running mean of g, `second` that of g², and
+    `largest` the largest `second` so far, or () without amsgrad.
     """
 
     step: Tensor

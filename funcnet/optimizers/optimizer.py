@@ -43,7 +43,9 @@ Rate: TypeAlias = Annotated[float | RateByStep, _RateKind()]
 class Optimizer(Hyperparameters, Generic[State]):
     """A pure function (params, grads, state) -> (params, state), described by hyperparameters.
 
-    A subclass writes `init`, and `_prepare`, which checks everything that a step needs.
+    A subclass writes `init`, and `_prepare`, which checks everything that a step needs. A step
+    raises what that raises, before anything is changed: ValueError or TypeError for trees that do
+    not match.
 
     >>> from dataclasses import dataclass
     >>> import funcnet as fn

@@ -16,8 +16,8 @@ from funcnet.optimizers.optimizer import Elementwise, Rate
 class RMSpropState(NamedTuple):
     """The state of `RMSprop` between two steps.
 
-    The number of steps taken; the running means of g² and of g; the velocities. The running mean of
-    g is () unless centered, the velocities are () without momentum.
+    `step` is the number of steps taken, `second` the running mean of g², `first` that of g, or ()
+    unless centered, and `momentum` the velocities, or () without momentum.
     """
 
     step: Tensor

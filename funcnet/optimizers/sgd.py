@@ -14,7 +14,10 @@ from funcnet.optimizers.optimizer import Elementwise, Rate
 
 
 class SGDState(NamedTuple):
-    """The state of `SGD` between two steps: the number of steps taken, and the velocities."""
+    """The state of `SGD` between two steps.
+
+    `step` is the number of steps taken, `momentum` the velocities, or () without momentum.
+    """
 
     step: Tensor
     momentum: Tree

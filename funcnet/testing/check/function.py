@@ -81,7 +81,7 @@ def check_function(
 
     - No call writes to its inputs or to the gradient; the same call twice gives the same bits,
       whatever is called in between: no state is kept outside ctx, or in a module. A second backward
-      pass over one graph is as right as the first. Hooks count that change a gradient.
+      pass over one graph is as right as the first. A hook's change of a gradient counts.
     - A single input that requires a gradient gets the same one as among others
       (`needs_input_grad`). So do all combinations of up to four inputs; of up to eight, two, or
       all but one. A single output that is used gives its part (`materialize_grads`).

@@ -67,9 +67,9 @@ def check_vjp(
       `_bwd_each` finds where a layer writes it. Only a numeric derivative refutes a gradient. At a
       kink, any slope between those of its two sides is right. A second point, away from ties, is
       checked beside the given one, and a loss on its first example alone.
-    - The dtype of x against float64, up to what rounding in it can do. What computes in a narrower
-      dtype whatever x is in, as `Cast` does, or has a part that does, is held to coarse differences
-      of itself in that.
+    - The dtype of x against float64, up to what rounding in it can do. A layer that computes in a
+      narrower dtype than x's, as `Cast` does, or has a part that does, is held to differences in
+      that dtype, which are coarse.
 
     Leaves of integers and bools, in x, params and target, are never moved; their gradient is None.
     A layer of several tensors may take a tree of them as x. A layer is checked without a key and,

@@ -89,11 +89,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=1000, help="(%(default)s)")
+    parser.add_argument("--steps", type=int, default=1000, help="to train (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="of all ranks (%(default)s)")
-    parser.add_argument("--patches", type=int, default=10_000, help="(%(default)s)")
-    parser.add_argument("--checkpoint-every", type=int, default=100, help="(%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/distributed"), help="(%(default)s)")
+    parser.add_argument("--patches", type=int, default=10_000, help="to cut out (%(default)s)")
+    parser.add_argument("--checkpoint-every", type=int, default=100, help="steps (%(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/distributed"), help="folder (%(default)s)"
+    )
     options = parser.parse_args(arguments)
     rank, _ = join_group()
     data = photograph_data(None, Noise("gaussian", 25.0), options.patches, fn.key(2))

@@ -43,7 +43,9 @@ def arguments() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="fewer networks, shorter runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="whole networks, few batch sizes, shorter runs"
+    )
     parser.add_argument("--device", default=torch.device("cpu"), type=torch.device)
     parser.add_argument("--threads", default=2, type=int, help="CPU threads (default 2)")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)

@@ -103,13 +103,13 @@ def add_training(add: Add, networks: Sequence[str]) -> None:
         default=networks[0],
         help="a U-Net by Adam, or the small network of the source report by SGD (%(default)s)",
     )
-    add("--epochs", type=count, help="(6)")
+    add("--epochs", type=count, help="passes over the patches (6)")
     add(
         "--minutes",
         type=number(float, 0.01, 10_000),
         help="train for so long, as the first steps' speed predicts, in the place of --epochs",
     )
-    add("--batch-size", type=count, default=16, help="(%(default)s)")
+    add("--batch-size", type=count, default=16, help="patches a step (%(default)s)")
     add(
         "--lr",
         type=number(float, 1e-9, 1e3),
@@ -121,13 +121,30 @@ def add_training(add: Add, networks: Sequence[str]) -> None:
         default=0.9,
         help="of SGD; the first beta of Adam (%(default)s)",
     )
-    add("--seed", type=number(int, 0, 2**64 - 1), default=0, help="(%(default)s)")
+    add(
+        "--seed",
+        type=number(int, 0, 2**64 - 1),
+        default=0,
+        help="decides all random numbers (%(default)s)",
+    )
 
 
 def add_run(add: Add) -> None:
     count = number(int, 1, 10**9)
-    add("--out", type=Path, default=Path("runs/denoise"), metavar="DIR", help="(%(default)s)")
-    add("--checkpoint-every", type=count, default=250, metavar="STEPS", help="(%(default)s)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/denoise"),
+        metavar="DIR",
+        help="for checkpoints, the model and the report (%(default)s)",
+    )
+    add(
+        "--checkpoint-every",
+        type=count,
+        default=250,
+        metavar="STEPS",
+        help="steps between checkpoints (%(default)s)",
+    )
     add("--keep", type=count, default=3, help="how many checkpoints stay (%(default)s)")
     add(
         "--resume",

@@ -121,9 +121,10 @@ def uniform(
 ) -> Tensor:
     """Numbers drawn evenly from [low, high); float32 on the CPU unless told otherwise.
 
-    Raises ValueError unless low ≤ high, both within the range of the dtype, and high − low within
-    that of the dtype they are drawn in, float64 or else float32; TypeError for another
-    dtype than float16, bfloat16, float32 and float64, or what is not a number, key or shape.
+    Raises ValueError unless low ≤ high, both are within the range of the dtype, and high − low is
+    within that of float32 (of float64, if that is the dtype), in which numbers are drawn. Raises
+    TypeError for another dtype than float16, bfloat16, float32 and float64, and for what is not a
+    number, key or shape.
 
     >>> bool((uniform(key(0), (1000,), -1.0, 1.0).abs() <= 1).all())
     True

@@ -39,7 +39,7 @@ def per_example(net: Layer, loss: Loss) -> PerExample:
     """The function (params, x, target, key=None) ↦ (values (N,), grads): the loss and the gradient
     of each example.
 
-    Entry i of the values, and of each gradient, (N, …) in the tree of params, is what
+    The gradients are (N, …), in the tree of params. Entry i, of the values too, is what
     `value_and_grad` gives for `x[i:i+1]` and `target[i:i+1]`: with reduction "mean" a mean over
     that example alone. But with a key, masks are those that `value_and_grad` draws for the whole
     batch. A layer of one's own without `_bwd_each` runs once an example, through

@@ -11,9 +11,9 @@ on the whole, up to rounding; and every rank gets the same bits. All ranks of a 
 functions in the same order. `group` is a process group of `torch.distributed`, None the default
 one.
 
-A rank that raises in one of these functions, or that is lost, ends the others: they raise a
+A rank that raises in one of these functions, or that is lost, ends the others. They raise a
 RuntimeError that names it, at once where the connection breaks, and within the group's timeout
-otherwise. After that the group is of no more use. On NCCL alone, without a backend for the CPU,
+otherwise. After that the group cannot be used. On NCCL alone, without a backend for the CPU,
 torch's own watchdog ends the processes, and does not name the rank.
 """
 

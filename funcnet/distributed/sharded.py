@@ -31,9 +31,9 @@ class Sharded(Optimizer[State]):
     are not in `Partition(label, {"learned": Sharded(Adam()), "frozen": None})`.
 
     Raises TypeError for what is not an optimiser. `step` raises ValueError for params that differ
-    in structure, shapes or dtypes between the ranks, what the other optimiser raises, and
-    RuntimeError if another rank raises or is lost; unless a rank is lost in the middle of a step,
-    nothing has been changed then.
+    in structure, shapes or dtypes between the ranks, RuntimeError if another rank raises or is
+    lost, and what the other optimiser raises. Nothing has been changed then, unless a rank was lost
+    in the middle of a step.
     Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter models",
     2020, stage 1.
 

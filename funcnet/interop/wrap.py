@@ -45,11 +45,11 @@ def wrap(module: nn.Module, shape: Sequence[int]) -> tuple[Layer, Tree]:
     that writes to its parameters is refused, too. One that calls `x.view`, which works for a
     contiguous x alone, gets such an x.
 
-    Raises ValueError for such modules, for those whose parameters cannot be handed over (complex
-    ones or of several dtypes, those on meta, TorchScript, DataParallel), that cannot be copied or
-    that fail in their backward pass, for examples that the module does not take, and unless y is
-    one tensor (N, …) with the dtype of x and the parameters; TypeError unless `module` is a
-    torch.nn.Module.
+    Raises ValueError for such modules, for those that cannot be copied, that do not take such
+    examples or that fail in their backward pass, and for parameters that cannot be handed over:
+    complex ones, of several dtypes, on meta, those of TorchScript and DataParallel. So it does
+    unless y is one tensor (N, …) with the dtype of x and the parameters. Raises TypeError unless
+    `module` is a torch.nn.Module.
 
     >>> import funcnet as fn
     >>> from torch import nn

@@ -194,7 +194,7 @@ class AvgPool2d(AvgPool):
     `kernel_size`, `stride` and `padding` are ints or pairs (height, width). `stride` is the
     kernel's size where it is None. `padding` is at most half the kernel's size. A mean divides by
     the number of the window's taps in x and its padding, or in x alone if `count_include_pad` is
-    False; taps behind the padding, which `ceil_mode` may bring, never count.
+    False. With `ceil_mode` a window may reach beyond the padding: taps there never count.
 
     Shapes: x (N, C, H, W); y (N, C, H′, W′), H′ by the rule in `funcnet.layers.pooling`.
     No parameters.

@@ -71,7 +71,7 @@ class UpsampleConv2d(Kernels):
 
     `method="unfold"` does one after the other, by the derivation's matrix products. "auto" is the
     fastest. On the CPU that is a convolution at low resolution, with kh·kw products a source pixel
-    whatever the scale, in float32 for half precision; where there are few channels, it is one step
+    whatever the scale, in float32 for half precision. Where there are few channels, it is one step
     after the other. On other devices, where the number of calls counts most, it is a single
     transposed convolution. Each entry of y is as exact as the sum of its own products: off by at
     most a multiple of ε · Σ |weight|·|x|, and likewise the gradients.
@@ -81,8 +81,8 @@ class UpsampleConv2d(Kernels):
     products nearby: a faint entry beside a bright one loses digits, and numbers near the largest of
     their dtype overflow.
 
-    All methods give the same numbers while these are finite: of padding, no product with NaN is
-    made.
+    All methods give the same numbers while these are finite. At low resolution no weight is
+    multiplied by padding, so one that is NaN or infinite reaches fewer entries of y.
 
     Shapes: x (N, C, H, W); y (N, O, H′, W′) with O = out_channels, H′ = s_h·H + 2p − kh + 1.
     Parameters: {"weight": (O, C, kh, kw), "bias": (O,)}, as for the convolution; on the CPU,

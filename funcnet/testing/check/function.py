@@ -90,8 +90,8 @@ def check_function(
       there is one; linearity in grad. The dtype of the inputs is held to float64; a result that
       depends smoothly on the dtype is excused, unless `reference` says what it is.
     - A function that refuses float64, or computes it in another dtype, is held to `reference` in
-      float64, where a factor of 1.05 on all entries shows even in bfloat16, whose ε is 2⁻⁷; or to
-      differences of itself in its own dtype, which are coarse.
+      float64. There a factor of 1.05 on all entries shows even in bfloat16, whose ε is 2⁻⁷. Without
+      a reference it is held to differences in its own dtype, which are coarse.
 
     `rtol`, `atol` and `budget` are as in `check_vjp`. Raises GradientMismatch; TypeError without a
     floating-point tensor among the inputs and parameters, and for complex and sparse ones;

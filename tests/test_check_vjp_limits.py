@@ -1291,7 +1291,7 @@ FAULTS = {
     "out_shape is a list": r"out_shape: expected a tuple of ints, got \[4\]",
     "out_shape is an int": "out_shape: expected a tuple of ints, got 4",
     "apply reads a number": "apply does not work under torch.func.vmap",
-    "y is a tuple": "apply: expected y to be a tensor, got a tuple of 2",
+    "y is a tuple": r"^Faulty\(.*\): apply: expected y to be a tensor, got a tuple of 2",
     "empty batch with a key": "a batch of 0 should work",
     "state by params": "state is kept between fwd and bwd",
     "squeezed": r"batch of 1: expected the gradient for x of shape \(1, 6\), got \(6,\)",

@@ -10,7 +10,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funcnet.checks import PromiseError
+from funcnet.checks import PromiseError, name_of
 from funcnet.keys import Key
 from funcnet.layer import Layer, Tree
 from funcnet.losses import Loss
@@ -264,7 +264,9 @@ def make_case(
         except PromiseError as error:  # which the check will say
             y = error.y
         if not isinstance(y, Tensor):
-            raise GradientMismatch(f"apply: expected y to be a tensor, got {kind_of(y)}")
+            raise GradientMismatch(
+                f"{name_of(layer)}: apply: expected y to be a tensor, got {kind_of(y)}"
+            )
         grad = signed(y.shape, seed=1).to(y if like is None else like)
     dtype = None if like is None else like.dtype
     grad = torch.as_tensor(grad, dtype=dtype, device=leaves[0].device).detach()

@@ -3,7 +3,8 @@
 An initialiser is a value, and a function (key, shape, dtype=None, device=None) -> tensor. Numbers
 are drawn on the CPU, so that a key means the same numbers on every device. Layers refuse a plain
 function, which files cannot hold and == cannot compare. One of your own is a subclass of
-`Initializer`.
+`Initializer`. All raise TypeError for another dtype than float16, bfloat16, float32 and float64,
+and for what is not a key or a shape.
 
     >>> import funcnet as fn
     >>> layer = fn.Conv2d(8, 3, weight_init=fn.initializers.Orthogonal(gain=2.0))

@@ -32,7 +32,11 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Key:
-    """A source of random numbers that is a value: immutable, hashable, picklable. Made by `key`."""
+    """A source of random numbers that is a value: immutable, hashable, picklable. Made by `key`.
+
+    >>> isinstance(key(0), Key), hash(key(0)) == hash(key(0))
+    (True, True)
+    """
 
     data: int
     _halves: Any = field(init=False, repr=False, compare=False)

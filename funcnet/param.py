@@ -22,6 +22,9 @@ Layout: TypeAlias = Callable[[Tensor], Tensor]
 class Param:
     """A parameter as a layer declares it: its shape, and how it is drawn.
 
+    `initializer` is an `Initializer`, or another function (key, shape, dtype, device) -> tensor.
+    The layer's `init` raises TypeError for what cannot be called.
+
     >>> import funcnet as fn
     >>> {"weight": fn.Param((8, 3), fn.initializers.Ones())}  # what a layer's `_params` returns
     {'weight': Param(shape=(8, 3), initializer=initializers.Ones())}

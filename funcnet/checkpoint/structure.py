@@ -44,7 +44,10 @@ _MAPPINGS: dict[str, Callable[[Any], Any]] = {"dict": dict, "OrderedDict": Order
 
 
 class CheckpointError(ValueError):
-    """A file is damaged, foreign or not what was asked for. The message names the entry."""
+    """The ValueError for a file that is damaged, foreign or not what was asked for.
+
+    The message names the entry.
+    """
 
 
 class Node(NamedTuple):

@@ -87,6 +87,7 @@ class Identity(Rearranged):
     """y = x, dx = dy.
 
     Shapes: any; y has x's shape.
+    Raises TypeError for an x that is not floating-point.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.Identity.html
 
     >>> Identity().apply((), torch.tensor([1.0, 2.0]))

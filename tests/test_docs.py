@@ -91,6 +91,18 @@ def test_every_name_of_a_module_is_on_its_page(module):
     assert sorted(members[1].split(", ")) == sorted(module.__all__)
 
 
+def test_every_public_name_has_an_example():
+    modules = [fn, fn.schedules, fn.initializers, fn.interop, fn.distributed]
+    values = [(name, getattr(module, name)) for module in modules for name in module.__all__]
+    without = {
+        name
+        for name, value in values
+        if not isinstance(value, ModuleType) and ">>>" not in (inspect.getdoc(value) or "")
+    }
+    states = {name for name in without if name.endswith("State")}  # their optimisers have one
+    assert without - states == {"CheckpointError"}
+
+
 @pytest.fixture(scope="module")
 def read_by_the_site():
     """The package as mkdocstrings reads it."""

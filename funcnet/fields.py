@@ -52,10 +52,10 @@ class Hyperparameters:
     # Not in Layer: help and inspect take a class's arguments from the first of its bases with a
     # `__new__` or an `__init__`, and those of a layer are its fields.
     def __new__(cls, *arguments: Any, **named: Any) -> Self:
-        """Raise TypeError for sizes of x by torch.nn's names, unless the class has such names, and
-        for arguments of a class that is not a dataclass."""
-        if not SIZES_OF_X.isdisjoint(named):
-            refuse_sizes(cls, arguments, named)
+        """Raise TypeError for arguments of torch.nn that are none here, unless the class has such
+        names, and for arguments of a class that is not a dataclass."""
+        if not TORCHS.isdisjoint(named):
+            refuse_torchs(cls, arguments, named)
         if (arguments or named) and "__dataclass_fields__" not in vars(cls):
             _expect_dataclass(cls, arguments, named)
         return super().__new__(cls)
@@ -295,19 +295,36 @@ READ_OFF = "sizes of x are read off the shape that init is given"
 """What messages say to torch.nn's sizes of x, which come where another argument is expected."""
 
 
-SIZES_OF_X = frozenset(
-    ["in_features", "num_features", "num_channels", "normalized_shape", "embed_dim", "input_size"]
-)
-"""The names that torch.nn's layers have for sizes of x."""
+_SIZES_OF_X = (
+    "in_features", "num_features", "num_channels", "normalized_shape", "embed_dim", "input_size",
+)  # fmt: skip
+
+ADVICE = {
+    **dict.fromkeys(_SIZES_OF_X, READ_OFF),
+    **dict.fromkeys(("device", "dtype"), "init takes device and dtype"),
+    "inplace": "a Sequential works in place by itself, where nobody else holds the tensor",
+    "batch_first": "sequences are (N, T, C)",
+    "padding_mode": "padding is zeros",
+    "track_running_stats": "fn.moments measures statistics, for fn.for_inference",
+    "scale_factor": "it is called scale",
+}
+"""What messages say to arguments that torch.nn's layers have and these lack, by their names."""
+
+TORCHS = frozenset(ADVICE)  # torch.compile knows no keys() of a global
 
 
-def refuse_sizes(cls: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-    """Raise TypeError for sizes of x among the arguments of a constructor that takes none."""
+def refuse_torchs(cls: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """Raise TypeError for an argument of torch.nn's that a constructor does not take."""
+    known = getattr(cls, "__dataclass_fields__", {})
+    theirs = [name for name in named if name in ADVICE and name not in known]
+    if not theirs:
+        return
     try:  # a layer of one's own may have arguments of these names
         inspect.signature(cls.__init__).bind(None, *arguments, **named)
     except TypeError:
-        theirs = ", ".join(name for name in named if name in SIZES_OF_X)
-        raise TypeError(f"{cls.__name__}: expected no {theirs}: {READ_OFF}") from None
+        advice = ADVICE[theirs[0]]
+        alike = ", ".join(name for name in theirs if ADVICE[name] == advice)
+        raise TypeError(f"{cls.__name__}: expected no {alike}: {advice}") from None
 
 
 @dataclass(frozen=True)

@@ -590,6 +590,32 @@ OWN_LOSS = "got Shrunk(): a loss of one's own has a field named reduction"
                 (fn.MultiheadAttention, "embed_dim", {"num_heads": 2}),
             )
         ),
+        *(
+            (partial(cls, *sizes, **{name: True}), TypeError, f"{cls.__name__}: expected no {text}")
+            for cls, sizes, name, text in (
+                (fn.LSTM, (4,), "batch_first", "batch_first: sequences are (N, T, C)"),
+                (fn.Linear, (4,), "device", "device: init takes device and dtype"),
+                (fn.Conv2d, (4, 3), "padding_mode", "padding_mode: padding is zeros"),
+                (fn.Upsample2d, (), "scale_factor", "scale_factor: it is called scale"),
+            )
+        ),
+        (
+            lambda: fn.ReLU(inplace=True),
+            TypeError,
+            "ReLU: expected no inplace: a Sequential works in place by itself, where nobody else "
+            "holds the tensor",
+        ),
+        (
+            lambda: fn.BatchNorm(track_running_stats=True),
+            TypeError,
+            "BatchNorm: expected no track_running_stats: fn.moments measures statistics, for "
+            "fn.for_inference",
+        ),
+        (
+            lambda: fn.Linear(in_features=4, out_features=2, dtype=torch.float32),
+            TypeError,
+            f"Linear: expected no in_features{SIZES}",
+        ),
         (
             lambda: fn.Linear(2, weight_init=fn.initializers.Zeros),
             TypeError,

@@ -40,7 +40,7 @@ class Kernels(Layer):
             raise TypeError(_advice(cls, arguments))
         if _has_channels_of_x(cls, arguments, named):
             raise TypeError(_advice_by_name(cls, arguments, named))
-        return super().__new__(cls)
+        return super().__new__(cls, *arguments, **named)
 
     def _set_window(self: Any) -> None:
         """Keep the window of the fields. Raises ValueError unless groups divides out_channels."""

@@ -1276,6 +1276,20 @@ def test_a_part_of_a_network_that_is_cast(dtype, head):
         check_vjp(wrong, wrong.init(fn.key(0), (8,)), DRAWN)
 
 
+@pytest.mark.parametrize("eps", [1e-6, 1e-12])
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_a_steep_layer_before_a_part_that_is_cast(eps, factor):
+    """At zeros, x / sqrt(x² + eps) bends within far less than the steps for bfloat16."""
+    norm = Jumping(lambda x: x / (x * x + eps).sqrt(), lambda x, y: factor * (1 - y * y) / eps**0.5)
+    net = fn.Sequential(norm, fn.Cast(fn.Linear(3), torch.bfloat16))
+    params, x = net.init(fn.key(0), (8,)), torch.zeros_like(DRAWN)
+    if factor == 1:
+        check_vjp(net, params, x)
+    else:
+        with pytest.raises(GradientMismatch, match="the gradient is wrong"):
+            check_vjp(net, params, x)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_is_cast_and_flat(dtype):
     flat = fn.Sequential(fn.LeakyReLU(0.0), fn.Hardtanh())

@@ -1220,6 +1220,26 @@ def test_a_layer_that_adds_to_its_params_is_told_so():
         check_vjp(Counting(), {"weight": torch.tensor(2.0)}, DRAWN)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_search_for_a_case_to_replay_is_short(dtype):
+    """A gradient that is wrong for 3 examples alone is right in the smaller batches tried."""
+    counts = []
+
+    def counted(x):
+        counts.append(len(x))
+        return x.tanh()
+
+    def is_three(x, y):
+        return torch.full_like(x, len(x) == 3, dtype=torch.bool)
+
+    x = DRAWN.to(dtype)
+    check_vjp(Jumping(counted, lambda x, y: 1 - y * y, is_three), (), x)
+    right = len(counts)
+    with pytest.raises(GradientMismatch, match="the gradient for x"):
+        check_vjp(Jumping(counted, lambda x, y: 1 - y * y, is_three, 1.01), (), x)
+    assert len(counts) - right <= 2 * right
+
+
 @pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 1.001), (torch.bfloat16, 3.0)])
 def test_what_is_cast_is_held_to_the_dtype_inside(dtype, factor):
     net = fn.Cast(fn.Sequential(fn.Linear(5), fn.Tanh(), fn.Linear(4)), dtype)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, TypeAlias
 
 import optree
 import torch
@@ -20,7 +20,11 @@ from funcnet.testing.check.case import Case, LossCase, make_case
 _MOST_LITERAL = 400
 
 
-def snippet(case: Case, fails: Callable[[Case], bool], limits: str = "") -> str:
+Fails: TypeAlias = Callable[[Case, bool], bool]
+"""Whether a case fails, and by what costs little where the second argument says `quickly`."""
+
+
+def snippet(case: Case, fails: Fails, limits: str = "") -> str:
     """Code that raises the same again, with `limits` as further arguments of `check_vjp`.
 
     It draws its tensors from keys if such a case fails too, the smallest batch first. Otherwise it
@@ -55,22 +59,31 @@ def snippet(case: Case, fails: Callable[[Case], bool], limits: str = "") -> str:
     return "\n".join(lines)
 
 
-def _drawn(case: Case, fails: Callable[[Case], bool]) -> Case | None:
+def _drawn(case: Case, fails: Fails) -> Case | None:
     """A failing case of the same shapes, drawn from keys."""
     if not case.x.ndim:
         return None
-    dtype, device, batch = case.dtype, case.x.device, len(case.x)
-    for count in sorted({min(1, batch), min(2, batch), batch}):
-        shape = (count, *case.x.shape[1:])
-        try:
-            params = case.layer.init(make_key(0), shape[1:], dtype=dtype, device=device)
-            x = normal(make_key(1), shape, dtype=dtype, device=device)
-            drawn = make_case(case.layer, params, x, None, None)
-            if optree.tree_structure(params) == optree.tree_structure(case.params) and fails(drawn):
-                return drawn
-        except Exception:  # a user's init may not work with a key, and the snippet is optional
-            continue
-    return None
+    batch = len(case.x)
+    counts = sorted({min(1, batch), min(2, batch), batch})
+    found = [_drawn_of(case, count) for count in counts]
+    cases = [drawn for drawn in found if drawn is not None]
+    quick = next((drawn for drawn in cases if fails(drawn, True)), None)
+    if quick is not None or not (cases and fails(cases[-1], False)):
+        return quick  # what does not fail at its own size seldom does in a smaller batch
+    return next((drawn for drawn in cases[:-1] if fails(drawn, False)), cases[-1])
+
+
+def _drawn_of(case: Case, count: int) -> Case | None:
+    """A batch of so many, drawn from keys."""
+    shape, device = (count, *case.x.shape[1:]), case.x.device
+    try:
+        params = case.layer.init(make_key(0), shape[1:], dtype=case.dtype, device=device)
+        x = normal(make_key(1), shape, dtype=case.dtype, device=device)
+        drawn = make_case(case.layer, params, x, None, None)
+    except Exception:  # a user's init may not work with a key, and the snippet is optional
+        return None
+    is_alike = optree.tree_structure(params) == optree.tree_structure(case.params)
+    return drawn if is_alike else None
 
 
 def _literally(case: Case, limits: str) -> list[str]:

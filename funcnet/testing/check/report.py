@@ -84,18 +84,27 @@ def _wrong_alone(record: Record, examine: Callable[[Case], None]) -> str | None:
 
 
 def complete(
-    mismatch: GradientMismatch, case: Case, examine: Callable[[Case], None], limits: str
+    mismatch: GradientMismatch,
+    case: Case,
+    examine: Callable[[Case], None],
+    examine_gradient: Callable[[Case], None],
+    limits: str,
 ) -> None:
     """Add the layer, the sizes and the code that replays the case to an exception.
 
-    `examine` raises the GradientMismatch of another case; `limits` are arguments of `check_vjp`.
+    `examine` raises the GradientMismatch of another case, `examine_gradient` that of its gradient
+    in float64, if autograd shows it; `limits` are arguments of `check_vjp`.
     """
 
-    def fails(drawn: Case) -> bool:
+    def fails(drawn: Case, quickly: bool) -> bool:
+        if quickly and mismatch.leaf is None:
+            return False
         try:
-            examine(drawn)
+            (examine_gradient if quickly else examine)(drawn)
         except GradientMismatch as other:
             return _fault(other) == _fault(mismatch)
+        except Exception:  # it may be undefined there
+            return False
         return False
 
     mismatch.snippet = snippet(case, fails, limits)

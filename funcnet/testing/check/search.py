@@ -69,7 +69,7 @@ _WORK = 2**24  # entries that all those evaluations may compute
 _LONGER = 2.0**20  # times an entry's own step
 _MANY_HALVINGS = 32  # a derivative that is off by 1e-7 shows by the last
 _TOGETHER, _ALIKE = 16, 16.0  # leaves that move at once, and the ratio of their derivatives
-_AROUND, _NEAR = 96, 2.0**-26  # points around a kink, and their distance
+_FEW_AROUND, _AROUND, _NEAR = 12, 96, 2.0**-26  # points around a kink, and their distance
 
 LeafDirection: TypeAlias = tuple[int, Tensor]
 """The number of a leaf, and a direction to move it in."""
@@ -224,11 +224,21 @@ class _Search:
     @cached_property
     def around(self) -> list[Leaves]:
         """The gradients at points around this one, so near that only kinks tell them apart."""
-        found = []
+        found: list[Leaves] = []
         for trial in range(_AROUND):
+            if trial == _FEW_AROUND and self._are_alike(found):
+                break  # there is no kink
             there = tried(self._beside(trial, _NEAR).gradients)
             found += [] if there is None else [there]
         return found
+
+    def _are_alike(self, found: list[Leaves]) -> bool:
+        """Whether gradients are those of this point, but for `rtol` of each leaf's largest."""
+        for ours, *leaves in zip(self.gradients, *found, strict=True):
+            slack = self.limits.slack(float(ours.abs().max()) if ours.numel() else 0.0)
+            if not all(bool(((leaf - ours).abs() <= slack).all()) for leaf in leaves):
+                return False
+        return bool(found)
 
     def is_at_torchs_kinks(self, found: Finding) -> bool:
         """Whether the derivatives are torch's own, and at kinks inside, as of relu(W·x) at 0.
@@ -588,10 +598,10 @@ class _Search:
         """
         leaf = self.case.leaves[i]
         is_tied = int((leaf == leaf.flatten()[position]).sum()) > 1
-        if not (found.jump or is_tied):
+        slack: float = self.limits.slack(float(self.gradients[i].flatten()[position]))
+        if not (found.jump > slack or is_tied):
             return False
         ours, *around = (float(g[i].flatten()[position]) for g in (self.gradients, *self.around))
-        slack: float = self.limits.slack(ours)
         if not around or max(around) - min(around) <= slack:  # no kink, but for rounding
             return False
         return min(around) - slack <= ours <= max(around) + slack

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import optree
 import torch
@@ -30,6 +31,8 @@ from funcnet.testing.check.precision import check_precision, computed_in
 from funcnet.testing.check.report import complete, name_the_guilty, wrong_gradient
 from funcnet.testing.check.search import Limits, find_wrong, find_wrong_at
 from funcnet.testing.errors import GradientMismatch, noted
+
+_Examine: TypeAlias = Callable[[Case, Limits, Errors], None]
 
 _IN_FLOAT64 = (
     "check_vjp: raised in float64, in which gradients are checked; check_function takes functions "
@@ -114,14 +117,12 @@ def inspect_vjp(
     return errors
 
 
-def _attempt(
-    examine: Callable[[Case, Limits, Errors], None], case: Case, limits: Limits, errors: Errors
-) -> None:
+def _attempt(examine: _Examine, case: Case, limits: Limits, errors: Errors) -> None:
     """Examine a case, and complete the exception that says what is wrong."""
 
-    def again(other: Case) -> None:
+    def again(other: Case, by: _Examine = examine) -> None:
         with _as_mismatch():
-            examine(other, limits, Errors())
+            by(other, limits, Errors())
 
     try:
         with _as_mismatch():
@@ -131,7 +132,7 @@ def _attempt(
             name_the_guilty(mismatch, case, again)
             usual = (("rtol", limits.rtol, 1e-6), ("atol", limits.atol, 0.0))
             unusual = "".join(f", {name}={v!r}" for name, v, default in usual if v != default)
-            complete(mismatch, case, again, unusual)
+            complete(mismatch, case, again, partial(again, by=_examine_gradient), unusual)
         raise
 
 

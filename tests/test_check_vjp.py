@@ -1250,6 +1250,22 @@ def test_what_is_cast_is_held_to_the_dtype_inside(dtype, factor):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wrong", [lambda dy: dy.sum() < 0, lambda dy: not dy.any()])
+def test_what_is_cast_and_not_linear_in_grad(dtype, wrong):
+    """At the grad that is given, it is right."""
+
+    @dataclass(frozen=True)
+    class Clipping(Passing):
+        def bwd(self, params, residuals, grad, **need):
+            dparams, dx = super().bwd(params, residuals, grad, **need)
+            return dparams, None if dx is None else dx + 1 if wrong(grad) else dx
+
+    layer = Clipping(fn.Cast(fn.Tanh(), dtype))
+    with pytest.raises(GradientMismatch, match="the gradient for x is not linear in grad"):
+        check_vjp(layer, (), DRAWN, grad=torch.ones_like(DRAWN))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", [fn.ReLU(), fn.Tanh()])
 def test_the_gradient_of_each_leaf_of_what_is_cast(dtype, activation):
     """Kinks and rounding leave no step that finds the derivative well."""

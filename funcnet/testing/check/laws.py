@@ -29,7 +29,7 @@ from funcnet.testing.check.rounding import (
     is_extreme,
     value_moves,
 )
-from funcnet.testing.check.tolerances import COUPLED, LAW_FAR, LAW_ROUNDING, LAW_TERMS
+from funcnet.testing.check.tolerances import COUPLED, LAW_FAR, LAW_ROUNDING, LAW_TERMS, SAME_DTYPE
 from funcnet.testing.errors import GradientMismatch
 from funcnet.testing.layouts import same
 from funcnet.trace import trace
@@ -63,6 +63,17 @@ def check_linear_in_grad(case: Case) -> None:
         expected = [multiple * leaf for leaf in mine]
         _expect_linear(scaled, scaled.gradients(), expected, map(size_of, expected), why)
     _check_zeros_in_grad(case, mine)
+
+
+def check_odd_in_grad(case: Case, dtype: torch.dtype) -> None:
+    """vjp(−g) = −vjp(g), and vjp(0) = 0, which no dtype rounds."""
+    gradients, share = case.gradients(), SAME_DTYPE[dtype] * torch.finfo(dtype).eps
+    for multiple, why in ((-1.0, ""), (0.0, _AT_ZERO)):
+        found = replace(case, grad=multiple * case.grad).gradients()
+        for name, got, leaf in zip(case.names, found, gradients, strict=True):
+            want = multiple * leaf
+            if not within(got, want, share * want.abs()):
+                raise GradientMismatch(f"the gradient for {name} is not linear in grad{why}")
 
 
 def _largest_throughout(leaf: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from funcnet.testing.check.laws import (
     check_each_example,
     check_frozen,
     check_linear_in_grad,
+    check_odd_in_grad,
     check_sum_of_examples,
 )
 from funcnet.testing.check.own_dtype import check_own_dtype
@@ -165,6 +166,7 @@ def _examine_numbers(case: Case, limits: Limits, errors: Errors) -> None:
             check_precision(case, double, errors)
         else:
             check_own_dtype(case, own)
+        check_odd_in_grad(case, own)
         check_surroundings(case)
         return
     if case.dtype != torch.float64:

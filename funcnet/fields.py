@@ -54,8 +54,8 @@ class Hyperparameters:
     def __new__(cls, *arguments: Any, **named: Any) -> Self:
         """Raise TypeError for arguments of torch.nn that are none here, unless the class has such
         names, and for arguments of a class that is not a dataclass."""
-        if not TORCHS.isdisjoint(named):
-            refuse_torchs(cls, arguments, named)
+        if not _TORCH_NAMES.isdisjoint(named):
+            _refuse_torch_names(cls, arguments, named)
         if (arguments or named) and "__dataclass_fields__" not in vars(cls):
             _expect_dataclass(cls, arguments, named)
         return super().__new__(cls)
@@ -299,7 +299,7 @@ _SIZES_OF_X = (
     "in_features", "num_features", "num_channels", "normalized_shape", "embed_dim", "input_size",
 )  # fmt: skip
 
-ADVICE = {
+_ADVICE = {
     **dict.fromkeys(_SIZES_OF_X, READ_OFF),
     **dict.fromkeys(("device", "dtype"), "init takes device and dtype"),
     "inplace": "a Sequential works in place by itself, where nobody else holds the tensor",
@@ -310,20 +310,20 @@ ADVICE = {
 }
 """What messages say to arguments that torch.nn's layers have and these lack, by their names."""
 
-TORCHS = frozenset(ADVICE)  # torch.compile knows no keys() of a global
+_TORCH_NAMES = frozenset(_ADVICE)  # torch.compile knows no keys() of a global
 
 
-def refuse_torchs(cls: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+def _refuse_torch_names(cls: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
     """Raise TypeError for an argument of torch.nn's that a constructor does not take."""
     known = getattr(cls, "__dataclass_fields__", {})
-    theirs = [name for name in named if name in ADVICE and name not in known]
+    theirs = [name for name in named if name in _ADVICE and name not in known]
     if not theirs:
         return
     try:  # a layer of one's own may have arguments of these names
         inspect.signature(cls.__init__).bind(None, *arguments, **named)
     except TypeError:
-        advice = ADVICE[theirs[0]]
-        alike = ", ".join(name for name in theirs if ADVICE[name] == advice)
+        advice = _ADVICE[theirs[0]]
+        alike = ", ".join(name for name in theirs if _ADVICE[name] == advice)
         raise TypeError(f"{cls.__name__}: expected no {alike}: {advice}") from None
 
 

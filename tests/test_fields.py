@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import pytest
+import torch
 
 import funcnet as fn
 from funcnet import fields
@@ -394,3 +395,12 @@ def test_a_dataclass_that_is_forgotten():
         with pytest.raises(TypeError, match=message):
             make()
     assert Convolution(8, 3).kernel_size == (3, 3)
+    with pytest.raises(TypeError, match="missing 2 required"):
+        Convolution()
+
+
+def test_names_of_torch_among_others():
+    with pytest.raises(TypeError, match="Linear: expected no device"):
+        fn.Linear(4, other=1, device="cpu")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'other'"):
+        fn.Cast(fn.ReLU(), dtype=torch.bfloat16, other=1)

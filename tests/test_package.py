@@ -18,7 +18,8 @@ def test_only_public_names_complete():
 
 def test_importing_it_imports_no_compiler():
     """PyTorch's takes a second, three times as long as all of the package."""
-    script = "import sys, funcnet; sys.exit('torch._dynamo' in sys.modules)"
+    use = "import sys, funcnet as fn; fn.Linear(2).init(fn.key(0), (3,))"
+    script = f"{use}; sys.exit('torch._dynamo' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 

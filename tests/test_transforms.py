@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import funcnet as fn
+from funcnet.fields import Size
 from funcnet.testing import check_vjp, strategies
 
 examples = pytest.mark.parametrize(("layer", "shape"), EXAMPLES, ids=EXAMPLE_IDS)
@@ -487,6 +488,18 @@ def test_a_layer_made_in_a_compiled_function_that_is_broken_in_two():
     x = fn.normal(fn.key(2), (5, 4))
     torch._dynamo.reset()
     close(torch.compile(made, backend="eager")(x), made(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_layer_of_a_new_class_is_refused_in_a_compiled_function():
+    @dataclasses.dataclass(frozen=True)
+    class New(fn.Linear):
+        repeats: Size = 1
+
+    torch._dynamo.reset()
+    made = torch.compile(lambda x: x * New(3, repeats=0).repeats, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="New: expected repeats"):
+        made(torch.ones(2))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

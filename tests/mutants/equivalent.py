@@ -70,7 +70,6 @@ EQUIVALENT: dict[str, str] = {
     "batch_statistics._stacked:flip-flag:1": _STRICT,
     "fields.call:drop-call:1": "a str is unpacked like a tuple, though not for type checkers",
     "fields.Hyperparameters.__new__:condition:1": "it raises for none of them",
-    "fields._refuse_torch_names:drop-term:2": "the constructor takes such a name",
     "fields._find_kinds:condition:2": "what is worked out again is the same",
     "gradients.ValueAndGrad._of:drop-argument:2": "the default",
     "gradients.MicroBatched._parts:off-by-one:2": "of nothing, two parts are as one",

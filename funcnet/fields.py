@@ -87,14 +87,20 @@ class Hyperparameters:
 def _expect_dataclass(cls: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
     """Raise TypeError for arguments that a class lacks, if it declares fields and they are none."""
     declared = inspect.get_annotations(cls)
+    if declared and not takes(cls, arguments, named):
+        raise TypeError(
+            f"{cls.__name__}: expected @dataclass(frozen=True) above the class, which makes "
+            f"fields of {', '.join(declared)}"
+        )
+
+
+def takes(cls: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> bool:
+    """Whether a constructor takes arguments. That of a layer of one's own may have any names."""
     try:
         inspect.signature(cls.__init__).bind(None, *arguments, **named)
     except TypeError:
-        if declared:
-            raise TypeError(
-                f"{cls.__name__}: expected @dataclass(frozen=True) above the class, which makes "
-                f"fields of {', '.join(declared)}"
-            ) from None
+        return False
+    return True
 
 
 def kinds(cls: Any) -> dict[str, Kind]:
@@ -317,14 +323,10 @@ def _refuse_torch_names(cls: Any, arguments: tuple[Any, ...], named: dict[str, A
     """Raise TypeError for an argument of torch.nn's that a constructor does not take."""
     known = getattr(cls, "__dataclass_fields__", {})
     theirs = [name for name in named if name in _ADVICE and name not in known]
-    if not theirs:
-        return
-    try:  # a layer of one's own may have arguments of these names
-        inspect.signature(cls.__init__).bind(None, *arguments, **named)
-    except TypeError:
+    if theirs and not takes(cls, arguments, named):
         advice = _ADVICE[theirs[0]]
         alike = ", ".join(name for name in theirs if _ADVICE[name] == advice)
-        raise TypeError(f"{cls.__name__}: expected no {alike}: {advice}") from None
+        raise TypeError(f"{cls.__name__}: expected no {alike}: {advice}")
 
 
 @dataclass(frozen=True)

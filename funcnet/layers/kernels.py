@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
@@ -11,7 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from funcnet.checks import check_some_channels, name_of
-from funcnet.fields import Size, Sizes
+from funcnet.fields import Size, Sizes, takes
 from funcnet.initializers import Initializer, Uniform
 from funcnet.layer import Layer, Part, Shape
 from funcnet.ops import tiles
@@ -141,13 +140,8 @@ def _has_channels_of_x(
 ) -> bool:
     """Whether in_channels comes by name, or by position before what comes by name, too."""
     first = ("out_channels", "kernel_size")[: len(arguments)]
-    if not any(name in named for name in ("in_channels", *first)):
-        return False
-    try:  # a subclass may have arguments of these names
-        inspect.signature(cls.__init__).bind(None, *arguments, **named)
-    except TypeError:
-        return True
-    return False
+    is_named = any(name in named for name in ("in_channels", *first))
+    return is_named and not takes(cls, arguments, named)
 
 
 def _advice_by_name(cls: type[Kernels], arguments: tuple[Any, ...], named: dict[str, Any]) -> str:

@@ -613,9 +613,9 @@ def expect_close(
         return None
 
     def is_rounding_in(dtype: torch.dtype) -> bool:
-        moves = value_moves if of_value else gradient_moves
-        found = moves(double, torch.finfo(dtype).eps, 1)
-        return first_apart([found] if isinstance(found, Tensor) else found, dtype) is None
+        eps = torch.finfo(dtype).eps
+        moves = [value_moves(double, eps, 1)] if of_value else gradient_moves(double, eps, 1)
+        return first_apart(moves, dtype) is None
 
     if is_rounding_in(case.dtype):
         return

@@ -162,7 +162,7 @@ def norms_in_turn(xs: list[Tensor], order: float, dtype: torch.dtype) -> list[Te
     return [torch.linalg.vector_norm(x, order, dtype=dtype) for x in xs]
 
 
-_OPERATIONS = ("add", "addcdiv", "addcmul", "div", "lerp", "maximum", "mul", "neg", "sqrt")
+_OPERATIONS = ("add", "addcdiv", "addcmul", "div", "lerp", "maximum", "mul", "neg", "sqrt", "sub")
 
 foreach = {name: named(f"_foreach_{name}", partial(in_turn, name)) for name in _OPERATIONS}
 foreach_ = {name: named(f"_foreach_{name}_", partial(_write_in_turn, name)) for name in _OPERATIONS}

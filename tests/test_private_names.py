@@ -197,6 +197,7 @@ OPERANDS = {
     "mul": ("number",),
     "neg": (),
     "sqrt": (),
+    "sub": ("list",),
 }
 
 

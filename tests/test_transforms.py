@@ -1,6 +1,10 @@
 """torch.func.vmap, autograd and torch.compile: layers are plain functions, so all of them work."""
 
 import dataclasses
+import os
+import shutil
+import sysconfig
+from pathlib import Path
 
 import optree
 import pytest
@@ -569,3 +573,37 @@ def test_a_compiled_step_in_place():
     sgd = fn.SGD(0.5, momentum=0.9)
     compile_whole(sgd.step_)(params, grads, sgd.init(params))
     assert torch.equal(params["w"], torch.full((3,), 0.5))
+
+
+CAN_BUILD = (
+    shutil.which(os.environ.get("CXX", "g++")) is not None
+    and Path(sysconfig.get_path("include"), "Python.h").exists()
+)
+
+
+@pytest.mark.skipif(not CAN_BUILD, reason="no C++ compiler, or no headers of Python's")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_compiled_updates_by_products_of_matrices():
+    """PyTorch's own backend fuses x + A·B, and loses the alpha of x + alpha · A·B."""
+    layer = fn.Linear(4)
+    params, x, grad = make(layer, (5,))
+    optimizers = [
+        fn.SGD(0.5),
+        fn.SGD(0.5, momentum=0.5, dampening=0.25, weight_decay=0.25),
+        fn.SGD(0.5, momentum=0.5, weight_decay=0.25, nesterov=True, maximize=True),
+        fn.Adam(weight_decay=0.25),
+        fn.RMSprop(weight_decay=0.25, momentum=0.5),
+    ]
+
+    def steps(params, x, grad):
+        updated = []
+        for optimizer in optimizers:
+            new, state = params, optimizer.init(params)
+            for _ in range(2):
+                new, state = optimizer.step(new, layer.vjp(new, x, grad)[0], state)
+            updated.append((new, state))
+        return updated
+
+    torch._dynamo.reset()
+    found = torch.compile(steps, fullgraph=True)(params, x, grad)
+    close(found, steps(params, x, grad), rtol=1e-4, atol=1e-5)

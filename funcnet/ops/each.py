@@ -40,7 +40,7 @@ class Each:
 
     def add(self, xs: Tensors, ys: Tensors, alpha: float) -> Tensors:
         """x + alpha · y."""
-        return self._map("add", xs, ys, alpha=alpha)
+        return self._map("sub", xs, ys, alpha=-alpha)  # what "add" is compiled to may lose alpha
 
     def addcmul(self, xs: Tensors, ys: Tensors, zs: Tensors, c: float) -> Tensors:
         """x + c · y · z."""
@@ -50,7 +50,7 @@ class Each:
         """x + alpha · y."""
         if isinstance(alpha, Tensor):
             ys, alpha = [_like(y, alpha) * y for y in ys], 1.0
-        return self._map_("add", xs, ys, alpha=alpha)
+        return self._map_("sub", xs, ys, alpha=-alpha)
 
     def shift_(self, xs: Tensors, c: float) -> Tensors:
         """x + c."""

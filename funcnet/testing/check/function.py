@@ -395,7 +395,7 @@ def _examine_further(case: FunctionCase, gradients: Leaves, limits: Limits) -> N
             _expect_value(double, y)
             if tried(beside.reference) is not None:
                 _expect_value(beside, beside.apply())
-    found = find_wrong(double, limits, errors := Errors())
+    found = find_wrong(double, beside, limits, errors := Errors())
     if found is not None:
         raise wrong_gradient(found)
     check_linear_in_grad(beside)

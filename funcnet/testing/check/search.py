@@ -26,7 +26,6 @@ from funcnet.testing.check.beside import (
     direction,
     for_each,
     movable,
-    moved,
     shared_numbers,
 )
 from funcnet.testing.check.case import Case, Leaves, scale_of, tried, tried_y
@@ -96,11 +95,11 @@ class Limits:
         return evaluations >= most if self.seconds is None else self.is_out_of_time
 
 
-def find_wrong(case: Case, limits: Limits, errors: Errors) -> Finding | None:
+def find_wrong(case: Case, beside: Case, limits: Limits, errors: Errors) -> Finding | None:
     """The first wrong entry at a float64 case, or beside it, away from ties and at those left."""
     return (
         find_wrong_at(case, limits, errors, thorough=False)
-        or find_wrong_at(moved(case), limits, errors, thorough=True)
+        or find_wrong_at(beside, limits, errors, thorough=True)
         or _find_wrong_between_leaves(case, limits, errors)
     )
 

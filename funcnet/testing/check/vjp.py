@@ -173,10 +173,10 @@ def _examine_numbers(case: Case, limits: Limits, errors: Errors) -> None:
         with noted(_IN_FLOAT64):
             check_calls(double)  # rounding in the dtype of x may hide differences
     check_frozen(double)
-    found = find_wrong(double, limits, errors)
+    beside = moved(double)
+    found = find_wrong(double, beside, limits, errors)
     if found is not None:
         raise wrong_gradient(found)
-    beside = moved(double)
     check_linear_in_grad(beside)
     check_sum_of_examples(beside)
     check_each_example(beside)

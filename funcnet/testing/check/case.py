@@ -174,35 +174,29 @@ class Case:
         return self.flat(self.vjp())
 
     def flat(self, gradients: Any) -> Leaves:
-        """(dparams, dx) as a list, without what was not asked for; zeros for None of integers."""
-        return [leaf for part in self.parts(gradients) for leaf in part or ()]
-
-    def parts(self, gradients: Any) -> tuple[Leaves | None, Leaves | None]:
-        """The leaves of dparams and of dx; None for what was not asked for.
+        """(dparams, dx) as a list; zeros for None of integers.
 
         Raises ValueError for a gradient that has another tree than what it is the gradient of.
         """
-        dparams, dx = (
-            None if tree is None and _has_floats(of) else _leaves_like(of, tree)
-            for of, tree in zip((self.params, self.x), gradients, strict=True)
-        )
-        return dparams, dx
+        dparams, dx = gradients
+        return [*leaves_like(self.params, dparams), *leaves_like(self.x, dx)]
 
 
-def _has_floats(tree: Tree) -> bool:
-    return any(leaf.is_floating_point() for leaf in optree.tree_leaves(tree))
+def leaves_like(of: Tree, tree: Any) -> Leaves:
+    """The leaves of a tree of gradients, in the order of those of `of`; zeros for None of integers.
 
-
-def _leaves_like(of: Tree, tree: Any) -> Leaves:
-    """The leaves of a tree of gradients, in the order of those of `of`."""
-    if tree is None:
-        tree = optree.tree_map(lambda leaf: None, of)
-    found: list[Any] = optree.tree_structure(of).flatten_up_to(tree)
+    Raises ValueError if the trees differ.
+    """
+    leaves, structure = optree.tree_flatten(of)
+    without_gradient = leaves and not any(leaf.is_floating_point() for leaf in leaves)
+    found: list[Any] = (
+        [None] * len(leaves) if tree is None and without_gradient else structure.flatten_up_to(tree)
+    )
     return [
         leaf.new_zeros(leaf.shape, dtype=torch.float64)
         if gradient is None and not leaf.is_floating_point()
         else gradient
-        for leaf, gradient in zip(optree.tree_leaves(of), found, strict=True)
+        for leaf, gradient in zip(leaves, found, strict=True)
     ]
 
 

@@ -30,6 +30,7 @@ from funcnet.testing.check.case import (
     Leaves,
     LossCase,
     kind_of,
+    leaves_like,
     named_leaves,
     of_other_examples,
     other_numbers,
@@ -122,14 +123,30 @@ def _check_bwd(case: Case, y: Tensor, residuals: Any) -> Leaves:
 def _check_gradients(case: Case, who: str, result: Any, without: str = "") -> Leaves:
     """The gradients that were asked for. `without` names the argument of bwd that was False."""
     dparams, dx = _pair(who, "(dparams, dx)", result)
-    _check_trees(case, who, dparams, dx, without)
-    parts = zip(("param_grad", "input_grad"), case.parts((dparams, dx)), strict=True)
-    gradients = [leaf for need, part in parts if need != without for leaf in part or ()]
-    asked = {"input_grad": slice(case.first_of_x), "param_grad": slice(case.first_of_x, None)}
-    chosen = asked.get(without, slice(None))
-    for name, leaf, gradient in zip(
-        case.names[chosen], case.leaves[chosen], gradients, strict=True
+    gradients: Leaves = []
+    for what, of, tree, found, need in (
+        ("dparams", "params", case.params, dparams, "param_grad"),
+        ("dx", "x", case.x, dx, "input_grad"),
     ):
+        if need != without:
+            gradients += _checked_tree(who, what, of, tree, found)
+        elif found is not None:
+            raise GradientMismatch(
+                f"{who}: expected {what} to be None with {need}=False, got {kind_of(found)}"
+            )
+    return gradients
+
+
+def _checked_tree(who: str, what: str, of: str, tree: Any, found: Any) -> Leaves:
+    """The leaves of dparams or dx, which fit those of params or x."""
+    gradients = tried(partial(leaves_like, tree, found))
+    if gradients is None:
+        expected = optree.tree_structure(tree)
+        got = kind_of(found) if found is None else optree.tree_structure(found)
+        raise GradientMismatch(
+            f"{who}: expected {what} with the tree of {of}, {expected}, got {got}"
+        )
+    for (name, leaf), gradient in zip(named_leaves(**{of: tree}).items(), gradients, strict=True):
         label = "dx" if name == "x" else f"the gradient for {name}"
         if leaf.is_floating_point():
             _expect_like(who, label, gradient, leaf.shape, leaf)
@@ -138,39 +155,6 @@ def _check_gradients(case: Case, who: str, result: Any, without: str = "") -> Le
                 f"{who}: expected {label} to be None, as {leaf.dtype} has no gradient"
             )
     return gradients
-
-
-def _check_trees(case: Case, who: str, dparams: Any, dx: Any, without: str) -> None:
-    """Raise GradientMismatch unless a gradient has the tree of its input; None if not asked for."""
-    for name, of, tree, gradient, need in (
-        ("dparams", "params", case.params, dparams, "param_grad"),
-        ("dx", "x", case.x, dx, "input_grad"),
-    ):
-        if without == need and gradient is not None:
-            raise GradientMismatch(
-                f"{who}: expected {name} to be None with {need}=False, got {kind_of(gradient)}"
-            )
-        if without == need or _fits(tree, gradient):
-            continue
-        if isinstance(tree, Tensor):
-            _expect_like(who, name, gradient, tree.shape, tree)
-        expected = optree.tree_structure(tree)
-        got = kind_of(gradient) if gradient is None else optree.tree_structure(gradient)
-        raise GradientMismatch(
-            f"{who}: expected {name} with the tree of {of}, {expected}, got {got}"
-        )
-
-
-def _fits(tree: Any, gradient: Any) -> bool:
-    """Whether a gradient has the tree of what it is the gradient of."""
-    leaves, structure = optree.tree_flatten(tree)
-    if gradient is None and leaves and not any(leaf.is_floating_point() for leaf in leaves):
-        return True
-    try:
-        parts = structure.flatten_up_to(gradient)
-    except ValueError:
-        return False
-    return not isinstance(tree, Tensor) or isinstance(parts[0], Tensor)
 
 
 def _expected_shape(case: Case) -> tuple[int, ...] | None:

@@ -111,6 +111,11 @@ class Case:
         """The same case with every leaf changed, and another grad if given."""
         return self.at([change(leaf) for leaf in self.leaves], grad)
 
+    def along(self, direction: Sequence[Tensor | None], h: float = 1.0) -> Self:
+        """The same case at a step h along a direction: a tensor for each leaf, None if it stays."""
+        pairs = zip(self.leaves, direction, strict=True)
+        return self.at([leaf if v is None else leaf + h * v for leaf, v in pairs])
+
     def with_leaf(self, i: int, leaf: Tensor) -> Self:
         """The same case with another leaf in the place of one."""
         leaves = self.leaves

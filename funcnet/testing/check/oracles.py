@@ -137,9 +137,8 @@ class Line:
         if h not in self._known:
             if len(self._known) * self.noise.numel() > _KEPT:
                 self._known = {0.0: self.y(0.0)}
-            pairs = zip(self.case.leaves, self.direction, strict=True)
-            leaves = [leaf if v is None else leaf + h * v for leaf, v in pairs]
-            self._known[h] = self._apply(leaves) if h else self.case.at(leaves).apply()
+            there = self.case.along(self.direction, h)
+            self._known[h] = self._apply(there) if h else there.apply()
             self.evaluations += 1
         return self._known[h]
 
@@ -149,9 +148,9 @@ class Line:
             self._changes[h] = float((self.case.grad * (self.y(h) - self.y(0.0))).sum())
         return self._changes[h]
 
-    def _apply(self, leaves: Leaves) -> Tensor:
+    def _apply(self, there: Case) -> Tensor:
         """y, or NaN if it has another shape or is refused: it may be defined on one side only."""
-        y = tried_y(self.case.at(leaves))
+        y = tried_y(there)
         return torch.full_like(self.y(0.0), math.nan) if y is None else y
 
     def central(self, h: float) -> float:

@@ -226,8 +226,7 @@ def _size_of_another_function(case: Case) -> float | None:
         return None
     for trial, size in enumerate(_NEAR_ZERO):
         directions = [_away_from_zero(x, 100 * trial + i, size) for i, x in enumerate(case.leaves)]
-        pairs = zip(case.leaves, directions, strict=True)
-        there = case.at([x if v is None else x + v for x, v in pairs])
+        there = case.along(directions)
         blur = _blur_off_float64(there)
         if blur is not None and _is_another_function(there, blur):
             return size

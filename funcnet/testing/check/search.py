@@ -155,9 +155,7 @@ def _find_wrong_between_leaves(case: Case, limits: Limits, errors: Errors) -> Fi
     if not len(shared):
         return None
     step = direction(shared, 61, relative=True) / 64
-    there = case.at(
-        [leaf + for_each(leaf, shared, step) if movable(leaf) else leaf for leaf in case.leaves]
-    )
+    there = case.along([for_each(x, shared, step) if movable(x) else None for x in case.leaves])
     y = tried_y(there)
     if y is None or not y.isfinite().all() or tried(there.vjp) is None:
         return None
@@ -566,11 +564,11 @@ class _Search:
 
     def _beside(self, trial: int, step: float) -> Case:
         """A point beside this one, at about this share of each entry."""
-        leaves = [
-            leaf + step * direction(leaf, 100 * trial + i, relative=True) if movable(leaf) else leaf
+        directions = [
+            direction(leaf, 100 * trial + i, relative=True) if movable(leaf) else None
             for i, leaf in enumerate(self.case.leaves)
         ]
-        return self.case.at(leaves)
+        return self.case.along(directions, step)
 
     def _refuted_entry(self, i: int, position: int, taylor: float | None = None) -> Finding | None:
         """The finding that an entry is wrong, None unless a numeric derivative refutes it."""

@@ -116,6 +116,10 @@ class Case:
         pairs = zip(self.leaves, direction, strict=True)
         return self.at([leaf if v is None else leaf + h * v for leaf, v in pairs])
 
+    def drawn(self, trial: int) -> Self:
+        """The same case at random numbers."""
+        return self.at([unlike(leaf, 100 * trial + i) for i, leaf in enumerate(self.leaves)])
+
     def with_leaf(self, i: int, leaf: Tensor) -> Self:
         """The same case with another leaf in the place of one."""
         leaves = self.leaves

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from funcnet.keys import Key, fold_in
 from funcnet.keys import key as make_key
-from funcnet.testing.check.case import Case, tried_y, unlike
+from funcnet.testing.check.case import Case, tried_y
 from funcnet.testing.check.comparison import within
 from funcnet.testing.check.rounding import value_moves
 from funcnet.testing.check.tolerances import COUPLED
@@ -110,7 +110,7 @@ def _drops_the_same(case: Case, key: Key, without: Tensor, y: Tensor) -> bool:
     if not dropped.any() or not ((y != 0) & (y != without)).any():
         return False
     for trial in range(_DRAWS):
-        there = case.at([unlike(leaf, 100 * trial + i) for i, leaf in enumerate(case.leaves)])
+        there = case.drawn(trial)
         others, its_y = tried_y(replace(there, key=None)), tried_y(replace(there, key=key))
         if others is None or its_y is None:
             continue  # it may be undefined there

@@ -294,11 +294,11 @@ def _held_in(double: Case, y: Tensor) -> torch.dtype:
     """The narrowest dtype that holds y of a float64 case.
 
     Nudges put inputs, and so y, where no narrower dtype has a number by chance. What they do not
-    move, and whole numbers, tell nothing; where all is so, random inputs tell.
+    move, as zeros, and whole numbers tell nothing; where all is so, random inputs tell.
     """
     if not _holds(torch.float32, y[y.isfinite()]):
         return torch.float64
-    for beside in (partial(nudge, epsilon=_NUDGE), _drawn):
+    for beside in (partial(nudge, epsilon=_NUDGE), Case.drawn):
         there, other = (tried_y(beside(double, trial=trial)) for trial in range(2))
         if there is None or other is None:
             return torch.float64
@@ -312,7 +312,7 @@ def _held_in(double: Case, y: Tensor) -> torch.dtype:
 def _cast_to(double: Case) -> torch.dtype:
     """The narrowest dtype that `apply` casts float64 to, of numbers that depend on the inputs."""
     casts, dtypes = casts_of(double), {torch.float64}
-    for beside in (partial(nudge, epsilon=_NUDGE), _drawn) if casts else ():
+    for beside in (partial(nudge, epsilon=_NUDGE), Case.drawn) if casts else ():
         pairs = zip(casts, casts_of(beside(double, trial=0)), strict=False)
         dtypes |= {a.dtype for a, b in pairs if not same(a, b)}
     return coarsest(dtypes)
@@ -321,16 +321,6 @@ def _cast_to(double: Case) -> torch.dtype:
 def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     """The dtype of least precision."""
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-
-
-def _drawn(case: Case, trial: int) -> Case:
-    """The case at random numbers: nudges do not move zeros."""
-    return case.at(
-        [
-            drawn_like(x, 100 * trial + i) if x.is_floating_point() else x
-            for i, x in enumerate(case.leaves)
-        ]
-    )
 
 
 def _holds(dtype: torch.dtype, y: Tensor) -> bool:

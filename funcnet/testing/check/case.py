@@ -178,6 +178,10 @@ class Case:
         need = {"input_grad": True, **need}
         return self.layer.vjp(self.params, self.x, self.grad, key=self.key, **need)
 
+    def value(self) -> Leaves:
+        """y, as a list of one."""
+        return [self.apply()]
+
     def gradients(self) -> Leaves:
         """The gradients of `leaves`, by `vjp`."""
         return self.flat(self.vjp())

@@ -48,14 +48,7 @@ from funcnet.testing.check.purity import (
     pure,
     under_two_seeds,
 )
-from funcnet.testing.check.rounding import (
-    allowance,
-    gradient_moves,
-    gradient_noise_in,
-    is_extreme,
-    value_moves,
-    value_noise_in,
-)
+from funcnet.testing.check.rounding import Results, allowance, is_extreme, moves, noise_in
 from funcnet.testing.check.tolerances import OVERFLOW, SAME_DTYPE, UNDECIDED
 from funcnet.testing.errors import GradientMismatch, noted
 from funcnet.testing.layouts import LAYOUTS, fits, laid_out, other_layouts, row_major, same
@@ -178,7 +171,7 @@ def _check_vjp_and_apply(case: Case, y: Tensor, gradients: Leaves) -> Leaves:
     value = pure(case, "apply", case.apply)
     _expect_like("apply", "y", value, y.shape, case.grad)
     expect_unshared("y of apply", value, case.inputs)
-    expect_close(case, "apply and fwd differ in y", [value], [y], of_value=True)
+    expect_close(case, "apply and fwd differ in y", [value], [y], of=Case.value)
     _expect_repeated(case, "apply", lambda: [case.apply()], [value])
     result = _check_gradients(case, "vjp", pure(case, "vjp", case.vjp))
     expect_close(case, "vjp and fwd + bwd differ", result, gradients)
@@ -196,7 +189,7 @@ def _check_recording(case: Case) -> None:
         found = tried(call)
         if found is not None and found.shape == y.shape:
             complaint = f"apply depends on whether autograd records it: {who} changes y"
-            expect_close(case, complaint, [found], [y], of_value=True)
+            expect_close(case, complaint, [found], [y], of=Case.value)
 
 
 def _tracked(leaf: Tensor) -> Tensor:
@@ -294,7 +287,7 @@ def check_written_over(case: Case, whose: str) -> None:
         leaf.copy_(other)
     stale = f"numbers that are written into {whose} do not count, as state is kept of the old ones"
     y, gradients = there.apply(), there.gradients()
-    expect_close(others, f"{stale}: y is another one", [y], [other_y], of_value=True)
+    expect_close(others, f"{stale}: y is another one", [y], [other_y], of=Case.value)
     expect_close(others, f"{stale}: the gradient is another one", gradients, other_gradients)
 
 
@@ -354,7 +347,7 @@ def _check_in_place(case: Case, gradients: Leaves) -> None:
 
     with noted("check_vjp: raised by _fwd_ or _bwd_, which a Sequential calls to work in place"):
         (y, y_), found = pure(case, "_fwd_ or _bwd_", run)
-    expect_close(case, "_fwd_ and fwd differ in y", [y_], [y], of_value=True)
+    expect_close(case, "_fwd_ and fwd differ in y", [y_], [y], of=Case.value)
     for who, result in found:
         expect_close(case, f"{who} differ", case.flat(result), gradients)
 
@@ -421,7 +414,7 @@ def _expect_the_same(there: Case, straight: Case, complaint: str, elsewhere: boo
         y = pure(there, "apply", there.apply)
         expect_unshared("y", y, there.inputs)
         want = [straight.apply()]
-        expect_close(straight, f"{complaint} y", [y], want, of_value=True, elsewhere=elsewhere)
+        expect_close(straight, f"{complaint} y", [y], want, of=Case.value, elsewhere=elsewhere)
         got = there.flat(pure(there, "vjp", there.vjp))
     expect_own(there, got)
     _check_fresh(there)
@@ -513,7 +506,7 @@ def _check_vmap(case: Case) -> None:
     one = case.apply()
     _expect_like("apply under torch.func.vmap", "y", y, (2, *one.shape), one)
     if not is_extreme(case):
-        expect_close(case, "torch.func.vmap changes y", [y[1]], [one], of_value=True)
+        expect_close(case, "torch.func.vmap changes y", [y[1]], [one], of=Case.value)
 
 
 def _refuses_some(case: Case) -> bool:
@@ -567,7 +560,7 @@ def expect_close(
     complaint: str,
     got: Leaves,
     want: Leaves,
-    of_value: bool = False,
+    of: Results = Case.gradients,
     elsewhere: bool = False,
 ) -> None:
     """Raise GradientMismatch where a difference is more than rounding explains.
@@ -577,20 +570,20 @@ def expect_close(
     """
     if all(map(same, got, want)):
         return
-    names = [""] if of_value else [f" for {name}" for name in case.names]
+    names = [""] if of is Case.value else [f" for {name}" for name in case.names]
     double, extreme = case.double(), is_extreme(case)
     exact = tried_y(double)
     if exact is None:
         double = case  # a kernel may refuse float64
     if elsewhere and not all(leaf.isfinite().all() for leaf in (*got, *want)):
-        undefined = _undefined(double, of_value)
+        undefined = _undefined(double, of)
         got, want = (
             [leaf.masked_fill(u, math.nan) for leaf, u in zip(leaves, undefined, strict=True)]
             for leaves in (got, want)
         )
 
-    def first_apart(moves: Leaves, dtype: torch.dtype) -> str | None:
-        for name, a, b, move in zip(names, got, want, moves, strict=False):
+    def first_apart(noise: Leaves, dtype: torch.dtype) -> str | None:
+        for name, a, b, move in zip(names, got, want, noise, strict=False):
             index = _furthest_apart(a.double(), b.double(), move, dtype, extreme)
             if index is not None:
                 return f"{name}, at {list(index)}: {float(a[index]):.9g} and {float(b[index]):.9g}"
@@ -598,8 +591,7 @@ def expect_close(
 
     def is_rounding_in(dtype: torch.dtype) -> bool:
         eps = torch.finfo(dtype).eps
-        moves = [value_moves(double, eps, 1)] if of_value else gradient_moves(double, eps, 1)
-        return first_apart(moves, dtype) is None
+        return first_apart(moves(double, eps, 1, of), dtype) is None
 
     if is_rounding_in(case.dtype):
         return
@@ -607,8 +599,7 @@ def expect_close(
     if dtype != case.dtype and is_rounding_in(dtype):
         return
     # Rounding may carry an entry across a kink, or be all of it in a tail: more trials show that.
-    noise = [value_noise_in(case, double)] if of_value else gradient_noise_in(case, double)
-    place = first_apart(noise, dtype)
+    place = first_apart(noise_in(case, double, of), dtype)
     if place is not None:
         raise GradientMismatch(complaint + place)
 
@@ -630,19 +621,15 @@ def _furthest_apart(
     return worst(off)
 
 
-def _undefined(case: Case, of_value: bool) -> Leaves:
+def _undefined(case: Case, of: Results) -> Leaves:
     """A mask for y, or for each gradient: True where rounding decides what it is.
 
     A smaller nudge moves what is smooth less. It moves (x − m)/s of equal numbers, whose mean may
     be rounded, by as much: from 0/0 to 1 or −1.
     """
     epsilon = torch.finfo(case.dtype).eps
-    results = [case.apply()] if of_value else case.gradients()
-    fine, coarse = (
-        [value_moves(case, step)] if of_value else gradient_moves(case, step)
-        for step in (epsilon, math.sqrt(epsilon))
-    )
+    fine, coarse = (moves(case, step, 3, of) for step in (epsilon, math.sqrt(epsilon)))
     return [
         ~result.isfinite() | (small > UNDECIDED * large)
-        for result, small, large in zip(results, fine, coarse, strict=True)
+        for result, small, large in zip(of(case), fine, coarse, strict=True)
     ]

@@ -48,9 +48,9 @@ from funcnet.testing.check.rounding import (
     TRIALS,
     gradient_moves,
     gradient_noise,
+    noise_in,
     noise_on_the_way,
     value_noise,
-    value_noise_in,
 )
 from funcnet.testing.check.search import Limits, find_wrong
 from funcnet.testing.check.tolerances import FROM_REFERENCE
@@ -469,7 +469,7 @@ def _check_kept_by_module(case: FunctionCase) -> None:
     def expect(there: FunctionCase, got: Tensor | None, want: Tensor | None) -> None:
         if got is not None and want is not None:
             complaint = "y depends on earlier calls: the module keeps state"
-            expect_close(there, complaint, [got], [want], of_value=True)
+            expect_close(there, complaint, [got], [want], of=Case.value)
 
     if case.pristine is not None:
         others = case.with_leaves(other_numbers)
@@ -567,7 +567,7 @@ def _check_layouts_of_inputs(case: FunctionCase, gradients: Leaves) -> None:
             where = f"{case.names[i]} in the memory layout {name!r}"
             with noted(f"check_function: raised by {where}"):
                 y, got = there.apply(), there.gradients()
-            expect_close(case, f"{where} changes the result", [y], [case.apply()], True)
+            expect_close(case, f"{where} changes the result", [y], case.value(), Case.value)
             expect_close(case, f"{where} changes the gradient", got, gradients)
 
 
@@ -617,7 +617,7 @@ def _expect_value(case: Case, y: Tensor) -> None:
     if within(y, reference, FROM_REFERENCE * value_noise(case, epsilon)):
         return
     # Terms that cancel, in either of the two, leave more.
-    noise = value_noise_in(case, case)
+    (noise,) = noise_in(case, case, Case.value)
     (theirs,) = noise_on_the_way(case, epsilon, lambda there: [there.reference()])
     index = worst(excess(y, reference, FROM_REFERENCE * torch.maximum(noise, theirs)))
     if index is not None:

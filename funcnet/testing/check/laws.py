@@ -25,8 +25,8 @@ from funcnet.testing.check.purity import pure
 from funcnet.testing.check.rounding import (
     allowance,
     gradient_moves,
-    gradient_noise_in,
     is_extreme,
+    noise_in,
     value_moves,
 )
 from funcnet.testing.check.tolerances import COUPLED, LAW_FAR, LAW_ROUNDING, LAW_TERMS, SAME_DTYPE
@@ -264,4 +264,4 @@ def _first_off(case: Case, got: Leaves, expected: Leaves, terms: Iterable[Tensor
     if first_beyond(gradient_moves(case, _EPSILON)) is None:
         return None
     # What cancels whatever the inputs are, as where softmax saturates, more trials show.
-    return first_beyond(gradient_noise_in(case, case))
+    return first_beyond(noise_in(case, case))

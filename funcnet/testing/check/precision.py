@@ -20,11 +20,10 @@ from funcnet.testing.check.own_dtype import check_own_dtype
 from funcnet.testing.check.rounding import (
     allowance,
     gradient_moves,
-    gradient_noise_in,
     is_extreme,
+    noise_in,
     nudge,
     value_moves,
-    value_noise_in,
 )
 from funcnet.testing.check.tolerances import ERRORS_OF_MEAN, FACTOR, SMOOTH
 from funcnet.testing.errors import GradientMismatch
@@ -56,7 +55,7 @@ def check_precision(case: Case, double: Case, errors: Errors) -> None:
     epsilon = torch.finfo(case.dtype).eps
     y, exact = case.apply(), double.apply()
     if Compared(y, exact, value_moves(double, epsilon, 1), y.dtype).wrong_entry is not None:
-        blur = value_noise_in(case, double)
+        (blur,) = noise_in(case, double, Case.value)
         thorough = Compared(y, exact, blur, y.dtype)
         if thorough.wrong_entry is not None and (
             # A layer may draw other numbers from the key in another dtype.
@@ -113,7 +112,7 @@ def _check_gradients(case: Case, double: Case, errors: Errors) -> None:
     leaves = compared(gradient_moves(double, epsilon, 2))
     if any(leaf.wrong_entry is not None or leaf.wrong_factor is not None for leaf in leaves):
         # Two moves of a single entry may both be small by chance.
-        leaves = compared(gradient_noise_in(case, double))
+        leaves = compared(noise_in(case, double))
     for i, leaf in enumerate(leaves):
         leaf.expect_exact(f"the gradient for {case.names[i]}")
         check_factor(case, i, leaf)
@@ -175,7 +174,7 @@ def check_factors_of_value(
     quick = wrong_factors(value_moves(double, torch.finfo(case.dtype).eps))
     if all(factor is None for factor in quick):
         return
-    blur = value_noise_in(case, double)
+    (blur,) = noise_in(case, double, Case.value)
     there = nudge(case, _NUDGE, 0)
     there_y, there_exact = tried_y(there), tried_y(there.double())
     with torch.no_grad():
@@ -213,7 +212,7 @@ def _blur_off_float64(case: Case) -> Tensor | None:
     y, exact = tried_y(case), tried_y(double)
     if y is None or exact is None:
         return None
-    blur = value_noise_in(case, double)
+    (blur,) = noise_in(case, double, Case.value)
     return None if Compared(y, exact, blur, y.dtype).wrong_entry is None else blur
 
 

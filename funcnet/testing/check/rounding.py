@@ -10,22 +10,33 @@ relative, so it holds at any scale.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import optree
 import torch
 from torch import Tensor
 
 from funcnet.compat import TorchDispatchMode, returns_old_memory
-from funcnet.testing.check.case import Case, Leaves, scale_of, signed, tried, tried_y
+from funcnet.testing.check.case import Case, Leaves, scale_of, signed, tried
 from funcnet.testing.check.tolerances import GROWING, KINKED, LEAF_SHARE, SAFETY, SMALLEST, TAIL
 
 TRIALS = 12
 """Trials that show both sides of a kink within rounding."""
 _NEARER = (1 / 8, 1 / 64, 2.0**-20)
 _SPREAD_TRIALS = 8  # more than the heaps of a kink
+
+
+Results: TypeAlias = Callable[[Case], Leaves]
+"""`Case.value` or `Case.gradients`."""
+
+
+def moves(case: Case, epsilon: float, trials: int, of: Results) -> Leaves:
+    """`value_moves` or `gradient_moves`."""
+    if of is Case.value:
+        return [value_moves(case, epsilon, trials)]
+    return gradient_moves(case, epsilon, trials)
 
 
 def value_moves(case: Case, epsilon: float, trials: int = 2) -> Tensor:
@@ -35,11 +46,18 @@ def value_moves(case: Case, epsilon: float, trials: int = 2) -> Tensor:
 
 
 def _moves_of(y: Tensor, case: Case, epsilon: float, trials: int) -> Tensor:
-    moves = torch.zeros_like(y)
-    for trial in range(trials):
-        there = tried_y(nudge(case, epsilon, trial))
-        if there is not None:
-            moves = torch.maximum(moves, _distance(there, y))
+    found = (tried(nudge(case, epsilon, trial).value) for trial in range(trials))
+    (moves,) = _largest_moves([y], found)
+    return moves
+
+
+def _largest_moves(still: Leaves, found: Iterable[Leaves | None]) -> Leaves:
+    """The largest distance of each entry from where it was; None where the layer refuses."""
+    moves = [torch.zeros_like(leaf) for leaf in still]
+    for leaves in found:
+        for move, leaf, was in zip(moves, leaves or (), still, strict=False):
+            if leaf.shape == was.shape:  # which may depend on x
+                torch.maximum(move, _distance(leaf, was), out=move)
     return moves
 
 
@@ -49,7 +67,7 @@ def value_noise(case: Case, epsilon: float, trials: int = 2) -> Tensor:
     1 + erf(x) is a staircase at x = −8: no nudge shows its steps. But terms that cancel there are
     about as large as y is nearer to 0, so y is taken there too.
     """
-    (largest,) = _nearer_to_zero(case, _value)
+    (largest,) = _nearer_to_zero(case, Case.value)
     noise = torch.maximum(value_moves(case, epsilon, trials), TAIL * epsilon * largest)
     return noise + torch.finfo(noise.dtype).tiny
 
@@ -63,7 +81,7 @@ def staircase_noise(case: Case, epsilon: float, trials: int) -> Tensor:
     still = _moves_of(case.apply(), case, epsilon, trials) == 0
     if not still.any():
         return noise
-    (on_the_way,) = noise_on_the_way(case, epsilon, _value, 2 * trials)
+    (on_the_way,) = noise_on_the_way(case, epsilon, Case.value, 2 * trials)
     return torch.where(still, torch.maximum(noise, on_the_way), noise)
 
 
@@ -73,44 +91,28 @@ def gradient_noise(case: Case, epsilon: float) -> Leaves:
     return [torch.maximum(move, TAIL * epsilon * tail) for move, tail in pairs]
 
 
-def value_noise_in(case: Case, double: Case) -> Tensor:
-    """The rounding of y in the dtype of a case; `double` is it in float64.
+def noise_in(case: Case, double: Case, of: Results = Case.gradients) -> Leaves:
+    """The rounding of y or the gradients in the dtype of a case; `double` is it in float64.
 
     What cancels whatever the inputs are, as the mean of what was centred, stands still when these
     are nudged in float64. So the results of all operations on the way are nudged as well, and in
     the dtype itself, in which a kernel's own sums then round in other ways.
     """
     epsilon = torch.finfo(case.dtype).eps
-    noise = value_noise(double, epsilon, TRIALS)
-    (own,) = noise_on_the_way(case, epsilon, _value)
-    return torch.maximum(noise, own.to(noise))
-
-
-def gradient_noise_in(case: Case, double: Case) -> Leaves:
-    """The rounding of the gradients in the dtype of a case, as `value_noise_in`."""
-    epsilon = torch.finfo(case.dtype).eps
-    noise = gradient_noise(double, epsilon)
-    own = noise_on_the_way(case, epsilon, Case.gradients)
+    is_value = of is Case.value
+    noise = [value_noise(double, epsilon, TRIALS)] if is_value else gradient_noise(double, epsilon)
+    own = noise_on_the_way(case, epsilon, of)
     return [torch.maximum(move, other.to(move)) for move, other in zip(noise, own, strict=True)]
 
 
-def _value(case: Case) -> Leaves:
-    return [case.apply()]
-
-
-def noise_on_the_way(
-    case: Case, epsilon: float, results: Callable[[Case], Leaves], trials: int = TRIALS
-) -> Leaves:
+def noise_on_the_way(case: Case, epsilon: float, results: Results, trials: int = TRIALS) -> Leaves:
     """The move of each entry of results when inputs, and what all operations return, are nudged."""
-    still = results(case)
-    noise = [torch.zeros_like(leaf) for leaf in still]
-    for seed in range(trials):
+
+    def nudged(seed: int) -> Leaves | None:
         with _Rounding(epsilon, seed):
-            found = tried(partial(results, nudge(case, epsilon, seed)))
-        for i, leaf in enumerate(found or ()):
-            if leaf.shape == still[i].shape:  # which may depend on x
-                noise[i] = torch.maximum(noise[i], _distance(leaf, still[i]))
-    return noise
+            return tried(partial(results, nudge(case, epsilon, seed)))
+
+    return _largest_moves(results(case), map(nudged, range(trials)))
 
 
 class _Rounding(TorchDispatchMode):  # type: ignore[misc]
@@ -161,7 +163,7 @@ def gradient_tails(case: Case) -> Leaves:
     return _nearer_to_zero(case, Case.gradients)
 
 
-def _nearer_to_zero(case: Case, results: Callable[[Case], Leaves]) -> Leaves:
+def _nearer_to_zero(case: Case, results: Results) -> Leaves:
     """The largest size of each entry on the rays from 0 through all leaves, and through x alone.
 
     What grows on and on to 0, as 1/x, is no sum that cancels here: of that, the size here.
@@ -185,35 +187,24 @@ def _nearer_to_zero(case: Case, results: Callable[[Case], Leaves]) -> Leaves:
 def gradient_moves(case: Case, epsilon: float, trials: int = 3) -> Leaves:
     """The move of each entry of the gradients when inputs and residuals are nudged."""
     still, *found = _nudged_gradients(case, epsilon, trials, Case.gradients)
-    moves = _zeros(case)
-    for leaves in found:
-        for i, leaf in enumerate(leaves):
-            move = moves[i % len(moves)]
-            torch.maximum(move, _distance(leaf, still[i]), out=move)
-    return moves
+    return _larger_of_both(case, _largest_moves(still, found))
 
 
-def gradient_spread(
-    case: Case, epsilon: float, by: Callable[[Case], Leaves] = Case.gradients
-) -> Leaves:
+def gradient_spread(case: Case, epsilon: float, by: Results = Case.gradients) -> Leaves:
     """The distance between nudged gradients, unless they lie in heaps, as they do at a kink.
 
     There, and where the gradient is another one at a single number, a nudge moves it by a jump or
     not at all: it is in one of three heaps, here and on either side. Rounding scatters it.
     """
-    _, *found = _nudged_gradients(case, epsilon, _SPREAD_TRIALS, by)
-    spread = _zeros(case)
-    for i, leaves in enumerate(zip(*found, strict=True)):
+    still, *found = _nudged_gradients(case, epsilon, _SPREAD_TRIALS, by)
+    within = []
+    for leaves in zip(*(found or [still]), strict=True):
         gaps = torch.stack([_finite(leaf) for leaf in leaves]).sort(0).values.diff(dim=0)
-        within = gaps.sum(0) - gaps.topk(min(2, len(gaps)), dim=0).values.sum(0)
-        move = spread[i % len(spread)]
-        torch.maximum(move, within, out=move)
-    return spread
+        within.append(gaps.sum(0) - gaps.topk(min(2, len(gaps)), dim=0).values.sum(0))
+    return _larger_of_both(case, within)
 
 
-def _nudged_gradients(
-    case: Case, epsilon: float, trials: int, by: Callable[[Case], Leaves]
-) -> list[Leaves]:
+def _nudged_gradients(case: Case, epsilon: float, trials: int, by: Results) -> list[Leaves]:
     """The gradients, and those of nudged inputs and of nudged residuals, a few times."""
     residuals: Any = case.fwd()[1] if by is Case.gradients else None
 
@@ -229,8 +220,10 @@ def _nudged_gradients(
     return found
 
 
-def _zeros(case: Case) -> Leaves:
-    return [torch.zeros(leaf.shape, dtype=case.dtype, device=leaf.device) for leaf in case.leaves]
+def _larger_of_both(case: Case, numbers: Leaves) -> Leaves:
+    """The larger numbers of those for vjp and those for bwd behind them, if there are both."""
+    count = len(case.leaves)
+    return [torch.maximum(a, b) for a, b in zip(numbers[:count], numbers[-count:], strict=True)]
 
 
 def is_extreme(case: Case) -> bool:

@@ -402,7 +402,7 @@ def _examine_further(case: FunctionCase, gradients: Leaves, limits: Limits) -> N
     if case.dtype != torch.float64:
         if case.by_reference is not None:
             check_factors_of_value(case, double, case.output_names, case.parts_of)
-        check_precision(case, double, errors)
+        check_precision(case, errors)
     without = "and there is no reference that autograd can follow"
     expect_resolved("check_function", errors, without)
 
@@ -576,7 +576,7 @@ def _check_in_own_dtype(case: FunctionCase, dtype: torch.dtype) -> None:
     expect_something("check_function", case, case.apply())
     if torch.finfo(dtype).eps < torch.finfo(case.dtype).eps:  # it computes in float32 inside
         _check_in_own_dtype(case.to(dtype), dtype)
-        check_precision(case, case.double(), Errors())
+        check_precision(case, Errors())
     elif case.by_reference is None:
         check_own_dtype(case, dtype)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -41,7 +42,7 @@ _NEAR_ZERO = (2.0**-10, 2.0**-11, 2.0**-12, 2.0**-13, 2.0**-14, 2.0**-15)
 """Sizes from above √ε of float32 to below it, where an ε that is added to a square counts."""
 
 
-def check_precision(case: Case, double: Case, errors: Errors) -> None:
+def check_precision(case: Case, errors: Errors) -> None:
     """Raise GradientMismatch if y or a gradient is further from float64 than rounding explains.
 
     Single entries are held to `SAFETY` roundings, and each leaf as a whole to a few: the factor
@@ -51,24 +52,22 @@ def check_precision(case: Case, double: Case, errors: Errors) -> None:
         within = _within_range(case)
         if within is None:
             return
-        case, double = within, within.double()
-    epsilon = torch.finfo(case.dtype).eps
-    y, exact = case.apply(), double.apply()
-    if Compared(y, exact, value_moves(double, epsilon, 1), y.dtype).wrong_entry is not None:
-        (blur,) = noise_in(case, double, Case.value)
-        thorough = Compared(y, exact, blur, y.dtype)
-        if thorough.wrong_entry is not None and (
-            # A layer may draw other numbers from the key in another dtype.
-            case.key is not None or _is_another_function(case, blur)
-        ):
+        case = within
+    double, y = case.double(), case.apply()
+    moves = value_moves(double, torch.finfo(case.dtype).eps, 1)
+    compared = Compared(y, double.apply(), moves, y.dtype)
+    blur = None if compared.wrong_entry is None else _blur_off_float64(case)
+    if blur is not None:
+        # A layer may draw other numbers from the key in another dtype.
+        if case.key is not None or _is_another_function(case, blur):
             check_own_dtype(case, case.dtype)
             return
-        thorough.expect_exact("y")
+        replace(compared, move=blur).expect_exact("y")
     try:
-        _check_gradients(case, double, errors)
+        _check_gradients(case, errors)
         beside = moved(case)
         if not _agrees_with_double(beside):
-            _check_gradients(beside, beside.double(), errors)
+            _check_gradients(beside, errors)
     except GradientMismatch:
         if _draws_other_numbers(case):
             check_own_dtype(case, case.dtype)
@@ -101,9 +100,9 @@ def _of_size(x: Tensor, size: float) -> Tensor:
     return x * 2.0 ** round(math.log2(size / scale_of(x)))
 
 
-def _check_gradients(case: Case, double: Case, errors: Errors) -> None:
+def _check_gradients(case: Case, errors: Errors) -> None:
     """Raise GradientMismatch if a gradient is further from float64 than rounding explains."""
-    epsilon = torch.finfo(case.dtype).eps
+    double, epsilon = case.double(), torch.finfo(case.dtype).eps
     ours, exact = case.gradients(), double.gradients()
 
     def compared(moves: Leaves) -> list[Compared]:

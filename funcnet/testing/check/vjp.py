@@ -163,7 +163,7 @@ def _examine_numbers(case: Case, limits: Limits, errors: Errors) -> None:
         errors.resolved = True
         if torch.finfo(own).eps < torch.finfo(case.dtype).eps:  # it computes in float32 inside
             check_own_dtype(case.to(own), own)
-            check_precision(case, double, errors)
+            check_precision(case, errors)
         else:
             check_own_dtype(case, own)
         check_odd_in_grad(case, own)
@@ -182,7 +182,7 @@ def _examine_numbers(case: Case, limits: Limits, errors: Errors) -> None:
     check_each_example(beside)
     check_surroundings(case)
     if case.dtype != torch.float64:
-        check_precision(case, double, errors)
+        check_precision(case, errors)
 
 
 def _examine_gradient(case: Case, limits: Limits, errors: Errors) -> None:

@@ -199,6 +199,7 @@ def _tracked(leaf: Tensor) -> Tensor:
 
 def _check_need(case: Case, residuals: Any, gradients: Leaves) -> None:
     """Ask bwd and vjp for one of the two gradients."""
+    of_params, of_x = gradients[: case.first_of_x], gradients[case.first_of_x :]
     for who, method, call in (
         ("bwd", case.layer.bwd, partial(case.bwd, residuals)),
         ("vjp", case.layer.vjp, case.vjp),
@@ -206,10 +207,7 @@ def _check_need(case: Case, residuals: Any, gradients: Leaves) -> None:
         for need in ("input_grad", "param_grad") if _takes_param_grad(method) else ("input_grad",):
             result = pure(case, who, partial(call, **{need: False}))
             got = _check_gradients(case, who, result, without=need)
-            shared = case.first_of_x
-            whole = (
-                [*got, *gradients[shared:]] if need == "input_grad" else [*gradients[:shared], *got]
-            )
+            whole = [*got, *of_x] if need == "input_grad" else [*of_params, *got]
             expect_close(case, f"{who}: {need}=False changes the gradient", whole, gradients)
 
 
@@ -452,18 +450,15 @@ def _check_new_params(
     for name, leaf, like in zip(
         case.names, optree.tree_leaves(params), case.leaves[: case.first_of_x], strict=False
     ):
+        wrong = ""
         if leaf.shape != like.shape:
-            raise GradientMismatch(
-                f"init: expected {name} of shape {tuple(like.shape)}, got {tuple(leaf.shape)}"
-            )
-        if dtype is not None and leaf.is_floating_point() and leaf.dtype != dtype:
-            raise GradientMismatch(
-                f"init: expected {name} in the dtype asked for, {dtype}, got {leaf.dtype}"
-            )
-        if device is not None and leaf.device.type != device:
-            raise GradientMismatch(
-                f"init: expected {name} on the device asked for, {device}, got {leaf.device}"
-            )
+            wrong = f"of shape {tuple(like.shape)}, got {tuple(leaf.shape)}"
+        elif dtype is not None and leaf.is_floating_point() and leaf.dtype != dtype:
+            wrong = f"in the dtype asked for, {dtype}, got {leaf.dtype}"
+        elif device is not None and leaf.device.type != device:
+            wrong = f"on the device asked for, {device}, got {leaf.device}"
+        if wrong:
+            raise GradientMismatch(f"init: expected {name} {wrong}")
 
 
 def _check_empty_batch(case: Case) -> None:

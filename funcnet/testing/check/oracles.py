@@ -121,37 +121,35 @@ class Slope:
 class Line:
     """y along a direction, which has a tensor for each leaf or None for a leaf that stays.
 
-    `noise` is y's rounding. Derivatives are by h · `length`: the step can be as large as an entry
-    while the derivative is by the entry itself.
+    `still` is y at the case itself, `noise` its rounding. Derivatives are by h · `length`: the step
+    can be as large as an entry while the derivative is by the entry itself. `evaluations` counts
+    those of y, with the one at the case.
     """
 
     case: Case
     direction: list[Tensor | None]
+    still: Tensor
     noise: Tensor
     length: float = 1.0
-    evaluations: int = 0
+    evaluations: int = 1
     _known: dict[float, Tensor] = field(default_factory=dict)
     _changes: dict[float, float] = field(default_factory=dict)
 
     def y(self, h: float) -> Tensor:
+        """y at h, or NaN if it has another shape or is refused: it may be defined on one side."""
         if h not in self._known:
-            if len(self._known) * self.noise.numel() > _KEPT:
-                self._known = {0.0: self.y(0.0)}
-            there = self.case.along(self.direction, h)
-            self._known[h] = self._apply(there) if h else there.apply()
+            if len(self._known) * self.still.numel() > _KEPT:
+                self._known.clear()
+            y = tried_y(self.case.along(self.direction, h))
+            self._known[h] = torch.full_like(self.still, math.nan) if y is None else y
             self.evaluations += 1
         return self._known[h]
 
     def change(self, h: float) -> float:
         """φ(h) − φ(0). Entries that do not change cancel before they are summed."""
         if h not in self._changes:
-            self._changes[h] = float((self.case.grad * (self.y(h) - self.y(0.0))).sum())
+            self._changes[h] = float((self.case.grad * (self.y(h) - self.still)).sum())
         return self._changes[h]
-
-    def _apply(self, there: Case) -> Tensor:
-        """y, or NaN if it has another shape or is refused: it may be defined on one side only."""
-        y = tried_y(there)
-        return torch.full_like(self.y(0.0), math.nan) if y is None else y
 
     def central(self, h: float) -> float:
         """(φ(h) − φ(−h)) / 2h."""
@@ -170,7 +168,7 @@ class Line:
         most, least = (max(abs(self.change(s)), abs(self.change(-s))) for s in (1.0, h))
         if least == 0 and most <= self.length * self.rounding(1.0):
             return math.inf
-        size = max(float((self.case.grad * self.y(0.0)).norm()), most)
+        size = max(float((self.case.grad * self.still).norm()), most)
         return FLAT * size / self.length + math.sqrt(_TINY)
 
     def jump(self, h: float) -> tuple[float, float]:
@@ -192,7 +190,7 @@ class Line:
         return self.change(h) - h * self.length * derivative
 
     def _bend(self, h: float) -> Tensor:
-        return ((self.y(h) - self.y(0.0)) - (self.y(0.0) - self.y(-h))) / (h * self.length)
+        return ((self.y(h) - self.still) - (self.still - self.y(-h))) / (h * self.length)
 
     @cached_property
     def _blur(self) -> Tensor:
@@ -205,8 +203,8 @@ class Line:
         reached = torch.zeros_like(self.noise, dtype=torch.bool)
         for h in (1.0, 1 / largest) if 2.0**-1022 < largest < 1 else (1.0,):
             for step in (h, -h):
-                reached |= self.y(step) != self.y(0.0)
-        reached |= self._poisoned().isnan() & ~self.y(0.0).isnan()
+                reached |= self.y(step) != self.still
+        reached |= self._poisoned().isnan() & ~self.still.isnan()
         if not reached.any():
             return self.noise
         return torch.where(reached, self.noise, torch.zeros_like(self.noise))
@@ -216,7 +214,7 @@ class Line:
         pairs = zip(self.case.leaves, self.direction, strict=True)
         leaves = [leaf if v is None else leaf.masked_fill(v != 0, math.nan) for leaf, v in pairs]
         y = tried_y(self.case.at(leaves))
-        return self.y(0.0) if y is None else y
+        return self.still if y is None else y
 
 
 def slope(line: Line) -> Slope:

@@ -46,22 +46,20 @@ def check_own_dtype(case: Case, dtype: torch.dtype, direction: Direction = drawn
     epsilon = torch.finfo(dtype).eps
     noise = float((case.grad * staircase_noise(case, epsilon, TRIALS)).norm())
     moves = gradient_moves(case, torch.finfo(case.dtype).eps)
+    y = case.apply()
     each = zip(case.leaves, case.frozen, case.gradients(), moves, strict=True)
     for i, (leaf, frozen, gradient, move) in enumerate(each):
         if not movable(leaf):
             continue
         slopes: list[_Slope] = []
         for trials, most in ((range(_FEW), LIKE_STEPS / 2), (range(_FEW, _MANY), LIKE_STEPS)):
-            found = (direction(leaf, 53 * trial + i) for trial in trials)
-            directions = [v.masked_fill(frozen, 0.0) for v in found if v is not None]
-            slopes += [
-                _Slope(
-                    Line(case, [v if j == i else None for j in range(len(case.leaves))], _UNUSED),
-                    float((gradient.double() * v.double()).sum()),
-                    float((move.double() * v.double()).norm()),
-                )
-                for v in directions
-            ]
+            for v in (direction(leaf, 53 * trial + i) for trial in trials):
+                if v is not None:
+                    v = v.masked_fill(frozen, 0.0)
+                    along = [v if j == i else None for j in range(len(case.leaves))]
+                    ours = float((gradient.double() * v.double()).sum())
+                    moved = float((move.double() * v.double()).norm())
+                    slopes.append(_Slope(Line(case, along, y, _UNUSED), ours, moved))
             wrong = _first_wrong(slopes, noise, epsilon, most)
             if wrong is None:
                 break

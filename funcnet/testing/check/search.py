@@ -185,6 +185,8 @@ class _Search:
         self.finite = self.partly or bool(known.all())
         if self.partly:
             case = case.where(known)
+            y = case.apply()
+        self.y = y
         self.case, self.limits, self.errors = case, limits, errors
         self.gradients = case.gradients()
         self.evaluations = 0
@@ -649,7 +651,7 @@ class _Search:
         directions: list[Tensor | None] = [None] * len(self.case.leaves)
         for i, v in moving:
             directions[i] = v
-        return Line(self.case, directions, self.noise, length)
+        return Line(self.case, directions, self.y, self.noise, length)
 
     def _finding(
         self, i: int, position: int, numeric: float, taylor: float | None = None

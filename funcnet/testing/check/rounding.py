@@ -57,7 +57,7 @@ def _largest_moves(still: Leaves, found: Iterable[Leaves | None]) -> Leaves:
     for leaves in found:
         for move, leaf, was in zip(moves, leaves or (), still, strict=False):
             if leaf.shape == was.shape:  # which may depend on x
-                torch.maximum(move, _distance(leaf, was), out=move)
+                torch.maximum(move, _finite((leaf - was).abs()), out=move)
     return moves
 
 
@@ -279,10 +279,6 @@ def _nudged(x: Any, epsilon: float, seed: int) -> Any:
     if not _is_floating(x):
         return x
     return x * (1 + epsilon * signed(x.shape, seed).to(x))
-
-
-def _distance(a: Tensor, b: Tensor) -> Tensor:
-    return _finite((a - b).abs())
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -21,15 +21,15 @@ _SMALL = 8
 """The largest number in a factor that is guessed for a single number."""
 
 
-def guess(finding: Finding) -> str | None:
-    """Explain a wrong leaf in words; None if no simple mistake explains it."""
+def guess(finding: Finding, bad: Tensor | None) -> str | None:
+    """Explain a wrong leaf, and its wrong entries, in words; None if no simple mistake does."""
     wrong = finding.gradients[finding.leaf]
     right = finding.reference
     if _ignores_grad(finding.case, finding.leaf, wrong):
         return "it does not depend on grad"
     if math.isnan(finding.analytic):
         return "it is not a number: a division by 0, or 0·∞?"
-    if right is None or not (wrong.isfinite().all() and right.isfinite().all()):
+    if right is None or bad is None or not (wrong.isfinite().all() and right.isfinite().all()):
         return None
     if not wrong.any():
         return "it is zero: is it computed at all?"
@@ -38,16 +38,15 @@ def guess(finding: Finding) -> str | None:
             return explanation
     return (
         _factor(finding.case, wrong, right)
-        or _of_wrong_entries(finding)
+        or _of_wrong_entries(wrong, right, bad)
         or _missing_term(finding, wrong - right)
         or _factors_along_an_axis(wrong, right)
     )
 
 
-def where(finding: Finding) -> str:
+def where(bad: Tensor) -> str:
     """The index of the part that holds all wrong entries; "" if that is the whole leaf."""
-    bad = wrong_entries(finding)
-    if bad is None or bad.ndim == 0 or not bad.any():
+    if not bad.ndim:
         return ""
     places, parts = bad.nonzero(), []
     edges = zip(places.amin(0).tolist(), places.amax(0).tolist(), bad.shape, strict=True)
@@ -198,12 +197,8 @@ def _factors_along_an_axis(wrong: Tensor, right: Tensor) -> str | None:
     return None
 
 
-def _of_wrong_entries(finding: Finding) -> str | None:
+def _of_wrong_entries(wrong: Tensor, right: Tensor, bad: Tensor) -> str | None:
     """Name what the wrong entries among right ones have in common."""
-    bad = wrong_entries(finding)
-    wrong, right = finding.gradients[finding.leaf], finding.reference
-    if bad is None or right is None or not bad.any():
-        return None
     if not wrong[bad].any():
         return "the wrong entries are all zero: a part is left out"
     limit = wrong[bad].abs().max()

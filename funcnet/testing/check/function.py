@@ -43,7 +43,7 @@ from funcnet.testing.check.precision import (
     computed_in,
 )
 from funcnet.testing.check.purity import pure
-from funcnet.testing.check.report import wrong_gradient
+from funcnet.testing.check.report import expect_right
 from funcnet.testing.check.rounding import (
     TRIALS,
     gradient_moves,
@@ -395,9 +395,7 @@ def _examine_further(case: FunctionCase, gradients: Leaves, limits: Limits) -> N
             _expect_value(double, y)
             if tried(beside.reference) is not None:
                 _expect_value(beside, beside.apply())
-    found = find_wrong(double, beside, limits, errors := Errors())
-    if found is not None:
-        raise wrong_gradient(found)
+    expect_right(find_wrong(double, beside, limits, errors := Errors()))
     check_linear_in_grad(beside)
     if case.dtype != torch.float64:
         if case.by_reference is not None:

@@ -14,8 +14,10 @@ from funcnet.testing.errors import GradientMismatch
 from funcnet.trace import Record, trace
 
 
-def wrong_gradient(found: Finding) -> GradientMismatch:
-    """The exception for a wrong entry, with a guess at the cause."""
+def expect_right(found: Finding | None) -> None:
+    """Raise GradientMismatch if a wrong entry was found, with a guess at the cause."""
+    if found is None:
+        return
     name = found.case.names[found.leaf]
     mismatch = GradientMismatch()
     mismatch.leaf = name + (f"[{', '.join(map(str, found.index))}]" if found.index else "")
@@ -39,16 +41,16 @@ def wrong_gradient(found: Finding) -> GradientMismatch:
     is_guessed = bad is None or bool(bad.any())  # the rest looks at entries that are clearly wrong
     if bad is not None and is_guessed:
         mismatch.wrong_fraction = float(bad.double().mean())
-        place = diagnose.where(found)
+        place = diagnose.where(bad)
         place = f", all in {name}{place}" if place else ""
         lines.append(f"  wrong entries   {int(bad.sum())} of {bad.numel()}{place}")
     if found.taylor is not None:
         lines.append(f"  Taylor          the remainder falls as h^{found.taylor:.2f}, not as h^2")
-    mismatch.guess = diagnose.guess(found) if is_guessed else None
+    mismatch.guess = diagnose.guess(found, bad) if is_guessed else None
     if mismatch.guess is not None:
         lines.append(f"  a guess         {mismatch.guess}")
     mismatch.args = ("\n".join(lines),)
-    return mismatch
+    raise mismatch
 
 
 def name_the_guilty(

@@ -29,7 +29,7 @@ from funcnet.testing.check.laws import (
 )
 from funcnet.testing.check.own_dtype import check_own_dtype
 from funcnet.testing.check.precision import check_precision, computed_in
-from funcnet.testing.check.report import complete, name_the_guilty, wrong_gradient
+from funcnet.testing.check.report import complete, expect_right, name_the_guilty
 from funcnet.testing.check.search import Limits, find_wrong, find_wrong_at
 from funcnet.testing.errors import GradientMismatch, noted
 
@@ -174,9 +174,7 @@ def _examine_numbers(case: Case, limits: Limits, errors: Errors) -> None:
             check_calls(double)  # rounding in the dtype of x may hide differences
     check_frozen(double)
     beside = moved(double)
-    found = find_wrong(double, beside, limits, errors)
-    if found is not None:
-        raise wrong_gradient(found)
+    expect_right(find_wrong(double, beside, limits, errors))
     check_linear_in_grad(beside)
     check_sum_of_examples(beside)
     check_each_example(beside)
@@ -189,9 +187,7 @@ def _examine_gradient(case: Case, limits: Limits, errors: Errors) -> None:
     """Examine the gradient at the case alone, in float64."""
     double = case.double()
     if computed_in(double, double.apply()) == torch.float64:
-        found = find_wrong_at(double, limits, errors, thorough=False)
-        if found is not None:
-            raise wrong_gradient(found)
+        expect_right(find_wrong_at(double, limits, errors, thorough=False))
 
 
 def _examine_one_example(case: Case, limits: Limits, errors: Errors) -> None:

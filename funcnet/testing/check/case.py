@@ -369,8 +369,8 @@ def _copied(tree: Any) -> Any:
     return optree.tree_map(lambda leaf: leaf.clone(), tree)
 
 
-def _double(x: Any) -> Any:
-    if not (isinstance(x, Tensor) and x.is_floating_point()):
+def _double(x: Tensor) -> Tensor:
+    if not x.is_floating_point():
         return x
     x = x.detach().cpu() if x.device.type == "mps" else x.detach()
     return x.to(torch.float64, copy=True, memory_format=torch.contiguous_format)

@@ -11,7 +11,7 @@ from torch import Tensor
 from funcnet.compat import TorchDispatchMode
 from funcnet.testing.check.case import Case, tried
 
-_NARROWER = (torch.bfloat16, torch.float16, torch.float32)
+NARROWER = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def casts_of(case: Case) -> list[Tensor]:
@@ -36,5 +36,5 @@ class _Casts(TorchDispatchMode):  # type: ignore[misc]
         result = func(*args, **(kwargs or {}))
         if any(x.dtype == torch.float64 for x in given):
             returned = (x for x in optree.tree_leaves(result) if isinstance(x, Tensor))
-            self.found += [x.clone() for x in returned if x.dtype in _NARROWER]
+            self.found += [x.clone() for x in returned if x.dtype in NARROWER]
         return result

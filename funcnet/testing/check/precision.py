@@ -13,7 +13,7 @@ from torch import Tensor
 
 from funcnet.testing.check.beside import moved
 from funcnet.testing.check.case import Case, Leaves, drawn_like, scale_of, tried, tried_y
-from funcnet.testing.check.casts import casts_of
+from funcnet.testing.check.casts import NARROWER, casts_of
 from funcnet.testing.check.compared import Compared, explains, factor_between
 from funcnet.testing.check.comparison import Errors, excess, largest_error
 from funcnet.testing.check.oracles import autograd_gradients
@@ -302,8 +302,7 @@ def _held_in(double: Case, y: Tensor) -> torch.dtype:
             return torch.float64
         telling = there[(there != other) & (there != there.round()) & there.isfinite()]
         if telling.numel():
-            narrow = (torch.bfloat16, torch.float16, torch.float32)
-            return next((dtype for dtype in narrow if _holds(dtype, telling)), torch.float64)
+            return next((dtype for dtype in NARROWER if _holds(dtype, telling)), torch.float64)
     return torch.float64
 
 

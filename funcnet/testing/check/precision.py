@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -55,14 +54,14 @@ def check_precision(case: Case, errors: Errors) -> None:
         case = within
     double, y = case.double(), case.apply()
     moves = value_moves(double, torch.finfo(case.dtype).eps, 1)
-    compared = Compared(y, double.apply(), moves, y.dtype)
-    blur = None if compared.wrong_entry is None else _blur_off_float64(case)
-    if blur is not None:
+    quick = Compared(y, double.apply(), moves, y.dtype)
+    off = None if quick.wrong_entry is None else _off_float64(case)
+    if off is not None:
         # A layer may draw other numbers from the key in another dtype.
-        if case.key is not None or _is_another_function(case, blur):
+        if case.key is not None or _is_another_function(case, off):
             check_own_dtype(case, case.dtype)
             return
-        replace(compared, move=blur).expect_exact("y")
+        off.expect_exact("y")
     try:
         _check_gradients(case, errors)
         beside = moved(case)
@@ -200,19 +199,20 @@ def _draws_other_numbers(case: Case) -> bool:
     for i, leaf in enumerate(case.leaves):
         if leaf.is_floating_point():
             without = case.with_leaf(i, torch.zeros_like(leaf))
-            if _blur_off_float64(without) is not None:
+            if _off_float64(without) is not None:
                 return True
     return False
 
 
-def _blur_off_float64(case: Case) -> Tensor | None:
-    """The rounding of y where y is further from float64 than that; None where it is not."""
+def _off_float64(case: Case) -> Compared | None:
+    """y beside float64's if it is further from that than rounding explains, else None."""
     double = case.double()
     y, exact = tried_y(case), tried_y(double)
     if y is None or exact is None:
         return None
-    (blur,) = noise_in(case, double, Case.value)
-    return None if Compared(y, exact, blur, y.dtype).wrong_entry is None else blur
+    (noise,) = noise_in(case, double, Case.value)
+    compared = Compared(y, exact, noise, y.dtype)
+    return None if compared.wrong_entry is None else compared
 
 
 def _size_of_another_function(case: Case) -> float | None:
@@ -225,8 +225,8 @@ def _size_of_another_function(case: Case) -> float | None:
     for trial, size in enumerate(_NEAR_ZERO):
         directions = [_away_from_zero(x, 100 * trial + i, size) for i, x in enumerate(case.leaves)]
         there = case.along(directions)
-        blur = _blur_off_float64(there)
-        if blur is not None and _is_another_function(there, blur):
+        off = _off_float64(there)
+        if off is not None and _is_another_function(there, off):
             return size
     return None
 
@@ -238,16 +238,17 @@ def _away_from_zero(leaf: Tensor, seed: int, size: float) -> Tensor | None:
     return torch.where(leaf == 0, size * drawn_like(leaf, seed), 0.0)
 
 
-def _is_another_function(case: Case, blur: Tensor) -> bool:
+def _is_another_function(case: Case, compared: Compared) -> bool:
     """Whether y depends on the dtype beyond rounding, as 1 / √(x² + ε) does for x of about √ε.
 
-    Then it is off float64's by nearly as much beside x as at x, which roundings are not. They hold
-    an entry where it is, too, most times that float64's moves: a smooth one does so now and then.
-    A reference, where there is one, has to depend on the dtype as well.
+    `compared` holds y at x. If y depends on the dtype, it is off float64's by nearly as much beside
+    x as at x; roundings are not. Roundings also leave an entry where it is, most times that
+    float64's moves; what is smooth does so now and then. A reference, where there is one, has to
+    depend on the dtype as well.
     """
-    y, exact = case.apply(), case.double().apply()
+    y, exact = compared.a, compared.b
     too_little = 2 * torch.finfo(y.dtype).eps * exact.abs()  # to move an entry
-    if not _is_the_references(case, y, exact, blur):
+    if not _is_the_references(case, compared):
         return False
     off, changes, moves, holds = exact - y, [], [], []
     for trial in range(4):
@@ -265,7 +266,7 @@ def _is_another_function(case: Case, blur: Tensor) -> bool:
     )
 
 
-def _is_the_references(case: Case, y: Tensor, exact: Tensor, blur: Tensor) -> bool:
+def _is_the_references(case: Case, compared: Compared) -> bool:
     """Whether the reference in this dtype is about as far from float64 as y, in units of rounding.
 
     Without a reference of its own, a case's is y.
@@ -274,7 +275,7 @@ def _is_the_references(case: Case, y: Tensor, exact: Tensor, blur: Tensor) -> bo
         reference = tried(case.reference)  # which may refuse this dtype
     if reference is None:
         return False
-    unit = allowance(blur, y.dtype)
+    y, exact, unit = compared.a, compared.b, allowance(compared.move, compared.dtype)
     return bool(excess(y, exact, unit).max() <= 2 * excess(reference, exact, unit).max())
 
 

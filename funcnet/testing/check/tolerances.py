@@ -29,7 +29,7 @@ STEADY = 16.0
 # in half precision, means are off by at most a quarter of both.
 ERRORS_OF_MEAN = 4.0
 # How many times as far from differences of y as these are from each other a gradient may be, in
-# squares, in its own dtype. Right ones were up to 2 times as far, 2 times one at least 10 times.
+# squares, in its own dtype. Right gradients were up to 2 times as far, doubled ones at least 10.
 LIKE_STEPS = 4.0
 # Share of the leaf's largest move that is added to each entry's own: an entry that stood still in
 # every trial is not exact, and algorithms share sums between entries.

@@ -572,10 +572,7 @@ def expect_close(
         double = case  # a kernel may refuse float64
     if elsewhere and not all(leaf.isfinite().all() for leaf in (*got, *want)):
         undefined = _undefined(double, of)
-        got, want = (
-            [leaf.masked_fill(u, math.nan) for leaf, u in zip(leaves, undefined, strict=True)]
-            for leaves in (got, want)
-        )
+        got, want = _masked(got, undefined), _masked(want, undefined)
 
     def first_apart(noise: Leaves, dtype: torch.dtype) -> str | None:
         for name, a, b, move in zip(names, got, want, noise, strict=False):
@@ -614,6 +611,10 @@ def _furthest_apart(
         limit = OVERFLOW * info.max
         off.masked_fill_(~((a.abs() < limit) & (b.abs() < limit)), 0.0)
     return worst(off)
+
+
+def _masked(leaves: Leaves, undefined: Leaves) -> Leaves:
+    return [leaf.masked_fill(u, math.nan) for leaf, u in zip(leaves, undefined, strict=True)]
 
 
 def _undefined(case: Case, of: Results) -> Leaves:

@@ -1327,6 +1327,34 @@ def test_a_steep_layer_before_a_part_that_is_cast(eps, factor):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_a_cast_of_what_is_flat_at_zero_alone(dtype, factor):
+    """Steps that agree cross the bend of x³ / (x² + eps) at 0, and shorter ones do not agree."""
+
+    @dataclass(frozen=True)
+    class Squash(Passing):
+        def bwd(self, params, residuals, grad, **need):
+            dparams, dx = super().bwd(params, residuals, grad, **need)
+            return dparams, None if dx is None else dx + (factor - 1) * grad
+
+    bent = Jumping(
+        lambda x: x**3 / (x * x + 1e-3), lambda x, y: x * x * (x * x + 3e-3) / (x * x + 1e-3) ** 2
+    )
+    check_vjp(fn.Cast(bent, dtype), (), DRAWN)
+    if factor == 1:
+        check_vjp(Squash(fn.Cast(bent, dtype)), (), torch.zeros_like(DRAWN))
+    else:
+        with pytest.raises(GradientMismatch, match="the gradient is wrong"):
+            check_vjp(Squash(fn.Cast(bent, dtype)), (), torch.zeros_like(DRAWN))
+
+
+def test_a_cast_of_what_underflows():
+    """y is 0 in float32, and so is every step."""
+    cube = Jumping(lambda x: x**3, lambda x, y: 3 * x * x)
+    check_vjp(fn.Cast(cube, torch.float32), (), 1e-18 * DRAWN)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_is_cast_and_flat(dtype):
     flat = fn.Sequential(fn.LeakyReLU(0.0), fn.Hardtanh())
     for layer, x in (

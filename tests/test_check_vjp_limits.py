@@ -750,6 +750,26 @@ def test_an_epsilon_of_the_dtypes_own_that_shows_in_few_entries(scale):
         check_vjp(layer, (), scale * draw((1, 3), torch.bfloat16, key=seed))
 
 
+@pytest.mark.parametrize("layer", [fn.RMSNorm, fn.LayerNorm])
+@pytest.mark.parametrize("eps", [1e-8, 1e-6, 1e-5])
+def test_a_factor_on_what_is_normalised_in_bfloat16(layer, eps):
+    """The gradient grows to 0 as 1/|x|, as far as eps lets it, and no term cancels in it."""
+
+    @dataclass(frozen=True)
+    class Off(layer):
+        factor: float = 1.0
+
+        def _bwd(self, params, residuals, dy, need):
+            dparams, dx = super()._bwd(params, residuals, dy, need)
+            return dparams, dx * self.factor if dy.dtype == torch.bfloat16 else dx
+
+    for seed in range(4):
+        x = draw((3, 6), torch.bfloat16, key=seed)
+        check_vjp(Off(eps=eps, elementwise_affine=False), (), x)
+        with pytest.raises(GradientMismatch, match="about 1\\.1"):
+            check_vjp(Off(eps=eps, elementwise_affine=False, factor=1.15), (), x)
+
+
 ZEROS = {
     "all": torch.zeros(2, 4),
     "one example": torch.zeros(1, 3),
@@ -1041,8 +1061,9 @@ class Masked(Plain):
 def test_integers_and_bools_among_params():
     params = Masked().init(fn.key(0), (4,), dtype=torch.float64)
     check_vjp(Masked(), params, draw((3, 4)))
-    with pytest.raises(GradientMismatch, match=r"to be None, as torch.bool has no gradient"):
-        check_vjp(Masked(torch.ones(4)), params, draw((3, 4)))
+    for wrong in (torch.ones(4), torch.zeros(3, 4)):
+        with pytest.raises(GradientMismatch, match=r"to be None, as torch.bool has no gradient"):
+            check_vjp(Masked(wrong), params, draw((3, 4)))
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def _checked_tree(who: str, what: str, of: str, tree: Any, found: Any) -> Leaves
         label = "dx" if name == "x" else f"the gradient for {name}"
         if leaf.is_floating_point():
             _expect_like(who, label, gradient, leaf.shape, leaf)
-        elif not isinstance(gradient, Tensor) or gradient.any():
+        elif not isinstance(gradient, Tensor) or gradient.shape != leaf.shape or gradient.any():
             raise GradientMismatch(
                 f"{who}: expected {label} to be None, as {leaf.dtype} has no gradient"
             )

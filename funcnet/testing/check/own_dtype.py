@@ -9,10 +9,13 @@ directions, the spread of a step is
 
 where s(h) is half the difference of the slopes on both sides. A kink at x leaves it however short
 the step; what a bend makes of it falls with h, and is left out. The step h is taken for which
-D(h) / Σ n(h)² is least, among shorter ones where no step is like the next: x / √(x² + 1e-12) at 0
-bends within 1e-6. There, a right gradient has a
+D(h) / Σ n(h)² is least, among shorter ones too before a gradient is refused: x / √(x² + 1e-12) at
+0 bends within 1e-6. There, a right gradient has a
 
     Σ (n(h) − g·v)²  of about  ε Σ n(h)² + D(h)  at most.
+
+So has one to which shorter steps come much nearer before rounding hides them: x³ / (x² + 1e-4) at 0
+looks like x from afar.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from funcnet.testing.check.beside import movable
 from funcnet.testing.check.case import Case, drawn_like
 from funcnet.testing.check.oracles import Line
 from funcnet.testing.check.rounding import TRIALS, gradient_moves, staircase_noise
-from funcnet.testing.check.tolerances import LIKE_STEPS
+from funcnet.testing.check.tolerances import LIKE_STEPS, SHORTER
 from funcnet.testing.errors import GradientMismatch
 
 Direction: TypeAlias = Callable[[Tensor, int], "Tensor | None"]
@@ -37,14 +40,14 @@ Direction: TypeAlias = Callable[[Tensor, int], "Tensor | None"]
 _FEW, _MANY = 4, 16
 """Directions that find a suspect, and those that decide about it."""
 _HALVINGS, _MOST_HALVINGS = 14, 40
-_UNLIKE = 0.25
-"""D(h) / Σ n(h)² of steps that are off the next by half of it: then shorter ones are tried."""
+"""Halvings of the step that find a suspect, and those that decide about it."""
 
 
 def check_own_dtype(case: Case, dtype: torch.dtype, direction: Direction = drawn_like) -> None:
     """Hold the gradient of each leaf to differences of `apply` in the dtype that it computes in."""
     epsilon = torch.finfo(dtype).eps
-    noise = float((case.grad * staircase_noise(case, epsilon, TRIALS)).norm())
+    noise = staircase_noise(case, epsilon, TRIALS).double() + torch.finfo(dtype).tiny
+    blur = float((case.grad.double() * noise).norm())
     moves = gradient_moves(case, torch.finfo(case.dtype).eps)
     y = case.apply()
     each = zip(case.leaves, case.frozen, case.gradients(), moves, strict=True)
@@ -60,7 +63,7 @@ def check_own_dtype(case: Case, dtype: torch.dtype, direction: Direction = drawn
                     ours = float((gradient.double() * v.double()).sum())
                     moved = float((move.double() * v.double()).norm())
                     slopes.append(_Slope(Line(case, along, y, _UNUSED), ours, moved))
-            wrong = _first_wrong(slopes, noise, epsilon, most)
+            wrong = _first_wrong(slopes, blur, epsilon, most)
             if wrong is None:
                 break
         if wrong is not None:
@@ -86,16 +89,14 @@ def _first_wrong(
     if not slopes:
         return None
     halvings = min(_HALVINGS, round(-math.log2(epsilon)))
-    wrong, quality = _wrong_by(slopes, noise, epsilon, most, halvings)
-    if wrong is not None and quality > _UNLIKE:
-        wrong, _ = _wrong_by(slopes, noise, epsilon, most, _MOST_HALVINGS)
-    return wrong
+    wrong = _wrong_by(slopes, noise, epsilon, most, halvings)
+    return wrong and _wrong_by(slopes, noise, epsilon, most, _MOST_HALVINGS)
 
 
 def _wrong_by(
     slopes: list[_Slope], noise: float, epsilon: float, most: float, halvings: int
-) -> tuple[tuple[float, float] | None, float]:
-    """What `_first_wrong` returns, by the best of so many halvings, and that one's quality."""
+) -> tuple[float, float] | None:
+    """What `_first_wrong` returns, by the best of so many halvings."""
     steps = [2.0**-level for level in range(halvings + 1)]
     lines, ours, moves = zip(*slopes, strict=True)
     n = _table([[line.central(h) for h in steps] for line in lines])
@@ -103,16 +104,18 @@ def _wrong_by(
     longer, size = n[:, :-1], _squares(n[:, :-1])
     spread = _squares(longer - n[:, 1:])
     spread += torch.minimum(_squares(s[:, :-1]), _squares(2 * s[:, 1:] - s[:, :-1]))
-    spread += len(lines) * (noise / (4 * _table(steps[:-1]))).square() + _squares(_table(moves))
+    rounding = len(lines) * (noise / (4 * _table(steps[:-1]))).square() + _squares(_table(moves))
+    spread += rounding
     quality = (spread / size).nan_to_num(math.inf, math.inf)
     best = int(quality.argmin())
-    off = (longer[:, best] - _table(ours)).abs()
-    limit = most * (epsilon * size[best] + spread[best])
+    off = longer - _table(ours)[:, None]
+    limit, far = most * (epsilon * size[best] + spread[best]), _squares(off)
     is_flat = not longer.any()  # and best the longest step, in which y's rounding is least
-    if not (is_flat or quality[best].isfinite()) or _squares(off) <= limit:
-        return None, float(quality[best])
-    worst = int(off.nan_to_num(math.inf).argmax())
-    return (float(longer[worst, best]), ours[worst]), float(quality[best])
+    is_nearer = (far + rounding)[best + 1 :] <= far[best] / SHORTER
+    if not (is_flat or quality[best].isfinite()) or far[best] <= limit or is_nearer.any():
+        return None
+    worst = int(off[:, best].abs().nan_to_num(math.inf).argmax())
+    return float(longer[worst, best]), ours[worst]
 
 
 def _table(numbers: Sequence[object]) -> Tensor:

@@ -24,7 +24,7 @@ from funcnet.testing.check.tolerances import GROWING, KINKED, LEAF_SHARE, SAFETY
 
 TRIALS = 12
 """Trials that show both sides of a kink within rounding."""
-_NEARER = (1 / 8, 1 / 64, 2.0**-20)
+_NEARER = (1 / 8, 1 / 64)
 _SPREAD_TRIALS = 8  # more than the heaps of a kink
 
 
@@ -166,7 +166,8 @@ def gradient_tails(case: Case) -> Leaves:
 def _nearer_to_zero(case: Case, results: Results) -> Leaves:
     """The largest size of each entry on the rays from 0 through all leaves, and through x alone.
 
-    What grows on and on to 0, as 1/x, is no sum that cancels here: of that, the size here.
+    What grows on and on to 0, as 1/x, is no sum that cancels here: of that, the size here. It grows
+    by about as much from the first point to the second as from here to the first.
     """
     largest = [_finite(leaf).abs() for leaf in results(case)]
     for which in (slice(None), slice(case.first_of_x, None)):
@@ -178,9 +179,9 @@ def _nearer_to_zero(case: Case, results: Results) -> Leaves:
             for size, leaf in zip(there, found or (), strict=False):
                 if leaf.shape == size.shape:  # y may have another one there
                     size.copy_(_finite(leaf).abs())
-        for size, far, near, nearest in zip(largest, *sizes, strict=True):
-            tail = torch.maximum(far, near)
-            torch.maximum(size, tail.masked_fill(nearest > GROWING * tail, 0.0), out=size)
+        for size, far, near in zip(largest, *sizes, strict=True):
+            grows = near / far > (far / size / GROWING).clamp(min=GROWING)
+            torch.maximum(size, torch.maximum(far, near).masked_fill(grows, 0.0), out=size)
     return largest
 
 

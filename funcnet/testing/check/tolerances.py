@@ -31,6 +31,8 @@ ERRORS_OF_MEAN = 4.0
 # How many times as far from differences of y as these are from each other a gradient may be, in
 # squares, in its own dtype. Right gradients were up to 2 times as far, doubled ones at least 10.
 LIKE_STEPS = 4.0
+# How many times nearer, in squares, a shorter step has to be to a gradient to excuse it.
+SHORTER = 16.0
 # Share of the leaf's largest move that is added to each entry's own: an entry that stood still in
 # every trial is not exact, and algorithms share sums between entries.
 LEAF_SHARE = 1 / 64
@@ -47,8 +49,9 @@ SAME_DTYPE = {torch.float64: 64.0, torch.float32: 64.0, torch.float16: 8.0, torc
 ACROSS_DTYPES = 8.0
 # ε of y nearer to 0 on the ray through x: two or three roundings of terms that cancel in a tail.
 TAIL = 2.0
-# Growth from there to 2^-20 of x above which what grows has no tail: 1/√x grows by 2^7.
-GROWING = 64.0
+# Growth from x/8 to x/64 above which what grows has no tail: 1/√x grows by 2.8. It may be smaller
+# by as much than that from x to x/8.
+GROWING = 2.0
 # The same of a gradient in float64, ours or autograd's: y·(1 − y) is off by that for sigmoid(24).
 IN_TAILS = 16.0
 # Share of y's distance from float64 that it may change by where all entries move by 3 %: it changes

@@ -284,7 +284,7 @@ class Layer(Hyperparameters):
         if not declared:
             return ()
         check_declared(self, declared)
-        return draw(declared, key, dtype, device, self._layout)
+        return draw(self, declared, key, dtype, device, self._layout)
 
     def _apply(self, params: Any, x: Tensor, key: Key | None) -> Tensor:
         """y alone."""

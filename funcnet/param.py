@@ -10,7 +10,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funcnet.checks import check_like, name_of, shown
+from funcnet.checks import check_like, name_of, shown, sizes
 from funcnet.initializers import Device, Initializer
 from funcnet.keys import Key, split
 
@@ -23,7 +23,8 @@ class Param:
     """A parameter as a layer declares it: its shape, and how it is drawn.
 
     `initializer` is an `Initializer`, or another function (key, shape, dtype, device) -> tensor.
-    The layer's `init` raises TypeError for what cannot be called.
+    Raises TypeError for a shape that is not a tuple or a list. The layer's `init` raises TypeError
+    for what cannot be called so, and ValueError for a tensor of another shape.
 
     >>> import funcnet as fn
     >>> {"weight": fn.Param((8, 3), fn.initializers.Ones())}  # what a layer's `_params` returns
@@ -32,6 +33,11 @@ class Param:
 
     shape: tuple[int, ...]
     initializer: Initializer
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.shape, (tuple, list)):
+            raise TypeError(f"Param: expected shape to be a tuple of ints, got {shown(self.shape)}")
+        object.__setattr__(self, "shape", tuple(self.shape))
 
 
 Declared: TypeAlias = Mapping[str, Any]
@@ -65,13 +71,17 @@ def _remedy(declared: Any, prefix: str) -> str:
 
 
 def draw(
+    who: object,
     declared: Declared,
     key: Key,
     dtype: torch.dtype | None,
     device: Device,
     layout_of: Callable[[str], Layout | None],
 ) -> dict[str, Any]:
-    """The parameters, each from a key of its own and in the memory format that its name wants."""
+    """The parameters, each from a key of its own and in the memory format that its name wants.
+
+    Raises TypeError or ValueError for an initialiser that is called, or returns, otherwise.
+    """
     keys = iter(split(key, max(1, len(_flat(declared)))))
 
     def drawn(params: Declared, prefix: str) -> dict[str, Any]:
@@ -80,11 +90,31 @@ def draw(
     def drawn_one(param: Any, name: str) -> Any:
         if isinstance(param, Mapping):
             return drawn(param, f"{name}.")
-        value = param.initializer(next(keys), param.shape, dtype, device)
+        value = _drawn_by(who, name, param, (next(keys), param.shape, dtype, device))
         layout = layout_of(name)
         return value if layout is None else layout(value)
 
     return drawn(declared, "")
+
+
+def _drawn_by(who: object, name: str, param: Param, arguments: tuple[Any, ...]) -> Any:
+    """What an initialiser returns, a tensor of the declared shape."""
+    try:
+        value = param.initializer(*arguments)
+    except TypeError as error:
+        if error.__traceback__ is None or error.__traceback__.tb_next is not None:
+            raise  # by the function, not by calling it
+        raise TypeError(
+            f"{name_of(who)}: expected the initializer of {name} to be a function "
+            f"(key, shape, dtype, device) -> tensor, got {shown(param.initializer)}: {error}"
+        ) from None
+    if isinstance(value, Tensor) and value.shape == param.shape:
+        return value
+    got = tuple(value.shape) if isinstance(value, Tensor) else shown(value)
+    raise ValueError(
+        f"{name_of(who)}: expected the initializer of {name} to return a tensor of shape "
+        f"{sizes(param.shape)}, got {got}"
+    )
 
 
 def misshapen(

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import threading
 from dataclasses import dataclass
 from fractions import Fraction
@@ -208,6 +209,18 @@ def test_a_memory_format_is_asked_for_by_the_whole_name():
 ZEROS = fn.initializers.Zeros
 
 
+def declaring(declared):
+    @dataclass(frozen=True)
+    class Declaring(fn.Layer):
+        def _params(self, shape):
+            return declared
+
+        def _fwd(self, params, x, key):
+            return x, ()
+
+    return Declaring()
+
+
 @pytest.mark.parametrize(
     ("declared", "got"),
     [
@@ -221,19 +234,43 @@ ZEROS = fn.initializers.Zeros
     ],
 )
 def test_what_is_not_declared_by_param_is_refused(declared, got):
-    @dataclass(frozen=True)
-    class Declaring(fn.Layer):
-        def _params(self, shape):
-            return declared
-
-        def _fwd(self, params, x, key):
-            return x, ()
-
     with pytest.raises(
         TypeError, match=r"^layer 0: Declaring\(\): expected _params to return "
     ) as caught:
-        fn.Sequential(Declaring()).init(fn.key(0), (2,))
+        fn.Sequential(declaring(declared)).init(fn.key(0), (2,))
     assert got in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("initializer", "error", "message"),
+    [
+        (torch.ones, TypeError, "a function (key, shape, dtype, device) -> tensor, got <built-in "),
+        (lambda key, shape: torch.ones(shape), TypeError, "takes 2 positional arguments but 4 "),
+        (lambda key, shape, dtype, device: 0.5, ValueError, "a tensor of shape (2,), got 0.5"),
+        (lambda *arguments: torch.ones(3), ValueError, "a tensor of shape (2,), got (3,)"),
+    ],
+)
+def test_an_initializer_that_is_another_function_is_refused(initializer, error, message):
+    layer = declaring({"inner": {"weight": fn.Param((2,), initializer)}})
+    with pytest.raises(error, match=re.escape(message)) as caught:
+        fn.Sequential(layer).init(fn.key(0), (2,))
+    assert str(caught.value).startswith(
+        "layer 0: Declaring(): expected the initializer of inner.weight to "
+    )
+
+
+def test_an_initializer_s_own_type_error_passes():
+    def initializer(key, shape, dtype, device):
+        raise TypeError("mine")
+
+    with pytest.raises(TypeError, match=r"^mine$"):
+        declaring({"weight": fn.Param((2,), initializer)}).init(fn.key(0), (2,))
+
+
+def test_the_shape_of_a_param_is_a_tuple():
+    assert fn.Param([2, 3], ZEROS()) == fn.Param((2, 3), ZEROS())
+    with pytest.raises(TypeError, match="Param: expected shape to be a tuple of ints, got 3"):
+        fn.Param(3, ZEROS())
 
 
 def test_a_layer_without_a_gradient_says_so():

@@ -115,7 +115,7 @@ def test_gradients(case):
         (lambda: fn.Permute(0, -3), ValueError, "the batch, got (0, -3)"),
         (lambda: fn.Permute(0, 1.5), TypeError, "Permute: expected every entry of dims to be an i"),
         (
-            lambda: fn.Permute((0, 1)),
+            lambda: fn.Permute((0, 1), 2),
             TypeError,
             "expected every entry of dims to be an int, got (0",
         ),
@@ -163,6 +163,11 @@ def test_refused_shapes(layer, shape, message):
     ):
         with pytest.raises(ValueError, match=expected):
             call()
+
+
+def test_one_tuple_as_torch_takes_it():
+    assert fn.Reshape((2, -1)) == fn.Reshape([2, -1]) == fn.Reshape(2, -1)
+    assert fn.Permute((0, 2, 1)) == fn.Permute([0, 2, 1]) == fn.Permute(0, 2, 1)
 
 
 def test_replaced_fields():

@@ -7,6 +7,7 @@ the batch, 0, is refused.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -138,8 +139,8 @@ class Flatten(Reshaped):
 class Reshape(Reshaped):
     """Every example gets another shape, with its entries in row-major order.
 
-    `Reshape(*shape)` takes the shape of one example; one of the sizes may be −1, and follows from
-    the others.
+    `Reshape(*shape)` takes the shape of one example, `Reshape(3, 4)` or `Reshape((3, 4))`; one of
+    the sizes may be −1, and follows from the others.
 
     Shapes: any with as many entries an example; y (N, *shape).
     Raises ValueError for x with another number of entries, for sizes below −1, or two of −1.
@@ -151,7 +152,7 @@ class Reshape(Reshaped):
 
     shape: Annotated[tuple[int, ...], IntTuple(-1)]
 
-    def __init__(self, *shape: int, **field: Any) -> None:
+    def __init__(self, *shape: int | Sequence[int], **field: Any) -> None:
         object.__setattr__(self, "shape", _given("Reshape", "shape", shape, field))
         self.__post_init__()
 
@@ -183,6 +184,8 @@ class Reshape(Reshaped):
 class Permute(Rearranged):
     """Axis i of y is axis dims[i] of x; `Permute(0, 2, 3, 1)` puts the channels last.
 
+    The dims may also come as one tuple.
+
     Shapes: any with as many axes, batch included, as there are dims. Negative ones count from the
     last.
     Raises ValueError unless dims are a permutation of 0, 1, … that starts with 0, the batch.
@@ -194,7 +197,7 @@ class Permute(Rearranged):
 
     dims: Annotated[tuple[int, ...], IntTuple(None)]
 
-    def __init__(self, *dims: int, **field: Any) -> None:
+    def __init__(self, *dims: int | Sequence[int], **field: Any) -> None:
         object.__setattr__(self, "dims", _given("Permute", "dims", dims, field))
         self.__post_init__()
 
@@ -257,8 +260,9 @@ class Select(Layer):
         return (), _select_backward(dy, like.shape[1:], self.dim, self.index)
 
 
-def _given(who: str, name: str, ints: tuple[int, ...], field: dict[str, Any]) -> Any:
-    """The ints by position, or the field by its name, as dataclasses.replace gives it."""
-    if field and (ints or field.keys() != {name}):
+def _given(who: str, name: str, given: tuple[Any, ...], field: dict[str, Any]) -> Any:
+    """The ints by position or in a tuple, or the field by its name, as dataclasses.replace does."""
+    if field and (given or field.keys() != {name}):
         raise TypeError(f"{who}: expected ints by position, got also {', '.join(field)}")
-    return field.get(name, ints)
+    is_one = len(given) == 1 and isinstance(given[0], (tuple, list))
+    return field.get(name, given[0] if is_one else given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from collections import OrderedDict
@@ -99,6 +100,16 @@ def test_dtype_converts_floating_tensors_only(path: Path) -> None:
     assert fn.load(path, like=like, dtype=torch.float32)["w"].dtype == torch.float32
     with pytest.raises(TypeError, match=r"expected a floating-point dtype, got torch\.int32"):
         fn.load(path, dtype=torch.int32)
+
+
+@pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="PyTorch has no float4")
+def test_a_dtype_that_does_not_convert_is_refused_by_name(path: Path) -> None:
+    packed = torch.zeros(2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    for tensor, dtype in ((torch.ones(2), packed.dtype), (packed, torch.float32)):
+        fn.save(path, {"w": tensor})
+        message = f"that PyTorch converts {tensor.dtype} to, got {dtype} at w"
+        with pytest.raises(TypeError, match=re.escape(message)):
+            fn.load(path, dtype=dtype)
 
 
 def test_partial_loading_says_what_it_skipped(path: Path) -> None:

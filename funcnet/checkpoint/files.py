@@ -133,7 +133,8 @@ def load(
     Raises CheckpointError, a ValueError that names the entry, for a file that is damaged, truncated
     or foreign. Raises CheckpointError that names every difference if the converted tree differs
     from `like`. Raises FileNotFoundError or another OSError if the file cannot be opened, TypeError
-    for a dtype that is not floating-point, ValueError for strict=False without `like`.
+    for a dtype that is not floating-point, or that PyTorch does not convert to, ValueError for
+    strict=False without `like`.
 
     >>> import tempfile, torch
     >>> path = tempfile.mkdtemp() + "/tree"
@@ -263,7 +264,21 @@ def read_tensors(
     if device is None and dtype is None:
         return dict(tensors)
     target = "cpu" if device is None else device
-    return {name: tensor.to(target, _converted(tensor.dtype, dtype)) for name, tensor in tensors}
+    return {
+        name: _moved(name, tensor, target, _converted(tensor.dtype, dtype))
+        for name, tensor in tensors
+    }
+
+
+def _moved(name: str, tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    try:
+        return tensor.to(device, dtype)
+    except NotImplementedError:  # as from and to float4
+        if dtype == tensor.dtype:
+            raise
+        raise TypeError(
+            f"load: expected a dtype that PyTorch converts {tensor.dtype} to, got {dtype} at {name}"
+        ) from None
 
 
 def _check_dtype(who: str, dtype: Any) -> None:

@@ -119,7 +119,10 @@ def kinds(cls: Any) -> dict[str, Kind]:
 def _find_kinds(cls: Any) -> None:
     if "_kinds" in vars(cls):
         return
-    hints = {field.name: _hint(cls, field.name) for field in fields(cls) if field.init}
+    given = [field for field in fields(cls) if field.init]
+    hints = {field.name: _hint(cls, field.name) for field in given}
+    # torch.compile knows no MISSING.
+    cls._defaults = {field.name: field.default for field in given if field.default is not MISSING}
     cls._kinds = {
         name: extra
         for name, hint in hints.items()
@@ -153,18 +156,18 @@ def source(value: Any, in_lines: bool = False) -> str:
     constructor with a variable number of arguments gets them all: `Sequential(ReLU(), Sigmoid())`.
     """
     arguments: list[str] = []
-    various = _variable(type(value))
+    various, kind_of, defaults = _variable(type(value)), kinds(type(value)), type(value)._defaults
     for position, field in enumerate(field for field in fields(value) if field.init):
         argument = getattr(value, field.name)
         if field.name == various:
             arguments.extend(map(repr, argument))
             continue
-        kind = kinds(type(value)).get(field.name)
-        shown, default = _short(kind, argument), _short(kind, field.default)
+        kind, has_default = kind_of.get(field.name), field.name in defaults
+        shown = _short(kind, argument)
         code = call("", [*map(repr, shown)]) if in_lines and type(shown) is tuple else repr(shown)
-        if position == 0 and field.default is MISSING and not field.kw_only:
+        if position == 0 and not has_default and not field.kw_only:
             arguments.append(code)
-        elif shown != default:
+        elif not has_default or shown != _short(kind, defaults[field.name]):
             arguments.append(f"{field.name}={code}")
     return call(type(value).__name__, arguments, in_lines)
 

@@ -474,6 +474,17 @@ def test_a_compiled_step_that_makes_all_it_needs():
     close(compiled(x, target), step(x, target), rtol=1e-5, atol=1e-6)
 
 
+def test_a_layer_made_in_a_compiled_function_names_itself():
+    def function(params, x):
+        return fn.Sequential(fn.Conv2d(2, 3, padding=1), fn.Tanh()).apply(params, x)
+
+    params = fn.Sequential(fn.Conv2d(2, 3), fn.Tanh()).init(fn.key(0), (3, 5, 5))
+    message = r"Conv2d\(2, kernel_size=3, padding=1\): expected x of shape \(N, 3, H, W\)"
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=message):
+        compiled(params, torch.ones(1, 4, 5, 5))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_a_layer_made_in_a_compiled_function_that_is_broken_in_two():
     """PyTorch starts again where it breaks, and holds the second run to the first one's calls."""

@@ -5,6 +5,7 @@
 Prints the loss as it falls, in bits a character, and a sample; draws `runs/characters.png`.
 """
 
+import argparse
 import math
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -81,4 +82,6 @@ def draw(losses):
 
 
 if __name__ == "__main__":
+    shown = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=shown).parse_args()
     main()

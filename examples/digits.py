@@ -6,6 +6,7 @@ Prints a line for each network and writes `runs/digits.png`: the ten held-out di
 class got the least probability from the ResNet.
 """
 
+import argparse
 import math
 from pathlib import Path
 
@@ -91,4 +92,6 @@ def draw(x, y, probabilities):
 
 
 if __name__ == "__main__":
+    shown = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=shown).parse_args()
     main()

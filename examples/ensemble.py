@@ -7,6 +7,7 @@ its spread is a hint, not a bound: in the gap between the data the truth leaves 
 `runs/ensemble.png` shows its mean and spread, and whether its intervals hold what they promise.
 """
 
+import argparse
 from pathlib import Path
 
 import optree
@@ -85,4 +86,6 @@ def draw(grid, curves, x, y, promised, shares):
 
 
 if __name__ == "__main__":
+    shown = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=shown).parse_args()
     main()

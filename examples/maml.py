@@ -7,6 +7,7 @@ The gradient by the start goes through the step itself, `fn.SGD.step`, which is 
 `runs/maml.png` shows the network before and after one step on ten points of a new wave.
 """
 
+import argparse
 import math
 from pathlib import Path
 
@@ -77,4 +78,6 @@ def draw(params, x, y, height, phase):
 
 
 if __name__ == "__main__":
+    shown = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=shown).parse_args()
     main()

@@ -13,6 +13,7 @@ by ε: (ε, δ)-differential privacy with δ = 10⁻⁵. Prints the held-out acc
 and writes it as `runs/private.png`.
 """
 
+import argparse
 import math
 from pathlib import Path
 
@@ -124,4 +125,6 @@ def draw(accuracy, clips, noises, epsilons):
 
 
 if __name__ == "__main__":
+    shown = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=shown).parse_args()
     main()

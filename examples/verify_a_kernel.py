@@ -10,6 +10,8 @@ of y and n = w ∘ g,
     dw = Σ g ∘ x / r            over the rows
 """
 
+import argparse
+
 import torch
 
 from funcnet.testing import GradientMismatch, check_function
@@ -80,4 +82,6 @@ def main():
 
 
 if __name__ == "__main__":
+    shown = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=shown).parse_args()
     main()

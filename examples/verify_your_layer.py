@@ -9,6 +9,7 @@ z = a·x and the gradient g of y,
     da = Σ g · x² · σ′(z)        over the images and their pixels, for each channel
 """
 
+import argparse
 from dataclasses import dataclass
 
 import torch
@@ -82,4 +83,6 @@ def main():
 
 
 if __name__ == "__main__":
+    shown = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=shown).parse_args()
     main()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,15 @@ def test_private(example):
     orders = range(2, 257)
     expected = min(order / 2 - math.log(example.DELTA) / (order - 1) for order in orders)
     assert example.epsilon(1.0, 1 - 1e-12, 1) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_help_says_what_an_example_shows(script, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_path(str(script), run_name="__main__")
+    assert f"examples/{script.name}" in capsys.readouterr().out
 
 
 # --- Many processes

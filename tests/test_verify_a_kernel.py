@@ -11,7 +11,8 @@ from funcnet.testing import GradientMismatch, check_function
 SCRIPT = Path(__file__).parents[1] / "examples" / "verify_a_kernel.py"
 
 
-def test_it_finds_the_mistake_and_ends_well(capsys):
+def test_it_finds_the_mistake_and_ends_well(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", [str(SCRIPT)])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     out = capsys.readouterr().out
     assert "torch.autograd.gradcheck passes: True" in out

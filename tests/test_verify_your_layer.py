@@ -10,7 +10,8 @@ from funcnet.testing import check_vjp
 SCRIPT = Path(__file__).parents[1] / "examples" / "verify_your_layer.py"
 
 
-def test_it_finds_the_mistake_and_ends_well(capsys):
+def test_it_finds_the_mistake_and_ends_well(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", [str(SCRIPT)])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     out = capsys.readouterr().out
     assert "Hasty(): the gradient for params['slope'][" in out

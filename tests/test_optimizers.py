@@ -734,6 +734,17 @@ def test_what_is_expanded_cannot_be_written_into(size):
         sgd.step_(params, {"w": torch.ones(size)}, sgd.init(params))
 
 
+@pytest.mark.parametrize("optimizer", [fn.SGD(0.5), fn.Adam(0.5)])
+def test_a_tensor_in_two_places_is_not_written_to_twice(optimizer):
+    w = torch.ones(2)
+    params, grads = {"a": w, "b": [w]}, {"a": torch.ones(2), "b": [torch.ones(2)]}
+    with pytest.raises(ValueError, match=r"every tensor once, got one of shape \(2,\) in two pl"):
+        optimizer.step_(params, grads, optimizer.init(params))
+    assert torch.equal(w, torch.ones(2))
+    new, _ = optimizer.step(params, grads, optimizer.init(params))
+    assert torch.equal(new["a"], new["b"][0])
+
+
 def test_what_inference_made_cannot_be_written_into():
     with torch.inference_mode():
         params = {"v": torch.ones(3), "w": torch.ones(3)}

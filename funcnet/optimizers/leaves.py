@@ -110,8 +110,16 @@ def flatten_like(
 
 
 def check_writable(who: object, tensors: list[Tensor]) -> None:
-    """Raise ValueError for a tensor that is expanded or belongs to inference mode."""
-    may_ask = not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()
+    """Raise ValueError for a tensor that is expanded, belongs to inference mode or comes twice."""
+    is_eager = not torch.compiler.is_compiling()
+    may_ask = is_eager and not torch.is_inference_mode_enabled()
+    if is_eager and len({*map(id, tensors)}) < len(tensors):
+        ids = [*map(id, tensors)]
+        twice = next(tensor for tensor in tensors if ids.count(id(tensor)) > 1)
+        raise ValueError(
+            f"{who}: expected every tensor once, got one of shape {tuple(twice.shape)} in two "
+            f"places, which step_ would write to twice; step makes two tensors of it"
+        )
     for tensor in tensors:
         if is_expanded(tensor):
             raise ValueError(

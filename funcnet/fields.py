@@ -51,7 +51,7 @@ class Hyperparameters:
 
     # Not in Layer: help and inspect take a class's arguments from the first of its bases with a
     # `__new__` or an `__init__`, and those of a layer are its fields.
-    def __new__(cls, *arguments: Any, **named: Any) -> Self:
+    def __new__(cls, /, *arguments: Any, **named: Any) -> Self:
         """Raise TypeError for arguments of torch.nn that are none here, unless the class has such
         names, and for arguments of a class that is not a dataclass."""
         if not _TORCH_NAMES.isdisjoint(named):

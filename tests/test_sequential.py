@@ -237,9 +237,11 @@ def test_layers_by_name():
     with pytest.raises(KeyError, match="Sequential of 3 layers: expected a name among 'stem',"):
         NAMED["tail"]
     # The names of the constructor's own arguments are as good as others.
-    odd = fn.Sequential(self=fn.ReLU(), layers=fn.Sigmoid(), names=fn.ReLU())
-    assert odd.names == ("self", "layers", "names")
-    assert eval(repr(odd), dict(vars(fn))) == odd
+    names = ("self", "cls", "layers", "names", "arguments", "named")
+    for kind in (fn.Sequential, fn.Sum, fn.Concat):
+        odd = kind(**dict.fromkeys(names, fn.ReLU()))
+        assert odd.names == names
+        assert eval(repr(odd), dict(vars(fn))) == odd
 
 
 def test_params_of_layers_by_name(tmp_path):

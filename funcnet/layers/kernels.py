@@ -33,7 +33,7 @@ class Kernels(Layer):
     out_channels: Size
     kernel_size: Sizes
 
-    def __new__(cls: type[_Kernels], *arguments: Any, **named: Any) -> _Kernels:
+    def __new__(cls: type[_Kernels], /, *arguments: Any, **named: Any) -> _Kernels:
         """Raise TypeError for torch.nn's arguments, which start with x's channels."""
         if len(arguments) > 2:
             raise TypeError(_advice(cls, arguments))

@@ -790,6 +790,14 @@ def applied(net, params, x=X):
 REFUSED = {
     "layer": (lambda: fn.Residual("relu"), "Residual: expected layer to be a Layer, got 'relu'"),
     "branch": (lambda: fn.Sum(CONV, 3), "Sum: expected layer 1 to be a Layer, got 3"),
+    "a list": (
+        lambda: fn.Sequential([CONV]),
+        f"Sequential: expected layer 0 to be a Layer, got [{CONV}]: Sequential(*layers) takes all",
+    ),
+    "a dict": (
+        lambda: fn.Concat({"a": CONV}),
+        f"Concat: expected layer 0 to be a Layer, got {{'a': {CONV}}}: Concat(**layers) takes all",
+    ),
     "named branch": (lambda: fn.Sum(a=3), "Sum: expected a to be a Layer, got 3"),
     "mixed": (
         lambda: fn.Sequential(CONV, head=CONV),

@@ -383,6 +383,12 @@ def test_no_classes(loss):
         (torch.tensor([True, False]), TypeError, "int64 classes or probabilities, got torch.bool"),
         ([0, 1], TypeError, "expected target to be int64 classes or probabilities, got list"),
         (torch.empty(2, device="meta").long(), TypeError, "target on cpu, x's device, got meta"),
+        (
+            torch.zeros(2),
+            TypeError,
+            "probabilities, got torch.float32 of the shape of cl",
+        ),
+        (torch.eye(3)[:2].long(), ValueError, "got (2, 3): probabilities are torch.float32, as x"),
     ],
 )
 def test_targets_that_are_refused(target, error, message):
@@ -458,6 +464,53 @@ def test_a_target_may_be_a_tree_with_integers():
     assert "target['class'] (3,)" in str(caught.value)
     assert "target = {'class': torch.tensor([0, 3, 1], dtype=torch.int64)" in caught.value.snippet
     assert caught.value.target is target
+
+
+class Broken(fn.Loss):
+    """Distances, as a subclass of it returns them."""
+
+    def _bwd(self, distance, grad):
+        return distance.sign() * grad
+
+
+class WithoutResiduals(Broken):
+    def _fwd(self, x, target):
+        return (x - target).abs().sum()
+
+
+class OfEachExample(Broken):
+    def _fwd(self, x, target):
+        return (x - target).abs().sum(1), x - target
+
+
+class OfNumbers(Broken):
+    def _fwd(self, x, target):
+        return float((x - target).abs().sum()), x - target
+
+
+class WithTwoGradients(Broken):
+    def _fwd(self, x, target):
+        return (x - target).abs().sum(), x - target
+
+    def _bwd(self, distance, grad):
+        return distance.sign() * grad, None
+
+
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [
+        (WithoutResiduals, "expected _fwd to return (value, residuals), got tensor(6.)"),
+        (OfEachExample, "expected the value to be a scalar tensor, got shape (2,)"),
+        (OfNumbers, "expected the value to be a scalar tensor, got 6.0"),
+        (WithTwoGradients, "expected _bwd to return dx, a tensor, got a tuple of 2"),
+    ],
+)
+def test_a_loss_that_returns_something_else_is_named(cls, message):
+    loss, x, target = cls(), torch.zeros(2, 3), torch.ones(2, 3)
+    for call in (lambda: loss.vjp(x, target), lambda: check_vjp(loss, x, target)):
+        with pytest.raises((ValueError, GradientMismatch)) as caught:
+            call()
+        assert f"{loss}: {message}" in str(caught.value)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from keyword import iskeyword
@@ -190,8 +191,13 @@ def _sorted_out(
     for i, layer in enumerate(layers):
         if not isinstance(layer, Layer):
             where = names[i] if names else f"layer {i}"
-            raise TypeError(f"{who}: expected {where} to be a Layer, got {shown(layer)}")
+            stars = _STARS.get(type(layer))
+            advice = f": {who}({stars}layers) takes all of them" if stars and not names else ""
+            raise TypeError(f"{who}: expected {where} to be a Layer, got {shown(layer)}{advice}")
     return layers, names
+
+
+_STARS: dict[type, str] = {list: "*", tuple: "*", dict: "**", OrderedDict: "**"}
 
 
 def _listed(names: Any) -> str:

@@ -55,7 +55,10 @@ class CrossEntropy(Loss):
             )
         if not isinstance(target, Tensor):
             raise self._unfit(type(target).__name__)
+        expected = (*x.shape[:1], *x.shape[2:])
         if target.is_floating_point():
+            if target.shape == expected:
+                raise self._unfit(f"{target.dtype} of the shape of classes")
             super()._check(x, target)
             if self.ignore_index >= 0:
                 raise ValueError(
@@ -69,14 +72,15 @@ class CrossEntropy(Loss):
             raise TypeError(
                 f"{name_of(self)}: expected target on {x.device}, x's device, got {target.device}"
             )
-        expected = (*x.shape[:1], *x.shape[2:])
         if target.shape != expected:
-            is_last = target.shape == x.shape[:-1]
+            advice = ""
+            if target.shape == x.shape[:-1]:
+                advice = ": the logits of the classes are along axis 1 of x, not along the last"
+            elif target.shape == x.shape:
+                advice = f": probabilities are {x.dtype}, as x is"
             raise ValueError(
                 f"{name_of(self)}: expected target of classes of shape {expected}, "
-                f"got {tuple(target.shape)}"
-                + ": the logits of the classes are along axis 1 of x, not along the last"
-                * is_last
+                f"got {tuple(target.shape)}{advice}"
             )
         self._check_classes(target, x.shape[1])
 

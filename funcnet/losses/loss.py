@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import optree
 from torch import Tensor
 
-from funcnet.checks import check_like, check_tensor, name_of, opened
+from funcnet.checks import broken_promise, check_like, check_tensor, name_of, opened, shown
 from funcnet.fields import Hyperparameters, OneOf
 from funcnet.ops.autocast import without_autocast
 
@@ -77,7 +77,16 @@ class Loss(Hyperparameters):
         check_tensor(self, "x", x)
         self._check(x, target)
         with without_autocast(x):
-            value, residuals = self._fwd(x, target)
+            made = self._fwd(x, target)
+        if isinstance(made, Tensor):
+            what = f"expected _fwd to return (value, residuals), got {shown(made)}"
+            raise broken_promise(self, what)
+        value, residuals = made
+        if not isinstance(value, Tensor) or value.ndim:
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else shown(value)
+            raise broken_promise(
+                self, f"expected the value to be a scalar tensor, got {got}", value
+            )
         return value, (x.new_empty(0), residuals)  # no entries: it tells x's dtype to bwd
 
     def bwd(self, residuals: Any, grad: Tensor | float = 1.0) -> Tensor:
@@ -93,7 +102,10 @@ class Loss(Hyperparameters):
                     f"{name_of(self)}: expected grad to be a scalar, got shape {tuple(grad.shape)}"
                 )
         with without_autocast(like):
-            return self._bwd(kept, grad)
+            dx = self._bwd(kept, grad)
+        if not isinstance(dx, Tensor):
+            raise broken_promise(self, f"expected _bwd to return dx, a tensor, got {shown(dx)}")
+        return dx
 
     def apply(self, x: Tensor, target: Any) -> Tensor:
         """The value of the loss, a scalar."""

@@ -452,18 +452,23 @@ class Layer(Hyperparameters):
         return y, True
 
     def _expect_promised(self, y: Any, promised: Spec, made: Callable[[], Any]) -> None:
-        """Raise unless y of a layer has the shape that `_out_shape` says; the next call asks again.
+        """Raise unless y of a layer has the shape that `_out_shape` says, and x's dtype; the next
+        call asks again.
 
         `made` returns what `_fwd` does.
         """
         expected, is_one = (*promised.batch, *promised.shape), not self._children()
         shape = tuple(y.shape) if isinstance(y, Tensor) else None
         # A combinator runs with what its layers make, if it is of the same examples.
-        if shape == expected or (shape and not is_one and shape[:1] == promised.batch):
+        fits = shape == expected or (shape and not is_one and shape[:1] == promised.batch)
+        # Of integers, a layer without parameters may make numbers.
+        if fits and (y.dtype == promised.dtype or not promised.dtype.is_floating_point):
             return
         self.__dict__.pop("_accepted", None)
         if is_one and not isinstance(result := made(), tuple):
             what = f"expected _fwd to return (y, residuals), got {shown(result)}"
+        elif fits:
+            what = f"expected y to be {promised.dtype}, got {y.dtype}"
         else:
             got = shown(y) if shape is None else shape
             what = f"expected y of shape {expected}, as out_shape says, got {got}"

@@ -273,6 +273,18 @@ def test_the_shape_of_a_param_is_a_tuple():
         fn.Param(3, ZEROS())
 
 
+def test_a_layer_whose_y_has_another_dtype_says_so():
+    @dataclass(frozen=True)
+    class Doubling(fn.Layer):
+        def _fwd(self, params, x, key):
+            return x.double() * 2, ()
+
+    for call in (Doubling().apply, Doubling().fwd, Doubling().apply):
+        with pytest.raises(ValueError, match=r"^Doubling\(\): expected y to be torch.float32"):
+            call((), torch.ones(2, 3))
+    assert Doubling().apply((), torch.ones(2, 3).double()).dtype == torch.float64
+
+
 def test_a_layer_without_a_gradient_says_so():
     @dataclass(frozen=True)
     class Valued(fn.Layer):

@@ -284,6 +284,12 @@ def test_a_layer_whose_y_has_another_dtype_says_so():
             call((), torch.ones(2, 3))
     assert Doubling().apply((), torch.ones(2, 3).double()).dtype == torch.float64
 
+    class Counting(Doubling):
+        def _check_x(self, x):
+            pass
+
+    assert Counting().apply((), torch.ones(2, 3).long()).dtype == torch.float64
+
 
 def test_a_layer_without_a_gradient_says_so():
     @dataclass(frozen=True)

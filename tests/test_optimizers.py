@@ -737,7 +737,8 @@ def test_what_is_expanded_cannot_be_written_into(size):
 @pytest.mark.parametrize("optimizer", [fn.SGD(0.5), fn.Adam(0.5)])
 def test_a_tensor_in_two_places_is_not_written_to_twice(optimizer):
     w = torch.ones(2)
-    params, grads = {"a": w, "b": [w]}, {"a": torch.ones(2), "b": [torch.ones(2)]}
+    params = {"a": w, "b": [w], "0": torch.ones(3)}
+    grads = {"a": torch.ones(2), "b": [torch.ones(2)], "0": torch.ones(3)}
     with pytest.raises(ValueError, match=r"every tensor once, got one of shape \(2,\) in two pl"):
         optimizer.step_(params, grads, optimizer.init(params))
     assert torch.equal(w, torch.ones(2))

@@ -365,7 +365,8 @@ def _number(who: str, name: str, value: Any) -> float:
 
 
 def _uint64(who: str, name: str, value: int) -> int:
-    number = as_index(who, name, value)
+    # as_index() would hold a graph of torch.compile to an int of many, such as a step's.
+    number = value if type(value) is int else as_index(who, name, value)
     if not 0 <= number < 2**64:
         raise ValueError(f"{who}: expected {name} in [0, 2**64), got {number}")
     return number

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import funcnet as fn
 from funcnet.testing import strategies
@@ -284,6 +285,21 @@ def test_draws_in_a_compiled_function_for_x_of_any_size():
     for size in (2, 5, 9):
         x = torch.zeros(size, 3)
         assert torch.equal(compiled(x, fn.key(size)), noisy(x, fn.key(size)))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_the_number_of_a_step_in_a_compiled_function_is_any(backend):
+    """An int is held open from the second step on, as PyTorch does with ints."""
+
+    def noisy(x, step):
+        return x + fn.normal(fn.fold_in(fn.key(3), step), (2,))
+
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled, x = torch.compile(noisy, backend=counter, fullgraph=True), torch.zeros(2)
+    for step in (0, 1, 2, 3, 2**62):
+        assert torch.equal(compiled(x, step), noisy(x, step))
+    assert counter.frame_count <= 3  # PyTorch takes 0 and 1 apart
 
 
 def test_draws_in_a_compiled_function_that_breaks_its_graph():

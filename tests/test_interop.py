@@ -1097,6 +1097,15 @@ def test_a_state_dict_of_a_layer_whose_init_looks_at_its_numbers():
     assert same(load_state_dict(Scaled(3), (4,), state_dict(params)), params)
 
 
+def test_a_state_dict_of_a_network_is_refused():
+    """As module.state_dict() is written: a network holds no tensors."""
+    for net in (fn.Sequential(fn.Linear(3)), fn.ReLU()):
+        with pytest.raises(
+            TypeError, match=r"state_dict: expected params, as init makes them, got"
+        ):
+            fn.interop.state_dict(net)
+
+
 def test_a_state_dict_of_torch_fits():
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Sequential(nn.Conv2d(4, 2, 1)))
     net = fn.Sequential(fn.Conv2d(4, 3), fn.ReLU(), fn.Sequential(fn.Conv2d(2, 1)))

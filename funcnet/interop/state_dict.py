@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funcnet.checkpoint.memory_format import lay_out_as_init
-from funcnet.checks import name_of, sizes
+from funcnet.checks import name_of, shown, sizes
 from funcnet.interop.refusal import refusal
 from funcnet.layer import Layer, Tree, check_net
 from funcnet.leaves import shaped
@@ -37,6 +37,8 @@ def state_dict(params: Tree) -> dict[str, Tensor]:
 
 def tensors_of(who: str, params: Tree) -> dict[str, Tensor]:
     """Return the tensors by name. `who` speaks in errors."""
+    if isinstance(params, Layer):  # which would be taken for a tree of its hyperparameters
+        raise TypeError(f"{who}: expected params, as init makes them, got {shown(params)}")
     return dict(_named(who, params, ""))
 
 

@@ -1100,9 +1100,7 @@ def test_a_state_dict_of_a_layer_whose_init_looks_at_its_numbers():
 def test_a_state_dict_of_a_network_is_refused():
     """As module.state_dict() is written: a network holds no tensors."""
     for net in (fn.Sequential(fn.Linear(3)), fn.ReLU()):
-        with pytest.raises(
-            TypeError, match=r"state_dict: expected params, as init makes them, got"
-        ):
+        with pytest.raises(TypeError, match=r"state_dict: expected params, as init makes"):
             fn.interop.state_dict(net)
 
 

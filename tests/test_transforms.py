@@ -592,7 +592,12 @@ CAN_BUILD = (
 )
 
 
-@pytest.mark.skipif(not CAN_BUILD, reason="no C++ compiler, or no headers of Python's")
+needs_a_compiler = pytest.mark.skipif(
+    not CAN_BUILD, reason="no C++ compiler, or no headers of Python's"
+)
+
+
+@needs_a_compiler
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_compiled_updates_by_products_of_matrices():
     """PyTorch's own backend fuses x + A·B, and loses the alpha of x + alpha · A·B."""
@@ -618,3 +623,21 @@ def test_compiled_updates_by_products_of_matrices():
     torch._dynamo.reset()
     found = torch.compile(steps, fullgraph=True)(params, x, grad)
     close(found, steps(params, x, grad), rtol=1e-4, atol=1e-5)
+
+
+@needs_a_compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_compiled_gradients_of_means_of_windows_beyond_the_padding():
+    """PyTorch's own backend divides by all taps of a window there."""
+    cases = [
+        (fn.AvgPool1d(3, stride=2, padding=1, ceil_mode=True), (2, 6)),
+        (fn.AvgPool2d((3, 2), stride=(2, 3), padding=(1, 0), ceil_mode=True), (2, 6, 4)),
+        (fn.AvgPool3d(2, stride=2, padding=1, ceil_mode=True), (2, 3, 4, 5)),
+    ]
+
+    def gradients(inputs):
+        return [layer.vjp((), *own)[1] for (layer, _), own in zip(cases, inputs, strict=True)]
+
+    inputs = [make(layer, shape)[1:] for layer, shape in cases]
+    torch._dynamo.reset()
+    close(torch.compile(gradients, fullgraph=True)(inputs), gradients(inputs))

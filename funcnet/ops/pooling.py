@@ -114,9 +114,23 @@ def average_backward(
         return average_backward(*whole).squeeze(2)
     sizes = window.kernel_size, window.stride, window.before
     grad = _for_averages(dy)
+    divisor = None
+    if ceil_mode and count_include_pad and torch.compiler.is_compiling():
+        # What PyTorch 2.13 compiles the kernel to divides by all taps of a window.
+        grad, divisor = grad / _taps(window, shape[2:], grad), 1
     like = _like(grad, shape)
-    dx: Tensor = _AVG_BACKWARD[dy.ndim](grad, like, *sizes, ceil_mode, count_include_pad, None)
+    dx: Tensor = _AVG_BACKWARD[dy.ndim](grad, like, *sizes, ceil_mode, count_include_pad, divisor)
     return dx.to(dy.dtype)
+
+
+def _taps(window: Window, size: Ints, y: Tensor) -> Tensor:
+    """The number of taps of each window that are in x or its padding, in the place of y's pixel."""
+    taps = y.new_ones(())
+    axes = zip(y.shape[2:], window.stride, window.padded(size), window.reach, strict=True)
+    for count, stride, padded, reach in axes:
+        start = torch.arange(count, device=y.device) * stride
+        taps = taps.unsqueeze(-1) * (padded - start).clamp(max=reach)
+    return taps
 
 
 def adaptive_maximum(x: Tensor, size: Ints) -> tuple[Tensor, Tensor]:

@@ -772,7 +772,7 @@ def test_other_memory_layouts_under_transforms(order):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [(5, 7), (32, 32), (2, 16, 32)], ids=str)
+@pytest.mark.parametrize("size", [(5, 7), (24, 24), (32, 32), (2, 16, 32)], ids=str)
 @pytest.mark.parametrize("groups", [1, 2, 4, 8, 16, 32])
 def test_few_channels_a_group(groups, size, dtype):
     """By rows or by groups, results are off the formula in float64 by rounding alone."""

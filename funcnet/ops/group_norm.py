@@ -52,6 +52,9 @@ def group_norm(
     if few and x.numel() <= _FEW_ENTRIES:
         y, mean, rstd = group_norm(_row_major(x), groups, weight, bias, eps)
         return y.contiguous(memory_format=memory_format), mean, rstd
+    if few and is_half(x):
+        weight, bias = in_float32(x, weight), in_float32(x, bias)
+        return in_dtype(group_norm(x.float(), groups, weight, bias, eps), x.dtype)
     # A trace would hold the sizes that the kernel takes for those of any x.
     if few or inplace.is_tracing():
         return _group_norm_by_channels(x, groups, weight, bias, eps)
@@ -101,6 +104,10 @@ def group_norm_gradients(
         dx, dweight, dbias = group_norm_gradients(dy, x, mean, rstd, weight, groups, need)
         dx = None if dx is None else dx.contiguous(memory_format=memory_format)
         return dx, dweight, dbias
+    if few and is_half(x):
+        weight = in_float32(x, weight)
+        grads = group_norm_gradients(dy.float(), x.float(), mean, rstd, weight, groups, need)
+        return as_asked(grads, mask, x.dtype)
     if few or not has_kernel:
         dx, *others = _group_norm_gradients_by_channels(dy, x, mean, rstd, weight, groups, mask)
     else:
@@ -148,7 +155,9 @@ def _row_major(x: Tensor) -> Tensor:
 # work on at a time.
 
 _FEW, _FEW_IN_HALF = 8, 16
-"""Below how many channels a group this way takes less time than PyTorch's kernels."""
+"""Below how many channels a group this way takes less time than PyTorch's kernels. In half
+precision, below the second, so does float32, in the way that it is fastest: back, 0.5 to 0.9 of the
+time that sums of rows in bfloat16 take, from 2 to 8 channels a group (Intel Xeon with AVX-512)."""
 
 _FEW_POSITIONS = 1024
 """From how many positions on PyTorch's forward kernel goes through rows too."""

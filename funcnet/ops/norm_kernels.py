@@ -24,7 +24,7 @@ Gradients: TypeAlias = tuple["Tensor | None", "Tensor | None", "Tensor | None"]
 def in_dtype(normalised: Normalised, dtype: torch.dtype) -> Normalised:
     """y in x's dtype: under vmap, the kernels return it in the weight's."""
     y, mean, rstd = normalised
-    return y.to(dtype), mean, rstd
+    return y.to(dtype=dtype), mean, rstd
 
 
 def in_float32(x: Tensor, weight: Tensor | None, ones: torch.Size | None = None) -> Tensor | None:
@@ -58,7 +58,7 @@ def as_asked(
 ) -> Gradients:
     """The gradients that were asked for, in the dtype."""
     dx, dweight, dbias = (
-        grad.to(dtype) if asked and grad is not None else None
+        grad.to(dtype=dtype) if asked and grad is not None else None
         for grad, asked in zip(grads, mask, strict=True)
     )
     return dx, dweight, dbias

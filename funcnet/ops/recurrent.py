@@ -91,7 +91,7 @@ def forward(cell: Cell, x: Tensor, layers: Layers, keep: bool = True) -> tuple[T
         if keep:
             residuals.append((x, h, kept))
         x = h
-    return x.transpose(0, 1).to(dtype), residuals
+    return x.transpose(0, 1).to(dtype=dtype), residuals
 
 
 def gradients(
@@ -104,7 +104,7 @@ def gradients(
         x, h, kept = residuals[number]
         directions = layers[number]
         wanted = need._replace(input=need.input or number > 0)
-        hs, dhs = (t.chunk(len(directions), -1) for t in (h, dh.to(h.dtype)))
+        hs, dhs = (t.chunk(len(directions), -1) for t in (h, dh.to(dtype=h.dtype)))
         dh = None
         for i, weights in enumerate(directions):
             run, own = Run(x, hs[i], kept[i]), _cast(weights, x.dtype)
@@ -113,7 +113,7 @@ def gradients(
                 dweights if need.each else dweights and _cast(dweights, grad.dtype)
             )
             dh = dx if dh is None else dh + dx
-    return dlayers, dh.transpose(0, 1).to(grad.dtype) if need.input else None
+    return dlayers, dh.transpose(0, 1).to(dtype=grad.dtype) if need.input else None
 
 
 # --- The cells
@@ -391,5 +391,5 @@ def _product_each(dy: Tensor, x: Tensor) -> Products:
 def _cast(weights: Weights, dtype: torch.dtype) -> Weights:
     if weights.ih.dtype == dtype:
         return weights
-    cast: Any = (None if t is None else t.to(dtype) for t in weights)
+    cast: Any = (None if t is None else t.to(dtype=dtype) for t in weights)
     return Weights(*cast)

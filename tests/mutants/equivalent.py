@@ -369,7 +369,7 @@ EQUIVALENT: dict[str, str] = {
     "ops.normalization.channel_affine:swap-arguments:2": _COMMUTES,
     "ops.norm_kernels.as_asked:drop-term:1": _NOT_NEEDED,
     "ops.norm_kernels.as_asked:drop-term:2": "what is asked for is there",
-    "ops.norm_kernels.as_asked:drop-argument:1": _STRICT,
+    "ops.norm_kernels.as_asked:drop-argument:2": _STRICT,
     "ops.norm_kernels.as_asked:flip-flag:1": _STRICT,
     "ops.norm_kernels.in_float32:drop-term:1": _ONE_DEVICE,
     "ops.norm_kernels.like_weights:drop-term:1": _ONE_DEVICE,

@@ -254,7 +254,9 @@ def test_memory_layouts_do_not_matter(optimizer, layout, other):
 
 
 @pytest.mark.parametrize("cls", [fn.Adam, fn.AdamW])
-@pytest.mark.parametrize("shape", [(7, 9), (8, 7, 3, 3), (4, 3, 2, 3, 3), (2, 4, 3, 5, 3)])
+@pytest.mark.parametrize(
+    "shape", [(7, 9), (8, 7, 3, 3), (4, 3, 2, 3, 3), (2, 4, 3, 5, 3), (24, 20, 3, 3)]
+)
 def test_adams_numbers_are_torchs_in_every_order_of_axes(cls, shape):
     """Bit for bit, by the kernel, as for contiguous leaves: in channels_last, and in others."""
     row = next(row for row in ROWS if row.ours is cls)

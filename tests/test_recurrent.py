@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_transforms import compile_whole, needs_a_compiler
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import funcnet as fn
@@ -395,6 +397,118 @@ def test_parameters_have_torchs_names_order_and_distribution(cls, bias, bidirect
     assert 0.99 * bound < drawn.abs().max() <= bound
     assert abs(drawn.mean()) < 0.02 * bound
     assert abs(drawn.std() / (bound / 3**0.5) - 1) < 0.02
+
+
+# --- torch.compile: one operation for all steps
+
+
+COMPILED = [
+    fn.RNN(3, nonlinearity="relu", bias=False),
+    fn.RNN(3, num_layers=2, bidirectional=True),
+    fn.LSTM(3, bias=False),
+    fn.LSTM(3, num_layers=2, bidirectional=True),
+    fn.GRU(3, bias=False),
+    fn.GRU(3, num_layers=2, bidirectional=True),
+]
+without_warnings = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+def numbers(layer, steps, dtype=torch.float32, examples=2):
+    params = layer.init(fn.key(0), (steps, 2), dtype=dtype)
+    x = fn.normal(fn.key(1), (examples, steps, 2), dtype=dtype)
+    return params, x, fn.normal(fn.key(2), (examples, *layer.out_shape((steps, 2))), dtype=dtype)
+
+
+@without_warnings
+@pytest.mark.parametrize(
+    ("layer", "dtype"),
+    [
+        *((layer, torch.float32) for layer in COMPILED),
+        (COMPILED[2], torch.float64),
+        (COMPILED[4], torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_compiled_once_for_every_length(layer, dtype):
+    def run(params, x, grad):
+        y, residuals = layer.fwd(params, x)
+        return (
+            y,
+            layer.apply(params, x),
+            layer.bwd(params, residuals, grad),
+            layer.bwd(params, residuals, grad, input_grad=False),  # so it does not use them up
+            layer.vjp(params, x, grad, param_grad=False),
+        )
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(run, fullgraph=True, backend=counter, dynamic=True)
+    for steps, examples in ((5, 7), (4, 6), (70, 11)):  # first, no two sizes are the same
+        arguments = numbers(layer, steps, dtype, examples)
+        close(compiled(*arguments), run(*arguments))
+    assert counter.frame_count == 1
+
+
+@without_warnings
+@pytest.mark.parametrize("layer", COMPILED[::2], ids=str)
+def test_what_is_compiled_and_what_is_not_take_each_others_residuals(layer):
+    params, x, grad = numbers(layer, 4)
+    expected = layer.vjp(params, x, grad)
+    fwd, bwd = compile_whole(layer.fwd), compile_whole(layer.bwd)
+    for one, other in ((fwd, bwd), (fwd, layer.bwd), (layer.fwd, bwd)):
+        _, residuals = one(params, x)
+        for _ in range(2):
+            close(other(params, residuals, grad), expected)
+
+
+@without_warnings
+@pytest.mark.parametrize("layer", COMPILED[::2], ids=str)
+def test_compiled_under_autograd_and_torch_func(layer):
+    params, x, grad = numbers(layer, 3)
+    leaves = optree.tree_map(lambda leaf: leaf.clone().requires_grad_(), params)
+    y = compile_whole(layer.apply)(leaves, x)
+    found = torch.autograd.grad(y, optree.tree_leaves(leaves), grad)
+    close(list(found), layer.vjp(params, x, grad)[0])
+
+    def by_func(params, x):
+        several = torch.func.vmap(layer.apply, (None, 0))(params, torch.stack([x, x]))
+        return several, torch.func.grad(lambda x: layer.apply(params, x).sum())(x)
+
+    close(compile_whole(by_func)(params, x), by_func(params, x))
+    of_each = fn.per_example(fn.Sequential(layer, fn.Select(1, -1)), fn.MSE())
+    target = grad[:, -1]
+    close(compile_whole(of_each)((params, ()), x, target), of_each((params, ()), x, target))
+
+
+@needs_a_compiler
+@without_warnings
+@pytest.mark.parametrize("layer", COMPILED[2:5:2], ids=str)
+def test_compiled_gradients_of_the_same_twice(layer):
+    """The backward pass uses up what is kept, which a compiler may think the same."""
+    params, x, grad = numbers(layer, 4)
+
+    def twice(params, x, grad):
+        return [fn.value_and_grad(layer, fn.MSE())(params, x, c * grad) for c in (1, 2)]
+
+    torch._dynamo.reset()
+    close(torch.compile(twice, fullgraph=True)(params, x, grad), twice(params, x, grad))
+
+
+def test_the_compiled_operations_are_what_they_are_said_to_be():
+    """Shapes, dtypes, strides and what is written to, on meta as on the CPU."""
+    from funcnet.ops import recurrent_op
+
+    ops = torch.ops.funcnet
+    x, h, dh = (torch.randn(4, 2, size) for size in (5, 3, 3))
+    for name, cell in recurrent_op._CELLS.items():
+        rows = {"LSTM": 12, "GRU": 9}.get(name, 3)
+        weights = [torch.randn(shape) for shape in ((rows, 5), (rows, 3), (rows,), (rows,))]
+        for own in (weights, weights[:2]):
+            torch.library.opcheck(ops.recurrent, (name, False, x, own, True, True))
+            kept = [torch.rand(4, 2, 3) for _ in range(cell.keeps)]
+            torch.library.opcheck(
+                ops.recurrent_backward, (name, x, h, kept, dh, own, True, True, True)
+            )
 
 
 @each_class

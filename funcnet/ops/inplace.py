@@ -111,8 +111,11 @@ def add_into(out: Tensor, x: Tensor, y: Tensor, alpha: int = 1) -> None:
 
 def is_untracked(*tensors: Tensor | None) -> bool:
     """Whether torch runs eagerly and autograd records nothing computed from `tensors`."""
-    if not is_eager():
-        return False
+    return is_eager() and has_no_tape(*tensors)
+
+
+def has_no_tape(*tensors: Tensor | None) -> bool:
+    """Whether autograd records nothing computed from `tensors`."""
     return not torch.is_grad_enabled() or not any(
         t is not None and t.requires_grad for t in tensors
     )

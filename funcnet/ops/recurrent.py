@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from torch import Tensor
 from funcnet.compat import is_mkldnn_enabled, mkldnn_rnn, mkldnn_rnn_backward
 from funcnet.ops import pixelwise
 from funcnet.ops.accumulation import accumulator_dtype, widened
-from funcnet.ops.inplace import is_untracked
+from funcnet.ops.inplace import has_no_tape, is_transforming, is_untracked
 from funcnet.ops.need import Need
 from funcnet.ops.products import Products, product_of_rows
 
@@ -64,12 +64,24 @@ class Run(NamedTuple):
 class Cell(Protocol):
     """All steps of one direction."""
 
+    name: str
+    keeps: ClassVar[int] = 0
+    """The number of tensors, of the shape of h, that `steps` keeps beside it."""
+
+    def has_kernel(self, x: Tensor) -> bool:
+        """Whether PyTorch may have a kernel for all steps of x in float32."""
+        return False
+
     def takes_half(self, x: Tensor, layers: Layers) -> bool:
         """Whether x, of 16 bits, is computed in its own dtype. It is widened otherwise."""
         return False
 
     def forward(self, x: Tensor, weights: Weights, reverse: bool, keep: bool) -> Any:
         """(h, what else `backward` needs, if `keep`)."""
+        return self.steps(x, weights, reverse, keep)
+
+    def steps(self, x: Tensor, weights: Weights, reverse: bool, keep: bool) -> Any:
+        """The same, step after step."""
 
     def backward(self, run: Run, dh: Tensor, weights: Weights, reverse: bool, need: Need) -> Any:
         """(the weights' gradients, dx), None where they are not needed."""
@@ -84,7 +96,7 @@ def forward(cell: Cell, x: Tensor, layers: Layers, keep: bool = True) -> tuple[T
     for directions in layers:
         hs, kept = [], []
         for i, weights in enumerate(directions):
-            h, own = cell.forward(x, _cast(weights, x.dtype), bool(i), keep)
+            h, own = _run(cell, x, _cast(weights, x.dtype), bool(i), keep)
             hs.append(h)
             kept.append(own)
         h = torch.cat(hs, -1) if len(hs) > 1 else hs[0]
@@ -108,12 +120,38 @@ def gradients(
         dh = None
         for i, weights in enumerate(directions):
             run, own = Run(x, hs[i], kept[i]), _cast(weights, x.dtype)
-            dweights, dx = cell.backward(run, dhs[i], own, bool(i), wanted)
+            dweights, dx = _run_back(cell, run, dhs[i], own, bool(i), wanted)
             dlayers[number].append(
                 dweights if need.each else dweights and _cast(dweights, grad.dtype)
             )
             dh = dx if dh is None else dh + dx
     return dlayers, dh.transpose(0, 1).to(dtype=grad.dtype) if need.input else None
+
+
+def _is_one_operation(*tensors: Tensor | None) -> bool:
+    """Whether torch.compile compiles what no rule for vmap or derivative is needed for."""
+    return (
+        torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
+        and not is_transforming()
+        and has_no_tape(*tensors)
+    )
+
+
+def _run(cell: Cell, x: Tensor, weights: Weights, reverse: bool, keep: bool) -> Any:
+    if _is_one_operation(x, *weights):
+        from funcnet.ops import recurrent_op
+
+        return recurrent_op.forward(cell, x, weights, reverse, keep)
+    return cell.forward(x, weights, reverse, keep)
+
+
+def _run_back(cell: Cell, run: Run, dh: Tensor, weights: Weights, reverse: bool, need: Need) -> Any:
+    if _is_one_operation(run.x, run.h, dh, *weights) and not need.each:
+        from funcnet.ops import recurrent_op
+
+        return recurrent_op.backward(cell, run, dh, weights, reverse, need)
+    return cell.backward(run, dh, weights, reverse, need)
 
 
 # --- The cells
@@ -123,10 +161,11 @@ def gradients(
 class Elman(Cell):
     """h = σ(a + u), da = du = σ' ∘ dh; `value_` is σ in place, and `slope(dh, h)` is σ' ∘ dh."""
 
+    name: str
     value_: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor, Tensor], Tensor]
 
-    def forward(self, x: Tensor, weights: Weights, reverse: bool, keep: bool) -> Any:
+    def steps(self, x: Tensor, weights: Weights, reverse: bool, keep: bool) -> Any:
         a = _inputs(x, weights.ih, _sum(weights.bias_ih, weights.bias_hh)).unbind(0)
         h = x.new_zeros(x.shape[1], weights.hh.shape[1])
         hs: list[Any] = [None] * len(a)
@@ -147,8 +186,8 @@ class Elman(Cell):
         return _products(x, h, da, da, weights, reverse, need)
 
 
-TANH = Elman(torch.tanh_, _tanh_backward)
-RELU = Elman(torch.relu_, lambda dh, h: torch.ops.aten.threshold_backward.default(dh, h, 0))
+TANH = Elman("tanh", torch.tanh_, _tanh_backward)
+RELU = Elman("relu", torch.relu_, lambda dh, h: torch.ops.aten.threshold_backward.default(dh, h, 0))
 
 
 @dataclass(frozen=True)
@@ -162,15 +201,21 @@ class LSTM(Cell):
     errors are autocast's, 1.2 to 2 times those of float32 at the weights that `init` draws.
     """
 
+    name = "LSTM"
+    keeps = 5
+
+    def has_kernel(self, x: Tensor) -> bool:
+        return x.is_cpu and x.dtype == torch.float32 and x.numel() > 0
+
     def takes_half(self, x: Tensor, layers: Layers) -> bool:
         return all(_is_for_kernel(x, *weights) for directions in layers for weights in directions)
 
     def forward(self, x: Tensor, weights: Weights, reverse: bool, keep: bool) -> Any:
         if _is_for_kernel(x, *weights):
-            return _kernel_forward(x, weights, reverse, keep)
-        return self._steps(x, weights, reverse, keep)
+            return kernel_forward(x, weights, reverse, keep)
+        return self.steps(x, weights, reverse, keep)
 
-    def _steps(self, x: Tensor, weights: Weights, reverse: bool, keep: bool) -> Any:
+    def steps(self, x: Tensor, weights: Weights, reverse: bool, keep: bool) -> Any:
         a = _inputs(x, weights.ih, _sum(weights.bias_ih, weights.bias_hh)).unbind(0)
         h = c = x.new_zeros(x.shape[1], weights.hh.shape[1])
         steps: list[Any] = [None] * len(a)
@@ -189,11 +234,11 @@ class LSTM(Cell):
         if isinstance(kept, Workspace):
             # The h of one direction may be a part of what autograd tracks for the other's.
             if _is_for_kernel(x, h, *weights, dh) and not need.each:
-                return _kernel_backward(run, dh, weights, reverse, need)
+                return kernel_backward(run, dh, weights, reverse, need)
             # Nothing but the kernel can read its workspace.
             x, dh = widened(x), widened(dh)
             weights = _cast(weights, x.dtype)
-            h, kept = self._steps(x, weights, reverse, keep=True)
+            h, kept = self.steps(x, weights, reverse, keep=True)
         i, f, g, o, c = kept
         tanh_c = c.tanh()
         slopes_h = _tanh_backward(o, tanh_c).unbind(0)
@@ -228,7 +273,10 @@ class GRU(Cell):
     n: dn = (1 − z)(1 − n²)∘dh in da, and r∘dn in du.
     """
 
-    def forward(self, x: Tensor, weights: Weights, reverse: bool, keep: bool) -> Any:
+    name = "GRU"
+    keeps = 4
+
+    def steps(self, x: Tensor, weights: Weights, reverse: bool, keep: bool) -> Any:
         size = weights.hh.shape[1]
         sizes = [2 * size, size]
         hh_rz, hh_n = torch.split(weights.hh, sizes)
@@ -302,12 +350,16 @@ def _is_for_kernel(x: Tensor, *others: Tensor | None) -> bool:
         and (x.dtype == torch.float32 or pixelwise.multiplies_bfloat16(x))
         and x.numel() > 0
         and is_untracked(x, *others)
-        and _IS_THERE
-        and is_mkldnn_enabled()
+        and kernel_is_there()
     )
 
 
-def _kernel_forward(x: Tensor, weights: Weights, reverse: bool, keep: bool) -> Any:
+def kernel_is_there() -> bool:
+    """Whether PyTorch has the kernel, and its user has not turned it off."""
+    return _IS_THERE and is_mkldnn_enabled()
+
+
+def kernel_forward(x: Tensor, weights: Weights, reverse: bool, keep: bool) -> Any:
     size = weights.hh.shape[1]
     zeros = x.new_zeros(x.shape[1], size)
     inputs = [t.detach() for t in (x.contiguous(), *_readable(weights), zeros, zeros)]
@@ -318,7 +370,7 @@ def _kernel_forward(x: Tensor, weights: Weights, reverse: bool, keep: bool) -> A
     return h, Workspace(entries, c) if keep else ()
 
 
-def _kernel_backward(
+def kernel_backward(
     run: Run, dh: Tensor, weights: Weights, reverse: bool, need: Need
 ) -> tuple[Weights | None, Tensor | None]:
     x, h, kept = run

@@ -112,7 +112,7 @@ _OPS = {
     "nll": "test_losses.py",
     **dict.fromkeys(("group_norm", "norm_kernels", "normalization"), _NORMS),
     "pooling": "test_pooling.py test_export.py::test_max_pooling_of_signals_of_any_length",
-    "recurrent": f"test_recurrent.py {_CELLS}",
+    **dict.fromkeys(("recurrent", "recurrent_op"), f"test_recurrent.py {_CELLS}"),
     "stacking": "test_combinators.py",
     "trees": (
         "test_tree.py test_transforms.py::test_compiled_steps_of_dicts_without_tensors "

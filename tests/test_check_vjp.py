@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from users_layers import (
     RIGHT,
@@ -284,6 +284,8 @@ def test_one_entry_off_by_a_ten_thousandth_at_any_scale(i, j, key, opaque, expon
     layer = Spoilt(4, lambda dw, db, dx, x, g: (off(dw, (i, j)), db, dx), opaque)
     params, x = case(layer, key=key)
     grad = 10.0**exponent * fn.normal(fn.key(key), (3, 4), dtype=torch.float64)
+    dweight = layer.vjp(params, x, grad)[0]["weight"].abs()
+    assume(dweight[i, j] > 1e-3 * dweight.max())  # differences of y resolve no less
     with pytest.raises(GradientMismatch) as caught:
         check_vjp(layer, params, x, grad=grad)
     assert caught.value.leaf == f"params['weight'][{i}, {j}]"

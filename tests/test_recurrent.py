@@ -480,6 +480,19 @@ def test_compiled_under_autograd_and_torch_func(layer):
     close(compile_whole(of_each)((params, ()), x, target), of_each((params, ()), x, target))
 
 
+@pytest.mark.parametrize("layer", COMPILED[::2], ids=str)
+def test_an_exported_program_runs_without_funcnet(layer):
+    class Exported(torch.nn.Module):
+        def forward(self, params, x):
+            return layer.apply(params, x)
+
+    params, x, _ = numbers(layer, 3)
+    program = torch.export.export(Exported(), (params, x))
+    called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert not any("funcnet" in name for name in called)
+    close(program.module()(params, x), layer.apply(params, x))
+
+
 @needs_a_compiler
 @without_warnings
 @pytest.mark.parametrize("layer", COMPILED[2:5:2], ids=str)

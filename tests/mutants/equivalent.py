@@ -250,6 +250,7 @@ EQUIVALENT: dict[str, str] = {
     "ops.recurrent.LSTM.steps:drop-argument:1": _STRICT,
     "ops.recurrent.LSTM.steps:flip-flag:1": _STRICT,
     "ops.recurrent.LSTM.steps:swap-arguments:4": _COMMUTES,
+    "ops.recurrent.LSTM.has_kernel:drop-term:1": _ONE_DEVICE,
     "ops.recurrent.LSTM.backward:swap-arguments:5": _COMMUTES,
     "ops.recurrent._is_for_kernel:off-by-one:1": _KERNEL,
     "ops.recurrent.GRU.backward:drop-need:1": "du or its products may be rolled",

@@ -13,6 +13,7 @@ _STRICT = "the lengths have been checked"
 _UNCUT = "images that are cut though they are small give the same numbers"
 _REMEMBERED = "how many shapes are remembered costs time and changes no answer"
 _COMPARED = "what is only compared may be in any order"
+_HAS_KERNEL = "PyTorch's builds for this processor have oneDNN"
 _KERNEL = "the kernel and the formula give the same numbers"
 _ROUNDS = "log(1 + e^x) rounds to x from 37 on"
 _EITHER_WAY = "rows and PyTorch's kernels give the same numbers"
@@ -254,7 +255,8 @@ EQUIVALENT: dict[str, str] = {
     "ops.recurrent.LSTM.backward:swap-arguments:5": _COMMUTES,
     "ops.recurrent._is_for_kernel:off-by-one:1": _KERNEL,
     "ops.recurrent.GRU.backward:drop-need:1": "du or its products may be rolled",
-    "ops.recurrent:drop-term:2": "PyTorch's builds for this processor have oneDNN",
+    "ops.recurrent:drop-term:2": _HAS_KERNEL,
+    "ops.recurrent_op.forward:drop-term:2": _HAS_KERNEL,
     "ops.recurrent.Elman.steps:off-by-one:4": "W_hh is square",
     "ops.recurrent.GRU.steps:condition:3": _KEPT,
     "ops.recurrent.GRU.steps:drop-argument:1": _STRICT,

@@ -100,8 +100,9 @@ def average(x: Tensor, window: Window, ceil_mode: bool, count_include_pad: bool)
         whole = x.unsqueeze(2), window.of_height_1, ceil_mode, count_include_pad
         return average(*whole).squeeze(2)
     sizes = window.kernel_size, window.stride, window.before
-    y: Tensor = _AVG[x.ndim](_for_averages(x), *sizes, ceil_mode, count_include_pad)
-    return y.to(x.dtype)
+    divisor = 1 if _is_compiled_wrongly(ceil_mode, count_include_pad) else None
+    y: Tensor = _AVG[x.ndim](_for_averages(x), *sizes, ceil_mode, count_include_pad, divisor)
+    return (y if divisor is None else y / _taps(window, x.shape[2:], y)).to(x.dtype)
 
 
 def average_backward(
@@ -113,14 +114,22 @@ def average_backward(
         whole = dy.unsqueeze(2), window.of_height_1, ceil_mode, count_include_pad, image
         return average_backward(*whole).squeeze(2)
     sizes = window.kernel_size, window.stride, window.before
-    grad = _for_averages(dy)
-    divisor = None
-    if ceil_mode and count_include_pad and torch.compiler.is_compiling():
-        # What PyTorch 2.13 compiles the kernel to divides by all taps of a window.
-        grad, divisor = grad / _taps(window, shape[2:], grad), 1
+    grad, divisor = _for_averages(dy), None
     like = _like(grad, shape)
+    if _is_compiled_wrongly(ceil_mode, count_include_pad):
+        grad, divisor = grad / _taps(window, shape[2:], grad), 1
     dx: Tensor = _AVG_BACKWARD[dy.ndim](grad, like, *sizes, ceil_mode, count_include_pad, divisor)
     return dx.to(dy.dtype)
+
+
+def _is_compiled_wrongly(ceil_mode: bool, count_include_pad: bool) -> bool:
+    """Whether PyTorch 2.13 compiles a graph of windows that may reach beyond the padding.
+
+    Then gradients, autograd's too, would be divided by all taps of a window.
+    """
+    if not (ceil_mode and count_include_pad and torch.compiler.is_compiling()):
+        return False
+    return not torch.compiler.is_exporting()
 
 
 def _taps(window: Window, size: Ints, y: Tensor) -> Tensor:

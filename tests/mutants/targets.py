@@ -111,7 +111,10 @@ _OPS = {
     "fused": "test_optimizers.py",
     "nll": "test_losses.py",
     **dict.fromkeys(("group_norm", "norm_kernels", "normalization"), _NORMS),
-    "pooling": "test_pooling.py test_export.py::test_max_pooling_of_signals_of_any_length",
+    "pooling": (
+        "test_pooling.py test_export.py::test_max_pooling_of_signals_of_any_length "
+        "test_transforms.py::test_compiled_gradients_of_means_of_windows_beyond_the_padding"
+    ),
     **dict.fromkeys(("recurrent", "recurrent_op"), f"test_recurrent.py {_CELLS}"),
     "stacking": "test_combinators.py",
     "trees": (

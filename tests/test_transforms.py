@@ -646,3 +646,21 @@ def test_compiled_gradients_of_means_of_windows_beyond_the_padding():
     inputs = [make(layer, shape)[1:] for layer, shape in cases]
     torch._dynamo.reset()
     close(torch.compile(gradients, fullgraph=True)(inputs), gradients(inputs))
+
+
+@needs_a_compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_compiled_gradients_of_an_empty_batch():
+    cases = [
+        (fn.Conv1d(4, 3), (2, 8)),
+        (fn.Conv2d(4, 3, stride=2, padding=1), (2, 6, 5)),
+        (fn.Conv3d(4, 3), (2, 3, 4, 5)),
+        (fn.ConvTranspose2d(4, 3), (2, 3, 4)),
+    ]
+
+    def gradients(inputs):
+        return [layer.vjp(*own) for (layer, _), own in zip(cases, inputs, strict=True)]
+
+    inputs = [make(layer, shape, batch=0) for layer, shape in cases]
+    torch._dynamo.reset()
+    assert same(torch.compile(gradients, fullgraph=True)(inputs), gradients(inputs))

@@ -632,7 +632,7 @@ def test_compiled_gradients_of_means_of_windows_beyond_the_padding():
     cases = [
         (fn.AvgPool1d(3, stride=2, padding=1, ceil_mode=True), (2, 6)),
         (fn.AvgPool2d((3, 2), stride=(2, 3), padding=(1, 0), ceil_mode=True), (2, 6, 4)),
-        (fn.AvgPool2d(3, stride=2, ceil_mode=True, count_include_pad=False), (2, 6, 4)),
+        (fn.AvgPool2d(3, stride=2, padding=1, ceil_mode=True, count_include_pad=False), (2, 6, 4)),
         (fn.AvgPool3d(2, stride=2, padding=1, ceil_mode=True), (2, 3, 4, 5)),
     ]
 

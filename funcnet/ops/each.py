@@ -40,7 +40,8 @@ class Each:
 
     def add(self, xs: Tensors, ys: Tensors, alpha: float) -> Tensors:
         """x + alpha · y."""
-        return self._map("sub", xs, ys, alpha=-alpha)  # what "add" is compiled to may lose alpha
+        # torch.compile makes x + A·B of torch.add(x, A·B, alpha=alpha), in PyTorch 2.13.
+        return self._map("sub", xs, ys, alpha=-alpha)
 
     def addcmul(self, xs: Tensors, ys: Tensors, zs: Tensors, c: float) -> Tensors:
         """x + c · y · z."""
@@ -50,7 +51,7 @@ class Each:
         """x + alpha · y."""
         if isinstance(alpha, Tensor):
             ys, alpha = [_like(y, alpha) * y for y in ys], 1.0
-        return self._map_("sub", xs, ys, alpha=-alpha)
+        return self._map_("sub", xs, ys, alpha=-alpha)  # as in `add`
 
     def shift_(self, xs: Tensors, c: float) -> Tensors:
         """x + c."""

@@ -224,7 +224,7 @@ def run_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dx) of a convolution, by PyTorch's backward kernels in x's dtype and layout."""
     stride, padding, dilation, groups = sizes
-    if torch.compiler.is_compiling() and x.shape[0] == 0:
+    if x.shape[0] == 0 and torch.compiler.is_compiling():
         # PyTorch 2.13 expects other strides of what the kernel returns here.
         dweight = torch.zeros_like(weight) if need.params else None
         return dweight, torch.zeros_like(x) if need.input else None

@@ -69,7 +69,7 @@ class Cell(Protocol):
     """The number of tensors, of the shape of h, that `steps` keeps beside it."""
 
     def has_kernel(self, x: Tensor) -> bool:
-        """Whether PyTorch may have a kernel for all steps of x in float32."""
+        """Whether PyTorch may have a kernel for all steps of x."""
         return False
 
     def takes_half(self, x: Tensor, layers: Layers) -> bool:
@@ -205,13 +205,23 @@ class LSTM(Cell):
     keeps = 5
 
     def has_kernel(self, x: Tensor) -> bool:
-        return x.is_cpu and x.dtype == torch.float32 and x.numel() > 0
+        return (
+            x.is_cpu
+            and (x.dtype == torch.float32 or pixelwise.multiplies_bfloat16(x))
+            and x.numel() > 0
+        )
+
+    def _is_for_kernel(self, x: Tensor, *others: Tensor | None) -> bool:
+        """Whether the kernel is called: it has no rule for vmap nor a second derivative."""
+        return self.has_kernel(x) and is_untracked(x, *others) and kernel_is_there()
 
     def takes_half(self, x: Tensor, layers: Layers) -> bool:
-        return all(_is_for_kernel(x, *weights) for directions in layers for weights in directions)
+        return all(
+            self._is_for_kernel(x, *weights) for directions in layers for weights in directions
+        )
 
     def forward(self, x: Tensor, weights: Weights, reverse: bool, keep: bool) -> Any:
-        if _is_for_kernel(x, *weights):
+        if self._is_for_kernel(x, *weights):
             return kernel_forward(x, weights, reverse, keep)
         return self.steps(x, weights, reverse, keep)
 
@@ -233,7 +243,7 @@ class LSTM(Cell):
         x, h, kept = run
         if isinstance(kept, Workspace):
             # The h of one direction may be a part of what autograd tracks for the other's.
-            if _is_for_kernel(x, h, *weights, dh) and not need.each:
+            if self._is_for_kernel(x, h, *weights, dh) and not need.each:
                 return kernel_backward(run, dh, weights, reverse, need)
             # Nothing but the kernel can read its workspace.
             x, dh = widened(x), widened(dh)
@@ -341,17 +351,6 @@ class Workspace(NamedTuple):
 
     entries: Tensor
     last_c: Tensor
-
-
-def _is_for_kernel(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the kernel takes this: it has no rule for vmap nor a second derivative."""
-    return (
-        x.is_cpu
-        and (x.dtype == torch.float32 or pixelwise.multiplies_bfloat16(x))
-        and x.numel() > 0
-        and is_untracked(x, *others)
-        and kernel_is_there()
-    )
 
 
 def kernel_is_there() -> bool:

@@ -56,9 +56,8 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    cell: str, kernel: bool, x: Tensor, weights: Sequence[Tensor], reverse: bool, keep: bool
-) -> list[Tensor]:
+def _(*arguments: Any) -> list[Tensor]:
+    cell, kernel, x, weights, _, keep = arguments
     steps, examples, _ = x.shape
     h = x.new_empty(steps, examples, weights[1].shape[1])
     if kernel and keep:
@@ -86,17 +85,8 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    cell: str,
-    x: Tensor,
-    h: Tensor,
-    kept: Sequence[Tensor],
-    dh: Tensor,
-    weights: Sequence[Tensor],
-    reverse: bool,
-    of_params: bool,
-    of_x: bool,
-) -> list[Tensor]:
+def _(*arguments: Any) -> list[Tensor]:
+    _, x, _, _, _, weights, _, of_params, of_x = arguments
     likes = [*(weights if of_params else ()), *([x] if of_x else ())]
     return [like.new_empty(like.shape) for like in likes]
 
@@ -121,18 +111,10 @@ def _kernel_backward(
 
 
 @_kernel_backward.register_fake
-def _(
-    x: Tensor,
-    h: Tensor,
-    entries: Tensor,
-    last_c: Tensor,
-    dh: Tensor,
-    weights: Sequence[Tensor],
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    x, _, _, _, _, weights, _ = arguments
     shapes = [like.shape for like in (x, *weights)] + [(0,)] * (4 - len(weights))
-    dx, ih, hh, bias_ih, bias_hh = (x.new_empty(shape) for shape in shapes)
-    return dx, ih, hh, bias_ih, bias_hh
+    return tuple(x.new_empty(shape) for shape in shapes)
 
 
 def _there(weights: Weights) -> list[Tensor]:

@@ -4,8 +4,12 @@ The files, in the order in which a check comes to them, with the errors that the
 
     vjp, function   the two checks, from first to last
     case            a layer, loss or function with its arguments: a function of its leaves
-    contract        wrong shapes, dtypes or trees, hidden state, memory layouts, an empty batch
-    purity          writes to inputs, global random states, results that share memory
+    contract        calls that disagree, or change from call to call
+      fitting         wrong trees, shapes, dtypes or devices
+      purity          writes to inputs, global random states, results that share memory
+      in_place        broken promises of what works in place
+      state           what is kept from call to call
+    surroundings    memory layouts, an empty batch or vmap that change results, a wrong init
     search          wrong entries, in float64: where they are looked for
       oracles         what refutes an entry: autograd, central differences, Taylor's remainder
       beside          points beside x, away from ties and kinks
@@ -18,7 +22,8 @@ The files, in the order in which a check comes to them, with the errors that the
                     that is wrong alone, and code that replays the case (`replay`)
 
 `rounding` estimates what rounding moves, of y and of gradients; `tolerances` says how many times
-that is forgiven, and why; `comparison` compares entries.
+that is forgiven, and why; `comparison` compares entries, `agreement` whole results that should be
+the same.
 """
 
 from funcnet.testing.check.comparison import Errors

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from funcnet.checks import shown
 from funcnet.compat import gradient_hooks, version
 from funcnet.interop.wrap import call_within
+from funcnet.testing.check.agreement import expect_close
 from funcnet.testing.check.beside import moved
 from funcnet.testing.check.case import (
     Case,
@@ -29,9 +30,9 @@ from funcnet.testing.check.case import (
     tried_y,
     unlike,
 )
+from funcnet.testing.check.casts import coarsest, computed_in
 from funcnet.testing.check.compared import Compared
 from funcnet.testing.check.comparison import Errors, excess, within, worst
-from funcnet.testing.check.contract import check_written_over, expect_close, unchanged
 from funcnet.testing.check.laws import check_linear_in_grad
 from funcnet.testing.check.oracles import is_handwritten
 from funcnet.testing.check.own_dtype import check_own_dtype
@@ -39,8 +40,6 @@ from funcnet.testing.check.precision import (
     check_factor,
     check_factors_of_value,
     check_precision,
-    coarsest,
-    computed_in,
 )
 from funcnet.testing.check.purity import pure
 from funcnet.testing.check.report import expect_right
@@ -53,6 +52,7 @@ from funcnet.testing.check.rounding import (
     value_noise,
 )
 from funcnet.testing.check.search import Limits, find_wrong
+from funcnet.testing.check.state import check_written_over, unchanged
 from funcnet.testing.check.tolerances import FROM_REFERENCE
 from funcnet.testing.check.vjp import check_limits, expect_resolved, expect_something
 from funcnet.testing.errors import GradientMismatch, noted

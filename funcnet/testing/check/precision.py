@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from funcnet.testing.check.beside import moved
 from funcnet.testing.check.case import Case, Leaves, drawn_like, scale_of, tried, tried_y
-from funcnet.testing.check.casts import NARROWER, casts_of
 from funcnet.testing.check.compared import Compared, explains, factor_between
 from funcnet.testing.check.comparison import Errors, excess, largest_error
 from funcnet.testing.check.oracles import autograd_gradients
@@ -27,7 +26,6 @@ from funcnet.testing.check.rounding import (
 )
 from funcnet.testing.check.tolerances import ERRORS_OF_MEAN, FACTOR, SMOOTH
 from funcnet.testing.errors import GradientMismatch
-from funcnet.testing.layouts import same
 
 _NUDGE = 2.0**-5
 """Far enough for every dtype to notice."""
@@ -277,52 +275,6 @@ def _is_the_references(case: Case, compared: Compared) -> bool:
         return False
     y, exact, unit = compared.a, compared.b, allowance(compared.move, compared.dtype)
     return bool(excess(y, exact, unit).max() <= 2 * excess(reference, exact, unit).max())
-
-
-def computed_in(double: Case, y: Tensor) -> torch.dtype:
-    """The narrowest dtype that a float64 case computes in.
-
-    y's numbers tell it of what is computed in one dtype throughout, the operations of torch of the
-    rest: a part of a network may be cast, or what is flat.
-    """
-    dtype = _held_in(double, y)
-    return _cast_to(double) if dtype == torch.float64 else dtype
-
-
-def _held_in(double: Case, y: Tensor) -> torch.dtype:
-    """The narrowest dtype that holds y of a float64 case.
-
-    Nudges put inputs, and so y, where no narrower dtype has a number by chance. What they do not
-    move, as zeros, and whole numbers tell nothing; where all is so, random inputs tell.
-    """
-    if not _holds(torch.float32, y[y.isfinite()]):
-        return torch.float64
-    for beside in (partial(nudge, epsilon=_NUDGE), Case.drawn):
-        there, other = (tried_y(beside(double, trial=trial)) for trial in range(2))
-        if there is None or other is None:
-            return torch.float64
-        telling = there[(there != other) & (there != there.round()) & there.isfinite()]
-        if telling.numel():
-            return next((dtype for dtype in NARROWER if _holds(dtype, telling)), torch.float64)
-    return torch.float64
-
-
-def _cast_to(double: Case) -> torch.dtype:
-    """The narrowest dtype that `apply` casts float64 to, of numbers that depend on the inputs."""
-    casts, dtypes = casts_of(double), {torch.float64}
-    for beside in (partial(nudge, epsilon=_NUDGE), Case.drawn) if casts else ():
-        pairs = zip(casts, casts_of(beside(double, trial=0)), strict=False)
-        dtypes |= {a.dtype for a, b in pairs if not same(a, b)}
-    return coarsest(dtypes)
-
-
-def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """The dtype of least precision."""
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-
-
-def _holds(dtype: torch.dtype, y: Tensor) -> bool:
-    return bool((y.to(dtype).to(y) == y).all())
 
 
 def _wrong_mean_factor(

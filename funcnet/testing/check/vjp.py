@@ -17,8 +17,9 @@ from funcnet.layer import Layer
 from funcnet.losses import Loss
 from funcnet.testing.check.beside import moved, one_example
 from funcnet.testing.check.case import Case, expect_real_and_dense, make_case
+from funcnet.testing.check.casts import computed_in
 from funcnet.testing.check.comparison import Errors
-from funcnet.testing.check.contract import check_calls, check_surroundings, unchanged
+from funcnet.testing.check.contract import check_calls
 from funcnet.testing.check.keyed import beside_key, other_keys
 from funcnet.testing.check.laws import (
     check_each_example,
@@ -28,9 +29,11 @@ from funcnet.testing.check.laws import (
     check_sum_of_examples,
 )
 from funcnet.testing.check.own_dtype import check_own_dtype
-from funcnet.testing.check.precision import check_precision, computed_in
+from funcnet.testing.check.precision import check_precision
 from funcnet.testing.check.report import complete, expect_right, name_the_guilty
 from funcnet.testing.check.search import Limits, find_wrong, find_wrong_at
+from funcnet.testing.check.state import unchanged
+from funcnet.testing.check.surroundings import check_surroundings
 from funcnet.testing.errors import GradientMismatch, noted
 
 _Examine: TypeAlias = Callable[[Case, Limits, Errors], None]

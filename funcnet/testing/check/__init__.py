@@ -3,7 +3,8 @@
 The files, in the order in which a check comes to them, with the errors that they find:
 
     vjp, function   the two checks, from first to last
-    case            a layer, loss or function with its arguments: a function of its leaves
+    case            a layer or loss with its arguments: a function of its leaves
+      function_case   anybody's function of tensors, with autograd's gradients
     contract        calls that disagree, or change from call to call
       fitting         wrong trees, shapes, dtypes or devices
       purity          writes to inputs, global random states, results that share memory

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import weakref
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
@@ -462,6 +463,25 @@ def test_the_garbage_collector_is_left_as_it_was(was_on: bool, tmp_path: Path) -
         with pytest.raises(TypeError):
             fn.save(bad, object())
         assert gc.isenabled() == was_on
+    finally:
+        gc.enable()
+
+
+def test_no_tensor_waits_for_the_garbage_collector(tmp_path: Path) -> None:
+    def saved(tree: dict[str, torch.Tensor]) -> None:
+        fn.save(tmp_path / "tree", tree)
+
+    def compared(tree: dict[str, torch.Tensor]) -> None:
+        fn.load(tmp_path / "tree", like=tree)
+
+    gc.disable()
+    try:
+        for use in (saved, compared):
+            tensor = torch.ones(3)
+            use({"w": tensor})
+            last = weakref.ref(tensor)
+            del tensor
+            assert last() is None, use
     finally:
         gc.enable()
 

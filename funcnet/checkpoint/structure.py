@@ -75,30 +75,32 @@ def encode(tree: Any) -> tuple[Json, dict[str, Tensor]]:
     Raises TypeError or ValueError, naming the path, for a value that could not come back exactly.
     """
     tensors: dict[str, Tensor] = {}
-    limits = _Limits()
+    return _encode_node(tree, "", 0, _Limits(), tensors), tensors
 
-    def encode_node(node: Any, name: str, depth: int) -> Json:
-        if limits.passed(name, depth):
-            raise ValueError(
-                f"{label(name)}: expected {limits}, got a larger one, or one that contains itself"
-            )
-        if isinstance(node, Tensor):
-            tensors[name or "%"] = node
-            return _encode_tensor(node, name or "%")
-        items = trees.children(node)
-        if items is None:
-            return _encode_scalar(node, name)
-        keys = [key for key, _ in items]
-        for key in keys:
-            _check_key(key, name)
-        names = trees.child_names(name, keys)
-        nodes = [
-            encode_node(child, child_name, depth + 1)
-            for (_, child), child_name in zip(items, names, strict=True)
-        ]
-        return _encode_container(node, keys, nodes, name)
 
-    return encode_node(tree, "", 0), tensors
+# Not a function in `encode`: one that calls itself holds the tensors until garbage is collected.
+def _encode_node(
+    node: Any, name: str, depth: int, limits: _Limits, tensors: dict[str, Tensor]
+) -> Json:
+    if limits.passed(name, depth):
+        raise ValueError(
+            f"{label(name)}: expected {limits}, got a larger one, or one that contains itself"
+        )
+    if isinstance(node, Tensor):
+        tensors[name or "%"] = node
+        return _encode_tensor(node, name or "%")
+    items = trees.children(node)
+    if items is None:
+        return _encode_scalar(node, name)
+    keys = [key for key, _ in items]
+    for key in keys:
+        _check_key(key, name)
+    names = trees.child_names(name, keys)
+    nodes = [
+        _encode_node(child, child_name, depth + 1, limits, tensors)
+        for (_, child), child_name in zip(items, names, strict=True)
+    ]
+    return _encode_container(node, keys, nodes, name)
 
 
 def parse(structure: Json) -> Node:

@@ -1,5 +1,6 @@
 """The strategies: what they draw fits, awkward cases are in reach, and they shrink to the least."""
 
+import io
 import os
 import re
 import shlex
@@ -17,8 +18,8 @@ from registry import LAYERS, cases_of, key_for
 from users_layers import Dense
 
 import funcnet as fn
+from funcnet.testing import GradientMismatch, check_vjp, strategies
 from funcnet.testing import __main__ as command
-from funcnet.testing import check_vjp, strategies
 from funcnet.testing.check import Errors, inspect_vjp
 from funcnet.testing.registry import LOSSES, REGISTRY, Row
 
@@ -444,6 +445,17 @@ def test_rows_of_ones_own(my_rows, capsys):
     out = capsys.readouterr().out
     assert "expected settings for exponent of Unsettled in its row" in out
     assert "--import my_rows" in out
+
+
+def test_a_failure_is_told_where_the_output_lacks_its_letters(monkeypatch):
+    """As on Windows, where what a program writes to a file is cp1252."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    failure = GradientMismatch("√8 is missing")
+    monkeypatch.setattr(command, "run", lambda *_: command.Score(failure=failure))
+    monkeypatch.setattr(sys, "stdout", out)
+    assert command.main(["--layer", "ReLU", "--dtype", "float64"]) == 1
+    out.seek(0)
+    assert "\\u221a8 is missing" in out.read()
 
 
 @pytest.mark.usefixtures("rows_are_restored")

@@ -118,7 +118,7 @@ def _print_table(
     passed = True
     if options.seed is None:
         options.seed = random.SystemRandom().getrandbits(32)
-    print(_row(_HEADER), flush=True)
+    _print(_row(_HEADER))
     for name in options.layer or known:
         for dtype in options.dtype or ["float64", "float32"]:
             cases = known[name](
@@ -127,14 +127,17 @@ def _print_table(
                 values=strategies.FINITE,
             )
             score = run(f"{name} {dtype}", cases, options.examples, options.seed)
-            print(_row(_cells(name, dtype, score)), flush=True)
+            _print(_row(_cells(name, dtype, score)))
             if score.failure is not None:  # at once: the rows to come may take hours
-                print(
-                    f"\n{_told(score, score.failure)}\n\n{_command(name, dtype, options)}\n",
-                    flush=True,
-                )
+                _print(f"\n{_told(score, score.failure)}\n\n{_command(name, dtype, options)}\n")
                 passed = False
     return passed
+
+
+def _print(text: str) -> None:
+    """Print at once. What the output's encoding lacks, as that of a file may, is escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def _told(score: Score, failure: Exception) -> str:

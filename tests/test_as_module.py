@@ -82,6 +82,37 @@ def test_parameters_made_of_others(change):
             torch.testing.assert_close(ours.get_parameter(name), parameter)
 
 
+def convolutions():
+    """A module whose kernels want channels_last, x, and the parameters."""
+    net = fn.Sequential(fn.Conv2d(4, 3), fn.ReLU(), fn.ConvTranspose2d(2, 3), fn.Conv2d(2, 2))
+    params = net.init(KEY, (3, 6, 6))
+    return as_module(net, params), fn.normal(KEY, (2, 3, 6, 6)), params
+
+
+def test_convolutions_are_pruned():
+    module, x, _ = convolutions()
+    for name in ("0", "2", "3"):
+        prune.l1_unstructured(module.get_submodule(name), "weight", 1.0)
+        prune.remove(module.get_submodule(name), "weight")
+    assert len(module(x).unique()) == 2  # the last bias
+
+
+def test_what_takes_parameters_for_vectors():
+    module, x, params = convolutions()
+    vector = nn.utils.parameters_to_vector(module.parameters())
+    flat = [leaf.reshape(-1) for leaf in state_dict(params).values()]
+    assert torch.equal(vector, torch.cat(flat))
+    optimizer = torch.optim.LBFGS(module.parameters(), max_iter=3)
+
+    def loss():
+        optimizer.zero_grad()
+        value = module(x).square().mean()
+        value.backward()
+        return value
+
+    assert loss() > 2 * (optimizer.step(loss), loss())[1]
+
+
 def test_copies_prune_themselves():
     module, _, x = twins()
     with torch.no_grad():  # torch copies leaves of autograd's graph alone

@@ -22,12 +22,12 @@ def as_module(net: Layer, params: Tree) -> nn.Module:
     """Return a torch.nn.Module that computes y = net(x), and whose gradients are `net`'s own.
 
     Autograd, torch.optim and other trainers of modules take it. `module(x)` evaluates, whatever the
-    module's mode; `module(x, key)` trains with layers that draw numbers. Parameters are copies,
-    registered under PyTorch's names, so `load_state_dict(net, shape, module.state_dict())` gives
-    the tree of parameters after training. Only the gradients that autograd needs are computed.
-    As with torch.nn, the backward pass raises an error if a tensor that it needs was changed in
-    place. Submodules hold the parameters and compute nothing. Of their hooks, only forward
-    pre-hooks run, without inputs, as torch.nn.utils.prune needs them.
+    module's mode; `module(x, key)` trains with layers that draw numbers. Parameters are row-major
+    copies, registered under PyTorch's names, so `load_state_dict(net, shape, module.state_dict())`
+    gives the tree of parameters after training. Only the gradients that autograd needs are
+    computed. As with torch.nn, the backward pass raises an error if a tensor that it needs was
+    changed in place. Submodules hold the parameters and compute nothing. Of their hooks, only
+    forward pre-hooks run, without inputs, as torch.nn.utils.prune needs them.
     Under torch.autocast the network computes in its parameters' dtype, and casts an x of autocast's
     dtype to it. `Cast` computes in another dtype.
 
@@ -77,7 +77,9 @@ class NetworkModule(nn.Module):
         self._holders: dict[tuple[str, ...], list[tuple[int, str]]] = {}
         order = {name: i for i, name in enumerate(names_of(structure))}
         for name, leaf in state_dict(params).items():
-            self._register(order[name], name, nn.Parameter(leaf.detach().clone()))
+            # Row-major, as pruning, FSDP and torch.optim.LBFGS take them alone.
+            own = leaf.detach().clone(memory_format=torch.contiguous_format)
+            self._register(order[name], name, nn.Parameter(own))
 
     def _register(self, position: int, name: str, parameter: nn.Parameter) -> None:
         *parents, last = name.split(".")

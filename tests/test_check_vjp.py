@@ -171,6 +171,12 @@ def test_right_gradients_of_each_example_pass(batch, dtype):
         check_vjp(layer, *case(layer, (batch, 6), dtype))
 
 
+def test_gradients_of_each_example_where_x_has_no_axes():
+    for layer in (fn.PReLU(), fn.Sequential(fn.PReLU(), fn.Tanh())):
+        params = layer.init(fn.key(0), (), dtype=torch.float64)
+        check_vjp(layer, params, torch.tensor(-0.3, dtype=torch.float64))
+
+
 def test_gradients_of_each_example_with_a_mask():
     attention = fn.MultiheadAttention(2, dropout=0.5)
     check_vjp(attention, *case(attention, (3, 4, 6)), key=fn.key(0))

@@ -248,3 +248,30 @@ def test_wrap_under_inference_mode_and_autocast():
     torch.testing.assert_close(dx, params["weight"].sum(0, keepdim=True))
     with torch.autocast("cpu", torch.bfloat16):
         wrap(nn.Linear(3, 2), (3,))
+
+
+class Views(torch.autograd.Function):
+    """2·x, whose gradient is computed from a view that a contiguous grad alone has."""
+
+    @staticmethod
+    def forward(x):
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad.view(-1).view(grad.shape)
+
+
+@pytest.mark.parametrize("module", [nn.InstanceNorm2d(3), Calling(lambda _, x: Views.apply(x))])
+def test_autograd_gets_grad_in_the_layout_of_y(module):
+    """PyTorch's instance_norm of one image is wrong by a grad in channels_last."""
+    layer, params = wrap(module, (3, 4, 5))
+    x, grad = fn.normal(KEY, (2, 1, 3, 4, 5))
+    other = grad.contiguous(memory_format=torch.channels_last)
+    expected = layer.vjp(params, x, grad)
+    torch.testing.assert_close(layer.vjp(params, x, other), expected)
+    torch.testing.assert_close(layer.vjp(params, x, other.requires_grad_()), expected)

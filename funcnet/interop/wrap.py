@@ -192,9 +192,14 @@ class Wrapped(Layer):
 
     def _recomputed(self, params: Any, x: Tensor, dy: Tensor, need: Need) -> Any:
         """(dparams, dx) by torch.func, which differentiates inside of its own transformations."""
-        if not need.input:
-            return torch.func.vjp(lambda p: self._apply(p, x, None), params)[1](dy)[0], None
-        return torch.func.vjp(lambda p, x: self._apply(p, x, None), params, x)[1](dy)
+        made: Any
+        if need.input:
+            made = torch.func.vjp(lambda p, x: self._apply(p, x, None), params, x)
+        else:
+            made = torch.func.vjp(lambda p: self._apply(p, x, None), params)
+        y, back = made
+        found = back(_laid_out(dy, y))
+        return found if need.input else (*found, None)
 
     def _called(self, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
         """The module's y, which may share memory with its tensors and x."""
@@ -242,7 +247,7 @@ class _Graph:
             torch.autograd.grad,
             self.y,
             wanted,
-            dy,
+            _laid_out(dy, self.y),
             retain_graph=not need.consume,
             allow_unused=True,
             materialize_grads=True,
@@ -298,6 +303,11 @@ def _start(tensor: Tensor) -> Tensor:
 def _row_major(parameter: Tensor) -> Tensor:
     """A vector without gaps: PyTorch's batch_norm differentiates wrongly by one with gaps."""
     return parameter.contiguous() if parameter.ndim == 1 else parameter
+
+
+def _laid_out(dy: Tensor, y: Tensor) -> Tensor:
+    """dy in y's memory layout: PyTorch's instance_norm differentiates wrongly in another."""
+    return dy if dy.stride() == y.stride() else torch.ones_like(y) * dy
 
 
 def _unshared(result: Tensor, others: Iterable[Tensor]) -> Tensor:

@@ -409,7 +409,7 @@ class Orthogonal(Initializer):
         tall = normal(key, (max(rows, columns), min(rows, columns)), dtype=torch.float64)
         drawn, r = torch.linalg.qr(tall)
         q: Tensor = drawn * r.diagonal().sign() * self.gain
-        q = q if rows >= columns else q.t().contiguous()
+        q = (q if rows >= columns else q.t()).contiguous()
         return q.reshape(shape).to(dtype=dtype, device=device)
 
 

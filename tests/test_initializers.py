@@ -342,6 +342,12 @@ def test_orthogonal_rows_or_columns(shape, gain):
     torch.testing.assert_close(gram, gain**2 * torch.eye(len(gram), dtype=torch.float64))
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (5, 3, 1, 1)])
+def test_orthogonal_is_contiguous(shape):
+    """As torch's is, so that `weight.view(-1)` works."""
+    assert init.Orthogonal()(fn.key(0), shape).is_contiguous()
+
+
 def test_orthogonal_signs_are_even():
     """Without the correction, the first entry of QR's Q would never be positive."""
     first = [float(init.Orthogonal()(key, (3, 3))[0, 0]) for key in fn.split(fn.key(0), 100)]

@@ -1212,6 +1212,28 @@ def test_writes_to_x_are_seen_without_a_grad():
         check_vjp(Clipped(), (), DRAWN.clone())
 
 
+def test_what_a_refused_layer_has_written_is_put_back():
+    class Writes(Elementwise):
+        def bwd(self, params, residuals, grad, *, input_grad=True):
+            result = super().bwd(params, residuals, grad.clone(), input_grad=input_grad)
+            residuals.zero_()
+            grad.zero_()
+            return result
+
+    x, grad = DRAWN.clone(), DRAWN.clone() + 1
+    with pytest.raises(GradientMismatch, match="bwd: writes to x"):
+        check_vjp(Writes("square"), (), x, grad)
+    assert x.equal(DRAWN)
+    assert grad.equal(DRAWN + 1)
+
+    def writes(x):
+        return x.zero_().sin()
+
+    with pytest.raises(GradientMismatch, match="writes to"):
+        check_function(writes, x)
+    assert x.equal(DRAWN)
+
+
 def test_a_layer_that_adds_to_its_params_is_told_so():
     class Counting(fn.Layer):
         def _fwd(self, params, x, key):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,7 +17,7 @@ from funcnet.compat import version
 from funcnet.ops.inplace import is_expanded
 from funcnet.testing.check.case import Case, Leaves, tensors_of
 from funcnet.testing.errors import GradientMismatch
-from funcnet.testing.layouts import bits
+from funcnet.testing.layouts import bits, same
 
 _Result = TypeVar("_Result")
 
@@ -40,6 +41,20 @@ def pure(
         if structure != structure_before or not all(map(operator.is_, leaves, leaves_before)):
             raise GradientMismatch(f"{who}: changes the tree of {name} that it was handed")
     return result
+
+
+@contextmanager
+def put_back(case: Case) -> Iterator[None]:
+    """Undo what a layer that fails has written into the caller's tensors."""
+    before = [(x, x.detach().clone()) for x in case.inputs.values() if not is_expanded(x)]
+    try:
+        yield
+    except BaseException:
+        with torch.inference_mode():  # here, a tensor of any kind can be written to
+            for x, old in before:
+                if x.shape == old.shape and not same(x, old):
+                    x.copy_(old)
+        raise
 
 
 def _description(x: Tensor) -> tuple[Any, ...]:

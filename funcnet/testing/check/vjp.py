@@ -30,6 +30,7 @@ from funcnet.testing.check.laws import (
 )
 from funcnet.testing.check.own_dtype import check_own_dtype
 from funcnet.testing.check.precision import check_precision
+from funcnet.testing.check.purity import put_back
 from funcnet.testing.check.report import complete, expect_right, name_the_guilty
 from funcnet.testing.check.search import Limits, find_wrong, find_wrong_at
 from funcnet.testing.check.state import unchanged
@@ -110,13 +111,14 @@ def inspect_vjp(
     check_limits("check_vjp", rtol, atol, budget)
     case = make_case(layer, params, x, grad, key)
     limits, errors = Limits(rtol, atol, budget), Errors()
-    _attempt(_examine, case, limits, errors)
-    for there in beside_key(case):
-        _attempt(_examine, there, limits, errors)
-    for there in other_keys(case):
-        _attempt(_examine_gradient, there, limits, errors)
-    for there in one_example(case):
-        _attempt(_examine_one_example, there, limits, errors)
+    with put_back(case):
+        _attempt(_examine, case, limits, errors)
+        for there in beside_key(case):
+            _attempt(_examine, there, limits, errors)
+        for there in other_keys(case):
+            _attempt(_examine_gradient, there, limits, errors)
+        for there in one_example(case):
+            _attempt(_examine_one_example, there, limits, errors)
     expect_resolved("check_vjp", errors, "and autograd cannot follow apply")
     return errors
 

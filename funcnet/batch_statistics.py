@@ -383,7 +383,7 @@ def _has_names(tree: Tree, names: list[str]) -> bool:
 
 
 def _beside(params: Tree, names: list[str]) -> dict[str, Tree]:
-    """What a layer of layers keeps in a dict of parameters beside those of its children."""
+    """The entries of a layer of layers in a dict of parameters, beside those of its children."""
     if names == [""] or not isinstance(params, Mapping):
         return {}
     return {name: own for name, own in params.items() if name not in names}

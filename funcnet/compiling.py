@@ -14,7 +14,7 @@ import torch
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def constant(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns while it is compiled, which is the same whenever the graph runs."""
+    """Return what a function does while it is compiled, the same whenever the graph runs."""
     return function(*arguments)
 
 
@@ -23,5 +23,5 @@ def constant(function: Callable[..., Any], *arguments: Any) -> Any:
     reason="no graph holds a function of funcnet.distributed: compile what is between them",
 )
 def as_it_is(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """What a function returns that runs between graphs."""
+    """Return what a function does that runs between graphs."""
     return function(*arguments, **named)

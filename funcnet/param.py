@@ -98,7 +98,7 @@ def draw(
 
 
 def _drawn_by(who: object, name: str, param: Param, arguments: tuple[Any, ...]) -> Any:
-    """What an initialiser returns, a tensor of the declared shape."""
+    """The tensor that an initialiser returns, of the declared shape."""
     try:
         value = param.initializer(*arguments)
     except TypeError as error:

@@ -62,7 +62,7 @@ def _cast_to(double: Case) -> torch.dtype:
 
 
 def casts_of(case: Case) -> list[Tensor]:
-    """What operations of `apply` make of float64 in a narrower dtype, in their order."""
+    """The results of `apply`'s operations on float64 in a narrower dtype, in their order."""
     with _Casts() as casts:
         tried(case.apply)
     return casts.found if isinstance(casts, _Casts) else []

@@ -96,7 +96,7 @@ def _first_wrong(
 def _wrong_by(
     slopes: list[_Slope], noise: float, epsilon: float, most: float, halvings: int
 ) -> tuple[float, float] | None:
-    """What `_first_wrong` returns, by the best of so many halvings."""
+    """Return what `_first_wrong` does, by the best of so many halvings."""
     steps = [2.0**-level for level in range(halvings + 1)]
     lines, ours, moves = zip(*slopes, strict=True)
     n = _table([[line.central(h) for h in steps] for line in lines])

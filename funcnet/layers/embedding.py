@@ -82,6 +82,13 @@ class Embedding(Layer):
     def _frozen_params(self, params: Any) -> list[tuple[Tensor, Any]]:
         return [] if self.padding_idx is None else [(params["weight"], self.padding_idx)]
 
+    def _look_up(self, weight: Tensor, x: Tensor) -> Tensor:
+        if self.padding_idx is None or is_eager() or is_exporting():
+            return F.embedding(x, weight, self.padding_idx)
+        # Under vmap and in forward mode, torch forgets the row that has no derivative.
+        y = F.embedding(x, weight)
+        return torch.where((x == self.padding_idx).unsqueeze(-1), y.detach(), y)
+
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor]:
         try:
             return self._look_up(params["weight"], x), x
@@ -92,13 +99,6 @@ class Embedding(Layer):
                 f"{name_of(self)}: expected x in [0, {self.num_embeddings}), "
                 f"got numbers from {int(x.min())} to {int(x.max())}"
             ) from None
-
-    def _look_up(self, weight: Tensor, x: Tensor) -> Tensor:
-        if self.padding_idx is None or is_eager() or is_exporting():
-            return F.embedding(x, weight, self.padding_idx)
-        # Under vmap and in forward mode, torch forgets the row that has no derivative.
-        y = F.embedding(x, weight)
-        return torch.where((x == self.padding_idx).unsqueeze(-1), y.detach(), y)
 
     def _bwd(self, params: Any, x: Tensor, dy: Tensor, need: Need) -> Any:
         if not need.params:

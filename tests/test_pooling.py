@@ -69,8 +69,18 @@ def test_images_keep_their_memory_format(cls, data):
     assert y.is_contiguous(memory_format=torch.channels_last)
     dx = layer.vjp((), x, y)[1]
     torch.testing.assert_close(dx, layer.vjp((), x.contiguous(), y.contiguous())[1])
-    if y.shape[2:] != (1, 1):  # where that is no other format
-        assert dx.is_contiguous(memory_format=torch.channels_last)
+    assert dx.is_contiguous(memory_format=torch.channels_last)
+
+
+@every([*ADAPTIVE_MAX[:2], *ADAPTIVE_AVG])  # PyTorch's kernel for volumes' maxima is row-major
+def test_dx_of_a_single_window_lies_as_convolutions_put_x(cls):
+    """dy has one position then, which has no memory format. Layers below run through dx and x."""
+    layer, shape = cls(1), (2, 3, *[4] * axes(cls))
+    convolution = getattr(fn, f"Conv{axes(cls)}d")(3, 3, padding=1)
+    x = convolution.apply(convolution.init(fn.key(0), shape[1:]), fn.normal(fn.key(1), shape))
+    assert not x.is_contiguous()
+    dx = layer.vjp((), x, layer.apply((), x).contiguous())[1]
+    assert dx.stride() == x.stride()
 
 
 @every(POOLS)

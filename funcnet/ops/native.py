@@ -105,6 +105,13 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def memory_format_of_new(like: Tensor) -> torch.memory_format:
+    """The memory format in which `layout` puts images or volumes with these channels."""
+    if like.is_cpu and like.shape[1] > 1 and inplace.is_eager():
+        return _CHANNELS_LAST[like.ndim]
+    return torch.contiguous_format
+
+
 def strides(shape: Sequence[int], memory_format: torch.memory_format) -> Ints:
     """The strides of a new tensor of a shape (N, C, …)."""
     _, *inner = shape

@@ -628,7 +628,10 @@ def test_compiled_second_derivatives(layer):
             r"LayerNorm\(num_dims=2\): expected the shape of one example to have at least 2 axes, "
             r"got \(4,\)",
         ),
-        (lambda: fn.RMSNorm(3).init(KEY, (4, 4)), "to have at least 3 axes"),
+        (
+            lambda: fn.RMSNorm(64).init(KEY, (5, 64)),
+            r"at least 64 axes, got \(5, 64\): sizes of x are read off the shape",
+        ),
         (lambda: fn.LayerNorm(2).apply((), torch.zeros(2, 4)), "to have at least 2 axes"),
         (
             lambda: fn.GroupNorm(3).init(KEY, (4, 2)),

@@ -82,9 +82,11 @@ class OverLastAxes(Layer):
 
     def _out_shape(self, shape: Shape) -> Shape:
         if len(shape) < self.num_dims:
+            # LayerNorm(64) of torch.nn, for 64 channels
+            advice = f": {READ_OFF}" if self.num_dims in shape else ""
             raise ValueError(
                 f"{name_of(self)}: expected the shape of one example to have at least "
-                f"{self.num_dims} axes, got {shape}"
+                f"{self.num_dims} axes, got {shape}{advice}"
             )
         return shape
 

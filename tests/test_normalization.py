@@ -626,7 +626,7 @@ def test_compiled_second_derivatives(layer):
         (
             lambda: fn.LayerNorm(2).out_shape((4,)),
             r"LayerNorm\(num_dims=2\): expected the shape of one example to have at least 2 axes, "
-            r"got \(4,\)",
+            r"got \(4,\)$",
         ),
         (
             lambda: fn.RMSNorm(64).init(KEY, (5, 64)),

@@ -27,6 +27,7 @@ from torch import Tensor
 from funcnet.checks import as_index, as_int, name_of, shown
 
 _KEY_BYTES = 16
+_KEYS = 2 ** (8 * _KEY_BYTES)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -39,17 +40,19 @@ class Key:
     """
 
     data: int
-    _halves: Any = field(init=False, repr=False, compare=False)
-    """The low and the high 64 bits of data, an array of int64.
+    _halves: Tensor = field(init=False, repr=False, compare=False)
+    """The low and the high 64 bits of data, a tensor of int64.
 
-    torch.compile takes an array for an input, where it would compile again for another int.
+    torch.compile takes a tensor for an input, where it would compile again for another int. It
+    takes an array, too, but neither in torch.inference_mode nor inside of torch.func.grad.
     """
 
     def __post_init__(self) -> None:
-        if not (type(self.data) is int and 0 <= self.data < 2 ** (8 * _KEY_BYTES)):
-            raise ValueError(f"Key: expected an int in [0, 2**128), got {self.data!r}")
-        halves = np.frombuffer(self.data.to_bytes(_KEY_BYTES, "little"), np.int64).copy()
-        object.__setattr__(self, "_halves", halves)
+        data = self.data
+        if not (type(data) is int and 0 <= data < _KEYS):
+            raise ValueError(f"Key: expected an int in [0, 2**128), got {data!r}")
+        own = bytearray(data.to_bytes(_KEY_BYTES, "little"))
+        object.__setattr__(self, "_halves", torch.frombuffer(own, dtype=torch.int64))
 
     def __repr__(self) -> str:
         return f"Key(0x{self.data:032x})"
@@ -222,19 +225,8 @@ def check_key(who: object, key: Key) -> None:
 def halves(key: Key) -> tuple[Any, Any]:
     """The low and the high 64 bits of a key as int64: ints, or tensors under torch.compile."""
     if torch.compiler.is_compiling():
-        traced = _halves_tensor(key)
-        return traced[0], traced[1]
-    low, high = key._halves.tolist()
-    return low, high
-
-
-def _halves_tensor(key: Key) -> Tensor:
-    if isinstance(key, _TracedKey):
-        traced: Tensor = key._halves
-        return traced
-    if torch.compiler.is_exporting():  # a strict export keeps NumPy's arrays without their numbers
-        return torch.tensor([_signed(key.data % 2**64), _signed(key.data >> 64)])
-    return torch.from_numpy(key._halves)
+        return key._halves[0], key._halves[1]
+    return _signed(key.data % 2**64), _signed(key.data >> 64)
 
 
 def _signed(number: int) -> int:
@@ -244,7 +236,7 @@ def _signed(number: int) -> int:
 
 def _derive(purpose: str, key: Key, item: int) -> Key:
     if torch.compiler.is_compiling():
-        return _TracedKey(_derive_halves(_halves_tensor(key), purpose, _signed(item)))
+        return _TracedKey(_derive_halves(key._halves, purpose, _signed(item)))
     message = key.data.to_bytes(_KEY_BYTES, "little") + item.to_bytes(8, "little")
     return Key(int.from_bytes(_hash(purpose, message), "little"))
 
@@ -274,7 +266,7 @@ def _drawn(
     check_key(kind, key)
     sizes = _sizes(kind, shape)
     if torch.compiler.is_compiling():
-        drawn: Tensor = _draw_halves(_halves_tensor(key), kind, sizes, numbers, dtype)
+        drawn: Tensor = _draw_halves(key._halves, kind, sizes, numbers, dtype)
         return drawn
     return _draw(key.data, kind, sizes, numbers, dtype)
 

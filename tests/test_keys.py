@@ -277,6 +277,28 @@ def test_draws_in_a_compiled_function_are_the_eager_ones(backend):
             assert torch.equal(got, expected)
 
 
+def test_a_key_in_compiled_inference():
+    layer, x = fn.Dropout(0.5), torch.ones(9)
+    compiled = torch.compile(lambda x, key: layer.apply((), x, key=key), backend="eager")
+    for key in (fn.key(0), fn.key(1)):
+        expected = layer.apply((), x, key=key)
+        assert torch.equal(compiled(x, key), expected)
+        with torch.inference_mode():
+            assert torch.equal(compiled(x, key), expected)
+            assert torch.equal(compiled(x, fn.fold_in(key, 1)), compiled(x, fn.fold_in(key, 1)))
+
+
+def test_a_key_in_a_compiled_gradient():
+    """PyTorch does not compile a function that meets an array inside of torch.func.grad."""
+
+    def gradient(x, key):
+        return torch.func.grad(lambda x: (x * fn.normal(key, x.shape)).sum())(x)
+
+    compiled = torch.compile(gradient, backend="eager", fullgraph=True)
+    for key in (fn.key(0), fn.key(1)):
+        assert torch.equal(compiled(torch.ones(3), key), fn.normal(key, (3,)))
+
+
 def test_draws_in_a_compiled_function_for_x_of_any_size():
     def noisy(x, key):
         return x + fn.normal(key, x.shape)

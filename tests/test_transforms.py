@@ -4,6 +4,7 @@ import dataclasses
 import os
 import shutil
 import sysconfig
+from functools import partial
 from pathlib import Path
 
 import optree
@@ -379,6 +380,18 @@ def test_compiled_for_pictures_of_any_size():
     for shape in [(2, 3, 8, 8), (3, 3, 8, 8), (5, 3, 10, 9)]:
         x = fn.normal(fn.key(1), shape)
         close(compiled(params, x), GLOBAL.apply(params, x))
+
+
+@pytest.mark.parametrize("layer", [fn.Linear(2), fn.MultiheadAttention(2)], ids=repr)
+def test_compiled_maps_over_batches_of_any_size(layer):
+    """`F.linear` fails there for three axes, in PyTorch 2.13."""
+    params, x, grad = make(layer, (3, 4), batch=6)
+    torch._dynamo.reset()
+    for function, inputs in ((layer.apply, [x]), (layer.vjp, [x, grad])):
+        mapped = torch.func.vmap(partial(function, params))
+        compiled = torch.compile(mapped, fullgraph=True, backend="eager", dynamic=True)
+        batches = [part.unflatten(0, (2, 3)) for part in inputs]
+        close(compiled(*batches), mapped(*batches))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from funcnet.checks import check_divided
@@ -27,6 +26,7 @@ from funcnet.initializers import Uniform, Zeros
 from funcnet.keys import Key
 from funcnet.layer import Layer, Shape
 from funcnet.ops import attention, counter
+from funcnet.ops.linear import linear
 from funcnet.ops.need import Need
 from funcnet.ops.products import ExampleGradients, Products, product_of_rows
 from funcnet.ops.window import Ints
@@ -85,10 +85,10 @@ class MultiheadAttention(Layer):
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
         out = params["out_proj"]
-        qkv = F.linear(x, params["in_proj_weight"], params.get("in_proj_bias"))
+        qkv = linear(x, params["in_proj_weight"], params.get("in_proj_bias"))
         keep = self._keep(x, key)
         o, kept = attention.attend(qkv, self.num_heads, self.causal, keep, self._scale)
-        return F.linear(o, out["weight"], out.get("bias")), (x, qkv, o, kept)
+        return linear(o, out["weight"], out.get("bias")), (x, qkv, o, kept)
 
     def _bwd(self, params: Any, residuals: Any, grad: Tensor, need: Need) -> Any:
         return self._gradients(params, residuals, grad, need, product_of_rows, (0, 1))

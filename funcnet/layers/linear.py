@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from funcnet.fields import Bias, Size
 from funcnet.initializers import InitializerOrNone, Uniform
 from funcnet.keys import Key
 from funcnet.layer import Layer, Shape
+from funcnet.ops.linear import linear
 from funcnet.ops.need import Need
 from funcnet.ops.products import ExampleGradients, Products, rows
 from funcnet.param import Param
@@ -57,7 +57,7 @@ class Linear(Layer):
         return (*shape[:-1], self.out_features)
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor]:
-        return F.linear(x, params["weight"], params.get("bias")), x
+        return linear(x, params["weight"], params.get("bias")), x
 
     def _bwd(self, params: Any, x: Tensor, dy: Tensor, need: Need) -> Any:
         dparams = {}

@@ -472,7 +472,7 @@ def as_channels_last(x):
 
 
 @pytest.mark.parametrize("stride", [1, (1, 2)])
-@pytest.mark.parametrize("out_channels", [1, 20])
+@pytest.mark.parametrize("out_channels", [1, 5, 20])
 def test_images_of_one_channel_are_given_a_second(out_channels, stride, monkeypatch):
     monkeypatch.setattr(native, "_MANY_PIXELS", 0)
     layer = fn.Conv2d(out_channels, (3, 4), stride=stride, padding=(2, 1), dilation=(1, 2))
@@ -489,3 +489,5 @@ def test_images_of_one_channel_are_given_a_second(out_channels, stride, monkeypa
         torch.testing.assert_close(leaf.double(), exact[name], rtol=1e-5, atol=1e-5)
     assert dx.stride() == x.stride()
     assert dparams["weight"].stride() == params["weight"].stride()
+    # Layers behind are faster in channels_last.
+    assert out_channels == 1 or y.is_contiguous(memory_format=torch.channels_last)

@@ -3,8 +3,10 @@
 On the CPU, images are laid out in channels_last, which makes those kernels about twice as fast, and
 volumes in channels_last_3d, which makes them up to 1.5 times as fast. Images of one row or column,
 and depthwise kernels, gain as well. Images of one channel have no memory format of their own: the
-kernels take them for row-major, and lay y and grad out anew. A second channel, of zeros, makes them
-up to ten times as fast: measured on an AMD EPYC (Zen 4), from 1 to 8, 32 and 64 channels.
+kernels take them for row-major, make such a y, and lay grad out anew. A second channel, of zeros,
+makes them up to ten times as fast: measured on an AMD EPYC (Zen 4), from 1 to 8, 32 and 64
+channels. It costs more than to lay y out where that has few channels, and layers behind it, pooling
+above all, are faster in channels_last: measured on an Intel Xeon, from 1 to 2 up to 32 channels.
 """
 
 from __future__ import annotations
@@ -131,8 +133,9 @@ def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     return like.new_empty_strided(tuple(shape), strides(shape, memory_format))
 
 
-_MANY_CHANNELS, _MANY_PIXELS = 16, 4096
-"""The channels of y, and the pixels, from which a second channel of x saves time."""
+_SOME_CHANNELS, _MANY_CHANNELS, _MANY_PIXELS = 4, 8, 1024
+"""The channels of y from which it is laid out, those from which a second channel of x saves time,
+and the pixels of x from which either does."""
 
 
 def _gains_by_second_channel(x: Tensor) -> bool:
@@ -165,8 +168,14 @@ def _is_narrow(x: Tensor) -> bool:
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
     """y (N, O, H′, W′) of x (N, C, H, W) and weight (O, C/groups, kh, kw); volumes likewise."""
-    if x.shape[1] == 1 and weight.shape[0] >= _MANY_CHANNELS and _gains_by_second_channel(x):
+    if x.shape[1] == 1 and weight.shape[0] >= _SOME_CHANNELS and _gains_by_second_channel(x):
+        if weight.shape[0] < _MANY_CHANNELS:
+            return layout(_convolve(x, weight, bias, window))
         x, weight = _with_second_channel(x), _with_second_channel(weight)
+    return _convolve(x, weight, bias, window)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
     if not window.is_dilated and not ((window.is_strided or x.ndim == 5) and _is_narrow(x)):
         return run_forward(x, weight, bias, window)
     # oneDNN 3.x has crashed where dilated windows see nothing but padding, with a bias or in

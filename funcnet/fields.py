@@ -121,6 +121,9 @@ def _find_kinds(cls: Any) -> None:
         return
     given = [field for field in fields(cls) if field.init]
     hints = {field.name: _hint(cls, field.name) for field in given}
+    parameters = inspect.signature(cls).parameters.values()
+    # The name of the constructor's `*arguments`, if it has such.
+    cls._various = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
     # torch.compile knows no MISSING.
     cls._defaults = {field.name: field.default for field in given if field.default is not MISSING}
     cls._kinds = {
@@ -156,7 +159,7 @@ def source(value: Any, in_lines: bool = False) -> str:
     constructor with a variable number of arguments gets them all: `Sequential(ReLU(), Sigmoid())`.
     """
     arguments: list[str] = []
-    various, kind_of, defaults = _variable(type(value)), kinds(type(value)), type(value)._defaults
+    kind_of, defaults, various = kinds(type(value)), type(value)._defaults, type(value)._various
     for position, field in enumerate(field for field in fields(value) if field.init):
         argument = getattr(value, field.name)
         if field.name == various:
@@ -186,12 +189,6 @@ def call(name: str, arguments: Sequence[str], in_lines: bool = True, brackets: s
 
 
 _MOST_CHARACTERS = 100
-
-
-def _variable(cls: Any) -> str | None:
-    """The name of the constructor's `*arguments`, if it has such."""
-    parameters = inspect.signature(cls).parameters.values()
-    return next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
 
 
 def _short(kind: Kind | None, value: Any) -> Any:

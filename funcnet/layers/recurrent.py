@@ -67,7 +67,7 @@ class Recurrent(Layer):
         return shape[0], len(self._names[0]) * self.hidden_size
 
     def _apply(self, params: Any, x: Tensor, key: Key | None) -> Tensor:
-        return recurrent.forward(self._cell, x, self._weights(params), keep=False)[0]
+        return recurrent.apply(self._cell, x, self._weights(params))
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
         return recurrent.forward(self._cell, x, self._weights(params))

@@ -18,6 +18,7 @@ Half precision is computed in float32, but where PyTorch's kernel for the LSTM t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
@@ -67,6 +68,8 @@ class Cell(Protocol):
     name: str
     keeps: ClassVar[int] = 0
     """The number of tensors, of the shape of h, that `steps` keeps beside it."""
+    whole: ClassVar[Callable[..., Any] | None] = None
+    """PyTorch's function for y of all layers, where it is faster than steps in Python."""
 
     def has_kernel(self, x: Tensor) -> bool:
         """Whether PyTorch may have a kernel for all steps of x."""
@@ -85,6 +88,20 @@ class Cell(Protocol):
 
     def backward(self, run: Run, dh: Tensor, weights: Weights, reverse: bool, need: Need) -> Any:
         """(the weights' gradients, dx), None where they are not needed."""
+
+
+def apply(cell: Cell, x: Tensor, layers: Layers) -> Tensor:
+    """y (N, T, H), or (N, T, 2H) in both directions, of x (N, T, C)."""
+    runs = [weights for directions in layers for weights in directions]
+    if cell.whole is None or not (x.is_cpu and is_untracked(x, *itertools.chain(*runs))):
+        return forward(cell, x, layers, keep=False)[0]
+    wide = widened(x)
+    has_bias, is_bidirectional = runs[0].bias_ih is not None, len(runs) > len(layers)
+    h = wide.new_zeros(len(runs), len(x), runs[0].hh.shape[1])
+    weights = [w for own in runs for w in _cast(own, wide.dtype) if w is not None]
+    y: Tensor
+    y, _ = cell.whole(wide, h, weights, has_bias, len(layers), 0.0, False, is_bidirectional, True)
+    return y.to(dtype=x.dtype)
 
 
 def forward(cell: Cell, x: Tensor, layers: Layers, keep: bool = True) -> tuple[Tensor, Any]:
@@ -285,6 +302,7 @@ class GRU(Cell):
 
     name = "GRU"
     keeps = 4
+    whole = torch.gru
 
     def steps(self, x: Tensor, weights: Weights, reverse: bool, keep: bool) -> Any:
         size = weights.hh.shape[1]

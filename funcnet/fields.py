@@ -42,6 +42,20 @@ class Kind(Protocol):
         """`value` in its one form. Raises ValueError or TypeError, naming the owner and field."""
 
 
+class _OfInit:
+    """The signature of a class's `__init__`, which takes the fields, and not of its `__new__`.
+
+    Until Python 3.10, help and inspect ask `__new__` first.
+    """
+
+    def __get__(self, value: object | None, cls: type) -> inspect.Signature:
+        if value is not None:
+            raise AttributeError("__signature__")  # the value may be callable itself
+        signature = inspect.signature(cls.__init__)  # type: ignore[misc]
+        _, *parameters = signature.parameters.values()
+        return signature.replace(parameters=parameters)
+
+
 @dataclass(frozen=True)
 class Hyperparameters:
     """A value made of hyperparameters: comparable, hashable, picklable, with code for its repr."""
@@ -49,8 +63,8 @@ class Hyperparameters:
     _axes: ClassVar[str | None] = None
     """A letter for each axis of one example, `CHW`; None for any rank. `…` stands for any axes."""
 
-    # Not in Layer: help and inspect take a class's arguments from the first of its bases with a
-    # `__new__` or an `__init__`, and those of a layer are its fields.
+    __signature__: ClassVar[_OfInit] = _OfInit()
+
     def __new__(cls, /, *arguments: Any, **named: Any) -> Self:
         """Raise TypeError for arguments of torch.nn that are none here, unless the class has such
         names, and for arguments of a class that is not a dataclass."""

@@ -379,6 +379,15 @@ def test_signatures_of_layers_are_their_fields():
     assert not inspect.signature(Same).parameters
     assert list(inspect.signature(fn.Linear).parameters)[:2] == ["out_features", "bias"]
 
+    class New(fn.Linear):
+        def __new__(cls, *arguments, **named):
+            return super().__new__(cls, *arguments, **named)
+
+    # Python 3.10 asks `__new__` first, wherever it is.
+    assert inspect.signature(New) == inspect.signature(fn.Linear)
+    with pytest.raises(TypeError, match="callable"):
+        inspect.signature(New(3))
+
 
 def test_a_dataclass_that_is_forgotten():
     class Scale(fn.Layer):

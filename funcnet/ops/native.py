@@ -168,23 +168,21 @@ def _is_narrow(x: Tensor) -> bool:
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
     """y (N, O, H′, W′) of x (N, C, H, W) and weight (O, C/groups, kh, kw); volumes likewise."""
-    if x.shape[1] == 1 and weight.shape[0] >= _SOME_CHANNELS and _gains_by_second_channel(x):
-        if weight.shape[0] < _MANY_CHANNELS:
-            return layout(_convolve(x, weight, bias, window))
-        x, weight = _with_second_channel(x), _with_second_channel(weight)
-    return _convolve(x, weight, bias, window)
-
-
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
+    channels = weight.shape[0]
+    gains = x.shape[1] == 1 and channels >= _SOME_CHANNELS and _gains_by_second_channel(x)
+    if gains and channels >= _MANY_CHANNELS:
+        x, weight, gains = _with_second_channel(x), _with_second_channel(weight), False
     if not window.is_dilated and not ((window.is_strided or x.ndim == 5) and _is_narrow(x)):
-        return run_forward(x, weight, bias, window)
-    # oneDNN 3.x has crashed where dilated windows see nothing but padding, with a bias or in
-    # bfloat16. In bfloat16 it returns wrong numbers on some processors, with a stride or for
-    # volumes with one channel a group.
-    y = run_forward(upcast(x), upcast(weight), None, window)
-    if bias is not None:
-        y = inplace.add(y, bias.reshape(-1, *(1,) * (y.ndim - 2)))
-    return y.to(x.dtype)
+        y = run_forward(x, weight, bias, window)
+    else:
+        # oneDNN 3.x has crashed where dilated windows see nothing but padding, with a bias or in
+        # bfloat16. In bfloat16 it returns wrong numbers on some processors, with a stride or for
+        # volumes with one channel a group.
+        y = run_forward(upcast(x), upcast(weight), None, window)
+        if bias is not None:
+            y = inplace.add(y, bias.reshape(-1, *(1,) * (y.ndim - 2)))
+        y = y.to(x.dtype)
+    return layout(y) if gains else y
 
 
 def run_forward(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:

@@ -132,8 +132,8 @@ NATIVE = in_file(
     ),
     Row(
         "bias-of-dilated-convolutions-lost",
-        "    if bias is not None:\n        y = inplace.add(",
-        "    if False:\n        y = inplace.add(",
+        "        if bias is not None:\n            y = inplace.add(",
+        "        if False:\n            y = inplace.add(",
         "the bias is added after a dilated convolution",
     ),
     Row(

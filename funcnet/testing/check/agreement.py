@@ -7,11 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from funcnet.testing.check.case import (
-    Case,
-    Leaves,
-    tried_y,
-)
+from funcnet.testing.check.case import Case, Leaves, tried_y
 from funcnet.testing.check.casts import coarsest, computed_in
 from funcnet.testing.check.comparison import excess, worst
 from funcnet.testing.check.rounding import Results, allowance, is_extreme, moves, noise_in

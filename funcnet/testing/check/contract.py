@@ -18,19 +18,10 @@ import torch
 from torch import Tensor
 
 from funcnet.testing.check.agreement import expect_close
-from funcnet.testing.check.case import (
-    Case,
-    Leaves,
-    named_leaves,
-    tried,
-)
+from funcnet.testing.check.case import Case, Leaves, named_leaves, tried
 from funcnet.testing.check.fitting import checked_gradients, expect_like, expect_pair
 from funcnet.testing.check.in_place import check_fresh
-from funcnet.testing.check.purity import (
-    expect_own,
-    expect_unshared,
-    pure,
-)
+from funcnet.testing.check.purity import expect_own, expect_unshared, pure
 from funcnet.testing.check.state import check_no_state, check_written_over
 from funcnet.testing.errors import GradientMismatch
 from funcnet.testing.layouts import same

@@ -9,14 +9,7 @@ from typing import Any
 import optree
 from torch import Tensor
 
-from funcnet.testing.check.case import (
-    Case,
-    Leaves,
-    kind_of,
-    leaves_like,
-    named_leaves,
-    tried,
-)
+from funcnet.testing.check.case import Case, Leaves, kind_of, leaves_like, named_leaves, tried
 from funcnet.testing.errors import GradientMismatch
 
 

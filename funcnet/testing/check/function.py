@@ -36,11 +36,7 @@ from funcnet.testing.check.function_case import (
 )
 from funcnet.testing.check.laws import check_linear_in_grad
 from funcnet.testing.check.own_dtype import check_own_dtype
-from funcnet.testing.check.precision import (
-    check_factor,
-    check_factors_of_value,
-    check_precision,
-)
+from funcnet.testing.check.precision import check_factor, check_factors_of_value, check_precision
 from funcnet.testing.check.purity import pure, put_back
 from funcnet.testing.check.report import expect_right
 from funcnet.testing.check.rounding import (

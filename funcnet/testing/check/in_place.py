@@ -14,16 +14,8 @@ from funcnet.layer import Layer
 from funcnet.ops.need import Need
 from funcnet.running import works_in_place
 from funcnet.testing.check.agreement import expect_close
-from funcnet.testing.check.case import (
-    Case,
-    Leaves,
-    named_leaves,
-)
-from funcnet.testing.check.purity import (
-    expect_not_expanded,
-    expect_unshared,
-    pure,
-)
+from funcnet.testing.check.case import Case, Leaves, named_leaves
+from funcnet.testing.check.purity import expect_not_expanded, expect_unshared, pure
 from funcnet.testing.errors import noted
 
 

@@ -14,21 +14,11 @@ from torch import Tensor
 from funcnet.keys import fold_in
 from funcnet.keys import key as make_key
 from funcnet.testing.check.agreement import expect_close
-from funcnet.testing.check.case import (
-    Case,
-    Leaves,
-    LossCase,
-    tried,
-)
+from funcnet.testing.check.case import Case, Leaves, LossCase, tried
 from funcnet.testing.check.fitting import checked_gradients, expect_like
 from funcnet.testing.check.in_place import check_fresh, check_in_place
 from funcnet.testing.check.oracles import autograd_gradients
-from funcnet.testing.check.purity import (
-    expect_own,
-    expect_unshared,
-    pure,
-    under_two_seeds,
-)
+from funcnet.testing.check.purity import expect_own, expect_unshared, pure, under_two_seeds
 from funcnet.testing.check.rounding import is_extreme
 from funcnet.testing.errors import GradientMismatch, noted
 from funcnet.testing.layouts import LAYOUTS, fits, laid_out, other_layouts, row_major, same

@@ -63,7 +63,7 @@ class Hyperparameters:
     _axes: ClassVar[str | None] = None
     """A letter for each axis of one example, `CHW`; None for any rank. `…` stands for any axes."""
 
-    __signature__: ClassVar[_OfInit] = _OfInit()
+    __signature__ = _OfInit()
 
     def __new__(cls, /, *arguments: Any, **named: Any) -> Self:
         """Raise TypeError for arguments of torch.nn that are none here, unless the class has such

@@ -696,7 +696,7 @@ def test_nothing_is_remembered_under_transforms():
     assert "_accepted" not in net.__dict__
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
 def test_a_trace_holds_nothing_of_the_checks():
     layer = Affine()

@@ -18,13 +18,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("file", metavar="FILE")
     file = parser.parse_args(arguments).file
     try:
-        text = str(inspect(file))
-        encoding = sys.stdout.encoding or "utf-8"
-        _print(text.encode(encoding, "backslashreplace").decode(encoding))
+        _print(escaped(str(inspect(file))))
     except (CheckpointError, OSError) as error:
         print(f"funcnet inspect: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def escaped(text: str) -> str:
+    """The text with what the output's encoding lacks, as that of a file may, escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _print(text: str) -> None:

@@ -111,7 +111,7 @@ def _expect_dataclass(cls: Any, arguments: tuple[Any, ...], named: dict[str, Any
 def takes(cls: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> bool:
     """Whether a constructor takes arguments. That of a layer of one's own may have any names."""
     try:
-        inspect.signature(cls.__init__).bind(None, *arguments, **named)
+        inspect.signature(cls).bind(*arguments, **named)
     except TypeError:
         return False
     return True

@@ -181,12 +181,13 @@ def test_compiled_once_for_batches_of_any_size(monkeypatch):
     compiled = torch.compile(
         lambda x: layer.apply((), x, key=key), fullgraph=True, backend=counted, dynamic=True
     )
-    counts = set()  # PyTorch 2.15 asks the backend twice at the first size
+    counts = set()
     for size in (3, 4, 9):
         x = torch.ones(size, 5)
         assert torch.equal(compiled(x), layer.apply((), x, key=key))
         counts.add(counted.frame_count)
-    assert len(counts) == 1
+    # PyTorch 2.15 asks the backend twice at the first size.
+    assert counts == {2 if torch.__version__ >= (2, 15) else 1}
 
 
 _COMPILED = """

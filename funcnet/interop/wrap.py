@@ -20,7 +20,7 @@ from funcnet.initializers import Device, Initializer
 from funcnet.interop.observation import Traits, observe, shape_of_one, tensor_like
 from funcnet.keys import Key, key
 from funcnet.layer import Layer, Shape, Spec, Tree
-from funcnet.ops.inplace import is_eager, is_untracked
+from funcnet.ops.inplace import in_layout_of, is_eager, is_untracked
 from funcnet.ops.need import Need
 from funcnet.param import Param
 
@@ -307,7 +307,7 @@ def _row_major(parameter: Tensor) -> Tensor:
 
 def _laid_out(dy: Tensor, y: Tensor) -> Tensor:
     """dy in y's memory layout: PyTorch's instance_norm differentiates wrongly in another."""
-    return dy if dy.stride() == y.stride() else torch.ones_like(y) * dy
+    return dy if dy.stride() == y.stride() else in_layout_of(y, dy)
 
 
 def _unshared(result: Tensor, others: Iterable[Tensor]) -> Tensor:

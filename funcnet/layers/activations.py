@@ -30,7 +30,7 @@ from funcnet.initializers import Constant, InitializerOrNone
 from funcnet.keys import Key
 from funcnet.layer import Layer, Shape, same_part
 from funcnet.ops.accumulation import widened
-from funcnet.ops.inplace import TENSORS, is_eager, is_untracked
+from funcnet.ops.inplace import TENSORS, in_layout_of, is_eager, is_untracked
 from funcnet.ops.need import Need
 from funcnet.ops.products import over_positions
 from funcnet.param import Param
@@ -119,7 +119,7 @@ def _laid_out(dy: Tensor, x: Tensor) -> Tensor:
     """
     if type(x) in TENSORS and not torch.compiler.is_compiling():
         return dy
-    return torch.ones_like(x) * dy
+    return in_layout_of(x, dy)
 
 
 # --- Slope from y

@@ -83,6 +83,11 @@ TENSORS = frozenset((Tensor, torch.nn.Parameter))
 """The types of plain tensors; a subclass may be anything."""
 
 
+def in_layout_of(like: Tensor, x: Tensor) -> Tensor:
+    """x in the memory layout of another tensor, by a product, which autograd can differentiate."""
+    return torch.ones_like(like) * x
+
+
 def is_expanded(x: Tensor) -> bool:
     """Whether several entries lie in one place in memory, which nobody can write over.
 

@@ -43,7 +43,7 @@ def layout(x: Tensor) -> Tensor:
     channels = x.shape[1]
     if inplace.has_open_sizes(x):
         return x.clone(memory_format=torch.contiguous_format) if channels == 1 else x
-    memory_format = _CHANNELS_LAST[x.ndim] if channels > 1 else torch.contiguous_format
+    memory_format = _format(x.ndim, channels)
     if not torch.compiler.is_compiling():
         try:
             x = x.contiguous(memory_format=memory_format)
@@ -109,9 +109,13 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 def memory_format_of_new(like: Tensor) -> torch.memory_format:
     """The memory format in which `layout` puts images or volumes with these channels."""
-    if like.is_cpu and like.shape[1] > 1 and inplace.is_eager():
-        return _CHANNELS_LAST[like.ndim]
+    if like.is_cpu and inplace.is_eager():
+        return _format(like.ndim, like.shape[1])
     return torch.contiguous_format
+
+
+def _format(ndim: int, channels: int) -> torch.memory_format:
+    return _CHANNELS_LAST[ndim] if channels > 1 else torch.contiguous_format
 
 
 def strides(shape: Sequence[int], memory_format: torch.memory_format) -> Ints:
@@ -129,8 +133,7 @@ def strides(shape: Sequence[int], memory_format: torch.memory_format) -> Ints:
 
 def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     """New memory for images, in the memory format of `layout`."""
-    memory_format = torch.channels_last if shape[1] > 1 else torch.contiguous_format
-    return like.new_empty_strided(tuple(shape), strides(shape, memory_format))
+    return like.new_empty_strided(tuple(shape), strides(shape, _format(len(shape), shape[1])))
 
 
 _SOME_CHANNELS, _MANY_CHANNELS, _MANY_PIXELS = 4, 8, 1024
@@ -171,7 +174,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> 
     channels = weight.shape[0]
     gains = x.shape[1] == 1 and channels >= _SOME_CHANNELS and _gains_by_second_channel(x)
     if gains and channels >= _MANY_CHANNELS:
-        x, weight, gains = _with_second_channel(x), _with_second_channel(weight), False
+        x, weight = _with_second_channel(x), _with_second_channel(weight)
     if not window.is_dilated and not ((window.is_strided or x.ndim == 5) and _is_narrow(x)):
         y = run_forward(x, weight, bias, window)
     else:

@@ -174,7 +174,7 @@ def adaptive_average_backward(dy: Tensor, shape: Ints) -> Tensor:
     if dy.ndim == 3:
         image = (*shape[:2], 1, *shape[2:])
         return adaptive_average_backward(dy.unsqueeze(2), image).squeeze(2)
-    if all(n == 1 for n in dy.shape[2:]):
+    if _is_pixel(dy):
         share = dy / math.prod(shape[2:])
         return share.expand(shape).clone(memory_format=native.memory_format_of_new(dy))
     return compat.adaptive_average_backward[dy.ndim](dy, _like(dy, shape))
@@ -193,6 +193,9 @@ def _for_averages(x: Tensor) -> Tensor:
 def _like(dy: Tensor, shape: Ints) -> Tensor:
     """A tensor of x's shape, in dy's memory format, for a kernel that will not read it."""
     # One pixel has no format of its own, and dx shall have that of the layers below.
-    is_pixel = all(n == 1 for n in dy.shape[2:])
-    format_of = native.memory_format_of_new if is_pixel else native.memory_format
+    format_of = native.memory_format_of_new if _is_pixel(dy) else native.memory_format
     return dy.new_empty_strided(shape, native.strides(shape, format_of(dy)))
+
+
+def _is_pixel(y: Tensor) -> bool:
+    return math.prod(y.shape[2:]) == 1

@@ -38,6 +38,7 @@ try:
 except ModuleNotFoundError:
     sys.exit("python -m funcnet.testing needs hypothesis: pip install 'funcnet[test]'")
 
+from funcnet.__main__ import escaped
 from funcnet.keys import key as make_key
 from funcnet.layer import Layer
 from funcnet.testing import strategies
@@ -135,9 +136,8 @@ def _print_table(
 
 
 def _print(text: str) -> None:
-    """Print at once. What the output's encoding lacks, as that of a file may, is escaped."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    """Print at once, whatever the output's encoding lacks."""
+    print(escaped(text), flush=True)
 
 
 def _told(score: Score, failure: Exception) -> str:

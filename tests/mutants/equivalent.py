@@ -304,8 +304,6 @@ EQUIVALENT: dict[str, str] = {
     "ops.pooling.adaptive_average:condition:2": _KERNEL,
     "ops.pooling.adaptive_average:off-by-one:2": _KERNEL,
     "ops.pooling._like:condition:1": _LAYOUT,
-    "ops.pooling._like:sibling:1": _LAYOUT,
-    "ops.pooling._like:off-by-one:3": _LAYOUT,
     "ops.pooling._is_compiled_wrongly:drop-term:1": _EITHER_WAY,
     "ops.pooling._is_compiled_wrongly:drop-term:3": _EITHER_WAY,
     "ops.pooling._taps:drop-argument:1": _STRICT,

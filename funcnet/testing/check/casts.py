@@ -12,12 +12,10 @@ from torch import Tensor
 
 from funcnet.compat import TorchDispatchMode
 from funcnet.testing.check.case import Case, tried, tried_y
-from funcnet.testing.check.rounding import nudge
+from funcnet.testing.check.rounding import NOTICED, nudge
 from funcnet.testing.layouts import same
 
 NARROWER = (torch.bfloat16, torch.float16, torch.float32)
-_NUDGE = 2.0**-5
-"""Far enough for every dtype to notice."""
 
 
 def computed_in(double: Case, y: Tensor) -> torch.dtype:
@@ -38,7 +36,7 @@ def _held_in(double: Case, y: Tensor) -> torch.dtype:
     """
     if not _holds(torch.float32, y[y.isfinite()]):
         return torch.float64
-    for beside in (partial(nudge, epsilon=_NUDGE), Case.drawn):
+    for beside in (partial(nudge, epsilon=NOTICED), Case.drawn):
         there, other = (tried_y(beside(double, trial=trial)) for trial in range(2))
         if there is None or other is None:
             return torch.float64
@@ -55,7 +53,7 @@ def _holds(dtype: torch.dtype, y: Tensor) -> bool:
 def _cast_to(double: Case) -> torch.dtype:
     """The narrowest dtype that `apply` casts float64 to, of numbers that depend on the inputs."""
     casts, dtypes = casts_of(double), {torch.float64}
-    for beside in (partial(nudge, epsilon=_NUDGE), Case.drawn) if casts else ():
+    for beside in (partial(nudge, epsilon=NOTICED), Case.drawn) if casts else ():
         pairs = zip(casts, casts_of(beside(double, trial=0)), strict=False)
         dtypes |= {a.dtype for a, b in pairs if not same(a, b)}
     return coarsest(dtypes)

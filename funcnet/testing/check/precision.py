@@ -17,6 +17,7 @@ from funcnet.testing.check.comparison import Errors, excess, largest_error
 from funcnet.testing.check.oracles import autograd_gradients
 from funcnet.testing.check.own_dtype import check_own_dtype
 from funcnet.testing.check.rounding import (
+    NOTICED,
     allowance,
     gradient_moves,
     is_extreme,
@@ -27,8 +28,6 @@ from funcnet.testing.check.rounding import (
 from funcnet.testing.check.tolerances import ERRORS_OF_MEAN, FACTOR, SMOOTH
 from funcnet.testing.errors import GradientMismatch
 
-_NUDGE = 2.0**-5
-"""Far enough for every dtype to notice."""
 _AROUND, _POINTS = 2.0**-4, 16
 """So far that roundings in half precision are others at each of so many points."""
 _ROUGHLY = 64.0
@@ -171,7 +170,7 @@ def check_factors_of_value(
     if all(factor is None for factor in quick):
         return
     (blur,) = noise_in(case, double, Case.value)
-    there = nudge(case, _NUDGE, 0)
+    there = nudge(case, NOTICED, 0)
     there_y, there_exact = tried_y(there), tried_y(there.double())
     with torch.no_grad():
         reference = tried(case.reference)  # which may refuse this dtype
@@ -250,7 +249,7 @@ def _is_another_function(case: Case, compared: Compared) -> bool:
         return False
     off, changes, moves, holds = exact - y, [], [], []
     for trial in range(4):
-        there = nudge(case, _NUDGE, trial)
+        there = nudge(case, NOTICED, trial)
         moved, moved_exact = tried_y(there), tried_y(there.double())
         if moved is None or moved_exact is None:
             return False
@@ -324,7 +323,7 @@ def _mean_factor(
 
 def _stays(case: Case, i: int, factor: float, exactly: Callable[[Case], Case]) -> bool:
     """Whether leaf i is off by about as much beside x. Equal terms all round to one side."""
-    there = nudge(case, _NUDGE, 0)
+    there = nudge(case, NOTICED, 0)
     found, exact = tried(there.gradients), tried(exactly(there).gradients)
     if found is None or exact is None:
         return True

@@ -24,6 +24,8 @@ from funcnet.testing.check.tolerances import GROWING, KINKED, LEAF_SHARE, SAFETY
 
 TRIALS = 12
 """Trials that show both sides of a kink within rounding."""
+NOTICED = 2.0**-5
+"""A nudge that is far enough for every dtype to notice."""
 _NEARER = (1 / 8, 1 / 64)
 _SPREAD_TRIALS = 8  # more than the heaps of a kink
 

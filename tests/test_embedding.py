@@ -178,7 +178,7 @@ def test_in_a_network_that_is_mapped_over_and_compiled():
         assert net.bwd(fake, residuals, torch.empty_like(y))[0][0]["weight"].shape == (7, 4)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize("dims", [(0, 0), (0, None), (None, 0)], ids=str)
 def test_the_row_of_padding_has_no_derivative_under_transformations(dims):
     """PyTorch's rule for vmap forgets it, and so does forward mode."""

@@ -490,7 +490,7 @@ def both(layer, shape):
 JACOBIANS = (torch.func.jacrev, torch.func.jacfwd)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 @twice
 @pytest.mark.parametrize("inner", JACOBIANS, ids=["rev", "fwd"])
 @pytest.mark.parametrize("outer", JACOBIANS, ids=["rev", "fwd"])
@@ -589,7 +589,7 @@ MAPS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize("name", MAPS)
 def test_layer_norm_is_by_kernels_under_vmap_alone(name, monkeypatch):
     calls = []
@@ -605,7 +605,7 @@ def test_layer_norm_is_by_kernels_under_vmap_alone(name, monkeypatch):
     assert len(calls) == (2 if name in ("vmap", "vmap of vmap") else 0)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize("layer", [fn.LayerNorm(), fn.BatchNorm()], ids=repr)
 def test_compiled_second_derivatives(layer):
     inputs, ours, plain = both(layer, (4,))
@@ -759,7 +759,7 @@ def test_vmap_over_expanded_inputs(layer, dtype):
         torch.testing.assert_close(found[1], y)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize("order", [(0, 2, 3, 1), (3, 2, 1, 0)])
 def test_other_memory_layouts_under_transforms(order):
     """There, kernels take contiguous tensors alone."""

@@ -223,7 +223,7 @@ class Layer(Hyperparameters):
 
     def out_shape(self, shape: Sequence[int]) -> Shape:
         """The shape of one example of y, given x's. No tensor is made."""
-        return self._out_shape(self._as_shape(shape))
+        return self._shape_of_y(self._as_shape(shape))
 
     def apply(self, params: Tree, x: Tensor, *, key: Key | None = None) -> Tensor:
         """y = f(params, x)."""
@@ -296,7 +296,7 @@ class Layer(Hyperparameters):
         if self._axes is not None and not _has_rank(self._axes, x.shape):
             raise self._unfit(x)
         like = self._check_params(params, x)
-        return Spec(x.batch, self._out_shape(x.shape), like.dtype, like.device)
+        return Spec(x.batch, self._shape_of_y(x.shape), like.dtype, like.device)
 
     def _check_x(self, x: Spec) -> None:
         """Raise TypeError unless x is floating-point."""
@@ -491,6 +491,15 @@ class Layer(Hyperparameters):
                 f"got {sizes_of_one}"
             )
         return sizes_of_one
+
+    def _shape_of_y(self, shape: Shape) -> Shape:
+        """`_out_shape`. Raises PromiseError unless that is a tuple."""
+        made: Any = self._out_shape(shape)
+        if not isinstance(made, (tuple, list)):
+            raise broken_promise(
+                self, f"expected _out_shape to return a tuple of ints, got {shown(made)}"
+            )
+        return made  # type: ignore[return-value]
 
     def _check_params(self, params: Tree, x: Spec) -> Any:
         """A tensor or spec with y's dtype and device: a parameter for x of integers, else x."""

@@ -838,6 +838,40 @@ def test_y_has_the_shape_that_out_shape_says():
             call(params, torch.ones(5, 4))
 
 
+@dataclass(frozen=True)
+class OutShapeOf(fn.Linear):
+    made: Any = None
+
+    def _out_shape(self, shape):
+        return self.made
+
+
+@pytest.mark.parametrize("made", [3, None, "ab", torch.tensor(3)])
+def test_out_shape_is_a_tuple(made):
+    """Said of the layer that made it, not of the next."""
+    said = r"OutShapeOf\(3.*\): expected _out_shape to return a tuple of ints, got"
+    layer, x = OutShapeOf(3, made=made), torch.ones(5, 4)
+    params = fn.Linear(3).init(fn.key(0), (4,))
+    net = fn.Sequential(fn.ReLU(), layer, fn.ReLU())
+    for call in (
+        lambda: layer.out_shape((4,)),
+        lambda: layer.init(fn.key(0), (4,)),
+        lambda: layer.apply(params, x),
+        lambda: fn.summary(layer, (4,)),
+    ):
+        with pytest.raises(ValueError, match=f"^{said}"):
+            call()
+    for call in (
+        lambda: net.init(fn.key(0), (4,)),
+        lambda: net.apply(((), params, ()), x),
+        lambda: fn.summary(net, (4,)),
+    ):
+        with pytest.raises(ValueError, match=f"^layer 1: {said}"):
+            call()
+    with pytest.raises(GradientMismatch, match="expected _out_shape to return a tuple"):
+        check_vjp(layer, params, x)
+
+
 @pytest.mark.parametrize("batch", [2, 5])
 @pytest.mark.parametrize("layer", [WithoutResiduals(), WithoutDparams(), WithoutOutShape(4)])
 def test_check_vjp_says_what_a_layer_does_not_keep(layer, batch):

@@ -268,8 +268,10 @@ def make_case(
         # Of copies: what a layer writes over its input has to show later.
         try:
             y = layer.apply(_copied(params), _copied(x), key=key)
-        except PromiseError as error:  # which the check will say
-            y = error.y
+        except PromiseError as error:
+            if error.y is None:
+                raise GradientMismatch(str(error)) from None
+            y = error.y  # the check will say what is wrong with it
         if not isinstance(y, Tensor):
             raise GradientMismatch(
                 f"{name_of(layer)}: apply: expected y to be a tensor, got {kind_of(y)}"

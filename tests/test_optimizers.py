@@ -171,6 +171,29 @@ def test_a_rate_of_0_is_a_rate(row):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.ours.__name__)
+@pytest.mark.parametrize(
+    ("dtype", "lr"), [(torch.float16, 7e4), (torch.bfloat16, 1e39), (torch.float32, 1e39)]
+)
+def test_a_rate_that_a_parameter_cannot_hold_changes_nothing(row, dtype, lr):
+    """It is a leaf behind one that holds it, which would have been written."""
+    params = {"a": torch.ones(2, dtype=torch.float64), "b": torch.ones(2, dtype=dtype)}
+    for rate in (lr, lambda step: lr):
+        optimizer = row.ours(rate)
+        state = optimizer.init(params)
+        before = optree.tree_map(torch.clone, (params, state))
+        with pytest.raises(ValueError, match=rf"of at most \S+ for {dtype}, got "):
+            optimizer.step_(params, params, state)
+        assert same((params, state), before)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.ours.__name__)
+def test_the_largest_rate_that_float16_holds(row):
+    optimizer, params = row.ours(65504.0), torch.zeros(2, dtype=torch.float16)
+    _, state = optimizer.step(params, params, optimizer.init(params))
+    assert int(state.step) == 1
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.ours.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_infinite_parameters_are_torchs(row, dtype):
     """A decay of 0 adds no 0 · ∞, by the kernel and by the formula."""

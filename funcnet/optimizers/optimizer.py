@@ -143,6 +143,8 @@ class Elementwise(Optimizer[State]):
             check_writable(self, sum(kept, ps))
         count = _concrete(self, state.step)
         lr = self._lr(count)
+        if isinstance(lr, float) and lr > _HELD_BY_ALL:
+            _check_held(self, lr, ps)
         n = count + 1 if isinstance(count, int) else (count + 1).double()
 
         def step() -> tuple[Tree, State]:
@@ -196,6 +198,17 @@ def _concrete(who: object, step: Any) -> int | Tensor:
         return int(step)
     except RuntimeError:  # torch.func.vmap over states
         return step
+
+
+_HELD_BY_ALL = torch.finfo(torch.float16).max
+
+
+def _check_held(who: object, lr: float, ps: Tensors) -> None:
+    """Raise ValueError for a rate that overflows in the dtype of a parameter."""
+    for p in ps:
+        most = torch.finfo(p.dtype).max
+        if lr > most:
+            raise ValueError(f"{who}: expected a rate of at most {most:g} for {p.dtype}, got {lr}")
 
 
 def _as_pairs(x: Tensor) -> Tensor:

@@ -464,6 +464,16 @@ def test_images_of_one_pixel_mapped_by_vmap():
         torch.testing.assert_close(found[1][i], dx)
 
 
+def test_ensembles_of_convolutions_from_one_channel():
+    """y of all networks is as the kernel makes it at once: the next layer takes it as it lies."""
+    layer, x = fn.Conv2d(8, 3), fn.normal(fn.key(1), (32, 1, 8, 8))
+    each = [layer.init(key, (1, 8, 8)) for key in fn.split(fn.key(0))]
+    stacked = optree.tree_map(lambda *leaves: torch.stack(leaves), *each)
+    y = torch.func.vmap(layer.apply, (0, None))(stacked, x)
+    torch.testing.assert_close(y, torch.stack([layer.apply(params, x) for params in each]))
+    assert y.movedim(0, 1).flatten(1, 2).is_contiguous(memory_format=torch.channels_last)
+
+
 def as_channels_last(x):
     """The numbers of x at the strides that channels_last has, one channel or more."""
     _, channels, height, width = x.shape

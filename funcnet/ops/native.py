@@ -185,7 +185,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> 
         if bias is not None:
             y = inplace.add(y, bias.reshape(-1, *(1,) * (y.ndim - 2)))
         y = y.to(x.dtype)
-    return layout(y) if gains else y
+    return layout_for(weight, y) if gains else y
 
 
 def run_forward(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:

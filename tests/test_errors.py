@@ -312,6 +312,10 @@ def test_shapes_of_examples():
     for layer in (fn.Upsample2d(2), fn.ReLU(), CONV):
         with refused(ValueError, f"{layer}: expected every size in shape >= 0, got -1"):
             layer.init(fn.key(0), (1, -1, 2))
+    for batch in (-1, None):
+        message = f"expected the shape of one example, without the batch, got ({batch}, 8, 8)"
+        with refused(ValueError, f"Sequential of 1 layer: {message}"):
+            fn.Sequential(fn.Linear(2)).init(fn.key(0), (batch, 8, 8))
     with refused(ValueError, "layer 1: Conv2d(1, kernel_size=9): expected images at least"):
         fn.Sequential(fn.Upsample2d(2), fn.Conv2d(1, 9)).init(fn.key(0), (1, 4, 4))
 

@@ -483,12 +483,6 @@ class Layer(Hyperparameters):
             return self._check(params, x._replace(batch=batch, shape=shape))
 
     def _as_shape(self, shape: Sequence[int]) -> Shape:
-        if isinstance(shape, (tuple, list)) and shape and (shape[0] is None or shape[0] == -1):
-            # JAX's stax and Keras write an open batch so.
-            raise ValueError(
-                f"{name_of(self)}: expected the shape of one example, without the batch, "
-                f"got {tuple(shape)}"
-            )
         sizes_of_one = as_shape(self, shape)
         if self._axes is not None and not _has_rank(self._axes, sizes_of_one):
             expected = sizes(self._axes)

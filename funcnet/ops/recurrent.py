@@ -18,9 +18,9 @@ Half precision is computed in float32, but where PyTorch's kernel for the LSTM t
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -75,8 +75,8 @@ class Cell(Protocol):
         """Whether PyTorch may have a kernel for all steps of x."""
         return False
 
-    def takes_half(self, x: Tensor, layers: Layers) -> bool:
-        """Whether x, of 16 bits, is computed in its own dtype. It is widened otherwise."""
+    def is_for_kernel(self, x: Tensor, *others: Tensor | None) -> bool:
+        """Whether that is called, for these tensors: then x of 16 bits is not widened."""
         return False
 
     def forward(self, x: Tensor, weights: Weights, reverse: bool, keep: bool) -> Any:
@@ -92,8 +92,8 @@ class Cell(Protocol):
 
 def apply(cell: Cell, x: Tensor, layers: Layers) -> Tensor:
     """y (N, T, H), or (N, T, 2H) in both directions, of x (N, T, C)."""
-    runs = [weights for directions in layers for weights in directions]
-    if cell.whole is None or not (x.is_cpu and is_untracked(x, *itertools.chain(*runs))):
+    runs = [*chain(*layers)]
+    if cell.whole is None or not (x.is_cpu and is_untracked(x, *chain(*runs))):
         return forward(cell, x, layers, keep=False)[0]
     wide = widened(x)
     has_bias, is_bidirectional = runs[0].bias_ih is not None, len(runs) > len(layers)
@@ -108,7 +108,7 @@ def forward(cell: Cell, x: Tensor, layers: Layers, keep: bool = True) -> tuple[T
     """(y, residuals if `keep`): y (N, T, H), or (N, T, 2H) in both directions, of x (N, T, C)."""
     dtype, residuals = x.dtype, []
     x, accumulator = x.transpose(0, 1), accumulator_dtype(dtype)
-    if dtype != accumulator and not cell.takes_half(x, layers):
+    if dtype != accumulator and not cell.is_for_kernel(x, *chain(*chain(*layers))):
         x = x.to(accumulator)
     for directions in layers:
         hs, kept = [], []
@@ -228,17 +228,12 @@ class LSTM(Cell):
             and x.numel() > 0
         )
 
-    def _is_for_kernel(self, x: Tensor, *others: Tensor | None) -> bool:
-        """Whether the kernel is called: it has no rule for vmap nor a second derivative."""
+    def is_for_kernel(self, x: Tensor, *others: Tensor | None) -> bool:
+        # It has no rule for vmap nor a second derivative.
         return self.has_kernel(x) and is_untracked(x, *others) and kernel_is_there()
 
-    def takes_half(self, x: Tensor, layers: Layers) -> bool:
-        return all(
-            self._is_for_kernel(x, *weights) for directions in layers for weights in directions
-        )
-
     def forward(self, x: Tensor, weights: Weights, reverse: bool, keep: bool) -> Any:
-        if self._is_for_kernel(x, *weights):
+        if self.is_for_kernel(x, *weights):
             return kernel_forward(x, weights, reverse, keep)
         return self.steps(x, weights, reverse, keep)
 
@@ -260,7 +255,7 @@ class LSTM(Cell):
         x, h, kept = run
         if isinstance(kept, Workspace):
             # The h of one direction may be a part of what autograd tracks for the other's.
-            if self._is_for_kernel(x, h, *weights, dh) and not need.each:
+            if self.is_for_kernel(x, h, *weights, dh) and not need.each:
                 return kernel_backward(run, dh, weights, reverse, need)
             # Nothing but the kernel can read its workspace.
             x, dh = widened(x), widened(dh)
@@ -460,5 +455,4 @@ def _product_each(dy: Tensor, x: Tensor) -> Products:
 def _cast(weights: Weights, dtype: torch.dtype) -> Weights:
     if weights.ih.dtype == dtype:
         return weights
-    cast: Any = (None if t is None else t.to(dtype=dtype) for t in weights)
-    return Weights(*cast)
+    return Weights(*(None if t is None else t.to(dtype=dtype) for t in weights))

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from funcnet.checkpoint import CheckpointError, inspect
 
@@ -18,28 +19,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("file", metavar="FILE")
     file = parser.parse_args(arguments).file
     try:
-        _print(escaped(str(inspect(file))))
+        with suppress(BrokenPipeError):  # the reader of a pipe, such as `head`, has seen enough
+            show(str(inspect(file)))
     except (CheckpointError, OSError) as error:
         print(f"funcnet inspect: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def escaped(text: str) -> str:
-    """The text with what the output's encoding lacks, as that of a file may, escaped."""
+def show(text: str) -> None:
+    """Print a str at once. What the output's encoding lacks, as that of a file may, is escaped."""
     encoding = sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
-
-
-def _print(text: str) -> None:
-    """Print a str. The reader of a pipe, such as `head`, may close it before the end."""
     try:
-        print(text, flush=True)
-    except OSError as error:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError:
         # As it exits, Python would try once more to write what is left, and fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            raise
+        raise
 
 
 if __name__ == "__main__":

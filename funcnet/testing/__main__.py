@@ -18,7 +18,6 @@ import argparse
 import difflib
 import importlib
 import math
-import os
 import random
 import shlex
 import sys
@@ -38,7 +37,7 @@ try:
 except ModuleNotFoundError:
     sys.exit("python -m funcnet.testing needs hypothesis: pip install 'funcnet[test]'")
 
-from funcnet.__main__ import escaped
+from funcnet.__main__ import show
 from funcnet.keys import key as make_key
 from funcnet.layer import Layer
 from funcnet.testing import strategies
@@ -77,8 +76,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _progress("")
         return 130  # as shells count it: 128 and the number of the signal
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
-        # As it exits, Python would try once more to write what is left, and fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
@@ -119,7 +116,7 @@ def _print_table(
     passed = True
     if options.seed is None:
         options.seed = random.SystemRandom().getrandbits(32)
-    _print(_row(_HEADER))
+    show(_row(_HEADER))
     for name in options.layer or known:
         for dtype in options.dtype or ["float64", "float32"]:
             cases = known[name](
@@ -128,16 +125,11 @@ def _print_table(
                 values=strategies.FINITE,
             )
             score = run(f"{name} {dtype}", cases, options.examples, options.seed)
-            _print(_row(_cells(name, dtype, score)))
+            show(_row(_cells(name, dtype, score)))
             if score.failure is not None:  # at once: the rows to come may take hours
-                _print(f"\n{_told(score, score.failure)}\n\n{_command(name, dtype, options)}\n")
+                show(f"\n{_told(score, score.failure)}\n\n{_command(name, dtype, options)}\n")
                 passed = False
     return passed
-
-
-def _print(text: str) -> None:
-    """Print at once, whatever the output's encoding lacks."""
-    print(escaped(text), flush=True)
 
 
 def _told(score: Score, failure: Exception) -> str:

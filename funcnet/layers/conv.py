@@ -73,9 +73,8 @@ class Convolution(Kernels):
         return convolution.layout if name == "weight" and self.method == "auto" else None
 
     def _out_shape(self, shape: Shape) -> Shape:
-        channels, *size = shape
-        check_divided(self, "groups", channels)
-        return self.out_channels, *count_windows(self, size)
+        check_divided(self, "groups", shape[0])
+        return self.out_channels, *count_windows(self, shape[1:])
 
     def _tile(self, shape: Shape, part: Part) -> tuple[Part, Layer] | None:
         return self._windowed_tile(shape, part)

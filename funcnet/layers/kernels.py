@@ -109,10 +109,10 @@ def check_size(who: object, size: Any) -> None:
         )
 
 
-def check_entries(layer: Layer, channels: int, size: Any) -> None:
+def check_entries(layer: Layer, shape: Shape) -> None:
     """Raise ValueError unless x has at least one channel, and one entry on each axis."""
-    check_some_channels(layer, channels)
-    check_size(layer, size)
+    check_some_channels(layer, shape[0])
+    check_size(layer, shape[1:])
 
 
 def count_windows(layer: Any, size: Any, after: str = "") -> Ints:

@@ -61,14 +61,13 @@ class MaxPool(Layer):
         object.__setattr__(self, "_window", _window_of(self, self.dilation))
 
     def _out_shape(self, shape: Shape) -> Shape:
-        channels, *size = shape
-        count = _count_windows(self, channels, tuple(size))
-        if pooling.some_see_nothing(self._window, tuple(size)):
+        count = _count_windows(self, shape)
+        if pooling.some_see_nothing(self._window, shape[1:]):
             raise ValueError(
-                f"{self}: expected a size of which every window sees an entry, got {tuple(size)}, "
+                f"{self}: expected a size of which every window sees an entry, got {shape[1:]}, "
                 f"where the taps of some windows are all in the padding"
             )
-        return channels, *count
+        return shape[0], *count
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
         y, indices = pooling.maximum(x, self._window, self.ceil_mode)
@@ -158,8 +157,7 @@ class AvgPool(Layer):
         object.__setattr__(self, "_window", _window_of(self, ()))
 
     def _out_shape(self, shape: Shape) -> Shape:
-        channels, *size = shape
-        return channels, *_count_windows(self, channels, tuple(size))
+        return shape[0], *_count_windows(self, shape)
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor]:
         y = pooling.average(x, self._window, self.ceil_mode, self.count_include_pad)
@@ -231,7 +229,7 @@ class AvgPool3d(AvgPool):
         if any(n < k for n, k in zip(shape[1:], self._window.kernel_size, strict=True)):
             raise ValueError(
                 f"{self}: expected volumes at least as large as the kernel without padding, "
-                f"{self.kernel_size}, got size {tuple(shape[1:])}"
+                f"{self.kernel_size}, got size {shape[1:]}"
             )
         return super()._out_shape(shape)
 
@@ -245,9 +243,8 @@ class Adaptive(Layer):
     _fresh = True
 
     def _out_shape(self, shape: Shape) -> Shape:
-        channels, *size = shape
-        check_entries(self, channels, size)
-        return channels, *self._size(size)
+        check_entries(self, shape)
+        return shape[0], *self._size(shape[1:])
 
     def _size(self, size: Any) -> Ints:
         sizes: Any = self.output_size
@@ -390,10 +387,10 @@ def _window_of(layer: Any, dilation: Any) -> Window:
     return Window(kernel_size, stride, padding_sides(padding, kernel_size), dilation)
 
 
-def _count_windows(layer: Any, channels: int, size: Ints) -> Ints:
+def _count_windows(layer: Any, shape: Shape) -> Ints:
     """The number of windows on each axis. Raises ValueError where there are none."""
-    check_entries(layer, channels, size)
-    window: Window = layer._window
+    check_entries(layer, shape)
+    size, window = shape[1:], layer._window
     count = pooling.count(window, size, layer.ceil_mode)
     if min(count) < 1:
         raise ValueError(

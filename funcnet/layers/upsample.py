@@ -138,10 +138,8 @@ class UpsampleConv2d(Kernels):
         return low_resolution.layout if name == "weight" and self.method != "unfold" else None
 
     def _out_shape(self, shape: Shape) -> Shape:
-        channels, height, width = shape
-        check_entries(self, channels, (height, width))
-        rows, columns = _pair(self.scale)
-        upsampled = (rows * height, columns * width)
+        check_entries(self, shape)
+        _, *upsampled = self._steps[0]._out_shape(shape)
         return self.out_channels, *count_windows(self, upsampled, ", after upsampling")
 
     def _tile(self, shape: Shape, part: Part) -> tuple[Part, Layer] | None:

@@ -148,7 +148,6 @@ EQUIVALENT: dict[str, str] = {
     "layers.pooling.MaxPool:drop-argument:3": _DERIVED,
     "layers.pooling.MaxPool:flip-flag:3": _REPR,
     "layers.pooling.MaxPool:flip-flag:4": _DERIVED,
-    "layers.pooling.MaxPool._out_shape:drop-call:2": "a list of sizes is read like a tuple",
     "layers.pooling.AvgPool:drop-argument:2": _REPR,
     "layers.pooling.AvgPool:drop-argument:3": _DERIVED,
     "layers.pooling.AvgPool:flip-flag:4": _REPR,

@@ -259,8 +259,8 @@ UPSAMPLE_CONV = in_file(
     ),
     Row(
         "out-size-axes-swapped",
-        "upsampled = (rows * height, columns * width)",
-        "upsampled = (columns * height, rows * width)",
+        "return channels, rows * height, columns * width",
+        "return channels, columns * height, rows * width",
         "a pair of scales is (height, width)",
     ),
 )

@@ -129,24 +129,21 @@ def test_each_gradient_over_patches_is_exact(case):
 
 
 @pytest.mark.parametrize(
-    ("shape", "out_channels", "kernel_size", "dtype", "faster"),
+    ("shape", "out_channels", "dtype", "faster"),
     [
-        ((64, 160, 160), 128, 2, torch.float32, True),
-        ((64, 128, 128), 128, 2, torch.float32, False),
-        ((64, 160, 160), 64, 2, torch.float32, False),
-        ((64, 160, 160), 128, 3, torch.float32, False),
-        ((64, 160, 160), 128, 2, torch.float64, False),
+        ((64, 160, 160), 128, torch.float32, True),
+        ((64, 128, 128), 128, torch.float32, False),
+        ((64, 160, 160), 64, torch.float32, False),
+        ((64, 160, 160), 128, torch.float64, False),
     ],
 )
-def test_dweight_of_large_images_is_faster_over_patches(
-    shape, out_channels, kernel_size, dtype, faster
-):
-    layer = fn.Conv2d(out_channels, kernel_size, stride=2)
+def test_dweight_of_large_images_is_faster_over_patches(shape, out_channels, dtype, faster):
+    layer = fn.Conv2d(out_channels, 2, stride=2)
     x, weight = (
         torch.empty((2, *shape), dtype=dtype),
         torch.empty(layer._params(shape)["weight"].shape),
     )
-    assert patches.dweight_is_faster(x, weight, layer._window) == faster
+    assert patches.dweight_is_faster(x, weight) == faster
 
 
 @pytest.mark.parametrize(
@@ -163,7 +160,6 @@ def test_dweight_of_large_images_is_faster_over_patches(
 def test_dx_of_few_channels_is_faster_over_patches(shape, kernel_size, dtype, faster):
     layer = fn.Conv2d(4, kernel_size, stride=kernel_size)
     assert patches.dx_is_faster(torch.empty(shape, dtype=dtype), layer._window) == faster
-    assert not patches.dx_is_faster(torch.empty(shape), fn.Conv2d(4, 4)._window)
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,8 @@ _TINY = 20480
 
 
 def are_faster(x: Tensor, weight: Tensor, window: Window, backward: bool) -> bool:
-    """Whether this is a convolution over patches, and faster so."""
-    if not (window.cuts_patches and x.is_cpu and not inplace.has_open_sizes(x)):
+    """Whether all is faster over patches, which the windows cut."""
+    if not x.is_cpu or inplace.has_open_sizes(x):
         return False
     if x.element_size() < 4:
         return pixelwise.multiplies_bfloat16(x)
@@ -53,32 +53,25 @@ def are_faster(x: Tensor, weight: Tensor, window: Window, backward: bool) -> boo
     return windows <= few and pixelwise.are_faster(windows, weight)
 
 
-def dweight_is_faster(x: Tensor, weight: Tensor, window: Window) -> bool:
-    """Whether windows cut patches, and dweight alone is faster as a product of matrices."""
-    return (
-        _are_in_float32(x, window) and math.prod(x.shape[1:]) > _LARGE and weight.numel() >= _WIDE
-    )
+def dweight_is_faster(x: Tensor, weight: Tensor) -> bool:
+    """Whether dweight alone is faster over patches."""
+    return _are_in_float32(x) and math.prod(x.shape[1:]) > _LARGE and weight.numel() >= _WIDE
 
 
 def dx_is_faster(x: Tensor, window: Window) -> bool:
-    """Whether windows cut patches, and dx alone is faster as a product of matrices."""
+    """Whether dx alone is faster over patches."""
     return (
-        _are_in_float32(x, window)
+        _are_in_float32(x)
         and x.shape[1] <= _FEW_CHANNELS
         and math.prod(window.kernel_size) >= _MANY_TAPS
         and not _is_tiny(x)
     )
 
 
-def _are_in_float32(x: Tensor, window: Window) -> bool:
-    """Whether windows cut patches of images, in float32 on the CPU."""
-    return (
-        window.cuts_patches
-        and x.ndim == 4
-        and x.is_cpu
-        and x.element_size() == 4
-        and not inplace.has_open_sizes(x)
-    )
+def _are_in_float32(x: Tensor) -> bool:
+    """Whether x is images in float32 on the CPU."""
+    is_on_cpu = x.ndim == 4 and x.is_cpu
+    return is_on_cpu and x.element_size() == 4 and not inplace.has_open_sizes(x)
 
 
 def _is_tiny(x: Tensor) -> bool:

@@ -82,7 +82,7 @@ def draw(
 
     Raises TypeError or ValueError for an initialiser that is called, or returns, otherwise.
     """
-    keys = iter(split(key, max(1, len(_flat(declared)))))
+    keys = iter(split(key, max(1, len(_flat(declared, declared)))))
 
     def drawn(params: Declared, prefix: str) -> dict[str, Any]:
         return {name: drawn_one(param, prefix + name) for name, param in params.items()}
@@ -155,12 +155,12 @@ def size_that_fits(
 
     What is tried are the sizes of params, and these times each of `factors`.
     """
-    got = _shapes(declare(shape), params)
+    got = [value.shape for value in _flat(declare(shape), params)]
     candidates = sorted({n * factor for shape in got for n in shape for factor in (1, *factors)})
     for axis in range(len(shape)):
         for other in candidates:
-            tried = (*shape[:axis], other, *shape[axis + 1 :])
-            if [param.shape for param in _flat(declare(tried))] == got:
+            tried = declare((*shape[:axis], other, *shape[axis + 1 :]))
+            if [param.shape for param in _flat(tried, tried)] == got:
                 return axis, other
     return None
 
@@ -184,20 +184,13 @@ def _can_be_drawn(param: Any) -> bool:
     return callable(draws) and not isinstance(draws, type)
 
 
-def _flat(declared: Declared) -> list[Param]:
-    params: list[Param] = []
-    for param in declared.values():
-        params.extend(_flat(param) if isinstance(param, Mapping) else [param])
-    return params
-
-
-def _shapes(declared: Declared, params: Any) -> list[tuple[int, ...]]:
-    """The shapes of params, in the order in which they are declared."""
-    shapes: list[tuple[int, ...]] = []
+def _flat(declared: Declared, tree: Any) -> list[Any]:
+    """The leaves of a tree like what is declared, in that order."""
+    leaves = []
     for name, param in declared.items():
-        value = params[name]
-        shapes.extend(_shapes(param, value) if isinstance(param, Mapping) else [tuple(value.shape)])
-    return shapes
+        value = tree[name]
+        leaves.extend(_flat(param, value) if isinstance(param, Mapping) else [value])
+    return leaves
 
 
 def _names(params: Mapping[str, Any]) -> str:

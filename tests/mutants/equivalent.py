@@ -98,7 +98,6 @@ EQUIVALENT: dict[str, str] = {
     "layer.Layer._admit:off-by-one:2": _REMEMBERED,
     "layer._spec:drop-call:1": _TUPLE,
     "layer._spec:drop-call:2": _TUPLE,
-    "param._shapes:drop-call:1": _TUPLE,
     "param.first_tensor:condition:1": "what is no tensor is refused where it is compared",
     "param.draw:off-by-one:1": "the first keys of a split are the same however many there are",
     "param.size_that_fits:drop-call:1": "no two of the sizes tried fit at once",

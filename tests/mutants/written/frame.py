@@ -114,14 +114,14 @@ PARAM = in_file(
     "test_layer.py test_properties.py",
     Row(
         "one-key-for-all-params",
-        "keys = iter(split(key, max(1, len(_flat(declared)))))",
-        "keys = iter([key] * len(_flat(declared)))",
+        "keys = iter(split(key, max(1, len(_flat(declared, declared)))))",
+        "keys = iter([key] * len(_flat(declared, declared)))",
         "parameters are drawn independently",
     ),
     Row(
         "keys-from-the-last",
-        "keys = iter(split(key, max(1, len(_flat(declared)))))",
-        "keys = iter(split(key, max(1, len(_flat(declared))))[::-1])",
+        "keys = iter(split(key, max(1, len(_flat(declared, declared)))))",
+        "keys = iter(split(key, max(1, len(_flat(declared, declared))))[::-1])",
         "a parameter declared behind others does not change their numbers",
     ),
 )
@@ -131,7 +131,7 @@ NESTED = in_file(
     "test_attention.py",
     Row(
         "nested-params-without-keys",
-        "split(key, max(1, len(_flat(declared))))",
+        "split(key, max(1, len(_flat(declared, declared))))",
         "split(key, max(1, len(declared)))",
         "every parameter in a dict of a dict has a key",
     ),

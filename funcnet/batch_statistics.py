@@ -28,8 +28,9 @@ from torch import Tensor
 
 from funcnet.checks import name_of, shown
 from funcnet.combinators.several import Several
+from funcnet.combinators.wrapper import Wrapper
 from funcnet.keys import Key
-from funcnet.layer import Layer, Shape, Spec, Tree, check_net, count_of, writes
+from funcnet.layer import Layer, Shape, Tree, check_net, count_of, writes
 from funcnet.layers import (
     BatchNorm,
     ChannelAffine,
@@ -44,7 +45,7 @@ from funcnet.layers import (
 )
 from funcnet.leaves import Ancestors, mapped, same
 from funcnet.ops.inplace import is_eager
-from funcnet.running import check, run_fwd
+from funcnet.running import run_fwd
 
 Moments: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """(count, mean, M2) of a `BatchNorm`'s x, in float64; mean and M2 (C,).
@@ -129,19 +130,13 @@ def for_inference(net: Layer, params: Tree, m: Tree, fold: bool = True) -> tuple
 
 
 @dataclass(frozen=True)
-class _Observed(Layer):
+class _Observed(Wrapper):
     """A `BatchNorm` that notes the moments of each x."""
 
-    layer: Layer
     noted: list[Moments] = field(default_factory=list, compare=False)
-
-    def _check(self, params: Tree, x: Spec) -> Spec:
-        return check(self.layer, params, x)
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
         self.noted.append(_measured(x))
-        if not len(x):  # a rank's part of a batch may be empty
-            return x, ()
         return run_fwd(self.layer, params, x, key)
 
 
@@ -332,8 +327,8 @@ def _absorbs(layer: Layer, m: Tree) -> bool:
     """Whether a `BatchNorm` with these moments, right behind the layer, may become part of it."""
     if type(layer) is Linear and _is_moments(m):
         count, mean, _ = m
-        has_positions: bool = count.ndim > mean.ndim - 1
-        return not has_positions  # with them, axis 1 does not count Linear's features
+        # With positions, axis 1 does not count Linear's features.
+        return bool(count.ndim < mean.ndim)
     return type(layer) in _ABSORBING
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from textwrap import indent
 from types import SimpleNamespace
@@ -406,14 +406,14 @@ class NumberButZero(Number):
 
 @dataclass(frozen=True)
 class InstanceOf:
-    """An instance of a class, which is looked up when it is needed; or None, where that may be."""
+    """An instance of a class; or None, where that may be."""
 
-    cls: Callable[[], type]
+    cls: type
     expected: str
     may_be_none: bool = False
 
     def convert(self, owner: type, name: str, value: Any) -> Any:
-        if isinstance(value, self.cls()) or (value is None and self.may_be_none):
+        if isinstance(value, self.cls) or (value is None and self.may_be_none):
             return value
         raise TypeError(
             f"{owner.__name__}: expected {name} to be {self.expected}, got {shown(value)}"

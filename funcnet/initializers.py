@@ -434,6 +434,6 @@ class _InitializerKind(InstanceOf):
 
 InitializerOrNone: TypeAlias = Annotated[
     Initializer | None,
-    _InitializerKind(lambda: Initializer, "an initialiser or None", may_be_none=True),
+    _InitializerKind(Initializer, "an initialiser or None", may_be_none=True),
 ]
 """An initialiser; None where the layer draws as torch.nn does."""

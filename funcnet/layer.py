@@ -592,8 +592,7 @@ def y_alone(layer: Layer, params: Tree, x: Tensor, key: Key | None) -> Tensor:
     """y by `_apply`, or by `_fwd` where a subclass has written that anew without `_apply`."""
     if type(layer)._apply is Layer._apply or writes(layer, "_apply"):
         return layer._apply(params, x, key)
-    y: Tensor = layer._fwd(params, x, key)[0]
-    return y
+    return layer._fwd(params, x, key)[0]
 
 
 def asks(layer: Layer, params: Tree, need: Need) -> bool:

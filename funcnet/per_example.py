@@ -219,8 +219,8 @@ class _Passes:
         total = self.dy.new_zeros(len(self.dy), dtype=accumulator_dtype(self.dy.dtype))
         for squares in self.found.squares:
             total = total + squares.to(total)
-        each: list[Tensor] = optree.tree_leaves(dparams)
-        for one, param in zip(each, optree.tree_leaves(self.params), strict=True):
+        each = zip(optree.tree_leaves(dparams), optree.tree_leaves(self.params), strict=True)
+        for one, param in each:
             if one.ndim > param.ndim and one.numel():  # added up over several runs
                 total = total + products.squares(one.movedim(-1, 0)).to(total)
         return total.sqrt()

@@ -28,8 +28,7 @@ def run_apply(layer: Layer, params: Tree, x: Tensor, key: Key | None) -> Tensor:
     if cls.fwd is Layer.fwd and cls.bwd is Layer.bwd and cls.apply is Layer.apply:
         # Most layers end here, without another call: small ones would take longer.
         if cls._apply is Layer._apply:
-            y: Tensor = layer._fwd(params, x, key)[0]
-            return y
+            return layer._fwd(params, x, key)[0]
         return y_alone(layer, params, x, key)
     return _as_promised(layer, x, layer.apply(params, x, key=key))
 

@@ -182,8 +182,7 @@ class piecewise(Schedule):
     rates: Annotated[Mapping[int, float] | tuple[tuple[int, float], ...], _RatesKind()]
 
     def __repr__(self) -> str:
-        rates: Any = self.rates
-        return f"schedules.piecewise({dict(rates)!r})"
+        return f"schedules.piecewise({dict(self.rates)!r})"
 
     def _at(self, t: Any) -> Any:
         rates: Any = self.rates

@@ -80,20 +80,18 @@ def _shown(number: int | None) -> str:
 
 def _rows(layer: Layer, shape: Shape | None, path: str, depth: int) -> Iterator[Row]:
     children = layer._children()
-    output = params = shapes = None
+    output = count = kept = shapes = None
     if shape is not None:
         try:
             output = tuple(layer.out_shape(shape))
             params = optree.tree_map(lambda leaf: leaf.to(_META), shaped(layer, shape))
+            count = sum(leaf.numel() for leaf in optree.tree_leaves(params))
+            kept = _residual_bytes(layer, params, shape)
             shapes = layer._child_shapes(shape)
         except (ValueError, TypeError, IndexError):
             # A combinator of one's own may hand something else to its layers than x.
             if not depth:
                 raise
-    count = kept = None
-    if shape is not None and params is not None:
-        count = sum(leaf.numel() for leaf in optree.tree_leaves(params))
-        kept = _residual_bytes(layer, params, shape)
     yield Row(path, depth, name_of(layer), output, count, kept)
     for i, (child_name, child) in enumerate(children):
         below = shapes[i] if shapes else None

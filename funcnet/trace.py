@@ -70,7 +70,7 @@ class _Notes:
     grads: dict[int, Tensor] = field(default_factory=dict)  # by the record
     are_open: bool = True  # a backward pass may run layers again, which are no new records
 
-    def traced(self, path: str, layer: Layer, ancestors: Ancestors = ()) -> Layer:
+    def traced(self, path: str, layer: Layer, ancestors: Ancestors) -> Layer:
         """The layer, whose runs are noted here."""
         if joins(layer) == "zeros":  # y is its layer's, whose backward pass it might leave out
             return mapped(layer._children()[0][1], self.traced, _enters, path)

@@ -28,8 +28,8 @@ ONE_WORD = Annotated[str, OneOf(("auto",))]
 NUMBER_OR_NONE = Annotated[float | None, Number(0.0, may_be_none=True)]
 INTS = Annotated[tuple[int, ...], IntTuple(0)]
 ANY_INTS = Annotated[tuple[int, ...], IntTuple(None)]
-TEXT = Annotated[Any, InstanceOf(lambda: str, "a str")]
-TEXT_OR_NONE = Annotated[Any, InstanceOf(lambda: str, "a str or None", may_be_none=True)]
+TEXT = Annotated[Any, InstanceOf(str, "a str")]
+TEXT_OR_NONE = Annotated[Any, InstanceOf(str, "a str or None", may_be_none=True)]
 
 
 def of(kind, axes="CHW"):

@@ -93,7 +93,6 @@ class Branches(Several):
 
     def _apply(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
         ys = []
-        layer: Any
         with self._position() as at:
             for at.i, (layer, own) in enumerate(self._pairs(params)):
                 if self._takes_view(at.i):
@@ -104,7 +103,6 @@ class Branches(Several):
 
     def _fwd(self, params: Tree, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
         ys, residuals = [], []
-        layer: Any
         with self._position() as at:
             for at.i, (layer, own) in enumerate(self._pairs(params)):
                 if self._takes_view(at.i):

@@ -41,8 +41,7 @@ class Frozen(Wrapper):
         return False
 
     def _frozen_params(self, params: Tree) -> list[tuple[Tensor, Any]]:
-        leaves: list[Any] = optree.tree_leaves(params)
-        return [(leaf, ...) for leaf in leaves]
+        return [(leaf, ...) for leaf in optree.tree_leaves(params)]
 
     def _apply(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
         return run_apply(self.layer, _detached(params), x, key)

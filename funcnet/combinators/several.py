@@ -98,10 +98,7 @@ class Several(Layer):
         return f"{name}: " if self.names else super()._path_step(name)
 
     def _child_params(self, params: Tree) -> tuple[Tree, ...]:
-        children: tuple[Tree, ...] = (
-            tuple(params[name] for name in self.names) if self.names else params
-        )
-        return children
+        return tuple(params[name] for name in self.names) if self.names else params
 
     def _pairs(self, params: Tree) -> Any:
         """Each layer with its parameters."""

@@ -14,7 +14,7 @@ from funcnet.keys import Key
 from funcnet.layer import Layer, Shape, Spec, Tree
 from funcnet.running import check, is_fresh
 
-Child: TypeAlias = Annotated[Layer, InstanceOf(lambda: Layer, "a Layer")]
+Child: TypeAlias = Annotated[Layer, InstanceOf(Layer, "a Layer")]
 """The only layer of a combinator."""
 
 

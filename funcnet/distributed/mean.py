@@ -50,5 +50,4 @@ def mean(tree: Tree, group: Any = None, weight: float | None = None) -> Tree:
             # In 16 bits a share of a small number would be 0.
             sums.add(i, widened(leaf) * share if own else torch.zeros_like(leaf))
         found = sums.wait()
-        mean: Tree = structure.unflatten(found[i].to(leaf.dtype) for i, leaf in enumerate(leaves))
-        return mean
+        return structure.unflatten(found[i].to(leaf.dtype) for i, leaf in enumerate(leaves))

@@ -47,7 +47,7 @@ class Sharded(Optimizer[State]):
     >>> dist.destroy_process_group()
     """
 
-    optimizer: Annotated[Optimizer[State], InstanceOf(lambda: Optimizer, "an optimiser")]
+    optimizer: Annotated[Optimizer[State], InstanceOf(Optimizer, "an optimiser")]
     group: Any = field(default=None, compare=False)
 
     @between_graphs

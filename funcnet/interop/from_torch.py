@@ -150,8 +150,7 @@ class _Translator:
         """Return the path of a child in the caller's module, which lacks an unrolled one."""
         if id(module) in self.names:
             return joined(path, name)
-        child: nn.Module = compat.children(module)[name]
-        return self.names.get(id(child), path)
+        return self.names.get(id(compat.children(module)[name]), path)
 
 
 def _dim(module: nn.Module) -> dict[str, Any]:
@@ -161,8 +160,7 @@ def _dim(module: nn.Module) -> dict[str, Any]:
 def _kind_of(module: nn.Module) -> type[nn.Module]:
     """Return the class in the tables whose forward pass a module runs; ValueError without one."""
     name = type(module).__name__
-    known = (base for base in type(module).__mro__ if base in _KNOWN)
-    kind: Any = next(known, None)
+    kind = next((base for base in type(module).__mro__ if base in _KNOWN), None)
     if kind is None:
         raise ValueError(f"{name} has no twin")
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
@@ -175,7 +173,7 @@ def _kind_of(module: nn.Module) -> type[nn.Module]:
     hooks = sum(map(len, compat.forward_hooks(module)))
     if hooks:
         raise ValueError(f"{name}: expected no forward hooks, got {hooks}")
-    return kind  # type: ignore[no-any-return]
+    return kind
 
 
 def _readable(module: nn.Module) -> nn.Module:

@@ -18,8 +18,6 @@ but for the mask.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -58,7 +56,6 @@ def gradients(
     """∂L/∂qkv (N, T, 3E), given o and the residuals of `attend`."""
     q, k, v = _split(qkv, heads)
     do = _by_head(do, heads)
-    gradients: Any
     if "logsumexp" in kept and _is_for_kernel(qkv, do):
         o = _by_head(o, heads)
         gradients = flash_attention_backward(do, q, k, v, o, kept["logsumexp"], 0.0, causal)

@@ -69,16 +69,11 @@ def spatial(channels: Tensor, x: Tensor) -> Tensor:
     return channels.reshape((*channels.shape, *(1,) * (x.ndim - 2)))
 
 
-def kernel_format(x: Tensor) -> torch.memory_format:
-    """The memory format that the kernels should see x in."""
-    return native.memory_format(x) if x.is_cpu else torch.contiguous_format
-
-
 def laid_out(x: Tensor) -> tuple[Tensor, torch.memory_format]:
     """(x, the memory format that the kernels should see it in), x with a new tensor's strides."""
     if inplace.is_eager() and x.is_cpu and native.is_laid_out(x):
         return x, torch.channels_last
-    memory_format = kernel_format(x)
+    memory_format = native.memory_format(x) if x.is_cpu else torch.contiguous_format
     return dense(x, memory_format), memory_format
 
 

@@ -170,8 +170,7 @@ class Sequential(Several):
                 f"{name_of(self)}: expected residuals of {len(self)} layers, got {len(kept)}"
             )
         owns = self._child_params(params)
-        last = max(len(self) - 1, 0)
-        first = 0 if need.input else min(self._first_to_learn(owns), last)
+        first = 0 if need.input else self._first_to_learn(owns)
         dparams: list[Tree] = [zeros_like(own) for own in owns[:first]]
         dparams += [()] * (len(self) - first)
         dx: Any = grad if self.layers else grad.clone()

@@ -24,16 +24,12 @@ def flatten(who: object, name: str, tree: Tree) -> tuple[list[Tensor], optree.Py
     leaves, structure = trees.flatten(tree)
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
-            raise TypeError(
-                f"{who}: expected floating-point tensors, got "
-                f"{leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__} at "
-                f"{structure.accessors()[i].codify(name)}"
-            )
+            got = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+            place = _place(structure, i, name)
+            raise TypeError(f"{who}: expected floating-point tensors, got {got} at {place}")
         if leaf.layout is not torch.strided:
-            raise TypeError(
-                f"{who}: expected dense tensors, got {leaf.layout} at "
-                f"{structure.accessors()[i].codify(name)}"
-            )
+            place = _place(structure, i, name)
+            raise TypeError(f"{who}: expected dense tensors, got {leaf.layout} at {place}")
     return leaves, structure
 
 
@@ -89,23 +85,17 @@ def flatten_like(
     leaves = flatten_up_to(who, name, tree, structure)
     for i, leaf, p in zip(range(len(ps)), leaves, ps, strict=True):
         if not isinstance(leaf, Tensor):
-            raise TypeError(
-                f"{who}: expected a tensor at {structure.accessors()[i].codify(name)}, "
-                f"got {type(leaf).__name__}"
-            )
+            place, got = _place(structure, i, name), type(leaf).__name__
+            raise TypeError(f"{who}: expected a tensor at {place}, got {got}")
         if leaf.layout is not p.layout:
-            raise TypeError(
-                f"{who}: expected a dense tensor at {structure.accessors()[i].codify(name)}, "
-                f"got {leaf.layout}"
-            )
+            place = _place(structure, i, name)
+            raise TypeError(f"{who}: expected a dense tensor at {place}, got {leaf.layout}")
         if leaf.dtype is not p.dtype or leaf.shape != p.shape or leaf.device != p.device:
             is_alike = leaf.shape == p.shape and leaf.device == p.device
             if any_dtype and is_alike and leaf.is_complex() == p.is_complex():
                 continue
-            raise ValueError(
-                f"{who}: expected {structure.accessors()[i].codify(name)} like params, "
-                f"{_describe(p)}, got {_describe(leaf)}"
-            )
+            expected = f"{_place(structure, i, name)} like params, {_describe(p)}"
+            raise ValueError(f"{who}: expected {expected}, got {_describe(leaf)}")
     return leaves
 
 
@@ -131,6 +121,11 @@ def check_writable(who: object, tensors: list[Tensor]) -> None:
                 f"{who}: expected tensors that can be written to, got one of shape "
                 f"{tuple(tensor.shape)} made in inference mode"
             )
+
+
+def _place(structure: optree.PyTreeSpec, i: int, name: str) -> str:
+    """The code of leaf i of a tree that is called `name`: `params['weight']`."""
+    return structure.accessors()[i].codify(name)
 
 
 def _describe(x: Tensor) -> str:

@@ -167,12 +167,7 @@ class Elementwise(Optimizer[State]):
             return self._update(each, lr, n, ps, gs, *kept)
         gs = [g.resolve_conj() for g in gs]  # autograd conjugates lazily
         new = self._update(each, lr, n, *([_as_pairs(x) for x in xs] for xs in (ps, gs, *kept)))
-        return tuple(
-            [torch.view_as_complex(x) if p.is_complex() else x for x, p in zip(xs, ps, strict=True)]
-            if xs
-            else xs
-            for xs in new
-        )
+        return tuple([*map(_as_complex, xs, ps)] for xs in new)  # [] of what is not needed
 
     def _lr(self, count: int | Tensor) -> Scalar:
         rate: Any = self.lr  # type: ignore[attr-defined]
@@ -213,3 +208,7 @@ def _check_held(who: object, lr: float, ps: Tensors) -> None:
 
 def _as_pairs(x: Tensor) -> Tensor:
     return torch.view_as_real(x) if x.is_complex() else x
+
+
+def _as_complex(x: Tensor, like: Tensor) -> Tensor:
+    return torch.view_as_complex(x) if like.is_complex() else x

@@ -483,8 +483,6 @@ EQUIVALENT: dict[str, str] = {
     "optimizers.optimizer.Elementwise._prepare.step:drop-argument:1": _STRICT,
     "optimizers.optimizer.Elementwise._prepare.step:flip-flag:1": _STRICT,
     "optimizers.optimizer.Elementwise._update_pairs:condition:2": "real numbers pass as they are",
-    "optimizers.optimizer.Elementwise._update_pairs:drop-argument:1": _STRICT,
-    "optimizers.optimizer.Elementwise._update_pairs:flip-flag:2": _STRICT,
     "optimizers.optimizer.Elementwise._update_pairs:drop-call:1": (
         "a generator is unpacked like a tuple, though not for type checkers"
     ),

@@ -146,7 +146,8 @@ def load(
       0: expected shape (3,), got (2, 3)
       1: expected int, got float
     """
-    _check_dtype("load", dtype)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"load: expected a floating-point dtype, got {shown(dtype)}")
     if like is None and not strict:
         raise ValueError("load: expected a tree `like` with strict=False, got None")
     with opened(_as_path("load", path)) as (file, header):
@@ -279,11 +280,6 @@ def _moved(name: str, tensor: Tensor, device: torch.device | str, dtype: torch.d
         raise TypeError(
             f"load: expected a dtype that PyTorch converts {tensor.dtype} to, got {dtype} at {name}"
         ) from None
-
-
-def _check_dtype(who: str, dtype: Any) -> None:
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"{who}: expected a floating-point dtype, got {shown(dtype)}")
 
 
 def _converted(dtype: torch.dtype, floating: torch.dtype | None) -> torch.dtype:

@@ -175,8 +175,7 @@ class Call:
 
     def _reason(self, error: Exception) -> str:
         """The reason why a collective has failed, the same on all ranks."""
-        told = self._told()
-        if told is not None:
+        if (told := self._told()) is not None:
             return told
         closed = [rank for rank in range(self.size) if self._is_closed(rank)]
         missing = [rank for rank in closed if not self._is_there(f"waits/{rank}")] or closed

@@ -192,11 +192,8 @@ class Wrapped(Layer):
 
     def _recomputed(self, params: Any, x: Tensor, dy: Tensor, need: Need) -> Any:
         """(dparams, dx) by torch.func, which differentiates inside of its own transformations."""
-        made: Any
-        if need.input:
-            made = torch.func.vjp(lambda p, x: self._apply(p, x, None), params, x)
-        else:
-            made = torch.func.vjp(lambda p: self._apply(p, x, None), params)
+        starts = (params, x) if need.input else (params,)
+        made: Any = torch.func.vjp(lambda p, x=x: self._apply(p, x, None), *starts)
         y, back = made
         found = back(_laid_out(dy, y))
         return found if need.input else (*found, None)

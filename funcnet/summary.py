@@ -66,12 +66,14 @@ def summary(net: Layer, shape: Sequence[int]) -> str:
         numbers = (_shown(row.parameters), _shown(row.residuals))
         lines.append((row.path, "  " * row.depth + row.layer, output, *numbers))
     lines.append(("", "", "total", *lines[1][3:]))
-    widths = [max(len(line[column]) for line in lines) for column in range(5)]
-    return "\n".join(
-        f"{path:{widths[0]}}  {layer:{widths[1]}}  {output:{widths[2]}}  "
-        f"{parameters:>{widths[3]}}  {residuals:>{widths[4]}}"
-        for path, layer, output, parameters, residuals in lines
-    )
+    return "\n".join(aligned(lines, "<<<>>"))
+
+
+def aligned(lines: Sequence[Sequence[str]], sides: str) -> list[str]:
+    """The lines of a table, each column of which is aligned to its side, `<` or `>`."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    line = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
+    return [line.format(*cells) for cells in lines]
 
 
 def _shown(number: int | None) -> str:

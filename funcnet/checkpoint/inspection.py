@@ -13,6 +13,7 @@ from funcnet.checkpoint.container import Header
 from funcnet.checkpoint.structure import CheckpointError, Node, decode, walk
 from funcnet.fields import call
 from funcnet.layer import Layer
+from funcnet.summary import aligned
 
 
 @dataclass(frozen=True, repr=False)
@@ -74,9 +75,7 @@ def _table(header: Header) -> list[str]:
         count, size = math.prod(entry.shape), entry.size
         dtype = str(entry.dtype).removeprefix("torch.")
         rows.append((_printable(name), dtype, str(entry.shape), f"{count:,}", f"{size:,}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = "  ".join(f"{{:{side}{width}}}" for side, width in zip("<<<>>", widths, strict=True))
-    return [aligned.format(*row) for row in rows]
+    return aligned(rows, "<<<>>")
 
 
 def _notes(header: Header) -> list[str]:

@@ -14,7 +14,7 @@ from funcnet.compat import over_batched, storage_id
 from funcnet.interop.state_dict import names_of, state_dict, tensors_of
 from funcnet.keys import Key
 from funcnet.layer import Layer, Tree, check_net, public_bwd
-from funcnet.ops.inplace import is_eager
+from funcnet.ops.inplace import has_no_tape, is_eager
 from funcnet.ops.need import Need
 
 
@@ -102,9 +102,8 @@ class NetworkModule(nn.Module):
         if leaves and isinstance(x, Tensor) and _has_autocast_dtype(x):
             x = x.to(leaves[0].dtype)
         tensors = [x, *leaves] if isinstance(x, Tensor) else []
-        learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         params = optree.tree_map(leaves.__getitem__, self._positions)
-        if not learns or not is_eager():
+        if not is_eager() or has_no_tape(*tensors):
             return self._net.apply(params, x, key=key)
         run: Any = _Network.apply
         y: Tensor = run(self._net, optree.tree_structure(params), key, x, *leaves)

@@ -52,9 +52,9 @@ def cut(x: Tensor, scale: Pair, window: Window, entries: int, most: int) -> Iter
     batch, _, height, width = x.shape
     pixels = max(1, most // max(1, entries))
     if height * width <= _SLACK * pixels:
-        examples = math.ceil(batch / max(1, math.ceil(batch * height * width / pixels)))
-        for start in range(0, max(batch, 1), max(examples, 1)):
-            part = slice(start, start + max(examples, 1))
+        examples = max(1, math.ceil(batch / max(1, math.ceil(batch * height * width / pixels))))
+        for start in range(0, max(batch, 1), examples):
+            part = slice(start, start + examples)
             yield Tile((part,), (part,), window, overlaps=False)
         return
     pixels *= 2

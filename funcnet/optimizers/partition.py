@@ -57,12 +57,6 @@ class _PartsKind:
         return tuple((key, parts[key]) for key in sorted(parts))
 
 
-Parts: TypeAlias = Annotated[
-    Mapping[str, Any] | tuple[tuple[str, Any], ...],
-    _PartsKind(),
-]
-
-
 @dataclass(frozen=True, repr=False)
 class Partition(Optimizer[PartitionState]):
     """An optimiser for each part of a tree; `label(path, leaf)` names the part of a leaf.
@@ -91,7 +85,7 @@ class Partition(Optimizer[PartitionState]):
     """
 
     label: Annotated[Label, _LabelKind()]
-    optimizers: Parts
+    optimizers: Annotated[Mapping[str, Any] | tuple[tuple[str, Any], ...], _PartsKind()]
 
     def __repr__(self) -> str:
         return f"Partition({self.label!r}, {dict(self.optimizers)!r})"

@@ -1094,3 +1094,12 @@ def test_an_error_where_one_is_used_alone_says_so(fault):
         "input": "where inputs[0] alone requires a gradient",
     }
     assert caught.value.__notes__ == [f"check_function: raised {where[fault]}"]
+
+
+def test_gradients_that_lose_digits_by_a_formula_for_small_norms():
+    """Torch takes another polynomial for exp([[A, grad], [0, A]]) where grad is small."""
+    check_function(lambda a: torch.linalg.matrix_exp(a - a.mT) @ draw(4, 4), draw(4, 4) / 100)
+    square = torch.nn.Linear(4, 4).double()
+    torch.nn.init.eye_(square.weight)
+    check_function(torch.nn.utils.parametrizations.orthogonal(square), draw(2, 4))
+    check_function(lambda a: 1e6 * torch.linalg.matrix_exp(a - a.mT), draw(4, 4))

@@ -64,11 +64,13 @@ OVERFLOW = 1 / 64
 
 # Moves of y that a batch may be off its examples. If it is off by more, examples are coupled.
 COUPLED = 1000.0
-# Share of its terms that the sides of a law may differ by: the mistakes that laws find are large.
-LAW_TERMS = 1e-10
-# The same where grad is 2^40 times as large, of the leaf's largest entry: torch's gradient of a
-# matrix exponential is off by up to 0.6 % there, and by 1e-11 for a grad 2^10 times as large. What
-# is clipped is off by all of it.
+# Share of its terms that the sides of a law may differ by, a thousandth of the usual `rtol`: the
+# mistakes that laws find are larger, such as 6e-8 by way of float32. Torch's gradient of a matrix
+# exponential is off by 2e-10 for some norms.
+LAW_TERMS = 1e-9
+# The same where grad is many times as large, so many times as much of the leaf's largest entry, up
+# to this share: that gradient loses as many digits, and is off by up to 0.6 % for 2^40. What is
+# clipped is off by all of it.
 LAW_FAR = 1 / 16
 # Allowed roundings of a gradient that they may differ by too: a law adds several gradients.
 LAW_ROUNDING = 16.0

@@ -372,7 +372,7 @@ def test_a_mistake_of_one_layout_where_y_grows_to_zero(power):
 
     inputs = draw(4, 3).float(), draw(4, 3, key=1).float()
     check_function(type("Right", (Power,), {"right": True}), *inputs)
-    with pytest.raises(GradientMismatch, match="memory layout 'transposed' changes the gradient"):
+    with pytest.raises(GradientMismatch, match="memory layout 'strided' changes the gradient"):
         check_function(Power, *inputs)
 
 
@@ -1094,6 +1094,33 @@ def test_an_error_where_one_is_used_alone_says_so(fault):
         "input": "where inputs[0] alone requires a gradient",
     }
     assert caught.value.__notes__ == [f"check_function: raised {where[fault]}"]
+
+
+def test_a_mistake_for_inputs_that_are_not_dense_in_memory():
+    """Where x skips or repeats numbers, or starts inside its memory, `clone` would not."""
+
+    class Cube(torch.autograd.Function):
+        @staticmethod
+        def is_right(x):
+            return True
+
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x**3
+
+        @classmethod
+        def backward(cls, ctx, grad):
+            (x,) = ctx.saved_tensors
+            return (3 if cls.is_right(x) else 2) * x * x * grad
+
+    for is_right in (torch.Tensor.is_contiguous, lambda x: not x.storage_offset()):
+        wrong = type("Wrong", (Cube,), {"is_right": staticmethod(is_right)})
+        with pytest.raises(GradientMismatch, match=r"memory layout '.*' changes the gradient"):
+            check_function(wrong, draw(7))
+    check_function(Cube, draw(2, 3))
+    check_function(Cube, draw(7, 2)[:, 1])
+    check_function(Cube, draw(3, 1).expand(3, 4))
 
 
 def test_gradients_that_lose_digits_by_a_formula_for_small_norms():

@@ -57,6 +57,19 @@ def row_major(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
+def copied(x: Tensor) -> Tensor:
+    """Copy x with its strides and an offset like its own.
+
+    `clone` keeps strides only where no entry is skipped and none is repeated.
+    """
+    if not x.numel():
+        return x.clone()
+    offset = x.storage_offset() % 16  # entries, so that memory is aligned as before
+    reached = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True)) + 1
+    memory = x.as_strided((offset + reached,), (1,), x.storage_offset() - offset).clone()
+    return memory.as_strided(x.shape, x.stride(), offset)
+
+
 def same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal bit for bit, in any layouts."""
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(bits(a), bits(b))

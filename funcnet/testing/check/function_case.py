@@ -24,6 +24,7 @@ from funcnet.testing.check.case import (
 )
 from funcnet.testing.check.oracles import is_handwritten
 from funcnet.testing.errors import GradientMismatch
+from funcnet.testing.layouts import copied
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +118,7 @@ class FunctionCase(Case):
         which = range(len(leaves)) if which is None else which
         asked = [i for i in which if leaves[i].is_floating_point()]
         for i in asked:
-            leaves[i] = leaves[i].clone(memory_format=torch.preserve_format).requires_grad_()
+            leaves[i] = copied(leaves[i]).requires_grad_()
         there = self.at(leaves)
         _hook(self.function, there.params)
         versions = [version(leaf) for leaf in leaves]

@@ -1123,6 +1123,30 @@ def test_a_mistake_for_inputs_that_are_not_dense_in_memory():
     check_function(Cube, draw(3, 1).expand(3, 4))
 
 
+@pytest.mark.parametrize("as_module", [False, True])
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_a_mask_that_is_kept_from_the_first_call(when, as_module):
+    kept = {}
+
+    class ReLU(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.mask = kept.setdefault(x.shape, x > 0) if when == "forward" else x > 0
+            return x.clamp(min=0)
+
+        @staticmethod
+        def backward(ctx, grad):
+            mask = kept.setdefault(grad.shape, ctx.mask) if when == "backward" else ctx.mask
+            return grad * mask
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return ReLU.apply(x)
+
+    with pytest.raises(GradientMismatch):
+        check_function(Module() if as_module else ReLU, draw(3, 4))
+
+
 def test_gradients_that_lose_digits_by_a_formula_for_small_norms():
     """Torch takes another polynomial for exp([[A, grad], [0, A]]) where grad is small."""
     check_function(lambda a: torch.linalg.matrix_exp(a - a.mT) @ draw(4, 4), draw(4, 4) / 100)

@@ -794,6 +794,42 @@ def test_strides_that_are_changed():
         check_vjp(Turning("square"), (), x)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_mask_that_is_kept_from_the_first_call(batch):
+    """It is right for the first x that a check calls the layer with."""
+    kept = {}
+
+    class Masked:
+        def mask(self, x):
+            if x.shape[0] != batch:
+                return x > 0
+            return kept.setdefault(x.shape, x > 0)
+
+    @dataclass(frozen=True)
+    class Relu(Masked, fn.Layer):
+        def _fwd(self, params, x, key):
+            return x.clamp(min=0), self.mask(x)
+
+        def _bwd(self, params, mask, dy, need):
+            return (), dy * mask
+
+    @dataclass(frozen=True)
+    class Hinge(Masked, fn.Loss):
+        def _fwd(self, x, target):
+            return (x * target).clamp(min=0).sum(), (self.mask(x * target), target)
+
+        def _bwd(self, residuals, grad):
+            mask, target = residuals
+            return grad * mask * target
+
+    x, ones = fn.normal(fn.key(0), (batch, 5), dtype=torch.float64), torch.ones(batch, 5).double()
+    with pytest.raises(GradientMismatch, match="the gradient for x"):
+        check_vjp(Relu(), (), x)
+    kept.clear()
+    with pytest.raises(GradientMismatch, match="the gradient for x"):
+        check_vjp(Hinge(), x, ones)
+
+
 @pytest.mark.parametrize("fault", ["input_grad", "vjp"])
 def test_faults_that_rounding_in_half_precision_hides(fault):
     @dataclass(frozen=True)

@@ -255,14 +255,17 @@ def make_case(
 ) -> Case:
     """The case of `check_vjp(layer, params, x)` or `check_vjp(loss, x, target)`.
 
-    A missing grad is drawn with both signs, so that transposes and flips cannot cancel.
+    A missing grad is drawn with both signs, so that transposes and flips cannot cancel. The first
+    call is one at other numbers: what is kept from it must not serve the case.
     """
     if isinstance(layer, Loss):
         x, target = params, x
+        tried(lambda: layer.vjp(unlike(x.detach()), target))
         drawn = torch.as_tensor(-1.375 if grad is None else grad, device=x.device)
         return LossCase(layer, (), x.detach(), drawn.detach().to(x.dtype), target=target)
     params, x = (optree.tree_map(lambda leaf: leaf.detach(), tree) for tree in (params, x))
     leaves = [*optree.tree_leaves(x), *optree.tree_leaves(params)]
+    tried(lambda: _call_elsewhere(layer, params, x, key))
     like = next((leaf for leaf in leaves if leaf.is_floating_point()), None)
     if grad is None:
         # Of copies: what a layer writes over its input has to show later.
@@ -280,6 +283,12 @@ def make_case(
     dtype = None if like is None else like.dtype
     grad = torch.as_tensor(grad, dtype=dtype, device=leaves[0].device).detach()
     return Case(layer, params, x, grad, key)
+
+
+def _call_elsewhere(layer: Layer, params: Any, x: Any, key: Key | None) -> None:
+    params, x = (optree.tree_map(unlike, tree) for tree in (params, x))
+    y, residuals = layer.fwd(params, x, key=key)
+    layer.bwd(params, residuals, torch.ones_like(y))
 
 
 def expect_real_and_dense(what: str, x: Tensor) -> None:

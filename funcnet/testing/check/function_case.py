@@ -21,6 +21,7 @@ from funcnet.testing.check.case import (
     named_leaves,
     signed,
     tried,
+    unlike,
 )
 from funcnet.testing.check.oracles import is_handwritten
 from funcnet.testing.errors import GradientMismatch
@@ -183,6 +184,8 @@ def make_case(
     floats = [leaf for leaf in (*x, *params.values()) if leaf.is_floating_point()]
     if not floats:
         raise TypeError("check_function: expected a floating-point tensor among the inputs")
+    elsewhere = copy.deepcopy(pristine) if isinstance(function, nn.Module) else function
+    tried(partial(_first_call, partial(call_with, elsewhere, arguments), params, x))
     tracked = [leaf.clone().requires_grad_(leaf.is_floating_point()) for leaf in x]
     with torch.enable_grad():
         followed = optree.tree_map(lambda p: p.clone().requires_grad_(), params)
@@ -197,6 +200,20 @@ def make_case(
         by_reference=reference and partial(_refer, reference, arguments),
         chosen=chosen, shapes=shapes,
     )  # fmt: skip
+
+
+def _first_call(call: Callable[[Any, Any], Any], params: Any, x: Any) -> None:
+    """Run both passes at other numbers: what is kept from the first call must not serve."""
+
+    def moved(leaf: Tensor) -> Tensor:
+        return unlike(leaf).requires_grad_(leaf.is_floating_point())
+
+    params, x = (optree.tree_map(moved, tree) for tree in (params, x))
+    with torch.enable_grad():
+        outputs = optree.tree_leaves(call(params, x))
+    y = [y for y in outputs if isinstance(y, Tensor) and y.requires_grad]
+    leaves = [leaf for leaf in (*x, *params.values()) if leaf.requires_grad]
+    torch.autograd.grad(y, leaves, [torch.ones_like(part) for part in y], allow_unused=True)
 
 
 def call_with(function: Any, arguments: Callable[[Any], Any], params: Any, x: Any) -> Any:

@@ -794,6 +794,16 @@ def test_strides_that_are_changed():
         check_vjp(Turning("square"), (), x)
 
 
+def test_tensors_that_were_made_in_inference_mode():
+    layer, loss = fn.Linear(2), fn.MSE()
+    with torch.inference_mode():
+        x = fn.normal(fn.key(0), (3, 4), dtype=torch.float64)
+        params = layer.init(fn.key(1), (4,), dtype=torch.float64)
+    check_vjp(layer, params, x)
+    check_vjp(loss, x, 2 * x)
+    check_function(torch.sin, x)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_mask_that_is_kept_from_the_first_call(batch):
     """It is right for the first x that a check calls the layer with."""

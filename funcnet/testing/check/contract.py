@@ -109,8 +109,8 @@ def _check_recording(case: Case) -> None:
 
 
 def _tracked(leaf: Tensor) -> Tensor:
-    """A leaf that requires a gradient, if it can have one."""
-    return leaf.detach().requires_grad_() if leaf.is_floating_point() else leaf
+    """A copy of a leaf that requires a gradient, if it can have one; inference tensors cannot."""
+    return leaf.detach().clone().requires_grad_() if leaf.is_floating_point() else leaf
 
 
 def _check_need(case: Case, residuals: Any, gradients: Leaves) -> None:

@@ -59,6 +59,13 @@ CASES = [
     (NORM, VECTOR, of_x(lambda dx, x, g: dx + g.mean(-1, keepdim=True)), "constant along axis 1"),
     (NORM, (3, 6), of_x(lambda dx, x, g: dx + x - x.mean(1, True)), "a multiple of 1 and of x"),
     (RMS, (3, 6), of_x(lambda dx, x, g: dx + g[:, :1] * x), "a multiple of x"),
+    (
+        LINEAR,
+        VECTOR,
+        lambda d, dx, p, x, g: ({**d, "weight": d["weight"] + g[0, :, None] * p["weight"]}, dx),
+        r"a multiple of params\['weight'\]: the part along the normalised params\['weight'\]",
+    ),
+    (fn.Tanh(), VECTOR, of_x(lambda dx, x, g: dx * (1 + 2e-6)), r"a factor of 1\+2\.0e-06"),
     (fn.Tanh(), VECTOR, of_x(lambda dx, x, g: g.clone()), "grad itself: the slope is missing"),
     (fn.Tanh(), VECTOR, of_x(lambda dx, x, g: dx.abs()), "its sign is lost"),
     (fn.Tanh(), VECTOR, of_x(lambda dx, x, g: dx.clamp(-0.2, 0.2)), r"it is clipped to ±0\.2"),
@@ -81,6 +88,34 @@ def test_the_guess_names_the_mistake(layer, shape, spoil, guess):
     assert caught.value.guess is not None
     assert re.search(guess, caught.value.guess)
     assert "numeric         nan" not in str(caught.value)
+
+
+def middle_entry(dx, x, grad):
+    dx = dx.clone()
+    dx.view(-1)[dx.abs().flatten().argsort()[5]] *= 0.9
+    return dx
+
+
+def rounded_in_each_row(dparams, x, grad):
+    dx = dparams["weight"].clone()
+    dx[0, 0] *= 1 + 1.5e-6
+    dx[0, 1:] *= 1 + 6e-7
+    return dx
+
+
+UNNAMED = [
+    (fn.Tanh(), of_x(middle_entry), "clipped"),
+    (LINEAR, of("weight", rounded_in_each_row), "factors along axis"),
+]
+
+
+@pytest.mark.parametrize(("layer", "spoil", "guess"), UNNAMED, ids=[c[2] for c in UNNAMED])
+def test_no_guess_at_what_larger_entries_or_the_last_digits_rule_out(layer, spoil, guess):
+    layer = Spoilt(layer, spoil)
+    params = layer.init(fn.key(0), (4,), dtype=torch.float64)
+    with pytest.raises(GradientMismatch) as caught:
+        check_vjp(layer, params, fn.normal(fn.key(1), VECTOR, dtype=torch.float64))
+    assert guess not in (caught.value.guess or "")
 
 
 def test_the_guilty_layer_of_a_network_is_named():

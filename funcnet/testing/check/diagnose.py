@@ -142,7 +142,7 @@ def _factor(case: Case, wrong: Tensor, right: Tensor) -> str | None:
                 what = "a sum instead of a mean?"
             return f"it is too large by a factor of {divisor:.6g}: {what}"
     if right.numel() > 1 or _simple(factor):  # any error in a single number is a factor
-        return f"a factor of {factor:.6g} is wrong"
+        return f"a factor of {_number(factor)} is wrong"
     return None
 
 
@@ -163,17 +163,17 @@ def _products_of_sizes(shape: tuple[int, ...]) -> Iterator[tuple[float, str]]:
 
 
 def _missing_term(finding: Finding, off: Tensor) -> str | None:
-    """Name a term that the gradient is off by: one number a row, or a multiple of x in each row."""
+    """Name a term that it is off by: one number a row, or a multiple of the leaf in each row."""
     for axis in range(off.ndim):
         constant = off.mean(axis, keepdim=True).expand_as(off)
         if off.shape[axis] > 1 and _alike(off, constant):
             return f"it is off by a constant along axis {axis}: a term of the mean is missing?"
-    x = finding.case.leaves[finding.leaf]
+    x, name = finding.case.leaves[finding.leaf], finding.case.names[finding.leaf]
     for axis in range(1, x.ndim):
         axes = tuple(range(axis, x.ndim))
         count = math.prod(x.shape[axis:])
         centred = x - x.mean(axes, keepdim=True)
-        for basis, what in (((x,), "x"), ((torch.ones_like(x), centred), "1 and of x")):
+        for basis, what in (((x,), name), ((torch.ones_like(x), centred), f"1 and of {name}")):
             fitted = sum(
                 b * (off * b).sum(axes, keepdim=True) / b.square().sum(axes, keepdim=True)
                 for b in basis
@@ -181,7 +181,7 @@ def _missing_term(finding: Finding, off: Tensor) -> str | None:
             if count > len(basis) and isinstance(fitted, Tensor) and _alike(off, fitted):
                 return (
                     f"in each row of {_axes(axes)}, it is off by a multiple of {what}: the "
-                    "part along the normalised x is missing?"
+                    f"part along the normalised {name} is missing?"
                 )
     return None
 
@@ -192,6 +192,8 @@ def _factors_along_an_axis(wrong: Tensor, right: Tensor) -> str | None:
         if wrong.shape[axis] > 1 and others:
             top = (wrong * right).sum(others, keepdim=True)
             factors = top / right.square().sum(others, keepdim=True).clamp(min=1e-300)
+            if _alike(factors, torch.ones_like(factors)):
+                continue  # wrong entries are off by little more than rounding
             if right.numel() > 2 * factors.numel() and _alike(wrong, factors * right):
                 return f"factors along axis {axis} are wrong: {_numbers(factors.flatten())}"
     return None
@@ -206,7 +208,8 @@ def _of_wrong_entries(wrong: Tensor, right: Tensor, bad: Tensor) -> str | None:
     if (
         right.numel() > 1
         and (right[bad].abs() > limit).all()
-        and _alike(wrong[bad].abs(), limit.expand(int(bad.sum())))
+        and not (right[~bad].abs() > (1 + ALIKE) * limit).any()
+        and _alike(wrong[bad], limit * right[bad].sign())
     ):
         return f"it is clipped to ±{float(limit):.6g}"
     off = (wrong - right)[bad]
@@ -214,7 +217,7 @@ def _of_wrong_entries(wrong: Tensor, right: Tensor, bad: Tensor) -> str | None:
         return "the sign of the wrong entries is wrong"
     ratio = wrong[bad] / right[bad]
     if len(ratio) > 1 and _alike(ratio, ratio[0].expand_as(ratio)):
-        return f"the wrong entries are off by a factor of {float(ratio[0]):.6g}"
+        return f"the wrong entries are off by a factor of {_number(float(ratio[0]))}"
     if len(off) > 1 and _alike(off, off[0].expand_as(off)):
         return f"{float(off[0]):.6g} is added to the wrong entries"
     return None
@@ -230,5 +233,11 @@ def _axes(axes: tuple[int, ...]) -> str:
     return f"axis {axes[0]}" if len(axes) == 1 else "axes " + ", ".join(map(str, axes))
 
 
-def _numbers(x: Tensor) -> str:
-    return ", ".join(f"{value:.4g}" for value in x[:6].tolist()) + (", …" if len(x) > 6 else "")
+def _number(factor: float) -> str:
+    shown = f"{factor:.6g}"
+    return shown if shown != "1" else f"1{factor - 1:+.1e}"
+
+
+def _numbers(factors: Tensor) -> str:
+    first = ", ".join(map(_number, factors[:6].tolist()))
+    return first + (", …" if len(factors) > 6 else "")

@@ -56,10 +56,8 @@ def check_linear_in_grad(case: Case) -> None:
     for multiple, why in ((2.0**10, ""), (2.0**40, ""), (2.0**-40, ""), (0.0, _AT_ZERO)):
         scaled = replace(case, grad=multiple * case.grad)
         expected = [multiple * leaf for leaf in mine]
-        terms = [leaf.abs() for leaf in expected]
-        if multiple > 1:
-            share = min(multiple, LAW_FAR / LAW_TERMS)
-            terms = [share * _largest_throughout(leaf) for leaf in expected]
+        share = min(max(multiple, 1.0), LAW_FAR / LAW_TERMS)
+        terms = [share * _largest_throughout(leaf) for leaf in expected]
         _expect_linear(scaled, scaled.gradients(), expected, terms, why)
     _check_zeros_in_grad(case, mine)
 

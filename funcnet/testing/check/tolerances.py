@@ -66,7 +66,7 @@ OVERFLOW = 1 / 64
 COUPLED = 1000.0
 # Share of its terms that the sides of a law may differ by, a thousandth of the usual `rtol`: the
 # mistakes that laws find are larger, such as 6e-8 by way of float32. Torch's gradient of a matrix
-# exponential is off by 2e-10 for some norms.
+# exponential is off by 4e-10 of its largest entry for some norms.
 LAW_TERMS = 1e-9
 # The same where grad is many times as large, so many times as much of the leaf's largest entry, up
 # to this share: that gradient loses as many digits, and is off by up to 0.6 % for 2^40. What is

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from registry import make
 from test_properties import Operations, close, same
+from users_layers import Noise
 
 import funcnet as fn
 from funcnet.fields import Size
@@ -23,23 +24,6 @@ from funcnet.testing import check_vjp
 
 DOUBLE = {"dtype": torch.float64}
 CONV = fn.Conv2d(2, 3, padding=1)
-
-
-@dataclass(frozen=True)
-class Noise(fn.Layer):
-    """Adds numbers drawn from its key, by the public four and without `param_grad`."""
-
-    def init(self, key, shape, *, dtype=None, device=None):
-        return ()
-
-    def out_shape(self, shape):
-        return tuple(shape)
-
-    def fwd(self, params, x, *, key=None):
-        return (x.clone() if key is None else x + fn.normal(key, x.shape, dtype=x.dtype)), None
-
-    def bwd(self, params, residuals, grad, *, input_grad=True):
-        return (), grad.clone() if input_grad else None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from test_properties import close, same
+from users_layers import Plain
 
 import funcnet as fn
 from funcnet.ops import low_resolution, transposed
@@ -158,14 +159,8 @@ def test_gradients_are_never_matched_by_position(grads, method):
 
 
 @dataclass(frozen=True)
-class Noisy(fn.Layer):
+class Noisy(Plain):
     """y = n ∘ x with numbers n drawn from the key, or 1 without one."""
-
-    def init(self, key, shape, *, dtype=None, device=None):
-        return ()
-
-    def out_shape(self, shape):
-        return tuple(shape)
 
     def fwd(self, params, x, *, key=None):
         noise = torch.ones_like(x) if key is None else fn.normal(key, x.shape, dtype=x.dtype)

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_properties import close, make, same
+from users_layers import Noise
 
 import funcnet as fn
 from funcnet.layers.activations import InPlace
@@ -20,23 +21,6 @@ from funcnet.testing import check_vjp, strategies
 NET = fn.Sequential(
     fn.Conv2d(4, 2, stride=2), fn.ReLU(), fn.UpsampleConv2d(3), fn.Sigmoid(), fn.Upsample2d(2)
 )
-
-
-@dataclass(frozen=True)
-class Noise(fn.Layer):
-    """Adds numbers drawn from its key; without one it adds nothing."""
-
-    def init(self, key, shape, *, dtype=None, device=None):
-        return ()
-
-    def out_shape(self, shape):
-        return tuple(shape)
-
-    def fwd(self, params, x, *, key=None):
-        return (x.clone() if key is None else x + fn.normal(key, x.shape, dtype=x.dtype)), None
-
-    def bwd(self, params, residuals, grad, *, input_grad=True):
-        return (), grad.clone() if input_grad else None
 
 
 @fn.register_node

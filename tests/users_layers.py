@@ -200,6 +200,17 @@ class Dropout(Plain):
 
 
 @dataclass(frozen=True)
+class Noise(Plain):
+    """Adds numbers drawn from its key; without one it adds nothing."""
+
+    def fwd(self, params, x, *, key=None):
+        return (x.clone() if key is None else x + fn.normal(key, x.shape, dtype=x.dtype)), None
+
+    def bwd(self, params, residuals, grad, *, input_grad=True):
+        return (), grad.clone() if input_grad else None
+
+
+@dataclass(frozen=True)
 class Passing(fn.Layer):
     """layer(x), whose params are the layer's."""
 

@@ -320,15 +320,14 @@ def fail(number: int) -> Callable[..., Any]:
     return failing
 
 
-@pytest.mark.parametrize("function", ["fsync", "replace"])
-def test_a_failing_disk_leaves_the_old_file(
-    function: str, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def expect_the_old_file(path: Path, owner: Any, function: str, failing: Any, number: int) -> None:
+    """Save with a function that fails. The error names the file, which stays as it was."""
     fn.save(path, "old")
-    monkeypatch.setattr(os, function, fail(errno.EIO))
-    with pytest.raises(OSError, match=rf"save: Input/output error: '{path}'"):
-        fn.save(path, "new")
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, function, failing)
+        with pytest.raises(OSError, match=f"save: {os.strerror(number)}: '{path}'") as error:
+            fn.save(path, "new")
+    assert error.value.errno == number
     assert fn.load(path) == "old"
     assert litter(path) == []
 
@@ -430,10 +429,7 @@ def test_errors_name_paths_of_any_kind(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
-def test_a_file_system_that_refuses(
-    number: int, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fn.save(path, "old")
+def test_a_file_system_that_refuses(number: int, path: Path) -> None:
     os_open = os.open
 
     def refuse_to_create(name: Any, flags: int, *args: Any, **kwargs: Any) -> int:
@@ -441,13 +437,7 @@ def test_a_file_system_that_refuses(
             raise OSError(number, os.strerror(number), name)
         return os_open(name, flags, *args, **kwargs)
 
-    monkeypatch.setattr(os, "open", refuse_to_create)
-    with pytest.raises(OSError, match=f"save: {os.strerror(number)}: '{path}'") as error:
-        fn.save(path, "new")
-    assert error.value.errno == number
-    monkeypatch.undo()
-    assert fn.load(path) == "old"
-    assert litter(path) == []
+    expect_the_old_file(path, os, "open", refuse_to_create, number)
 
 
 UNSUPPORTED = {
@@ -538,29 +528,14 @@ def test_files_whose_numbers_change(path: Path, monkeypatch: pytest.MonkeyPatch)
     [(os, "fsync"), (os, "chmod"), (os, "replace"), (os, "open"), (Path, "stat")],
 )
 def test_what_is_needed_and_fails_leaves_the_old_file(
-    owner: Any, function: str, number: int, path: Path, monkeypatch: pytest.MonkeyPatch
+    owner: Any, function: str, number: int, path: Path
 ) -> None:
-    fn.save(path, "old")
-    monkeypatch.setattr(owner, function, fail(number))
-    with pytest.raises(OSError, match=f"save: {os.strerror(number)}: '{path}'") as error:
-        fn.save(path, "new")
-    assert error.value.errno == number
-    monkeypatch.undo()
-    assert fn.load(path) == "old"
-    assert litter(path) == []
+    expect_the_old_file(path, owner, function, fail(number), number)
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO])
-def test_a_folder_that_cannot_be_opened_leaves_the_old_file(
-    number: int, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fn.save(path, "old")
-    monkeypatch.setattr(os, "open", at_a_folder("open", number))
-    with pytest.raises(OSError, match=f"save: {os.strerror(number)}: '{path}'"):
-        fn.save(path, "new")
-    monkeypatch.undo()
-    assert fn.load(path) == "old"
-    assert litter(path) == []
+def test_a_folder_that_cannot_be_opened_leaves_the_old_file(number: int, path: Path) -> None:
+    expect_the_old_file(path, os, "open", at_a_folder("open", number), number)
 
 
 def test_an_error_while_removing_what_was_begun_does_not_hide_the_first(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_properties import close
 
 import funcnet as fn
 from funcnet.ops import attention
@@ -32,11 +33,6 @@ def by_hand(layer, params, x):
 
 def with_products(monkeypatch):
     monkeypatch.setattr(attention, "_is_for_kernel", lambda *tensors: False)
-
-
-def close(a, b, **tolerances):
-    for p, q in zip(optree.tree_leaves(a), optree.tree_leaves(b), strict=True):
-        torch.testing.assert_close(p, q, **tolerances)
 
 
 @given(DOUBLE)

@@ -39,8 +39,7 @@ def same(a, b):
 
 
 def close(a, b, **tolerances):
-    leaves = zip(optree.tree_leaves(a), optree.tree_leaves(b), strict=True)
-    for p, q in leaves:
+    for p, q in zip(optree.tree_leaves(a), optree.tree_leaves(b), strict=True):
         torch.testing.assert_close(p, q, **tolerances)
 
 

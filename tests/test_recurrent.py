@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_properties import close
 from test_transforms import compile_whole, needs_a_compiler
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -55,11 +56,6 @@ def _direction(layer, params, x, end):
             h = (1 - z) * n + z * h
         ys.append(h)
     return torch.stack(ys[::-1] if end.endswith("reverse") else ys, 1)
-
-
-def close(a, b, **tolerances):
-    for p, q in zip(optree.tree_leaves(a), optree.tree_leaves(b), strict=True):
-        torch.testing.assert_close(p, q, **tolerances)
 
 
 def without_kernel(patch):

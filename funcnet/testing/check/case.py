@@ -49,8 +49,12 @@ class Case:
         return False
 
     @property
+    def _trees(self) -> Any:
+        return self.params, self.x
+
+    @property
     def leaves(self) -> Leaves:
-        return [*optree.tree_leaves(self.params), *optree.tree_leaves(self.x)]
+        return optree.tree_leaves(self._trees)
 
     @property
     def names(self) -> list[str]:
@@ -99,13 +103,8 @@ class Case:
 
     def at(self, leaves: Sequence[Tensor], grad: Tensor | None = None) -> Self:
         """The same case with other leaves, and another grad if given."""
-        params, x = optree.tree_structure(self.params), optree.tree_structure(self.x)
-        return replace(
-            self,
-            params=params.unflatten(leaves[: params.num_leaves]),
-            x=x.unflatten(leaves[params.num_leaves :]),
-            grad=self.grad if grad is None else grad,
-        )
+        params, x = optree.tree_structure(self._trees).unflatten(leaves)
+        return replace(self, params=params, x=x, grad=self.grad if grad is None else grad)
 
     def with_leaves(self, change: Callable[[Tensor], Tensor], grad: Tensor | None = None) -> Self:
         """The same case with every leaf changed, and another grad if given."""
@@ -302,13 +301,11 @@ def expect_real_and_dense(what: str, x: Tensor) -> None:
 
 def named_leaves(**trees: Any) -> dict[str, Any]:
     """The leaves of trees, each by the code that leads to it: `params[0]['weight']`."""
-    return {
-        accessor.codify(name): leaf
-        for name, tree in trees.items()
-        for accessor, leaf in zip(
-            optree.tree_accessors(tree), optree.tree_leaves(tree), strict=True
-        )
-    }
+    named: dict[str, Any] = {}
+    for name, tree in trees.items():
+        accessors, leaves, _ = optree.tree_flatten_with_accessor(tree)
+        named.update(zip((a.codify(name) for a in accessors), leaves, strict=True))
+    return named
 
 
 def tensors_of(named: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -157,8 +157,11 @@ class Line:
 
     def rounding(self, h: float) -> float:
         """The error that y's rounding makes in `central`."""
-        noise = float((self.case.grad * self._blur).norm()) + _TINY  # where squares underflow
-        return CENTRAL_ROUNDING * noise / (h * self.length)
+        return CENTRAL_ROUNDING * self._noise_of_sum / (h * self.length)
+
+    @cached_property
+    def _noise_of_sum(self) -> float:
+        return float((self.case.grad * self._blur).norm()) + _TINY  # where squares underflow
 
     def flat(self, h: float) -> float:
         """The largest derivative that counts as 0, given y and its change by steps of 1.
@@ -245,8 +248,9 @@ def _ridders(line: Line) -> tuple[float, float, float]:
     for level in range(_MOST_LEVELS):
         h = 4.0**-level
         blur = line.rounding(h)
-        if level >= _LEVELS and (least <= STEADY_SLOPE * abs(best) or not blur < least):
-            break
+        is_steady = level >= _LEVELS and least <= STEADY_SLOPE * abs(best)
+        if is_steady or not blur < least:
+            break  # no error is below rounding, which grows from level to level
         row, last = [line.central(h)], h
         for order in range(1, level + 1):
             factor = 16.0**order
@@ -255,7 +259,7 @@ def _ridders(line: Line) -> tuple[float, float, float]:
             if error < least:
                 best, least = row[order], error
         table = row
-    return best, least, last
+    return best, least, min(last, 4.0 ** (1 - _LEVELS))  # the usual last step, if it was left out
 
 
 def taylor_slope(line: Line, derivative: float, halvings: int = 2 * _LEVELS) -> float | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, TypeAlias
@@ -294,8 +294,11 @@ class _Search:
         if found is None and self.autograd is not None:
             found = self._against_autograd(self.autograd)
         if found is None and self.finite and (thorough or self.autograd is None):
-            suspicious = self._is_wrong_over_all_leaves() and not self.extreme
-            found = self._along_directions(3 if suspicious else 1 + thorough)
+            is_wrong = self._is_wrong_over_all_leaves()
+            suspicious = is_wrong and not self.extreme
+            # The first direction of all leaves is that of an only one.
+            first = 1 if self.examined == [0] and not is_wrong else 0
+            found = self._along_directions(range(first, 3 if suspicious else 1 + thorough))
             if found is None and (suspicious or thorough):
                 found = self._entry_by_entry(_SUSPICIOUS if suspicious else _CALM)
             elif found is None:
@@ -381,8 +384,8 @@ class _Search:
                 return True
         return False
 
-    def _along_directions(self, trials: int) -> Finding | None:
-        for trial in range(trials):
+    def _along_directions(self, trials: Iterable[int]) -> Finding | None:
+        for trial in trials:
             pairs = [
                 (i, self._direction(i, 31 * i + trial, relative=trial != 1)) for i in self.examined
             ]

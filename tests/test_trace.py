@@ -10,7 +10,7 @@ from itertools import pairwise
 import optree
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from registry import EVERY_LAYER, EXAMPLE_IDS, EXAMPLES, key_for, make
 from test_gradients import draw_loss
@@ -40,10 +40,10 @@ CHAINS = strategies.networks(parts=strategies.layers(*LEAVES))
 
 
 def check_trace(net, params, x, key=None):
-    """Hold a trace to `apply` and to autograd of the layers behind each."""
+    """Hold a trace to `fwd` and to autograd of the layers behind each."""
     records = fn.trace(net, params, x, key=key)
     assert all(record.grad is None for record in records)
-    y = net.apply(params, x, key=key)
+    y, _ = net.fwd(params, x, key=key)
     grad = fn.normal(fn.key(8), y.shape, dtype=y.dtype)
     again = fn.trace(net, params, x, grad=grad, key=key)
     assert [record[:2] for record in again] == [record[:2] for record in records]
@@ -54,7 +54,15 @@ def check_trace(net, params, x, key=None):
     return again, y, grad
 
 
+def of_gru():
+    """A case whose `apply` rounds otherwise than `fwd`."""
+    net = fn.Sequential(fn.GRU(3))
+    x = fn.normal(fn.key(1), (2, 9, 4), dtype=torch.float64)
+    return net, net.init(fn.key(0), (9, 4), dtype=torch.float64), x
+
+
 @given(strategies.cases(CHAINS, dtypes=FLOAT64))
+@example(of_gru())
 def test_the_records_of_a_chain(case):
     net, params, x = case
     records, y, grad = check_trace(net, params, x)

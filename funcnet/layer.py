@@ -162,32 +162,34 @@ class Layer(Hyperparameters):
         if cls.fwd is Layer.fwd and cls._fwd is Layer._fwd:
             raise TypeError(f"{cls.__name__}: expected a layer that writes _fwd, or fwd")
 
-    # --- What authors write
+    # --- What authors write. The names of the arguments are theirs
 
-    def _params(self, shape: Shape) -> Mapping[str, Any]:
+    def _params(self, shape: Shape, /) -> Mapping[str, Any]:
         """The parameters for examples of `shape`: a `Param`, or a dict of such, by name."""
         return {}
 
-    def _layout(self, name: str) -> Layout | None:
+    def _layout(self, name: str, /) -> Layout | None:
         """The memory format that the kernels want of a parameter; None for row-major."""
         return None
 
-    def _out_shape(self, shape: Shape) -> Shape:
+    def _out_shape(self, shape: Shape, /) -> Shape:
         """The shape of one example of y. Raises ValueError for a shape that does not fit."""
         return shape
 
-    def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
+    def _fwd(self, params: Any, x: Tensor, key: Key | None, /) -> tuple[Tensor, Any]:
         """(y, residuals)."""
         raise NotImplementedError
 
-    def _bwd(self, params: Any, residuals: Any, grad: Tensor, need: Need) -> tuple[Any, Any]:
+    def _bwd(self, params: Any, residuals: Any, grad: Tensor, need: Need, /) -> tuple[Any, Any]:
         """(dparams, dx); what is not needed may be None.
 
         A layer without parameters is asked for dx, or not at all.
         """
         raise NotImplementedError(f"{name_of(self)} writes neither _bwd nor bwd")
 
-    def _bwd_each(self, params: Any, residuals: Any, grad: Tensor, need: Need) -> tuple[Any, Any]:
+    def _bwd_each(
+        self, params: Any, residuals: Any, grad: Tensor, need: Need, /
+    ) -> tuple[Any, Any]:
         """(each, dx): what `_bwd` returns, but with gradients of the parameters for each example.
 
         A leaf of `each` is a tensor (N, …), or a form of `ops/products.py` that stands for one.
@@ -196,7 +198,7 @@ class Layer(Hyperparameters):
         """
         raise NotImplementedError
 
-    def _tile(self, shape: Shape, part: Part) -> tuple[Part, Layer] | None:
+    def _tile(self, shape: Shape, part: Part, /) -> tuple[Part, Layer] | None:
         """(source, layer): a part of y is what `layer` makes of a part of x, its source.
 
         `shape` is the shape of one example of x. None where the part may depend on all of x.
@@ -286,7 +288,7 @@ class Layer(Hyperparameters):
         check_declared(self, declared)
         return draw(self, declared, key, dtype, device, self._layout)
 
-    def _apply(self, params: Any, x: Tensor, key: Key | None) -> Tensor:
+    def _apply(self, params: Any, x: Tensor, key: Key | None, /) -> Tensor:
         """y alone."""
         return self._fwd(params, x, key)[0]
 
@@ -600,7 +602,7 @@ def asks(layer: Layer, params: Tree, need: Need) -> bool:
     return need.input or (need.params and layer._learns(params))
 
 
-def same_part(layer: Layer, shape: Shape, part: Part) -> tuple[Part, Layer] | None:
+def same_part(layer: Layer, shape: Shape, part: Part, /) -> tuple[Part, Layer] | None:
     """`_tile` of a layer whose y at a pixel depends on x at that pixel alone."""
     return part, layer
 

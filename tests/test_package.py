@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import funcnet as fn
 
 
@@ -39,3 +41,18 @@ def test_the_user_script_runs(tmp_path, monkeypatch):
     names = runpy.run_path(str(Path(__file__).with_name("user_script.py")))
     assert names["loaded"] == names["net"]
     assert names["found"] is None
+
+
+@pytest.mark.parametrize(
+    ("base", "names"),
+    [
+        (fn.Layer, ["_params", "_layout", "_out_shape", "_fwd", "_bwd", "_bwd_each", "_tile"]),
+        (fn.Loss, ["_fwd", "_bwd"]),
+    ],
+)
+def test_authors_may_name_the_arguments(base, names):
+    """Type checkers refuse another name where a caller might use the base class's."""
+    for name in names:
+        _, *arguments = inspect.signature(getattr(base, name)).parameters.values()
+        assert arguments
+        assert {argument.kind for argument in arguments} == {inspect.Parameter.POSITIONAL_ONLY}

@@ -62,11 +62,11 @@ class Activation(Layer):
     _keeps_y: ClassVar[bool] = False
     """Whether the slope is computed from y, which the next layer keeps anyway."""
 
-    def _value(self, x: Tensor) -> Tensor:
+    def _value(self, x: Tensor, /) -> Tensor:
         """σ(x)."""
         raise NotImplementedError
 
-    def _slope(self, kept: Tensor, dy: Tensor) -> Tensor:
+    def _slope(self, kept: Tensor, dy: Tensor, /) -> Tensor:
         """σ'(x) ∘ dy, computed from what is kept of x and y."""
         raise NotImplementedError
 
@@ -85,11 +85,11 @@ class InPlace(Activation):
     _fresh = False
     _keeps_y = True
 
-    def _value_(self, x: Tensor) -> Tensor:
+    def _value_(self, x: Tensor, /) -> Tensor:
         """`_value`, written over x."""
         raise NotImplementedError
 
-    def _slope_(self, y: Tensor, dy: Tensor) -> Tensor:
+    def _slope_(self, y: Tensor, dy: Tensor, /) -> Tensor:
         """`_slope`, written over dy where that saves memory."""
         return self._slope(y, dy)
 

@@ -56,11 +56,11 @@ class Loss(Hyperparameters):
                 f"got {tuple(target.shape)}"
             )
 
-    def _fwd(self, x: Tensor, target: Any) -> tuple[Tensor, Any]:
+    def _fwd(self, x: Tensor, target: Any, /) -> tuple[Tensor, Any]:
         """(value, residuals)."""
         raise NotImplementedError(f"{type(self).__name__} writes neither _fwd nor fwd")
 
-    def _bwd(self, residuals: Any, grad: Tensor | float) -> Tensor:
+    def _bwd(self, residuals: Any, grad: Tensor | float, /) -> Tensor:
         """dx."""
         raise NotImplementedError(f"{type(self).__name__} writes neither _bwd nor bwd")
 

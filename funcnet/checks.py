@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence, Sized
+from dataclasses import is_dataclass
 from itertools import islice
 from numbers import Integral, Real
 from typing import Any
@@ -31,10 +32,17 @@ def broken_promise(who: object, what: str, y: Any = None) -> PromiseError:
     return error
 
 
+def is_pair(made: Any) -> bool:
+    """Whether an author's function has returned two things; a Tensor may be unpacked, too."""
+    return isinstance(made, (tuple, list)) and len(made) == 2
+
+
 def shown(value: Any) -> str:
     """A refused value in a message: its code, or its kind and size where the code is long."""
     if isinstance(value, nn.Module):  # torch.nn's ReLU() prints as ours
         return f"{type(value).__name__}, a torch.nn.Module"
+    if isinstance(value, type) and is_dataclass(value):
+        return f"the class {value.__name__}; did you mean {value.__name__}(…)?"
     code = repr(value)
     if len(code) <= _MOST_CHARACTERS and "\n" not in code:
         return code

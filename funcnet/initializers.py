@@ -415,21 +415,16 @@ class Orthogonal(Initializer):
 
 @dataclass(frozen=True)
 class _InitializerKind(InstanceOf):
-    """An initialiser or None, whose message says what a class or a function should be instead."""
+    """An initialiser or None, whose message says what a function should be instead."""
 
     def convert(self, owner: type, name: str, value: Any) -> Any:
         try:
             return super().convert(owner, name, value)
         except TypeError as error:
-            if isinstance(value, type) and issubclass(value, Initializer):
-                kind = value.__name__
-                expected = f"{owner.__name__}: expected {name} to be {self.expected}"
-                message = f"{expected}, got the class {kind}; did you mean {kind}()?"
-            elif callable(value):
-                message = f"{error}; one of your own is a subclass of fn.initializers.Initializer"
-            else:
+            if not callable(value) or isinstance(value, type):
                 raise
-            raise TypeError(message) from None
+            advice = "one of your own is a subclass of fn.initializers.Initializer"
+            raise TypeError(f"{error}; {advice}") from None
 
 
 InitializerOrNone: TypeAlias = Annotated[

@@ -57,6 +57,7 @@ from funcnet.checks import (
     broken_promise,
     check_like,
     check_tensor,
+    is_pair,
     name_of,
     opened,
     shown,
@@ -234,7 +235,7 @@ class Layer(Hyperparameters):
         promised, is_new = self._admit(params, x, getattr(x, "shape", ()), key)
         with without_autocast(x):
             y = y_alone(self, params, x, key)
-            if is_new:
+            if is_new or y is None:
                 self._expect_promised(y, promised, lambda: self._fwd(params, x, key))
         return y
 
@@ -243,9 +244,9 @@ class Layer(Hyperparameters):
         promised, is_new = self._admit(params, x, getattr(x, "shape", ()), key)
         with without_autocast(x):
             made = self._fwd(params, x, key)
-        is_pair = not isinstance(made, Tensor)  # which would be unpacked, for a batch of 2
-        if is_new or not is_pair:
-            self._expect_promised(made[0] if is_pair else None, promised, lambda: made)
+        is_whole = is_pair(made)
+        if is_new or not is_whole:
+            self._expect_promised(made[0] if is_whole else None, promised, lambda: made)
         y, residuals = made
         return y, (without_entries(x), residuals)
 
@@ -289,8 +290,9 @@ class Layer(Hyperparameters):
         return draw(self, declared, key, dtype, device, self._layout)
 
     def _apply(self, params: Any, x: Tensor, key: Key | None, /) -> Tensor:
-        """y alone."""
-        return self._fwd(params, x, key)[0]
+        """y alone; None where `_fwd` returns nothing."""
+        made = self._fwd(params, x, key)
+        return None if made is None else made[0]
 
     def _check(self, params: Tree, x: Spec) -> Spec:
         """The spec of y. Raises unless params and x fit this layer and each other."""
@@ -417,7 +419,7 @@ class Layer(Hyperparameters):
             return zeros_like(params) if need.params else None, None
         with without_autocast(grad):
             made = self._bwd(params, kept, grad, need)
-        if isinstance(made, Tensor):  # which would be unpacked, for a batch of 2
+        if not is_pair(made):
             what = f"expected _bwd to return (dparams, dx), got {shown(made)}"
             raise broken_promise(self, what)
         dparams, dx = made
@@ -467,7 +469,7 @@ class Layer(Hyperparameters):
         if fits and (y.dtype == promised.dtype or not promised.dtype.is_floating_point):
             return
         self.__dict__.pop("_accepted", None)
-        if is_one and not isinstance(result := made(), tuple):
+        if is_one and not is_pair(result := made()):
             what = f"expected _fwd to return (y, residuals), got {shown(result)}"
         elif fits:
             what = f"expected y to be {promised.dtype}, got {y.dtype}"
@@ -594,7 +596,7 @@ def y_alone(layer: Layer, params: Tree, x: Tensor, key: Key | None) -> Tensor:
     """y by `_apply`, or by `_fwd` where a subclass has written that anew without `_apply`."""
     if type(layer)._apply is Layer._apply or writes(layer, "_apply"):
         return layer._apply(params, x, key)
-    return layer._fwd(params, x, key)[0]
+    return Layer._apply(layer, params, x, key)
 
 
 def asks(layer: Layer, params: Tree, need: Need) -> bool:

@@ -57,7 +57,7 @@ def check_declared(who: object, declared: Any, prefix: str = "") -> None:
         elif not (isinstance(name, str) and _can_be_drawn(param)):
             raise TypeError(
                 f"{name_of(who)}: expected _params to return fn.Param(shape, initializer) "
-                f"by the name of each, got {shown(param)} by {prefix}{name}{_remedy(param, prefix)}"
+                f"for each name, got {shown(param)} for {prefix}{name}{_remedy(param, prefix)}"
             )
 
 

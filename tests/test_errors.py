@@ -51,6 +51,7 @@ def test_how_a_message_shows_a_value():
     assert shown(torch.zeros(2)) == "tensor([0., 0.])"
     assert shown(torch.zeros(2, 3, 4)) == "a Tensor of shape (2, 3, 4)"
     assert shown([torch.zeros(2, 2)]) == "a list of 1"  # in two lines
+    assert shown(fn.ReLU) == "the class ReLU; did you mean ReLU(…)?"
     assert shown(torch.nn.ReLU()) == "ReLU, a torch.nn.Module"
     assert shown(fn.Sequential(*[fn.ReLU()] * 20)) == "Sequential of 20 layers"
 
@@ -623,7 +624,7 @@ OWN_LOSS = "got Shrunk(): a loss of one's own has a field named reduction"
         (
             lambda: fn.Linear(2, weight_init=fn.initializers.Zeros),
             TypeError,
-            f"Linear: {KIND}the class Zeros; did you mean Zeros()?",
+            f"Linear: {KIND}the class Zeros; did you mean Zeros(…)?",
         ),
         (
             lambda: fn.Linear(2, weight_init=torch.ones),
@@ -639,13 +640,13 @@ OWN_LOSS = "got Shrunk(): a loss of one's own has a field named reduction"
         (
             lambda: Wrapper({"body": {"weight": torch.ones(1)}}).init(fn.key(0), (1,)),
             TypeError,
-            "Wrapper(): expected _params to return fn.Param(shape, initializer) by the name of "
-            f"each, got tensor([1.]) by body.weight{MADE_OF_LAYERS}",
+            "Wrapper(): expected _params to return fn.Param(shape, initializer) for "
+            f"each name, got tensor([1.]) for body.weight{MADE_OF_LAYERS}",
         ),
         (
             lambda: Wrapper({"body": ({}, {"weight": torch.ones(1)})}).init(fn.key(0), (1,)),
             TypeError,
-            f"got ({{}}, {{'weight': tensor([1.])}}) by body{MADE_OF_LAYERS}",
+            f"got ({{}}, {{'weight': tensor([1.])}}) for body{MADE_OF_LAYERS}",
         ),
         (
             lambda: Wrapper(({}, {"weight": torch.ones(1)})).init(fn.key(0), (1,)),
@@ -656,12 +657,12 @@ OWN_LOSS = "got Shrunk(): a loss of one's own has a field named reduction"
         (
             lambda: Wrapper({"weight": ((1,), fn.initializers.Ones())}).init(fn.key(0), (1,)),
             TypeError,
-            "got ((1,), initializers.Ones()) by weight",
+            "got ((1,), initializers.Ones()) for weight",
         ),
         (
             lambda: Wrapper({"weight": torch.ones(1)}).init(fn.key(0), (1,)),
             TypeError,
-            "got tensor([1.]) by weight",
+            "got tensor([1.]) for weight",
         ),
         (
             lambda: Wrapper(torch.ones(1)).init(fn.key(0), (1,)),

@@ -225,12 +225,12 @@ def declaring(declared):
     ("declared", "got"),
     [
         ([fn.Param((2,), ZEROS())], "dict of fn.Param by name, got [Param("),
-        ({"weight": ((2,), ZEROS())}, "got ((2,), initializers.Zeros()) by weight"),
+        ({"weight": ((2,), ZEROS())}, "got ((2,), initializers.Zeros()) for weight"),
         ({"weight": fn.Param((2,), ZEROS)}, "got Param(shape=(2,), initializer=<class"),
-        ({"weight": fn.Param((2,), 0.5)}, "initializer=0.5) by weight"),
-        ({"inner": {"weight": torch.zeros(2)}}, "got tensor([0., 0.]) by inner.weight"),
-        ({0: fn.Param((2,), ZEROS())}, "by 0"),
-        ({0: {"weight": fn.Param((2,), ZEROS())}}, "by 0"),
+        ({"weight": fn.Param((2,), 0.5)}, "initializer=0.5) for weight"),
+        ({"inner": {"weight": torch.zeros(2)}}, "got tensor([0., 0.]) for inner.weight"),
+        ({0: fn.Param((2,), ZEROS())}, "for 0"),
+        ({0: {"weight": fn.Param((2,), ZEROS())}}, "for 0"),
     ],
 )
 def test_what_is_not_declared_by_param_is_refused(declared, got):
@@ -801,6 +801,45 @@ def test_a_layer_that_returns_less_than_it_should(batch):
         ValueError, match=r"WithoutDparams\(\): expected _bwd to return \(dparams, "
     ):
         layer.vjp((), x, x)
+
+
+@dataclass(frozen=True)
+class Returns(fn.Layer):
+    """What its `_fwd` and `_bwd` return; None is for a forgotten `return`."""
+
+    of_fwd: object = ("x", "residuals")
+    of_bwd: object = None
+
+    def _fwd(self, params, x, key):
+        return (x.clone(), ()) if self.of_fwd == ("x", "residuals") else self.of_fwd
+
+    def _bwd(self, params, residuals, dy, need):
+        return self.of_bwd
+
+
+@pytest.mark.parametrize("made", [None, (), (1, 2, 3), "ab"])
+def test_a_layer_that_returns_no_pair(made):
+    x = torch.ones(2, 3)
+    calls = [Returns(made).fwd] if made == () else [Returns(made).fwd, Returns(made).apply]
+    for call in calls * 2:
+        with pytest.raises(ValueError, match=r"expected _fwd to return \(y, residuals\), got"):
+            call((), x)
+    with pytest.raises(ValueError, match=r"expected _bwd to return \(dparams, dx\), got"):
+        Returns(of_bwd=made).vjp((), x, x)
+
+
+@dataclass(frozen=True)
+class OfPositiveNumbers(Returns):
+    def _fwd(self, params, x, key):
+        return (x.clone(), ()) if x.sum() > 0 else None
+
+
+def test_a_return_that_is_forgotten_in_one_branch():
+    layer, x = OfPositiveNumbers(), torch.ones(2, 3)
+    for call in (layer.apply, layer.fwd):
+        call((), x)
+        with pytest.raises(ValueError, match=r"expected _fwd to return .* got None"):
+            call((), -x)
 
 
 def test_without_examples_or_under_vmap_too():

@@ -478,6 +478,11 @@ class WithoutResiduals(Broken):
         return (x - target).abs().sum()
 
 
+class WithoutReturn(Broken):
+    def _fwd(self, x, target):
+        pass
+
+
 class OfEachExample(Broken):
     def _fwd(self, x, target):
         return (x - target).abs().sum(1), x - target
@@ -500,6 +505,7 @@ class WithTwoGradients(Broken):
     ("cls", "message"),
     [
         (WithoutResiduals, "expected _fwd to return (value, residuals), got tensor(6.)"),
+        (WithoutReturn, "expected _fwd to return (value, residuals), got None"),
         (OfEachExample, "expected the value to be a scalar tensor, got shape (2,)"),
         (OfNumbers, "expected the value to be a scalar tensor, got 6.0"),
         (WithTwoGradients, "expected _bwd to return dx, a tensor, got a tuple of 2"),

@@ -220,6 +220,8 @@ def test_layers_by_name():
     assert repr(NAMED[1:2]) == "Sequential(act=ReLU())"
     with pytest.raises(KeyError, match="Sequential of 3 layers: expected a name among 'stem',"):
         NAMED["tail"]
+    with pytest.raises(KeyError, match="Sequential of 1 layer: expected a position, as its layers"):
+        fn.Sequential(fn.ReLU())["tail"]
     # The names of the constructor's own arguments are as good as others.
     names = ("self", "cls", "layers", "names", "arguments", "named")
     for kind in (fn.Sequential, fn.Sum, fn.Concat):

@@ -73,9 +73,9 @@ class Several(Layer):
             return self._with(self.layers[index], self.names[index])
         if isinstance(index, str):
             if index not in self.names:
-                raise KeyError(
-                    f"{name_of(self)}: expected a name among {_listed(self.names)}, got {index!r}"
-                )
+                names = f"a name among {_listed(self.names)}"
+                expected = names if self.names else "a position, as its layers have no names"
+                raise KeyError(f"{name_of(self)}: expected {expected}, got {index!r}")
             index = self.names.index(index)
         return self.layers[index]
 

@@ -9,7 +9,15 @@ from typing import Annotated, Any, Literal, TypeAlias
 import optree
 from torch import Tensor
 
-from funcnet.checks import broken_promise, check_like, check_tensor, name_of, opened, shown
+from funcnet.checks import (
+    broken_promise,
+    check_like,
+    check_tensor,
+    is_pair,
+    name_of,
+    opened,
+    shown,
+)
 from funcnet.fields import Hyperparameters, OneOf
 from funcnet.ops.autocast import without_autocast
 
@@ -78,7 +86,7 @@ class Loss(Hyperparameters):
         self._check(x, target)
         with without_autocast(x):
             made = self._fwd(x, target)
-        if isinstance(made, Tensor):
+        if not is_pair(made):
             what = f"expected _fwd to return (value, residuals), got {shown(made)}"
             raise broken_promise(self, what)
         value, residuals = made

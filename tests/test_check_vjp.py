@@ -681,6 +681,8 @@ class Broken(Elementwise):
         if self("expanded") and 0 in grad.stride():
             dx = dx * (1 + 1e-3)
         dparams = ({},) if self("tree of dparams") else dparams
+        if self("dx, dparams"):
+            return dx, dparams
         return dparams, () if self("tree") else dx
 
 
@@ -715,6 +717,7 @@ FAULTS = {
     "expanded": "grad in the memory layout 'expanded.*' changes the gradient for x",
     "tree": "bwd: expected dx to be a tensor, got a tuple of 0",
     "tree of dparams": "bwd: expected dparams with the tree of params",
+    "dx, dparams": "bwd: expected dparams with the tree of params, .*, got a tensor: the order is",
 }
 
 

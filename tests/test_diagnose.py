@@ -53,6 +53,7 @@ RMS = fn.RMSNorm(elementwise_affine=False)
 SEQUENCE, VECTOR = (3, 5, 4), (3, 4)
 CASES = [
     (LINEAR, SEQUENCE, of("weight", lambda d, x, g: d["weight"] / 15), "15: 3·5, sizes of y"),
+    (LINEAR, SEQUENCE, of_x(lambda dx, x, g: dx * 5), "too large by a factor of 5: 5, a size of y"),
     (LINEAR, SEQUENCE, of_x(lambda dx, x, g: dx / 2), "√4, the root of a size of y"),
     (LINEAR, SEQUENCE, of("weight", last_step), "the last entry of axis 1 of y counts"),
     (LINEAR, SEQUENCE, of("bias", lambda d, x, g: g[0].sum(0)), "only the first example counts"),

@@ -154,10 +154,10 @@ def _simple(factor: float) -> bool:
 
 def _products_of_sizes(shape: tuple[int, ...]) -> Iterator[tuple[float, str]]:
     """Products of y's sizes, and the roots of single sizes, as of attention's scale."""
-    for count in (1, 2, 3):
+    for count, kind in ((1, "a size"), (2, "sizes"), (3, "sizes")):
         for axes in itertools.combinations(range(len(shape)), count):
             sizes = [shape[axis] for axis in axes]
-            yield math.prod(sizes), f"{'·'.join(map(str, sizes))}, sizes of y"
+            yield math.prod(sizes), f"{'·'.join(map(str, sizes))}, {kind} of y"
     for size in shape:
         yield size**0.5, f"√{size}, the root of a size of y"
 

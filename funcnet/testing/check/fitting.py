@@ -60,6 +60,8 @@ def _checked_tree(who: str, what: str, of: str, tree: Any, found: Any) -> Leaves
     if gradients is None:
         expected = optree.tree_structure(tree)
         got = kind_of(found) if found is None else optree.tree_structure(found)
+        if isinstance(found, Tensor):
+            got = "a tensor: the order is (dparams, dx)"
         raise GradientMismatch(
             f"{who}: expected {what} with the tree of {of}, {expected}, got {got}"
         )

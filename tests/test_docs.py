@@ -35,18 +35,41 @@ def blocks(page):
 # Pages that quote a script, leaving lines out.
 QUOTES = {DOCS / "denoiser.md": ROOT / "examples" / "denoise.py"}
 
-WITH_CODE = [page for page in PAGES if blocks(page) and page not in QUOTES]
+RECIPES = DOCS / "recipes.md"
+
+
+def sessions(page):
+    """{name: the blocks that run together}: a page's; of the recipes, the head's and one's own."""
+    if page != RECIPES:
+        return {"": blocks(page)}
+    lines = enumerate(page.read_text(encoding="utf-8").splitlines(), 1)
+    starts = {line: text.removeprefix("## ") for line, text in lines if text.startswith("## ")}
+    parts = {name: [] for name in ["", *starts.values()]}
+    for block in blocks(page):
+        parts[next((starts[line] for line in sorted(starts)[::-1] if line < block[0]), "")] += [
+            block
+        ]
+    head = parts.pop("")
+    return {name: head + own for name, own in parts.items() if own}
+
+
+SESSIONS = [
+    pytest.param(page, session, id=f"{page.relative_to(ROOT).as_posix()} {name}".strip())
+    for page in PAGES
+    if blocks(page) and page not in QUOTES
+    for name, session in sessions(page).items()
+]
 
 
 # torch's own forward-mode code warns of itself.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.usefixtures("rows_are_restored")
-@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_code_runs(page, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("page", "session"), SESSIONS)
+def test_code_runs(page, session, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module = ModuleType("docs_page")  # files name classes by their module
     monkeypatch.setitem(sys.modules, "docs_page", module)
-    for line, code, expected in blocks(page):
+    for line, code, expected in session:
         # Tracebacks and warnings then point into the page.
         compiled = compile("\n" * line + code, str(page), "exec")
         out = io.StringIO()

@@ -101,7 +101,7 @@ def add_training(add: Add, networks: Sequence[str]) -> None:
         "--network",
         choices=networks,
         default=networks[0],
-        help="a U-Net by Adam, or the small network of the source report by SGD (%(default)s)",
+        help="a U-Net by Adam, or a smaller network by SGD (%(default)s)",
     )
     add("--epochs", type=count, help="passes over the patches (6)")
     add(

@@ -1,7 +1,7 @@
 """Neural-network layers on PyTorch as pure functions with explicit parameter trees.
 
 A network is a value; its parameters are a tree of tensors that you own. Every gradient is written
-by hand and held to autograd by property tests. By family:
+by hand, and property tests compare it with autograd. By family:
 
     dense        Linear Embedding PositionalEmbedding
     convolution  Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d

@@ -29,9 +29,8 @@ class Loss(Hyperparameters):
     """A function of x and a target to a scalar, with its gradient with respect to x.
 
     `apply`, `vjp`, `fwd` and `bwd` check their arguments; an author writes `_fwd` and `_bwd`,
-    `_check` where the target is not like x, and `_count` where its mean is over another number than
-    that of the examples. An author may also write `fwd` and `bwd` alone; then the loss checks for
-    itself.
+    `_check` where the target is not like x, and `_count` where its mean is not over the examples.
+    An author may also write `fwd` and `bwd` alone; then the loss checks for itself.
 
     Where a batch comes in parts (`micro_batch`, `fn.distributed.value_and_grad`), a field
     `reduction: Literal["mean", "sum"] = "mean"`, which `_fwd` follows, says how their values are

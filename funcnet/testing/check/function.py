@@ -83,11 +83,13 @@ def check_function(
       all but one. A single output that is used gives its part (`materialize_grads`).
     - Inputs and gradients in any memory layout give the same numbers.
     - In float64, central differences; autograd of `reference`, a function of the same inputs, if
-      there is one; linearity in grad. The dtype of the inputs is held to float64; a result that
-      depends smoothly on the dtype is excused, unless `reference` says what it is.
-    - A function that refuses float64, or computes it in another dtype, is held to `reference` in
-      float64. There a factor of 1.05 on all entries shows even in bfloat16, whose ε is 2⁻⁷. Without
-      a reference it is held to differences in its own dtype, which are coarse.
+      there is one; linearity in grad. Results in the dtype of the inputs are compared with
+      float64's; one that depends smoothly on the dtype is excused, unless `reference` says what it
+      is.
+    - A function that refuses float64, or computes it in another dtype, is compared with
+      `reference` in float64. There a factor of 1.05 on all entries shows even in bfloat16, whose ε
+      is 2⁻⁷. Without a reference it is compared with differences in its own dtype, which are
+      coarse.
 
     `rtol`, `atol` and `budget` are as in `check_vjp`. Raises GradientMismatch; TypeError without a
     floating-point tensor among the inputs and parameters, and for complex and sparse ones;

@@ -76,12 +76,13 @@ def check_vjp(
       kink, any slope between those of its two sides is right. A second point, away from ties, is
       checked beside the given one, and a loss on its first example alone.
     - The dtype of x against float64, up to what rounding in it can do. A layer that computes in a
-      narrower dtype than x's, as `Cast` does, or has a part that does, is held to differences in
-      that dtype, which are coarse.
+      narrower dtype than x's, as `Cast` does, or has a part that does, is compared with
+      differences in that dtype, which are coarse.
 
     Leaves of integers and bools, in x, params and target, are never moved; their gradient is None.
     A layer of several tensors may take a tree of them as x. A layer is checked without a key and,
-    if that changes y, with one. Where it refuses an x beside the given one, that x is left out.
+    if a key changes y, with keys, too. Where it refuses an x beside the given one, that x is left
+    out.
 
     `budget` is a time in seconds. Random directions over all leaves come first; what is left of the
     time goes to single entries. Without a budget, these are a few hundred evaluations.

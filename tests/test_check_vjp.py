@@ -1048,6 +1048,23 @@ def test_a_batch_of_0_should_work():
         check_vjp(Reshaping(), (), torch.ones(2, 3, 4))
 
 
+def test_a_warning_about_a_batch_of_0_is_no_error():
+    """torch warns of the variances of no rows; the caller may have asked for no empty batch."""
+
+    @dataclass(frozen=True)
+    class Standardised(fn.Layer):
+        def _fwd(self, params, x, key):
+            scale = (x.var(1, unbiased=False, keepdim=True) + 0.1).rsqrt()
+            y = (x - x.mean(1, keepdim=True)) * scale
+            return y, (y, scale)
+
+        def _bwd(self, params, residuals, dy, need):
+            y, scale = residuals
+            return (), scale * (dy - dy.mean(1, keepdim=True) - y * (dy * y).mean(1, keepdim=True))
+
+    check_vjp(Standardised(), (), fn.normal(fn.key(0), (3, 4)))
+
+
 def test_what_is_wrong_in_a_batch_of_0_is_shown():
     @dataclass(frozen=True)
     class Averaging(fn.Layer):

@@ -1361,6 +1361,22 @@ def test_what_is_cast_and_not_linear_in_grad(dtype, wrong):
         check_vjp(layer, (), DRAWN, grad=torch.ones_like(DRAWN))
 
 
+def test_a_gradient_with_a_part_in_float32_is_told_so():
+    """A bool over an int is float32, which a number that is multiplied by it does not widen."""
+
+    @dataclass(frozen=True)
+    class MeanOfPositive(fn.Loss):
+        def _fwd(self, x, target):
+            return x.clamp(min=0).square().mean(), (x, x > 0)
+
+        def _bwd(self, residuals, grad):
+            x, is_positive = residuals
+            return 2 * x * (is_positive / x.numel() * grad)
+
+    with pytest.raises(GradientMismatch, match=r"not linear in grad, by \de-\d+ .* in float32\?"):
+        check_vjp(MeanOfPositive(), fn.normal(fn.key(0), (3, 5)), torch.zeros(3, 5))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", [fn.ReLU(), fn.Tanh()])
 def test_the_gradient_of_each_leaf_of_what_is_cast(dtype, activation):

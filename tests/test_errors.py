@@ -521,6 +521,12 @@ OWN_LOSS = "got Shrunk(): a loss of one's own has a field named reduction"
             "got tensor([0., 0., 0.])",
         ),
         (
+            lambda: fn.SGD(fn.schedules.cosine),
+            TypeError,
+            "SGD: expected lr to be a number or a function of the step count, "
+            "got the class cosine; did you mean cosine(…)?",
+        ),
+        (
             lambda: fn.MultiheadAttention(32, 4),
             TypeError,
             f"MultiheadAttention: expected bias to be True or False, got 4{SIZES}",

@@ -24,7 +24,7 @@ RateByStep: TypeAlias = Callable[[int], float]
 
 class _RateKind:
     def convert(self, owner: type, name: str, value: Any) -> Any:
-        if callable(value):
+        if callable(value) and not isinstance(value, type):
             return value
         try:
             return as_number(owner.__name__, name, value, 0.0)

@@ -207,7 +207,7 @@ def _as_iterator(run: Callable[[Put], None], like: Tensor) -> Iterator[Any]:
         asked.put(False)
         thread.join()
     if errors:
-        raise errors[0]
+        raise errors.pop()  # its traceback holds this frame: kept in it, it would hold itself
 
 
 class _GivenUpError(BaseException):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -83,18 +83,28 @@ def draw(
     Raises TypeError or ValueError for an initialiser that is called, or returns, otherwise.
     """
     keys = iter(split(key, max(1, len(_flat(declared, declared)))))
+    return _drawn(who, declared, "", keys, (dtype, device), layout_of)
 
-    def drawn(params: Declared, prefix: str) -> dict[str, Any]:
-        return {name: drawn_one(param, prefix + name) for name, param in params.items()}
 
-    def drawn_one(param: Any, name: str) -> Any:
+# Not a function in `draw`: one that calls itself holds the layer until garbage is collected.
+def _drawn(
+    who: object,
+    declared: Declared,
+    prefix: str,
+    keys: Iterator[Key],
+    kind: tuple[torch.dtype | None, Device],
+    layout_of: Callable[[str], Layout | None],
+) -> dict[str, Any]:
+    params: dict[str, Any] = {}
+    for name, param in declared.items():
+        path = prefix + name
         if isinstance(param, Mapping):
-            return drawn(param, f"{name}.")
-        value = _drawn_by(who, name, param, (next(keys), param.shape, dtype, device))
-        layout = layout_of(name)
-        return value if layout is None else layout(value)
-
-    return drawn(declared, "")
+            params[name] = _drawn(who, param, f"{path}.", keys, kind, layout_of)
+            continue
+        value = _drawn_by(who, path, param, (next(keys), param.shape, *kind))
+        layout = layout_of(path)
+        params[name] = value if layout is None else layout(value)
+    return params
 
 
 def _drawn_by(who: object, name: str, param: Param, arguments: tuple[Any, ...]) -> Any:

@@ -3,8 +3,11 @@
 import math
 import random
 import re
+import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -151,6 +154,33 @@ def test_global_randomness_is_left_alone():
     after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     assert torch.equal(before[0], after[0])
     assert before[1:] == after[1:]
+
+
+def test_two_threads_may_check_at_once():
+    """One seeds the global generators, while the other sees to it that nobody draws from them."""
+    seeded, watched = threading.Event(), threading.Event()
+
+    @dataclass(frozen=True)
+    class Seeded(Dense):
+        def init(self, *arguments, **named):
+            seeded.set()
+            watched.wait(0.05)
+            return super().init(*arguments, **named)
+
+    @dataclass(frozen=True)
+    class Watched(Dense):
+        def bwd(self, params, residuals, grad, *, input_grad=True):
+            if not watched.is_set():
+                watched.set()
+                time.sleep(0.05)
+            return super().bwd(params, residuals, grad, input_grad=input_grad)
+
+    given = case(Dense())
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(check_vjp, Seeded(), *given)
+        assert seeded.wait(10)
+        second = pool.submit(check_vjp, Watched(), *given)
+        assert (first.result(), second.result()) == (None, None)
 
 
 @dataclass(frozen=True)

@@ -500,7 +500,20 @@ USES = {
     "per_example": lambda net, *given: fn.per_example(net, fn.MSE())(*given),
     "norms": lambda net, *given: fn.gradient_norms(net, fn.MSE())(*given),
     "clipped": lambda net, *given: fn.clipped_value_and_grad(net, fn.MSE(), 1.0)(*given),
+    "init": lambda net, *_: net.init(fn.key(0), (3,)),
+    "error": lambda net, *given: fail_by_layer(fn.Sequential(net, Broken()), *given),
 }
+
+
+@dataclass(frozen=True)
+class Broken(fn.Tanh):
+    def _bwd(self, params, y, dy, need):
+        raise ValueError("no gradient")
+
+
+def fail_by_layer(net, params, x, target):
+    with pytest.raises(ValueError, match="no gradient"):
+        next(fn.gradients_by_layer(net, fn.MSE())((params, ()), x, target))
 
 
 @pytest.mark.parametrize("use", USES.values(), ids=USES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import random
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -21,6 +22,9 @@ from funcnet.testing.layouts import bits, same
 
 _Result = TypeVar("_Result")
 
+_GLOBAL_RANDOMNESS = threading.RLock()
+"""Held while the global random states are watched or changed: another thread may check, too."""
+
 
 def pure(
     case: Case, who: str, call: Callable[[], _Result], extra: dict[str, Tensor] | None = None
@@ -29,9 +33,10 @@ def pure(
     tensors = tensors_of({**case.inputs, **(extra or {})})
     before = {name: (_description(x), bits(x)) for name, x in tensors.items()}
     trees = {name: optree.tree_flatten(getattr(case, name)) for name in ("params", "x")}
-    states = _random_states(case)
-    result = call()
-    _expect_states(case, who, states)
+    with _GLOBAL_RANDOMNESS:
+        states = _random_states(case)
+        result = call()
+        _expect_states(case, who, states)
     for name, x in tensors.items():
         description, old = before[name]
         if _description(x) != description or not torch.equal(bits(x), old):
@@ -64,6 +69,11 @@ def _description(x: Tensor) -> tuple[Any, ...]:
 
 def under_two_seeds(case: Case, who: str, call: Callable[[], _Result]) -> list[_Result]:
     """Return `call()` twice, under two global seeds; the random states are restored."""
+    with _GLOBAL_RANDOMNESS:
+        return _under_two_seeds(case, who, call)
+
+
+def _under_two_seeds(case: Case, who: str, call: Callable[[], _Result]) -> list[_Result]:
     states = _random_states(case)
     results = []
     try:

@@ -170,8 +170,8 @@ LAYOUT = in_file(
     "test_upsample_conv.py::test_the_weight_is_laid_out_tap_by_tap",
     Row(
         "layout-forgotten",
-        "return value if layout is None else layout(value)",
-        "return value",
+        "params[name] = value if layout is None else layout(value)",
+        "params[name] = value",
         "a new parameter is laid out as its layer says",
     ),
 )

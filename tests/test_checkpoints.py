@@ -336,6 +336,15 @@ def test_a_device(tmp_path, device):
     assert checkpoints.latest(device=device)[1]["params"][0].device.type == device
 
 
+def test_what_is_remembered_of_files_goes_with_them(tmp_path):
+    checkpoints = fn.Checkpoints(tmp_path, keep=1)
+    for step in range(5):
+        checkpoints.save(step, tree(step))
+        os.utime(path_of(checkpoints, step), (0, 0))  # what has just been written is not remembered
+        checkpoints.save(step + 1, tree(step))
+    assert len(checkpoints.__dict__.get("_verified", ())) <= 1
+
+
 def test_they_are_values(tmp_path):
     checkpoints = fn.Checkpoints(tmp_path, keep=2)
     assert checkpoints == fn.Checkpoints(str(tmp_path), 2) != fn.Checkpoints(tmp_path)

@@ -89,9 +89,10 @@ class Checkpoints(Hyperparameters):
         earlier = [path for at, path in self._files() if at <= step]
         good = [path for path in earlier if path == new or self._is_whole(path)]
         for path in good[: -self.keep]:
+            self.__dict__.get("_verified", {}).pop(path, None)
             try:
                 path.unlink(missing_ok=True)
-            except OSError as error:  # noqa: PERF203
+            except OSError as error:
                 message = f"Checkpoints: could not remove an earlier file: {error}"
                 warnings.warn(message, RuntimeWarning, stacklevel=2)
 

@@ -191,6 +191,16 @@ def test_in_half_precision_y_is_rounded_once(dtype, offset):
     assert ((y - exact).abs() <= 0.6 * torch.finfo(dtype).eps * exact.abs().clamp(min=1)).all()
 
 
+@pytest.mark.parametrize("layer", [fn.GroupNorm(1), fn.InstanceNorm()], ids=repr)
+def test_a_million_positions_cost_no_digit(layer):
+    """Torch's group_norm in channels_last adds up one after another, and is off by 2·10⁻⁴."""
+    x = fn.normal(KEY, (1, 2, 1024, 1024)).contiguous(memory_format=torch.channels_last)
+    params = layer.init(KEY, x.shape[1:])
+    y = layer.apply(params, x)
+    exact = F.group_norm(x.double().contiguous(), 1 if layer == fn.GroupNorm(1) else 2)
+    assert (y - exact).abs().max() < 1e-6
+
+
 def test_of_a_fake_tensor_no_mean_is_read():
     with FakeTensorMode():
         x = torch.zeros(2, 32, 4, 4).contiguous(memory_format=torch.channels_last)

@@ -1308,6 +1308,25 @@ def test_writes_to_x_are_seen_without_a_grad():
         check_vjp(Clipped(), (), DRAWN.clone())
 
 
+def test_writes_to_a_target_are_seen_and_put_back():
+    class Clipping(fn.Loss):
+        def _fwd(self, x, target):
+            numbers = target["of"].numpy()
+            np.maximum(numbers, 0, out=numbers)
+            return (x * target["of"]).sum(), target["of"].clone()
+
+        def _bwd(self, target, grad):
+            return grad * target
+
+        def _check(self, x, target):
+            pass
+
+    target = {"of": DRAWN.clone()}
+    with pytest.raises(GradientMismatch, match=r"fwd: writes to target\['of'\]"):
+        check_vjp(Clipping(), DRAWN, target)
+    assert target["of"].equal(DRAWN)
+
+
 def test_what_a_refused_layer_has_written_is_put_back():
     class Writes(Elementwise):
         def bwd(self, params, residuals, grad, *, input_grad=True):

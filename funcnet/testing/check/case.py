@@ -255,11 +255,12 @@ def make_case(
     """The case of `check_vjp(layer, params, x)` or `check_vjp(loss, x, target)`.
 
     A missing grad is drawn with both signs, so that transposes and flips cannot cancel. The first
-    call is one at other numbers: what is kept from it must not serve the case.
+    call is one at other numbers: what is kept from it must not serve the case. Calls here get
+    copies: what a layer writes over its input has to show later.
     """
     if isinstance(layer, Loss):
         x, target = params, x
-        tried(lambda: layer.vjp(unlike(x.detach()), target))
+        tried(lambda: layer.vjp(unlike(x.detach()), _copied(target)))
         drawn = torch.as_tensor(-1.375 if grad is None else grad, device=x.device)
         return LossCase(layer, (), x.detach(), drawn.detach().to(x.dtype), target=target)
     params, x = (optree.tree_map(lambda leaf: leaf.detach(), tree) for tree in (params, x))
@@ -267,7 +268,6 @@ def make_case(
     tried(lambda: _call_elsewhere(layer, params, x, key))
     like = next((leaf for leaf in leaves if leaf.is_floating_point()), None)
     if grad is None:
-        # Of copies: what a layer writes over its input has to show later.
         try:
             y = layer.apply(_copied(params), _copied(x), key=key)
         except PromiseError as error:
@@ -374,7 +374,7 @@ def other_mask(leaf: Tensor) -> Tensor:
 
 
 def _copied(tree: Any) -> Any:
-    return optree.tree_map(lambda leaf: leaf.clone(), tree)
+    return optree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def _double(x: Tensor) -> Tensor:

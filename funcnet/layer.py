@@ -497,13 +497,13 @@ class Layer(Hyperparameters):
         return sizes_of_one
 
     def _shape_of_y(self, shape: Shape) -> Shape:
-        """`_out_shape`. Raises PromiseError unless that is a tuple."""
+        """`_out_shape` as a tuple. Raises PromiseError unless it is one, or a list."""
         made: Any = self._out_shape(shape)
         if not isinstance(made, (tuple, list)):
             raise broken_promise(
                 self, f"expected _out_shape to return a tuple of ints, got {shown(made)}"
             )
-        return made  # type: ignore[return-value]
+        return tuple(made)
 
     def _check_params(self, params: Tree, x: Spec) -> Any:
         """A tensor or spec with y's dtype and device: a parameter for x of integers, else x."""

@@ -911,6 +911,13 @@ def test_out_shape_is_a_tuple(made):
         check_vjp(layer, params, x)
 
 
+def test_out_shape_may_be_a_list():
+    layer = OutShapeOf(4, made=[4])
+    net = fn.Residual(layer)
+    assert layer.out_shape((4,)) == net.out_shape((4,)) == (4,)
+    check_vjp(net, net.init(fn.key(0), (4,)), fn.normal(fn.key(1), (3, 4)))
+
+
 @pytest.mark.parametrize("batch", [2, 5])
 @pytest.mark.parametrize("layer", [WithoutResiduals(), WithoutDparams(), WithoutOutShape(4)])
 def test_check_vjp_says_what_a_layer_does_not_keep(layer, batch):

@@ -115,7 +115,8 @@ def as_shape(who: object, shape: Any) -> tuple[int, ...]:
     """The shape of one example as a tuple of ints. Raises unless every size is at least 0."""
     if not isinstance(shape, Sequence) or isinstance(shape, str):
         raise TypeError(f"{name_of(who)}: expected shape to be a tuple of ints, got {shown(shape)}")
-    if shape and shape[0] in (None, -1):  # an open batch, as stax and Keras write it
+    first = shape[0] if shape else 0
+    if first is None or (isinstance(first, int) and first == -1):  # as stax and Keras write it
         raise ValueError(
             f"{name_of(who)}: expected the shape of one example, without the batch, "
             f"got {tuple(shape)}"

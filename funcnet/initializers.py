@@ -421,7 +421,7 @@ class _InitializerKind(InstanceOf):
         try:
             return super().convert(owner, name, value)
         except TypeError as error:
-            if not callable(value) or isinstance(value, type):
+            if not callable(value) or (isinstance(value, type) and issubclass(value, Initializer)):
                 raise
             advice = "one of your own is a subclass of fn.initializers.Initializer"
             raise TypeError(f"{error}; {advice}") from None

@@ -214,9 +214,8 @@ def _escape(key: PathKey, siblings: set[PathKey]) -> str:
 
 def _check_class(cls: Any) -> None:
     if not (isinstance(cls, type) and _is_node_class(cls)):
-        raise TypeError(
-            f"register_node: expected a namedtuple or frozen dataclass, got {shown(cls)}"
-        )
+        got = repr(cls) if isinstance(cls, type) else shown(cls)
+        raise TypeError(f"register_node: expected a namedtuple or frozen dataclass, got {got}")
     if issubclass(cls, tuple):
         return
     names = field_names(cls)

@@ -308,8 +308,9 @@ def test_shapes_of_examples():
         fn.Upsample2d(2).out_shape((3, 8))
     with refused(TypeError, "expected shape to be a tuple of ints, got 3"):
         fn.ReLU().out_shape(3)
-    with refused(TypeError, "expected every size in shape to be an int, got 1.5"):
-        fn.ReLU().out_shape((1.5,))
+    for size in (1.5, torch.zeros(2)):
+        with refused(TypeError, f"expected every size in shape to be an int, got {shown(size)}"):
+            fn.ReLU().out_shape((size,))
     for layer in (fn.Upsample2d(2), fn.ReLU(), CONV):
         with refused(ValueError, f"{layer}: expected every size in shape >= 0, got -1"):
             layer.init(fn.key(0), (1, -1, 2))
@@ -637,6 +638,11 @@ OWN_LOSS = "got Shrunk(): a loss of one's own has a field named reduction"
             TypeError,
             f"Linear: {KIND}{torch.ones!r}; "
             "one of your own is a subclass of fn.initializers.Initializer",
+        ),
+        (
+            lambda: fn.Linear(2, weight_init=dict),
+            TypeError,
+            f"Linear: {KIND}{dict!r}; one of your own is a subclass of fn.initializers.Initializer",
         ),
         (
             lambda: fn.Linear(2, weight_init=0.5),

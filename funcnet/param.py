@@ -57,7 +57,7 @@ def check_declared(who: object, declared: Any, prefix: str = "") -> None:
         elif not (isinstance(name, str) and _can_be_drawn(param)):
             raise TypeError(
                 f"{name_of(who)}: expected _params to return fn.Param(shape, initializer) "
-                f"for each name, got {shown(param)} for {prefix}{name}{_remedy(param, prefix)}"
+                f"for {prefix}{name}, got {shown(param)}{_remedy(param, prefix)}"
             )
 
 

@@ -652,13 +652,13 @@ OWN_LOSS = "got Shrunk(): a loss of one's own has a field named reduction"
         (
             lambda: Wrapper({"body": {"weight": torch.ones(1)}}).init(fn.key(0), (1,)),
             TypeError,
-            "Wrapper(): expected _params to return fn.Param(shape, initializer) for "
-            f"each name, got tensor([1.]) for body.weight{MADE_OF_LAYERS}",
+            "Wrapper(): expected _params to return fn.Param(shape, initializer) for body.weight, "
+            f"got tensor([1.]){MADE_OF_LAYERS}",
         ),
         (
             lambda: Wrapper({"body": ({}, {"weight": torch.ones(1)})}).init(fn.key(0), (1,)),
             TypeError,
-            f"got ({{}}, {{'weight': tensor([1.])}}) for body{MADE_OF_LAYERS}",
+            f"for body, got ({{}}, {{'weight': tensor([1.])}}){MADE_OF_LAYERS}",
         ),
         (
             lambda: Wrapper(({}, {"weight": torch.ones(1)})).init(fn.key(0), (1,)),
@@ -669,12 +669,12 @@ OWN_LOSS = "got Shrunk(): a loss of one's own has a field named reduction"
         (
             lambda: Wrapper({"weight": ((1,), fn.initializers.Ones())}).init(fn.key(0), (1,)),
             TypeError,
-            "got ((1,), initializers.Ones()) for weight",
+            "for weight, got ((1,), initializers.Ones())",
         ),
         (
             lambda: Wrapper({"weight": torch.ones(1)}).init(fn.key(0), (1,)),
             TypeError,
-            "got tensor([1.]) for weight",
+            "for weight, got tensor([1.])",
         ),
         (
             lambda: Wrapper(torch.ones(1)).init(fn.key(0), (1,)),

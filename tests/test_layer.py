@@ -225,12 +225,13 @@ def declaring(declared):
     ("declared", "got"),
     [
         ([fn.Param((2,), ZEROS())], "dict of fn.Param by name, got [Param("),
-        ({"weight": ((2,), ZEROS())}, "got ((2,), initializers.Zeros()) for weight"),
+        ({"weight": ((2,), ZEROS())}, "for weight, got ((2,), initializers.Zeros())"),
         ({"weight": fn.Param((2,), ZEROS)}, "got Param(shape=(2,), initializer=<class"),
-        ({"weight": fn.Param((2,), 0.5)}, "initializer=0.5) for weight"),
-        ({"inner": {"weight": torch.zeros(2)}}, "got tensor([0., 0.]) for inner.weight"),
-        ({0: fn.Param((2,), ZEROS())}, "for 0"),
-        ({0: {"weight": fn.Param((2,), ZEROS())}}, "for 0"),
+        ({"weight": fn.Param((2,), 0.5)}, "for weight, got Param(shape=(2,), initializer=0.5)"),
+        ({"inner": {"weight": torch.zeros(2)}}, "for inner.weight, got tensor([0., 0.])"),
+        ({"weight": ZEROS}, "for weight, got the class Zeros"),
+        ({0: fn.Param((2,), ZEROS())}, "for 0, got Param"),
+        ({0: {"weight": fn.Param((2,), ZEROS())}}, "for 0, got {'weight': Param"),
     ],
 )
 def test_what_is_not_declared_by_param_is_refused(declared, got):

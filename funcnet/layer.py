@@ -469,7 +469,7 @@ class Layer(Hyperparameters):
         if fits and (y.dtype == promised.dtype or not promised.dtype.is_floating_point):
             return
         self.__dict__.pop("_accepted", None)
-        if is_one and not is_pair(result := made()):
+        if (is_one or y is None) and not is_pair(result := made()):
             what = f"expected _fwd to return (y, residuals), got {shown(result)}"
         elif fits:
             what = f"expected y to be {promised.dtype}, got {y.dtype}"

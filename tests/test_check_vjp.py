@@ -1426,6 +1426,18 @@ def test_a_gradient_with_a_part_in_float32_is_told_so():
         check_vjp(MeanOfPositive(), fn.normal(fn.key(0), (3, 5)), torch.zeros(3, 5))
 
 
+def test_a_smaller_error_is_not_taken_for_float32():
+    class Squared(fn.Layer):
+        def _fwd(self, params, x, key):
+            return 3 * x, ()
+
+        def _bwd(self, params, residuals, dy, need):
+            return (), 3 * dy + 1e-9 * dy * dy.abs()
+
+    with pytest.raises(GradientMismatch, match=r"the gradient for x is not linear in grad\n"):
+        check_vjp(Squared(), (), DRAWN)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", [fn.ReLU(), fn.Tanh()])
 def test_the_gradient_of_each_leaf_of_what_is_cast(dtype, activation):

@@ -825,6 +825,8 @@ def test_a_layer_that_returns_no_pair(made):
     for call in calls * 2:
         with pytest.raises(ValueError, match=r"expected _fwd to return \(y, residuals\), got"):
             call((), x)
+    with pytest.raises(ValueError, match=r"Frozen\(Returns.* expected _fwd to return \(y, res"):
+        fn.Frozen(Returns(made)).fwd((), x)
     with pytest.raises(ValueError, match=r"expected _bwd to return \(dparams, dx\), got"):
         Returns(of_bwd=made).vjp((), x, x)
 

@@ -99,9 +99,9 @@ def _expect_linear(
 
 
 def _as_rounded(got: Tensor, expected: Tensor) -> str:
-    """The end of a message, where results differ by no more than float32 rounds."""
+    """The end of a message, where results differ by about as much as float32 rounds."""
     off = float((got - expected).abs().max() / expected.abs().max())
-    if not off < 4 * torch.finfo(torch.float32).eps:
+    if not 1 / 64 < off / torch.finfo(torch.float32).eps < 4:
         return ""
     return f", by {off:.0e} of the largest entry: is a part of it computed in float32?"
 

@@ -205,7 +205,7 @@ class Demanding:
 
 @pytest.mark.parametrize("cls", [int, tuple, dict, Mutable, Mutable(1), torch.Tensor, "Moments"])
 def test_what_is_no_namedtuple_or_frozen_dataclass_is_refused(cls: Any) -> None:
-    with pytest.raises(TypeError, match="expected a namedtuple or frozen dataclass, got [^;]*$"):
+    with pytest.raises(TypeError, match=r"namedtuple or frozen dataclass, got [^;]*$"):
         fn.register_node(cls)
 
 

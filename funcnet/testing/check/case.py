@@ -265,7 +265,7 @@ def make_case(
         return LossCase(layer, (), x.detach(), drawn.detach().to(x.dtype), target=target)
     params, x = (optree.tree_map(lambda leaf: leaf.detach(), tree) for tree in (params, x))
     leaves = [*optree.tree_leaves(x), *optree.tree_leaves(params)]
-    tried(lambda: _call_elsewhere(layer, params, x, key))
+    tried(lambda: _first_call(layer, params, x, key))
     like = next((leaf for leaf in leaves if leaf.is_floating_point()), None)
     if grad is None:
         try:
@@ -284,7 +284,7 @@ def make_case(
     return Case(layer, params, x, grad, key)
 
 
-def _call_elsewhere(layer: Layer, params: Any, x: Any, key: Key | None) -> None:
+def _first_call(layer: Layer, params: Any, x: Any, key: Key | None) -> None:
     params, x = (optree.tree_map(unlike, tree) for tree in (params, x))
     y, residuals = layer.fwd(params, x, key=key)
     layer.bwd(params, residuals, torch.ones_like(y))

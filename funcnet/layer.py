@@ -302,7 +302,7 @@ class Layer(Hyperparameters):
         like = self._check_params(params, x)
         return Spec(x.batch, self._shape_of_y(x.shape), like.dtype, like.device)
 
-    def _check_x(self, x: Spec) -> None:
+    def _check_x(self, x: Spec, /) -> None:
         """Raise TypeError unless x is floating-point."""
         if not x.dtype.is_floating_point:
             raise TypeError(f"{name_of(self)}: expected x to be floating-point, got {x.dtype}")

@@ -47,7 +47,8 @@ def test_the_user_script_runs(tmp_path, monkeypatch):
     ("base", "names"),
     [
         (fn.Layer, ["_params", "_layout", "_out_shape", "_fwd", "_bwd", "_bwd_each", "_tile"]),
-        (fn.Loss, ["_fwd", "_bwd"]),
+        (fn.Layer, ["_check_x"]),
+        (fn.Loss, ["_check", "_fwd", "_bwd", "_count"]),
     ],
 )
 def test_authors_may_name_the_arguments(base, names):

@@ -54,7 +54,7 @@ class Loss(Hyperparameters):
     >>> check_vjp(LogCosh(), fn.normal(fn.key(0), (2, 3)), fn.normal(fn.key(1), (2, 3)))
     """
 
-    def _check(self, x: Tensor, target: Any) -> None:
+    def _check(self, x: Tensor, target: Any, /) -> None:
         """Raise unless x and target fit each other."""
         check_like(self, "target", target, x)
         if x.shape != target.shape:
@@ -71,7 +71,7 @@ class Loss(Hyperparameters):
         """dx."""
         raise NotImplementedError(f"{type(self).__name__} writes neither _bwd nor bwd")
 
-    def _count(self, target: Any) -> int | Tensor:
+    def _count(self, target: Any, /) -> int | Tensor:
         """The weight of a batch in a mean: its number of examples, or of terms that count."""
         return len(optree.tree_leaves(target)[0])
 

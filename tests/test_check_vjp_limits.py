@@ -1495,6 +1495,23 @@ def test_y_of_another_shape_beside_x_is_left_out():
     check_vjp(Prefix(), (), (torch.tensor([0.5, 2.01, 1.5, -3.0], dtype=torch.float64),))
 
 
+def test_a_mistake_where_no_leaf_of_x_is_contiguous():
+    @dataclass(frozen=True)
+    class Product(Plain):
+        def out_shape(self, shape):
+            return shape[0]
+
+        def fwd(self, params, x, *, key=None):
+            return x[0] * x[1], x
+
+        def bwd(self, params, x, grad, *, input_grad=True):
+            factor = 1 if any(leaf.is_contiguous() for leaf in x) else 2
+            return (), (factor * grad * x[1], factor * grad * x[0]) if input_grad else None
+
+    with pytest.raises(GradientMismatch, match="leaves of x that are not contiguous change the"):
+        check_vjp(Product(), (), (draw((3, 4)), draw((3, 4))))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rounding_does_not_move_positions(dtype):
     """One less is another index: such a jump would excuse any difference."""

@@ -67,9 +67,10 @@ def _check_layouts_of_inputs(case: Case) -> None:
             if straight is case or tried(straight.vjp) is not None:
                 complaint = f"{case.names[i]} in the memory layout {name!r} changes"
                 _expect_the_same(there, straight, complaint, elsewhere=straight is not case)
-    if case.first_of_x:
+    if len(leaves) > 1:  # an only one has been tried
         there = case.with_leaves(partial(laid_out, layout="strided"))
-        _expect_the_same(there, case, "params that are not contiguous change")
+        which = "params" if case.first_of_x else "leaves of x"
+        _expect_the_same(there, case, f"{which} that are not contiguous change")
     if isinstance(case, LossCase):
         for layout in LAYOUTS[1:-1]:  # the same numbers, if the tensor has enough axes
             there = case.with_target(partial(_laid_out, layout=layout))

@@ -9,6 +9,7 @@ import time
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -89,7 +90,7 @@ class Checkpoints(Hyperparameters):
         earlier = [path for at, path in self._files() if at <= step]
         good = [path for path in earlier if path == new or self._is_whole(path)]
         for path in good[: -self.keep]:
-            self.__dict__.get("_verified", {}).pop(path, None)
+            self._verified.pop(path, None)
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
@@ -128,12 +129,16 @@ class Checkpoints(Hyperparameters):
                     return step, _decoded(header.structure, tensors, like)
         return None
 
+    @cached_property
+    def _verified(self) -> dict[Path, tuple[tuple[int, ...], bool]]:
+        """The fingerprint of each file that has been read, and whether it was whole."""
+        return {}
+
     def _is_whole(self, path: Path) -> bool:
         """Return whether every bit of a file is right."""
-        verified: dict[Path, tuple[tuple[int, ...], bool]] = self.__dict__.get("_verified", {})
         try:
             fingerprint = _fingerprint(path)
-            known, whole = verified.get(path, ((), False))
+            known, whole = self._verified.get(path, ((), False))
             if known != fingerprint:
                 whole = _matches_its_checksums(path)
                 self._remember(path, fingerprint, whole)
@@ -146,7 +151,7 @@ class Checkpoints(Hyperparameters):
         # A file that was written a moment ago may change once more at the same time of its clock.
         modified, *_ = fingerprint
         if time.time_ns() - modified > _TICK:
-            self.__dict__.setdefault("_verified", {})[path] = (fingerprint, whole)
+            self._verified[path] = (fingerprint, whole)
 
     def _files(self) -> list[tuple[int, Path]]:
         """The steps and paths of all checkpoints, first to last."""

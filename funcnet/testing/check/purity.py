@@ -69,29 +69,25 @@ def _description(x: Tensor) -> tuple[Any, ...]:
 
 def under_two_seeds(case: Case, who: str, call: Callable[[], _Result]) -> list[_Result]:
     """Return `call()` twice, under two global seeds; the random states are restored."""
-    with _GLOBAL_RANDOMNESS:
-        return _under_two_seeds(case, who, call)
-
-
-def _under_two_seeds(case: Case, who: str, call: Callable[[], _Result]) -> list[_Result]:
-    states = _random_states(case)
     results = []
-    try:
-        for seed in (1, 2):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds every device
-            if case.grad.device.type == "cuda":
-                torch.cuda.manual_seed(seed)
-            np.random.seed(seed)
-            random.seed(seed)
-            before = _random_states(case)
-            results.append(call())
-            _expect_states(case, who, before)
-    finally:
-        torch.set_rng_state(states["torch"])
-        np.random.set_state(states["numpy"])
-        random.setstate(states["random"])
-        if "torch.cuda" in states:
-            torch.cuda.set_rng_state(states["torch.cuda"], case.grad.device)
+    with _GLOBAL_RANDOMNESS:
+        states = _random_states(case)
+        try:
+            for seed in (1, 2):
+                torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds every device
+                if case.grad.device.type == "cuda":
+                    torch.cuda.manual_seed(seed)
+                np.random.seed(seed)
+                random.seed(seed)
+                before = _random_states(case)
+                results.append(call())
+                _expect_states(case, who, before)
+        finally:
+            torch.set_rng_state(states["torch"])
+            np.random.set_state(states["numpy"])
+            random.setstate(states["random"])
+            if "torch.cuda" in states:
+                torch.cuda.set_rng_state(states["torch.cuda"], case.grad.device)
     return results
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: the last few, the way back past damage, and other files left alone."""
 
 import errno
+import mmap
 import os
 import pickle
 import subprocess
@@ -16,7 +17,7 @@ from test_properties import same
 
 import funcnet as fn
 from funcnet import tree as trees
-from funcnet.checkpoint import atomic
+from funcnet.checkpoint import atomic, files
 from funcnet.checkpoint import checkpoints as module
 
 
@@ -188,6 +189,21 @@ def test_a_disk_that_fails_to_read_is_passed_over(tmp_path, monkeypatch):
     bad.errno = errno.EACCES
     with pytest.raises(OSError, match="step-00000001"):
         checkpoints.latest()
+
+
+def test_no_file_is_mapped(tmp_path, monkeypatch):
+    """A disk that fails to read a mapped file, or another program that cuts it, ends the process.
+
+    Windows can neither remove nor replace a file that is mapped.
+    """
+    for step in range(3):
+        fn.Checkpoints(tmp_path).save(step, torch.zeros(2))
+    monkeypatch.setattr(files, "MAPPED_FROM", 0)
+    monkeypatch.setattr(mmap, "mmap", lambda *_, **__: pytest.fail("mapped"))
+    checkpoints = fn.Checkpoints(tmp_path, keep=2)
+    assert checkpoints.latest()[0] == 2
+    checkpoints.save(3, torch.zeros(2))
+    assert names(checkpoints) == ["step-00000002.safetensors", "step-00000003.safetensors"]
 
 
 def test_an_earlier_file_that_cannot_be_removed_is_named(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ import pytest
 import torch
 
 import funcnet as fn
-from funcnet.checkpoint import atomic, data
+from funcnet.checkpoint import atomic, data, files
 from funcnet.checkpoint.container import BLOCK
 
 SAVE_FOREVER = """
@@ -627,6 +627,19 @@ def test_a_file_may_be_replaced_by_what_is_mapped_from_it(path: Path) -> None:
     fn.save(path, tensor.reshape(10, 100))
     assert torch.equal(fn.load(path).flatten(), torch.arange(1000.0))
     assert torch.equal(tensor, torch.arange(1000.0))
+
+
+@pytest.mark.parametrize("on_windows", [False, True])
+def test_large_files_are_mapped_where_a_mapped_file_can_be_replaced(
+    on_windows: bool, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fn.save(path, torch.arange(1000.0))
+    monkeypatch.setattr(files, "MAPPED_FROM", 4000)
+    monkeypatch.setattr(files, "_ON_WINDOWS", on_windows)
+    mapped, mmap_ = [], mmap.mmap
+    monkeypatch.setattr(mmap, "mmap", lambda *a, **k: mapped.append(a) or mmap_(*a, **k))
+    assert torch.equal(fn.load(path), torch.arange(1000.0))
+    assert bool(mapped) != on_windows
 
 
 def test_saving_ignores_a_signal_handler_that_returns(path: Path) -> None:

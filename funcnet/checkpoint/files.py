@@ -36,6 +36,9 @@ _Path: TypeAlias = "str | os.PathLike[str]"
 MAPPED_FROM = 2**26
 """The bytes of data from which `load` maps a file instead of reading it, unless told otherwise."""
 
+_ON_WINDOWS = os.name == "nt"
+"""Whether the system refuses to replace a file that is mapped."""
+
 
 def save(path: _Path, tree: Tree, metadata: dict[str, Any] | None = None) -> None:
     """Write a tree to one file, atomically and durably, so that `load` gives back the same tree.
@@ -127,7 +130,8 @@ def load(
 
     Every bit of the file is checked, and no code from it runs. A field that a file lacks takes its
     default. Files with 64 MiB of data and more are mapped into memory privately; `mmap` maps all or
-    none. This is fast, but a program that overwrites such a file in place, as `save` never does,
+    none. Windows refuses to replace a mapped file, so none is mapped there unless `mmap` says so.
+    This is fast, but a program that overwrites such a file in place, as `save` never does,
     changes the tensors or ends the process.
 
     Raises CheckpointError, a ValueError that names the entry, for a file that is damaged, truncated
@@ -260,8 +264,8 @@ def read_tensors(
     mmap: bool | None,
 ) -> dict[str, Tensor]:
     """The tensors in a file by name, on the device and in the dtype that are asked for."""
-    mapped = header.data_size >= MAPPED_FROM if mmap is None else mmap
-    tensors = read_data(file, header, mapped=mapped)
+    large = header.data_size >= MAPPED_FROM and not _ON_WINDOWS
+    tensors = read_data(file, header, mapped=large if mmap is None else mmap)
     if device is None and dtype is None:
         return dict(tensors)
     target = "cpu" if device is None else device

@@ -39,6 +39,8 @@ _UNSUPPORTED = {
 }
 """The errors by which a file system says that it lacks an operation."""
 
+_A_FOLDER = "expected the path of a file, got a folder"
+
 _ATTEMPTS = 10
 """The most temporary files to make until one can be locked."""
 
@@ -57,6 +59,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """
     target = Path(os.path.realpath(path))
     try:
+        if not os.path.basename(path):  # realpath drops a slash at the end
+            raise IsADirectoryError(errno.EISDIR, _A_FOLDER)
         mode = _mode_to_keep(target)
         clear_abandoned(target.parent, re.escape(_head(target)))
         temporary, file = _create(target, mode)
@@ -122,7 +126,7 @@ def _mode_to_keep(target: Path) -> int | None:
     except FileNotFoundError:
         return None
     if stat.S_ISDIR(status.st_mode):
-        raise IsADirectoryError(errno.EISDIR, "expected the path of a file, got a folder")
+        raise IsADirectoryError(errno.EISDIR, _A_FOLDER)
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "expected the path of a regular file, got another kind")
     # os.replace ignores the write protection of the file.

@@ -223,6 +223,8 @@ FORGED: dict[str, tuple[Callable[[Content, Content], Any], str]] = {
     "not a text": (with_text("format", 1), "expected every value to be a str"),
     "structure not JSON": (with_structure("{"), r"funcnet\.structure: expected JSON"),
     "NaN": (with_structure("NaN"), "NaN is not JSON"),
+    "half of a surrogate pair": (with_structure('"\\udC00"'), r"funcnet\.structure: expected JSON"),
+    "a key with half of a pair": (with_structure('{"dict":[["\\uD800",1]]}'), "expected JSON"),
     "long number": (with_structure("1" * 100_000), "64 bits"),
     "deep": (with_structure("[" * 100_000), "too deep"),
     "deep, closed": (with_structure('{"list":[' * 102 + "]}" * 102), "expected a tree of at most"),

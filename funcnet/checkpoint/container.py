@@ -247,9 +247,12 @@ def _from_json(what: str, text: str | bytes) -> Any:
     try:
         # json.loads would guess the encoding of bytes, and accept half of a surrogate pair.
         text = str(text, "utf-8") if isinstance(text, bytes) else text
-        return json.loads(
+        value = json.loads(
             text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_int64
         )
+        if r"\ud" in text or r"\uD" in text:
+            to_json(value).encode()  # an escape may stand for half of a pair as well
+        return value
     except RecursionError:
         raise CheckpointError(f"{what}: expected JSON, got it nested too deep") from None
     except ValueError as error:

@@ -24,7 +24,7 @@ close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-14, equal_nan=Tr
 
 # --- Where they are
 
-SOURCES = {path: path.read_text() for path in sorted((ROOT / "funcnet").rglob("*.py"))}
+SOURCES = {path: path.read_text("utf-8") for path in sorted((ROOT / "funcnet").rglob("*.py"))}
 OF_OTHERS = {"_replace", "_fields", "_make", "_asdict", "__GLOBAL_NAMESPACE", "_reverse"}
 """Of named tuples, one of optree, and the end of a parameter's name."""
 

@@ -11,6 +11,7 @@ import torch
 import torch._dynamo.testing
 from hypothesis import given
 from hypothesis import strategies as st
+from test_transforms import needs_a_compiler
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import funcnet as fn
@@ -200,6 +201,7 @@ for _ in range(60):
 """
 
 
+@needs_a_compiler
 def test_compiled_it_writes_to_no_other_memory():
     """For sizes that are no multiple of a vector. It ended the process, so it runs in another."""
     done = subprocess.run(

@@ -172,11 +172,13 @@ def test_a_file_is_verified_once(tmp_path, monkeypatch):
     assert verified == [f"step-0000000{step}.safetensors" for step in range(3)]
 
 
-def test_a_disk_that_fails_to_read_is_passed_over(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_fails_to_read_is_passed_over(tmp_path, monkeypatch, number):
+    """ESTALE tells that another computer has removed a file on a disk of the network."""
     checkpoints = fn.Checkpoints(tmp_path)
     for step in range(2):
         checkpoints.save(step, tree(step))
-    bad, opened = OSError(errno.EIO, os.strerror(errno.EIO), path_of(checkpoints, 1)), module.opened
+    bad, opened = OSError(number, os.strerror(number), path_of(checkpoints, 1)), module.opened
 
     def opening(path):
         if path.name == "step-00000001.safetensors":
@@ -184,7 +186,7 @@ def test_a_disk_that_fails_to_read_is_passed_over(tmp_path, monkeypatch):
         return opened(path)
 
     monkeypatch.setattr(module, "opened", opening)
-    with pytest.warns(RuntimeWarning, match="passing over .*Input/output error: .*step-00000001"):
+    with pytest.warns(RuntimeWarning, match=f"passing over .*{bad.strerror}: .*step-00000001"):
         assert checkpoints.latest()[0] == 0
     bad.errno = errno.EACCES
     with pytest.raises(OSError, match="step-00000001"):

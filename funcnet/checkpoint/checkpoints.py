@@ -28,10 +28,10 @@ _NAME = re.compile(r"step-([0-9]{8,})\.safetensors")
 
 _UNREADABLE = {
     getattr(errno, name)
-    for name in ("ENOENT", "EIO", "ELOOP", "EUCLEAN", "EBADMSG", "ENODATA", "EILSEQ")
+    for name in ("ENOENT", "EIO", "ELOOP", "EUCLEAN", "EBADMSG", "ENODATA", "EILSEQ", "ESTALE")
     if hasattr(errno, name)
 }
-"""The errors of reading a damaged file, or one on a damaged disk."""
+"""The errors of reading a file that is damaged, on a damaged disk, or removed meanwhile."""
 
 
 class _FolderKind:

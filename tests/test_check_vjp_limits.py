@@ -550,6 +550,28 @@ def test_layers_that_draw_are_tried_with_and_without_a_key(key):
 
 
 @dataclass(frozen=True)
+class Kept(Plain):
+    """y = 2·x, of which the forward pass keeps something else with a key than without."""
+
+    wrong: bool | None = None  # whether the gradient is wrong with a key, or without; None: never
+
+    def fwd(self, params, x, *, key=None):
+        return 2 * x, key is not None
+
+    def bwd(self, params, trains, grad, *, input_grad=True):
+        return (), (3 if trains == self.wrong else 2) * grad if input_grad else None
+
+
+@pytest.mark.parametrize("key", [None, fn.key(3)], ids=["no key", "key"])
+def test_a_gradient_that_depends_on_the_key_alone(key):
+    x = draw((4, 6))
+    check_vjp(Kept(), (), x, key=key)
+    for wrong in (False, True):
+        with pytest.raises(GradientMismatch, match="a factor of 1"):
+            check_vjp(Kept(wrong), (), x, key=key)
+
+
+@dataclass(frozen=True)
 class Trained(Plain):
     """y = a∘x + b with a key, and x without: numbers drawn, or a function of x and the batch."""
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from funcnet.keys import Key, fold_in
 from funcnet.keys import key as make_key
-from funcnet.testing.check.case import Case, tried_y
+from funcnet.testing.check.case import Case, tried, tried_y
 from funcnet.testing.check.comparison import within
 from funcnet.testing.check.rounding import value_moves
 from funcnet.testing.check.tolerances import COUPLED
@@ -31,16 +31,27 @@ def beside_key(case: Case) -> list[Case]:
     if case.is_loss:
         return []
     key = make_key(0) if case.key is None else case.key
-    without, drawn = tried_y(replace(case, key=None)), tried_y(replace(case, key=key))
-    if without is None or drawn is None or same(without, drawn):
+    evaluating, training = replace(case, key=None), replace(case, key=key)
+    without, drawn = tried_y(evaluating), tried_y(training)
+    other = training if case.key is None else evaluating
+    if without is None or drawn is None:
         return []
+    if same(without, drawn):
+        return [] if _have_the_same_gradients(case, other) else [other]
     if _is_alike_for_all_keys(case, key, drawn):
         if _drops_the_same(case, key, without, drawn):
             raise GradientMismatch(
                 f"apply: {_KEYS} different keys drop the same entries: {_ITS_KEY_IS_IGNORED}"
             )
         _check_equal_examples(case, key)
-    return [replace(case, key=None if case.key is not None else key)]
+    return [other]
+
+
+def _have_the_same_gradients(case: Case, other: Case) -> bool:
+    gradients, others = tried(case.gradients), tried(other.gradients)
+    if gradients is None or others is None:
+        return gradients is others
+    return all(same(a, b) for a, b in zip(gradients, others, strict=True))
 
 
 def _is_alike_for_all_keys(case: Case, key: Key, y: Tensor) -> bool:

@@ -1082,7 +1082,8 @@ class Masked(Plain):
 
 def test_integers_and_bools_among_params():
     params = Masked().init(fn.key(0), (4,), dtype=torch.float64)
-    check_vjp(Masked(), params, draw((3, 4)))
+    for right in (None, torch.zeros(4), torch.zeros(4, dtype=torch.bool)):
+        check_vjp(Masked(right), params, draw((3, 4)))
     for wrong in (torch.ones(4), torch.zeros(3, 4)):
         with pytest.raises(GradientMismatch, match=r"to be None, as torch.bool has no gradient"):
             check_vjp(Masked(wrong), params, draw((3, 4)))

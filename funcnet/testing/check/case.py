@@ -205,11 +205,16 @@ def leaves_like(of: Tree, tree: Any) -> Leaves:
         [None] * len(leaves) if tree is None and without_gradient else structure.flatten_up_to(tree)
     )
     return [
-        leaf.new_zeros(leaf.shape, dtype=torch.float64)
-        if gradient is None and not leaf.is_floating_point()
-        else gradient
+        gradient if leaf.is_floating_point() else _of_integers(leaf, gradient)
         for leaf, gradient in zip(leaves, found, strict=True)
     ]
+
+
+def _of_integers(leaf: Tensor, gradient: Any) -> Any:
+    if gradient is None:
+        return leaf.new_zeros(leaf.shape, dtype=torch.float64)
+    # bools, as torch.zeros_like(leaf) has them, cannot be subtracted
+    return gradient.double() if isinstance(gradient, Tensor) else gradient
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,23 @@ def axes(cls):
 # --- Numbers
 
 
+@every([*AVG, *ADAPTIVE_AVG])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_in_half_precision_go_on_growing(cls, dtype):
+    """Ones that are added one by one to a bfloat16 stop at 256, and to a float16 at 2048."""
+    side = {1: 4096, 2: 64, 3: 16}[axes(cls)]
+    x = torch.ones(1, 1, *(2 * side,) * axes(cls), dtype=dtype)
+    y = cls(2 if cls in ADAPTIVE_AVG else side).apply((), x)
+    assert torch.equal(y, torch.ones_like(y))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_volumes_in_half_precision_go_on_growing(dtype):
+    dy = torch.ones(1, 1, 16, 16, 16, dtype=dtype)
+    _, dx = fn.AdaptiveAvgPool3d(16).vjp((), dy[..., :1, :1, :2], dy)
+    assert torch.equal(dx, torch.full_like(dx, 2048))
+
+
 @every(POOLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @budget(10)

@@ -166,7 +166,8 @@ def adaptive_average(x: Tensor, size: Ints) -> Tensor:
         return x.mean(list(range(2, x.ndim)), keepdim=True)
     if x.ndim == 3:
         return adaptive_average(x.unsqueeze(2), (1, *size)).squeeze(2)
-    return compat.adaptive_average[x.ndim](x, size)
+    y: Tensor = compat.adaptive_average[x.ndim](_for_averages_of_any_size(x), size)
+    return y.to(x.dtype)
 
 
 def adaptive_average_backward(dy: Tensor, shape: Ints) -> Tensor:
@@ -177,7 +178,9 @@ def adaptive_average_backward(dy: Tensor, shape: Ints) -> Tensor:
     if _is_pixel(dy):
         share = dy / math.prod(shape[2:])
         return share.expand(shape).clone(memory_format=native.memory_format_of_new(dy))
-    return compat.adaptive_average_backward[dy.ndim](dy, _like(dy, shape))
+    grad = _for_averages_of_any_size(dy)
+    dx: Tensor = compat.adaptive_average_backward[dy.ndim](grad, _like(grad, shape))
+    return dx.to(dy.dtype)
 
 
 def _layout(x: Tensor) -> Tensor:
@@ -188,6 +191,12 @@ def _layout(x: Tensor) -> Tensor:
 def _for_averages(x: Tensor) -> Tensor:
     """x as the kernels for averages want it: of volumes, the CPU has none in half precision."""
     return _layout(x) if x.ndim == 4 else native.upcast(x)
+
+
+def _for_averages_of_any_size(x: Tensor) -> Tensor:
+    """x as the kernels for adaptive averages want it: for volumes, the CPU's add up in its dtype,
+    where sums in half precision stop growing."""
+    return x if x.ndim == 4 else native.upcast(x)
 
 
 def _like(dy: Tensor, shape: Ints) -> Tensor:

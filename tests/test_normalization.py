@@ -201,6 +201,16 @@ def test_a_million_positions_cost_no_digit(layer):
     assert (y - exact).abs().max() < 1e-6
 
 
+def test_gradient_of_rms_norm_of_many_rows():
+    """A single product adds up row after row, and was off by 8·10⁻⁶."""
+    x, grad = fn.uniform(KEY, (10**5 + 3, 8), 0.5, 1.5), fn.uniform(KEY, (10**5 + 3, 8))
+    params = {"weight": torch.ones(8)}
+    dweight = fn.RMSNorm().vjp(params, x, grad)[0]["weight"]
+    double = {"weight": torch.ones(8).double()}
+    exact = fn.RMSNorm(eps=1e-7).vjp(double, x.double(), grad.double())[0]["weight"]
+    assert (dweight / exact - 1).abs().max() < 1e-6
+
+
 def test_of_a_fake_tensor_no_mean_is_read():
     with FakeTensorMode():
         x = torch.zeros(2, 32, 4, 4).contiguous(memory_format=torch.channels_last)

@@ -143,7 +143,7 @@ def rms_norm_gradients(
     products = (grad * rows).flatten(0, -2)  # (rows, entries of a set), for products of matrices
     dx = dweight = None
     if need.params and weight is not None:
-        dweight = rstd.flatten() @ products
+        dweight = _weighted_sum(rstd.flatten(), products)
         dweight = dweight.to(weight.dtype).reshape(weight.shape)
     if need.input:
         if weight is None:
@@ -155,6 +155,21 @@ def rms_norm_gradients(
         dx = inplace.multiply(torch.addcmul(grad, rows, slope, value=-1), rstd)
         dx = dx.to(x.dtype).reshape(x.shape)
     return dx, dweight
+
+
+_BLOCK, _MANY_ROWS = 512, 4096
+"""Rows that one product adds up, and from how many rows on there are several products."""
+
+
+def _weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
+    """weights · rows. Many rows are added up in blocks: one product adds up row after row, and is
+    off by 10⁻⁵ after 10⁵ rows in float32."""
+    whole = 0 if inplace.is_tracing() else len(rows) // _BLOCK * _BLOCK
+    if whole < _MANY_ROWS:
+        return weights @ rows
+    blocks = rows[:whole].reshape(-1, _BLOCK, rows.shape[1])
+    sums = weights[:whole].reshape(-1, 1, _BLOCK) @ blocks
+    return sums.sum((0, 1)) + weights[whole:] @ rows[whole:]
 
 
 def rms_normalised(x: Tensor, rstd: Tensor, num_dims: int) -> Tensor:

@@ -222,6 +222,11 @@ def test_layers_by_name():
         NAMED["tail"]
     with pytest.raises(KeyError, match="Sequential of 1 layer: expected a position, as its layers"):
         fn.Sequential(fn.ReLU())["tail"]
+    for net, position in ((NAMED, 3), (NAMED, -4), (fn.Sum(fn.ReLU()), 9)):
+        with pytest.raises(IndexError, match=f"layers?: expected a position in it, got {position}"):
+            net[position]
+    with pytest.raises(TypeError, match="layers: expected a position or a name, got None"):
+        NAMED[None]
     # The names of the constructor's own arguments are as good as others.
     names = ("self", "cls", "layers", "names", "arguments", "named")
     for kind in (fn.Sequential, fn.Sum, fn.Concat):
@@ -261,6 +266,15 @@ def test_other_layers_in_the_same_place():
     assert replace(NET[:1], names=("a",)) == fn.Sequential(a=NET[0])
     with pytest.raises(TypeError, match="Sequential: expected a name for each layer, or none"):
         replace(NAMED, layers=(fn.ReLU(),))
+    other = replace(NAMED, head=fn.ReLU(), act=fn.Sigmoid())
+    assert other == fn.Sequential(stem=NAMED["stem"], act=fn.Sigmoid(), head=fn.ReLU())
+    assert replace(fn.Concat(a=fn.ReLU(), b=fn.ReLU(), dim=2), a=fn.Sigmoid(), dim=3) == fn.Concat(
+        a=fn.Sigmoid(), b=fn.ReLU(), dim=3
+    )
+    with pytest.raises(TypeError, match="expected head to be a Layer, got 3"):
+        replace(NAMED, head=3)
+    with pytest.raises(TypeError, match="expected layers to be a Layer"):
+        replace(NAMED, tail=fn.ReLU())
 
 
 def test_a_subclass_with_a_constructor_of_its_own():
@@ -384,6 +398,20 @@ def test_repr_is_code():
     for name in ("stem", "a.b", "class"):
         net = fn.Sequential(**{name: fn.ReLU()})
         assert eval(repr(net), vars(fn).copy()) == net
+
+
+def test_the_repr_of_a_layer_is_written_once():
+    class Counted(fn.ReLU):
+        def __repr__(self):
+            written.append(self)
+            return "ReLU()"
+
+    written = []
+    net = Counted()
+    for _ in range(5):
+        net = fn.Sequential(net)
+    repr(net)
+    assert len(written) == 1
 
 
 def test_subclasses_of_layers_that_work_in_place():

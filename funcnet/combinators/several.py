@@ -43,18 +43,19 @@ class Several(Layer):
         self.__post_init__()
 
     def __repr__(self) -> str:
-        if all(name.isidentifier() and not iskeyword(name) for name in self.names):
-            layers = [f"{name}={layer!r}" for name, layer in self._children()]
-        else:
-            named = [f"{name!r}: {layer!r}" for name, layer in self._children()]
-            layers = [call("**", named, brackets="{}")]
+        layers = [*map(repr, self.layers)]  # once: the time would double with each depth
+        if self.names:
+            pairs = [*zip(self.names, layers, strict=True)]
+            layers = [f"{name}={code}" for name, code in pairs]
+            if not all(name.isidentifier() and not iskeyword(name) for name in self.names):
+                named = [f"{name!r}: {code}" for name, code in pairs]
+                layers = [call("**", named, brackets="{}")]
         options = [
             f"{f.name}={getattr(self, f.name)!r}"
             for f in fields(self)
             if f.init and f.name not in ("layers", "names") and getattr(self, f.name) != f.default
         ]
-        shown = layers if self.names else map(repr, self.layers)
-        return call(type(self).__name__, [*shown, *options])
+        return call(type(self).__name__, [*layers, *options])
 
     # --- A sequence of layers
 
@@ -71,13 +72,17 @@ class Several(Layer):
     def __getitem__(self, index: int | str | slice) -> Layer | Self:
         if isinstance(index, slice):
             return self._with(self.layers[index], self.names[index])
-        if isinstance(index, str):
-            if index not in self.names:
-                names = f"a name among {_listed(self.names)}"
-                expected = names if self.names else "a position, as its layers have no names"
-                raise KeyError(f"{name_of(self)}: expected {expected}, got {index!r}")
-            index = self.names.index(index)
-        return self.layers[index]
+        if isinstance(index, str) and index not in self.names:
+            names = f"a name among {_listed(self.names)}"
+            expected = names if self.names else "a position, as its layers have no names"
+            raise KeyError(f"{name_of(self)}: expected {expected}, got {index!r}")
+        try:
+            return self.layers[self.names.index(index) if isinstance(index, str) else index]
+        except IndexError:
+            raise IndexError(f"{name_of(self)}: expected a position in it, got {index}") from None
+        except TypeError:
+            got = f"got {shown(index)}"
+            raise TypeError(f"{name_of(self)}: expected a position or a name, {got}") from None
 
     def _with_children(self, children: Sequence[Layer]) -> Self:
         return self._with(tuple(children), self.names)
@@ -171,12 +176,16 @@ def _sorted_out(
     """The layers and names that a constructor's arguments give. Raises TypeError for others."""
     names = tuple(named)
     # By its length: torch.compile knows no truth of a tuple of layers.
-    is_copy = len(layers) == 0 and named.keys() <= {"layers", "names"}
-    if is_copy and isinstance(named.get("layers"), tuple):  # the fields, of dataclasses.replace
-        layers, names = named["layers"], named.get("names", ())
+    held = named.get("layers") if len(layers) == 0 else None
+    own_names = named.get("names", ())
+    others = {name: layer for name, layer in named.items() if name not in ("layers", "names")}
+    # The fields, of dataclasses.replace, which may also give other layers by their names.
+    if isinstance(held, tuple) and all(name in own_names for name in others):
+        layers, names, named = held, own_names, {}
         if names and len(names) != len(layers):
             raise TypeError(f"{who}: expected a name for each layer, or none, got {names!r}")
-        named = {}
+        if others:
+            layers = tuple(others.get(name, own) for name, own in zip(names, held, strict=True))
     if layers and named:
         raise TypeError(
             f"{who}: expected layers by position or by name, got both: "

@@ -322,8 +322,16 @@ def _draw_normal(
 def _draw_bernoulli(
     generator: np.random.Generator, sizes: _Sizes, p: float, _: torch.dtype
 ) -> Tensor:
-    unit = generator.random(sizes)
-    return torch.from_numpy(np.asarray(unit < p))
+    drawn = np.empty(sizes, np.bool_)
+    flat = drawn.reshape(-1)
+    # In parts, as the numbers in float64 take eight times the memory of what is drawn.
+    for start in range(0, flat.size, _AT_ONCE):
+        part = flat[start : start + _AT_ONCE]
+        part[:] = generator.random(part.size) < p
+    return torch.from_numpy(drawn)
+
+
+_AT_ONCE = 2**16
 
 
 def _draw_permutation(generator: np.random.Generator, sizes: _Sizes, _: torch.dtype) -> Tensor:

@@ -344,6 +344,18 @@ def test_networks():
             call(((), ()), torch.ones(1), key=5)
 
 
+@pytest.mark.parametrize("layer", [fn.ReLU(), fn.Residual(fn.Linear(2)), fn.MSE()], ids=repr)
+def test_all_that_fwd_returns_in_the_place_of_residuals(layer):
+    x = torch.ones(3, 2)
+    inputs = (x, x) if isinstance(layer, fn.Loss) else (layer.init(fn.key(0), (2,)), x)
+    made = layer.fwd(*inputs)
+    before = inputs[:-1] if isinstance(layer, fn.Layer) else ()
+    for value in (made, (made[0].view(-1), made[1])):
+        with refused(TypeError, "expected residuals, the second of what fwd returns, got both"):
+            layer.bwd(*before, value, torch.ones_like(made[0]))
+    layer.bwd(*before, made[1], torch.ones_like(made[0]))
+
+
 def test_errors_of_bwd_and_of_other_kinds_name_the_position():
     net = fn.Sequential(fn.ReLU(), fn.Sigmoid())
     with pytest.raises(TypeError, match=r"^layer 1: Sigmoid\(\): expected grad to be a tensor"):

@@ -391,7 +391,7 @@ def test_all_that_has_no_twin_is_named_at_once():
         nn.LSTM(2, 3, batch_first=True, proj_size=2), Other(2, 2), hooked, nn.LazyLinear(3),
         nn.MultiheadAttention(4, 2, kdim=3, add_bias_kv=True, add_zero_attn=True, batch_first=True),
         nn.Softmax(), nn.Flatten(0), nn.AlphaDropout(), nn.ModuleList([nn.Linear(2, 2)]),
-        tied, nn.ReLU(), tied,
+        tied, nn.ReLU(), tied, nn.MSELoss(), nn.NLLLoss(),
     )  # fmt: skip
     with pytest.raises(ValueError, match="from_torch: expected modules that have a twin") as error:
         from_torch(module, (3, 8, 8))
@@ -415,6 +415,8 @@ def test_all_that_has_no_twin_is_named_at_once():
         "  12: Flatten: expected start_dim not to be 0, the batch, got 0",
         "  13: AlphaDropout has no twin in train mode",
         "  14: ModuleList has no twin",
+        "  18: MSELoss is a loss, which stands beside the network: fn.MSE()",
+        "  19: NLLLoss has no twin",
         "  17.weight: expected a parameter of its own, got one tied to 15.weight",
         "  17.bias: expected a parameter of its own, got one tied to 15.bias",
     ]

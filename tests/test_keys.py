@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import random
+import tracemalloc
 from dataclasses import FrozenInstanceError
 from functools import partial
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import funcnet as fn
+from funcnet import keys
 from funcnet.testing import strategies
 
 SEEDS = st.integers(0, 2**64 - 1)
@@ -147,6 +149,20 @@ def test_bernoulli_at_its_ends():
     assert not fn.bernoulli(fn.key(0), 0.0, (1000,)).any()
     assert fn.bernoulli(fn.key(0), 1.0, (1000,)).all()
     assert fn.bernoulli(fn.key(0), 0.5, (2, 3)).dtype == torch.bool
+
+
+def test_bernoulli_is_drawn_in_parts_with_the_numbers_of_the_whole(monkeypatch):
+    sizes = ((), (1,), (3, 7), (5, 0), (40, 5))
+    whole = [fn.bernoulli(fn.key(3), 0.4, size) for size in sizes]
+    monkeypatch.setattr(keys, "_AT_ONCE", 7)
+    for size, drawn in zip(sizes, whole, strict=True):
+        assert torch.equal(fn.bernoulli(fn.key(3), 0.4, size), drawn)
+        unit = np.random.Generator(np.random.Philox(key=fn.key(3).data)).random(size)
+        assert np.array_equal(drawn.numpy(), unit < 0.4)
+    tracemalloc.start()
+    fn.bernoulli(fn.key(3), 0.4, (2**21,))
+    assert tracemalloc.get_traced_memory()[1] < 2 * 2**21
+    tracemalloc.stop()
 
 
 @given(SEEDS, st.integers(0, 50))

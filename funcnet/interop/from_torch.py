@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from funcnet import compat
+from funcnet import compat, losses
 from funcnet.checkpoint.memory_format import lay_out_as_init
 from funcnet.checks import as_axis, as_shape, sizes
 from funcnet.combinators import Concat, Loop, Product, Residual, Reversible, Sequential, Sum
@@ -162,6 +162,9 @@ def _kind_of(module: nn.Module) -> type[nn.Module]:
     name = type(module).__name__
     kind = next((base for base in type(module).__mro__ if base in _KNOWN), None)
     if kind is None:
+        loss = name.removesuffix("Loss")
+        if loss in losses.__all__:
+            raise ValueError(f"{name} is a loss, which stands beside the network: fn.{loss}()")
         raise ValueError(f"{name} has no twin")
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         raise ValueError(f"{name}: expected parameters, got none yet: call the module once before")

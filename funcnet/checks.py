@@ -37,6 +37,18 @@ def is_pair(made: Any) -> bool:
     return isinstance(made, (tuple, list)) and len(made) == 2
 
 
+def as_pair(who: object, name: str, made: Any) -> Any:
+    """What an author's function, `_fwd` for instance, has returned. Raises unless it is a pair."""
+    if not is_pair(made):
+        raise broken_promise(who, f"expected {name} to return {returned(name)}, got {shown(made)}")
+    return made
+
+
+def returned(name: str) -> str:
+    """What a layer's function returns, as its author knows it."""
+    return "(y, residuals)" if name.endswith("fwd") else "(dparams, dx)"
+
+
 def shown(value: Any) -> str:
     """A refused value in a message: its code, or its kind and size where the code is long."""
     if isinstance(value, nn.Module):  # torch.nn's ReLU() prints as ours

@@ -53,6 +53,7 @@ import torch
 from torch import Tensor
 
 from funcnet.checks import (
+    as_pair,
     as_shape,
     broken_promise,
     check_like,
@@ -60,6 +61,7 @@ from funcnet.checks import (
     is_pair,
     name_of,
     opened,
+    returned,
     shown,
     sizes,
 )
@@ -231,7 +233,8 @@ class Layer(Hyperparameters):
     def apply(self, params: Tree, x: Tensor, *, key: Key | None = None) -> Tensor:
         """y = f(params, x)."""
         if not is_private(self):
-            return self.fwd(params, x, key=key)[0]
+            y: Tensor = as_pair(self, "fwd", self.fwd(params, x, key=key))[0]
+            return y
         promised, is_new = self._admit(params, x, getattr(x, "shape", ()), key)
         with without_autocast(x):
             y = y_alone(self, params, x, key)
@@ -276,7 +279,8 @@ class Layer(Hyperparameters):
         param_grad: bool = True,
     ) -> tuple[Tree, Tensor | None]:
         """(dparams, dx): the vector-Jacobian product of `apply` with grad, which has y's shape."""
-        y, residuals = self.fwd(params, x, key=key)
+        made = self.fwd(params, x, key=key)
+        y, residuals = made if type(made) is tuple else as_pair(self, "fwd", made)
         need = Need(param_grad, input_grad)
         return last_bwd(self, params, residuals, grad, need, spec_of_y(y))
 
@@ -419,10 +423,7 @@ class Layer(Hyperparameters):
             return zeros_like(params) if need.params else None, None
         with without_autocast(grad):
             made = self._bwd(params, kept, grad, need)
-        if not is_pair(made):
-            what = f"expected _bwd to return (dparams, dx), got {shown(made)}"
-            raise broken_promise(self, what)
-        dparams, dx = made
+        dparams, dx = as_pair(self, "_bwd", made)
         return like_params(params, dparams) if need.params else None, dx if need.input else None
 
     def _admit(
@@ -470,7 +471,7 @@ class Layer(Hyperparameters):
             return
         self.__dict__.pop("_accepted", None)
         if (is_one or y is None) and not is_pair(result := made()):
-            what = f"expected _fwd to return (y, residuals), got {shown(result)}"
+            what = f"expected _fwd to return {returned('_fwd')}, got {shown(result)}"
         elif fits:
             what = f"expected y to be {promised.dtype}, got {y.dtype}"
         else:
@@ -619,11 +620,14 @@ def public_bwd(
 ) -> tuple[Tree, Tensor | None]:
     """(dparams, dx) by a layer's `bwd`, which may know nothing of `param_grad`."""
     if need.params:
-        return layer.bwd(params, residuals, grad, input_grad=need.input)
+        made = layer.bwd(params, residuals, grad, input_grad=need.input)
+        return as_pair(layer, "bwd", made)  # type: ignore[no-any-return]
     parameters = inspect.signature(layer.bwd).parameters.values()
     if any(p.name == "param_grad" or p.kind is p.VAR_KEYWORD for p in parameters):
-        return layer.bwd(params, residuals, grad, input_grad=need.input, param_grad=False)
-    return None, layer.bwd(params, residuals, grad, input_grad=need.input)[1]
+        made = layer.bwd(params, residuals, grad, input_grad=need.input, param_grad=False)
+        return as_pair(layer, "bwd", made)  # type: ignore[no-any-return]
+    made = layer.bwd(params, residuals, grad, input_grad=need.input)
+    return None, as_pair(layer, "bwd", made)[1]
 
 
 def last_bwd(

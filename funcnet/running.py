@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from funcnet.checks import name_of
+from funcnet.checks import as_pair, name_of
 from funcnet.keys import Key
 from funcnet.layer import Layer, Part, Shape, Spec, Tree, is_private, public_bwd, writes, y_alone
 from funcnet.ops.inplace import add_over
@@ -28,7 +28,12 @@ def run_apply(layer: Layer, params: Tree, x: Tensor, key: Key | None) -> Tensor:
     if cls.fwd is Layer.fwd and cls.bwd is Layer.bwd and cls.apply is Layer.apply:
         # Most layers end here, without another call: small ones would take longer.
         if cls._apply is Layer._apply:
-            return layer._fwd(params, x, key)[0]
+            made = layer._fwd(params, x, key)
+            try:  # to take a pair apart, which is as fast as made[0]: y alone has many examples
+                y, _ = made
+            except (TypeError, ValueError):
+                y, _ = as_pair(layer, "_fwd", made)
+            return y
         return y_alone(layer, params, x, key)
     return _as_promised(layer, x, layer.apply(params, x, key=key))
 
@@ -37,8 +42,9 @@ def run_fwd(layer: Layer, params: Tree, x: Tensor, key: Key | None) -> tuple[Ten
     """(y, residuals) of a layer whose params and x have been checked by `check`."""
     cls = type(layer)
     if cls.fwd is Layer.fwd and cls.bwd is Layer.bwd:
-        return layer._fwd(params, x, key)
-    y, residuals = layer.fwd(params, x, key=key)
+        made = layer._fwd(params, x, key)
+        return made if type(made) is tuple else as_pair(layer, "_fwd", made)
+    y, residuals = as_pair(layer, "fwd", layer.fwd(params, x, key=key))
     return _as_promised(layer, x, y), residuals
 
 
@@ -59,7 +65,8 @@ def run_bwd(
     """(dparams, dx) from the residuals of `run_fwd`."""
     cls = type(layer)
     if cls.fwd is Layer.fwd and cls.bwd is Layer.bwd:
-        return layer._bwd(params, residuals, grad, need)
+        made = layer._bwd(params, residuals, grad, need)
+        return made if type(made) is tuple else as_pair(layer, "_bwd", made)
     return public_bwd(layer, params, residuals, grad, need)
 
 

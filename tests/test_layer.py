@@ -825,7 +825,7 @@ def test_a_layer_that_returns_no_pair(made):
     for call in calls * 2:
         with pytest.raises(ValueError, match=r"expected _fwd to return \(y, residuals\), got"):
             call((), x)
-    with pytest.raises(ValueError, match=r"Frozen\(Returns.* expected _fwd to return \(y, res"):
+    with pytest.raises(ValueError, match=r"Returns.* expected _fwd to return \(y, res"):
         fn.Frozen(Returns(made)).fwd((), x)
     with pytest.raises(ValueError, match=r"expected _bwd to return \(dparams, dx\), got"):
         Returns(of_bwd=made).vjp((), x, x)
@@ -868,7 +868,7 @@ def test_in_a_network_examples_are_not_lost():
     net = fn.Sequential(fn.Linear(3), WithoutResiduals(), fn.Linear(1))
     params = net.init(fn.key(0), (4,))
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"3 layers: expected y of shape \(5, 1\).*got \(1,\)"):
+        with pytest.raises(ValueError, match=r"^layer 1: Without.*return \(y, residuals\), got a"):
             net.apply(params, torch.ones(5, 4))
 
 
@@ -928,3 +928,73 @@ def test_check_vjp_says_what_a_layer_does_not_keep(layer, batch):
     with pytest.raises(GradientMismatch, match=r"expected (y of|_fwd|_bwd)") as caught:
         check_vjp(layer, params, torch.ones(batch, 3))
     assert "To replay it" in str(caught.value)
+
+
+@dataclass(frozen=True)
+class Forgetful(fn.Layer):
+    """A layer whose functions return what they are told to, of y and residuals or of gradients."""
+
+    fwd_returns: str = "y, x"
+    bwd_returns: str = "(), dy"
+
+    def _fwd(self, params, x, key):
+        return eval(self.fwd_returns, {"y": 2 * x, "x": x})
+
+    def _bwd(self, params, x, dy, need):
+        return eval(self.bwd_returns, {"dy": 2 * dy})
+
+
+@dataclass(frozen=True)
+class ForgetfulOfPublicOnes(Forgetful):
+    def fwd(self, params, x, *, key=None):
+        return self._fwd(params, x, key)
+
+    def bwd(self, params, residuals, grad, *, input_grad=True, param_grad=True):
+        return self._bwd(params, residuals, grad, None)
+
+
+AROUND = {
+    "layer 1: ": lambda layer: fn.Sequential(fn.Sigmoid(), layer, fn.Sigmoid()),
+    "second: ": lambda layer: fn.Sum(first=fn.ReLU(), second=layer),
+    "layer 0: ": lambda layer: fn.Reversible(layer, fn.ReLU()),
+}
+ALONE = [fn.Residual, fn.Frozen, fn.Recompute, lambda f: fn.Repeat(f, 2), lambda f: f]
+
+
+def _start(message):
+    return "^" + re.escape(message)
+
+
+@pytest.mark.parametrize("cls", [Forgetful, ForgetfulOfPublicOnes])
+@pytest.mark.parametrize("batch", [1, 5])  # two examples may be taken for a pair
+def test_a_layer_in_a_network_that_returns_something_else_than_a_pair(cls, batch):
+    mark = "_" if cls is Forgetful else ""
+    x = torch.ones(batch, 4)
+    for where, around in [*AROUND.items(), *(("", each) for each in ALONE)]:
+        for made in ("None", "y"):
+            layer = cls(fwd_returns=made)
+            net = around(layer)
+            params, message = net.init(fn.key(0), (4,)), f"{where}{layer}: expected {mark}fwd to "
+            with pytest.raises(ValueError, match=_start(message + "return (y, residuals), got")):
+                net.apply(params, x)
+            with pytest.raises((TypeError, ValueError), match=_start(message + "return (y, res")):
+                net.vjp(params, x, x)
+        for made in ("None", "dy"):
+            layer = cls(bwd_returns=made)
+            net = around(layer)
+            params = net.init(fn.key(0), (4,))
+            message = f"{where}{layer}: expected {mark}bwd to return (dparams, dx)"
+            with pytest.raises((TypeError, ValueError), match=_start(message)):
+                net.vjp(params, x, x)
+
+
+def test_an_error_of_the_layers_own_keeps_its_words():
+    class Unpacks(fn.ReLU):
+        def _fwd(self, params, x, key):
+            one, other = x, key, params
+            return one, other
+
+    net = fn.Sequential(fn.Sigmoid(), Unpacks())
+    for run in (net.apply, net.fwd):
+        with pytest.raises(ValueError, match=r"^layer 1: too many values to unpack"):
+            run(((), ()), torch.ones(1, 2))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import is_dataclass
 from itertools import islice
 from numbers import Integral, Real
-from typing import Any, TypeGuard
+from typing import Any
 
 from torch import SymFloat, Tensor, nn
 
@@ -187,18 +187,14 @@ def check_like(who: object, name: str, tensor: Any, x: Any, of: str = "x") -> No
 
 def opened(who: object, residuals: Any) -> tuple[Tensor, Any]:
     """(a tensor without entries for x, residuals), which `fwd` has wrapped up."""
-    if _is_wrapped_up(residuals):
-        if _is_wrapped_up(residuals[1]) and residuals[0].numel():
-            raise TypeError(
-                f"{name_of(who)}: expected residuals, the second of what fwd returns, got both"
-            )
+    if isinstance(residuals, tuple) and len(residuals) == 2 and isinstance(residuals[0], Tensor):
+        like, kept = residuals
+        if isinstance(kept, tuple) and kept and isinstance(kept[0], Tensor) and like.numel():
+            expected = "expected residuals, the second of what fwd returns"
+            raise TypeError(f"{name_of(who)}: {expected}, got both")
         return residuals
     got = type(residuals).__name__
     raise TypeError(f"{name_of(who)}: expected residuals as fwd returns them, got {got}")
-
-
-def _is_wrapped_up(residuals: Any) -> TypeGuard[tuple[Tensor, Any]]:
-    return isinstance(residuals, tuple) and len(residuals) == 2 and isinstance(residuals[0], Tensor)
 
 
 def sizes(shape: Sequence[object]) -> str:

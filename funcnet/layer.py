@@ -423,7 +423,7 @@ class Layer(Hyperparameters):
             return zeros_like(params) if need.params else None, None
         with without_autocast(grad):
             made = self._bwd(params, kept, grad, need)
-        dparams, dx = as_pair(self, "_bwd", made)
+        dparams, dx = made if is_pair(made) else as_pair(self, "_bwd", made)
         return like_params(params, dparams) if need.params else None, dx if need.input else None
 
     def _admit(

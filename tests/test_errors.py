@@ -58,6 +58,7 @@ def test_how_a_message_shows_a_value():
 
 NET = fn.Sequential(fn.Linear(30), fn.ReLU(), fn.Linear(10))
 PARAMS = NET.init(fn.key(0), (20,))
+X = torch.ones(1, 20)
 
 
 @pytest.mark.parametrize(
@@ -431,7 +432,8 @@ TREE = ({"weight": torch.zeros(8, 3, 3, 3)}, ())
     [
         (
             lambda: fn.Adam(TREE),
-            "Adam: expected lr to be a number or a function of the step count, got a tuple of 2",
+            "Adam: expected lr to be a number or a function of the step count, got a tuple of 2: "
+            "params belong to init and step",
         ),
         (lambda: fn.Linear(TREE), "Linear: expected out_features to be an int, got a tuple of 2"),
         (lambda: fn.split(TREE[0]), "funcnet.key(seed), got a dict of 1"),
@@ -521,6 +523,33 @@ OWN_LOSS = "got Shrunk(): a loss of one's own has a field named reduction"
             lambda: Rate().step_((), (), ()),
             NotImplementedError,
             "Rate writes no _prepare, which step and step_ call",
+        ),
+        (
+            lambda: fn.Adam({"weight": torch.ones(1)}, lr=0.1),
+            TypeError,
+            "Adam: expected lr once, got it twice: params belong to init and step",
+        ),
+        (
+            lambda: fn.Residual(fn.Linear(2), fn.ReLU()),
+            TypeError,
+            "Residual: expected one layer, such as Sequential(…), got 2",
+        ),
+        (
+            lambda: NET.apply(torch.nn.Sequential(torch.nn.Linear(2, 2)).state_dict(), X),
+            TypeError,
+            "params to be a tuple of 3, got OrderedDict"
+            "; fn.interop.load_state_dict makes params of a state_dict",
+        ),
+        (
+            lambda: fn.Sequential(a=fn.Linear(2)).apply({"a.weight": torch.ones(2, 2)}, X),
+            ValueError,
+            "expected params with keys 'a', got keys 'a.weight'"
+            "; fn.interop.load_state_dict makes params of a state_dict",
+        ),
+        (
+            lambda: fn.interop.from_torch(fn.Sequential(fn.ReLU()), (2,)),
+            TypeError,
+            "from_torch: expected module to be a torch.nn.Module, got Sequential(ReLU())",
         ),
         (
             lambda: fn.Optimizer().init(()),

@@ -738,6 +738,9 @@ def test_trees_that_do_not_match_change_nothing(method):
         getattr(sgd, method)(params, {"a": torch.ones(2), "b": (torch.ones(3),)}, state)
     with pytest.raises(ValueError, match="velocities with the structure of params"):
         getattr(sgd, method)(params, params, fn.SGD(0.1).init(params))
+    for plain, other in ((fn.SGD(0.1), sgd), (fn.Adam(), fn.Adam(amsgrad=True))):
+        with pytest.raises(ValueError, match=r"expected no (velocities|largest second .*), \(\), "):
+            getattr(plain, method)(params, params, other.init(params))
     assert all((leaf == 1).all() for leaf in params.values())
     assert all((leaf == 0).all() for leaf in state.momentum.values())
 

@@ -132,12 +132,12 @@ class Several(Layer):
             keys, size = f"dict with keys {_listed(self.names)}", f"tuple of {len(self)}"
             raise TypeError(
                 f"{name_of(self)}: expected params to be a {keys if self.names else size}, "
-                f"got {type(params).__name__}"
+                f"got {type(params).__name__}{_remedy(params)}"
             )
         if isinstance(params, dict) and params.keys() != set(self.names):
             raise ValueError(
                 f"{name_of(self)}: expected params with keys {_listed(self.names)}, "
-                f"got keys {_listed(params)}"
+                f"got keys {_listed(params)}{_remedy(params)}"
             )
         if len(params) != len(self):
             raise ValueError(
@@ -204,6 +204,12 @@ def _sorted_out(
 
 
 _STARS: dict[type, str] = {list: "*", tuple: "*", dict: "**", OrderedDict: "**"}
+
+
+def _remedy(params: Any) -> str:
+    """The end of a message about params that look like PyTorch's, by the paths of the leaves."""
+    is_state = isinstance(params, dict) and any("." in str(name) for name in params)
+    return "; fn.interop.load_state_dict makes params of a state_dict" if is_state else ""
 
 
 def _listed(names: Any) -> str:

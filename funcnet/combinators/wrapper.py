@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import torch
+from typing_extensions import Self
 
 from funcnet.checks import name_of
 from funcnet.fields import InstanceOf
@@ -13,6 +14,9 @@ from funcnet.initializers import Device
 from funcnet.keys import Key
 from funcnet.layer import Layer, Shape, Spec, Tree
 from funcnet.running import check, is_fresh
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Child: TypeAlias = Annotated[Layer, InstanceOf(Layer, "a Layer")]
 """The only layer of a combinator."""
@@ -23,6 +27,13 @@ class Wrapper(Layer):
     """A layer around another, whose parameters are its own. The other gets the key itself."""
 
     layer: Child
+
+    def __new__(cls, /, *arguments: Any, **named: Any) -> Self:
+        if len(arguments) > 1 and isinstance(arguments[1], Layer):
+            raise TypeError(
+                f"{cls.__name__}: expected one layer, such as Sequential(…), got {len(arguments)}"
+            )
+        return super().__new__(cls, *arguments, **named)
 
     def _init(self, key: Key, shape: Shape, dtype: torch.dtype | None, device: Device) -> Tree:
         return self.layer.init(key, shape, dtype=dtype, device=device)

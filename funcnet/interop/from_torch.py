@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from funcnet import compat, losses
 from funcnet.checkpoint.memory_format import lay_out_as_init
-from funcnet.checks import as_axis, as_shape, sizes
+from funcnet.checks import as_axis, as_shape, shown, sizes
 from funcnet.combinators import Concat, Loop, Product, Residual, Reversible, Sequential, Sum
 from funcnet.interop import blocks
 from funcnet.interop.observation import tensor_like
@@ -80,7 +80,7 @@ def from_torch(module: nn.Module, shape: Sequence[int]) -> tuple[Layer, Tree]:
       1: CELU has no twin
     """
     if not isinstance(module, nn.Module):
-        got = type(module).__name__
+        got = shown(module)
         raise TypeError(f"from_torch: expected module to be a torch.nn.Module, got {got}")
     hooks = sum(map(len, compat.hooks_of_all_modules()))
     if hooks:

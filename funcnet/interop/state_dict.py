@@ -70,7 +70,7 @@ def load_state_dict(net: Layer, shape: Sequence[int], state: Mapping[str, Tensor
     check_net("load_state_dict", net)
     if not isinstance(state, Mapping):
         raise TypeError(
-            f"load_state_dict: expected state to be a dict of tensors, got {type(state).__name__}"
+            f"load_state_dict: expected state to be a dict of tensors, got {shown(state)}"
         )
     like = shaped(net, shape)
     expected = state_dict(like)

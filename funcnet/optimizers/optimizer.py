@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeAlias, TypeVar
 
+import optree
 import torch
 from torch import Tensor
 
 from funcnet.checks import as_number, shown
-from funcnet.fields import Hyperparameters
+from funcnet.fields import Hyperparameters, takes
 from funcnet.layer import Tree
 from funcnet.ops.each import Each, Scalar, Tensors
 from funcnet.optimizers.leaves import check_writable, flatten, flatten_like
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 State = TypeVar("State")
 PreparedStep: TypeAlias = Callable[[], "tuple[Tree, State]"]
@@ -29,10 +33,14 @@ class _RateKind:
         try:
             return as_number(owner.__name__, name, value, 0.0)
         except TypeError:
+            advice = f": {_PARAMS}" if isinstance(value, (tuple, list, dict)) else ""
             raise TypeError(
                 f"{owner.__name__}: expected {name} to be a number or a function of the step "
-                f"count, got {shown(value)}"
+                f"count, got {shown(value)}{advice}"
             ) from None
+
+
+_PARAMS = "params belong to init and step"
 
 
 Rate: TypeAlias = Annotated[float | RateByStep, _RateKind()]
@@ -69,6 +77,11 @@ class Optimizer(Hyperparameters, Generic[State]):
     >>> SignDescent(0.25).step({"w": torch.tensor([1.0])}, {"w": torch.tensor([5.0])}, ())
     ({'w': tensor([0.7500])}, ())
     """
+
+    def __new__(cls, /, *arguments: Any, **named: Any) -> Self:
+        if arguments and "lr" in named and not takes(cls, arguments, named):
+            raise TypeError(f"{cls.__name__}: expected lr once, got it twice: {_PARAMS}")
+        return super().__new__(cls, *arguments, **named)
 
     def init(self, params: Tree) -> State:
         """The state before the first step."""
@@ -136,7 +149,7 @@ class Elementwise(Optimizer[State]):
         gs = flatten_like(self, "grads", grads, ps, structure)
         needs = self._kept()
         kept = [
-            flatten_like(self, name, tree, ps, structure) if needed else []
+            flatten_like(self, name, tree, ps, structure) if needed else _none(self, name, tree)
             for (name, needed), tree in zip(needs.items(), state[1:], strict=True)
         ]
         if write:
@@ -180,6 +193,13 @@ class Elementwise(Optimizer[State]):
         if lr.ndim:
             raise ValueError(f"{self}: expected lr(step) to be a scalar, got {tuple(lr.shape)}")
         return lr
+
+
+def _none(who: object, name: str, tree: Any) -> Tensors:
+    """No tensors. Raises ValueError for a state of other hyperparameters, which would be lost."""
+    if tree != () and optree.tree_leaves(tree):
+        raise ValueError(f"{who}: expected no {name}, (), got {shown(tree)}")
+    return []
 
 
 def _concrete(who: object, step: Any) -> int | Tensor:

@@ -327,8 +327,11 @@ _ADVICE = {
     "padding_mode": "padding is zeros",
     "track_running_stats": "fn.moments measures statistics, for fn.for_inference",
     "scale_factor": "it is called scale",
+    "activation": "it is a layer of its own, as in Sequential(Linear(8), ReLU())",
+    "use_bias": "it is called bias",
+    "key": "init takes the key",
 }
-"""What messages say to arguments that torch.nn's layers have and these lack, by their names."""
+"""What messages say to arguments of torch.nn's layers, and of others', that these lack, by name."""
 
 _TORCH_NAMES = frozenset(_ADVICE)  # torch.compile knows no keys() of a global
 

@@ -22,6 +22,9 @@ class Frozen(Wrapper):
     No time is spent on the gradients of the parameters, nor on dx where everything below is frozen
     too. Autograd of `apply` sees no parameters.
 
+    Zeros are gradients to an optimiser: weight decay moves the parameters, and so does momentum of
+    steps before they were frozen. None in a `Partition` leaves them as they are.
+
     Shapes, parameters and key: f's.
     Raises TypeError unless f is a layer.
 

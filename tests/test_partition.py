@@ -265,3 +265,20 @@ def test_they_are_values():
 def test_bad_arguments(make, message):
     with pytest.raises(TypeError, match=message):
         make()
+
+
+def test_errors_of_a_part_name_it():
+    def label(path, leaf):
+        return "moved" if path == moved else "rest"
+
+    params = {"a": torch.ones(2), "b": torch.ones(3)}
+    optimizer = fn.Partition(label, {"rest": fn.SGD(0.1, momentum=0.9), "moved": fn.Adam()})
+    moved = "a"
+    state = optimizer.init(params)
+    with pytest.raises(ValueError, match=r"^rest: SGD\(.*expected grads\['b'\] like params"):
+        optimizer.step(params, {**params, "b": torch.ones(4)}, state)
+    with pytest.raises(TypeError, match=r"^rest: SGD\(.*expected floating-point tensors, got to"):
+        optimizer.init({**params, "b": torch.arange(3)})
+    moved = "b"
+    with pytest.raises(ValueError, match=r"^moved: Adam\(\): expected first moments with the stru"):
+        optimizer.step(params, params, state)

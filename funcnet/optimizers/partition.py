@@ -9,6 +9,7 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 from torch import Tensor
 
 from funcnet.checks import is_items, shown
+from funcnet.combinators.position import Position
 from funcnet.layer import Tree
 from funcnet.ops.trees import flatten
 from funcnet.optimizers.leaves import flatten_up_to, leaf_names_of
@@ -96,10 +97,11 @@ class Partition(Optimizer[PartitionState]):
         return self._init_parts(dict(zip(leaf_names_of(structure), leaves, strict=True)))
 
     def _init_parts(self, params: Named) -> PartitionState:
-        parts = self._parts(params)
-        return PartitionState(
-            {name: _init(optimizer, parts[name]) for name, optimizer in self._active()}
-        )
+        parts, states, active = self._parts(params), {}, self._active()
+        with Position((), tuple(name for name, _ in active)) as at:
+            for at.i, (name, optimizer) in enumerate(active):
+                states[name] = _init(optimizer, parts[name])
+        return PartitionState(states)
 
     def _prepare(
         self, params: Tree, grads: Tree, state: Any, write: bool
@@ -129,16 +131,12 @@ class Partition(Optimizer[PartitionState]):
                 f"Partition: expected a PartitionState of {names}, as init makes it, got {got}"
             )
         parts = self._parts(params)
-        steps = {
-            name: _prepare(
-                optimizer,
-                parts[name],
-                {path: grads[path] for path in parts[name]},
-                state.parts[name],
-                write,
-            )
-            for name, optimizer in self._active()
-        }
+        steps = {}
+        with Position((), tuple(names)) as at:
+            for at.i, (name, optimizer) in enumerate(self._active()):
+                part, own = parts[name], state.parts[name]
+                of_part = {path: grads[path] for path in part}
+                steps[name] = _prepare(optimizer, part, of_part, own, write)
 
         def step() -> tuple[Named, PartitionState]:
             new, states = dict(params), {}

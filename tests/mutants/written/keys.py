@@ -37,7 +37,12 @@ KEYS = in_file(
         '_uint64("key", "seed", seed) % 2**32)',
         "seeds of 64 bits are all different",
     ),
-    Row("bernoulli-complement", "unit < p", "unit >= p", "p is the probability of True"),
+    Row(
+        "bernoulli-complement",
+        "(part.size) < p",
+        "(part.size) >= p",
+        "p is the probability of True",
+    ),
     Row("uniform-upper-bound", "* (high - low) + low)", "* high + low)", "draws lie below high"),
     Row(
         "uniform-reaches-high",

@@ -233,7 +233,8 @@ class Layer(Hyperparameters):
     def apply(self, params: Tree, x: Tensor, *, key: Key | None = None) -> Tensor:
         """y = f(params, x)."""
         if not is_private(self):
-            y: Tensor = as_pair(self, "fwd", self.fwd(params, x, key=key))[0]
+            made = self.fwd(params, x, key=key)
+            y: Tensor = (made if type(made) is tuple else as_pair(self, "fwd", made))[0]
             return y
         promised, is_new = self._admit(params, x, getattr(x, "shape", ()), key)
         with without_autocast(x):

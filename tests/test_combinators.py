@@ -334,6 +334,16 @@ def test_a_user_s_combinator_among_others():
     assert ["1.0", "Scale()", "(2,", "3,"] in lines
 
 
+def test_a_subclass_may_hold_a_second_layer():
+    @dataclass(frozen=True)
+    class Gated(fn.Residual):
+        gate: fn.Layer
+
+    assert Gated(fn.ReLU(), fn.Sigmoid()) == Gated(fn.ReLU(), gate=fn.Sigmoid())
+    with pytest.raises(TypeError, match=r"Residual: expected one layer, .* got 2"):
+        fn.Residual(fn.ReLU(), fn.Sigmoid())
+
+
 # --- Joining
 
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import torch
-from typing_extensions import Self
 
 from funcnet.checks import name_of
-from funcnet.fields import InstanceOf
+from funcnet.fields import InstanceOf, takes
 from funcnet.initializers import Device
 from funcnet.keys import Key
 from funcnet.layer import Layer, Shape, Spec, Tree
@@ -29,7 +28,8 @@ class Wrapper(Layer):
     layer: Child
 
     def __new__(cls, /, *arguments: Any, **named: Any) -> Self:
-        if len(arguments) > 1 and isinstance(arguments[1], Layer):
+        several = len(arguments) > 1 and isinstance(arguments[1], Layer)
+        if several and not takes(cls, arguments, named):
             raise TypeError(
                 f"{cls.__name__}: expected one layer, such as Sequential(…), got {len(arguments)}"
             )

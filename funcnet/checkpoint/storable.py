@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funcnet.checkpoint.container import DTYPE_NAMES, MAX_RANK, PAIRED
-from funcnet.checkpoint.structure import INT64, MAX_DEPTH, check_utf8
+from funcnet.checkpoint.structure import INT64, MAX_DEPTH, check_utf8, label
 from funcnet.compat import is_transformed
 from funcnet.ops.inplace import TENSORS
 
@@ -18,7 +18,7 @@ from funcnet.ops.inplace import TENSORS
 def check_storable(tensors: Mapping[str, Tensor]) -> None:
     """Raise TypeError or ValueError for a tensor that would not come back as it is."""
     for name, tensor in tensors.items():
-        _check_tensor(name, tensor)
+        _check_tensor(label(name), tensor)
     _check_untied(tensors)
 
 

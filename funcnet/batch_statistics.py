@@ -44,11 +44,14 @@ from funcnet.layers import (
     UpsampleConv2d,
 )
 from funcnet.leaves import Ancestors, mapped, same
+from funcnet.ops.accumulation import with_float64
 from funcnet.ops.inplace import is_eager
 from funcnet.running import run_fwd
 
 Moments: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """(count, mean, M2) of a `BatchNorm`'s x, in float64; mean and M2 (C,).
+
+They are on x's device, on the CPU where that has no float64 (MPS).
 
 count has as many axes, of size 1, as x has behind the channels: it remembers the rank of x. Within
 `Repeat` all three have an axis for the copies in front.
@@ -61,7 +64,7 @@ def moments(net: Layer, params: Tree, x: Tensor, *, key: Key) -> Tree:
     The network runs once, as `net.apply(params, x, key=key)` does. The result is a tree like
     params, with (count, mean, M2) for a `BatchNorm` and () for any other layer. For each channel
     these are the number of values, their mean, and the sum of squared deviations from it, in
-    float64. All are 0 for no examples.
+    float64: on x's device, on the CPU for MPS, which has no float64. All are 0 for no examples.
 
     Raises what `apply` raises; ValueError if a `BatchNorm` runs more than once with the same
     parameters, as in a `Loop`, because one mean and one variance cannot describe both runs;
@@ -103,8 +106,8 @@ def for_inference(net: Layer, params: Tree, m: Tree, fold: bool = True) -> tuple
     ConvTranspose or an UpsampleConv2d in a Sequential is folded into that layer, and is gone:
     later positions move, names stay. Into a Linear it is folded where x was (N, C). A layer that
     had no bias gets one. Applied to x, the result is what `net` computes from x in training, if m
-    was measured on x. New parameters have the dtype of params, of m if there are none. Layers that
-    stay as they were keep their tensors, which are not copied.
+    was measured on x. New parameters have the dtype and device of params, of m if there are none.
+    Layers that stay as they were keep their tensors, which are not copied.
 
     Raises ValueError, with the path to the layer, for moments of another network, or of a single
     value per channel; TypeError if net is not a Layer.
@@ -146,7 +149,7 @@ def _observed(path: str, layer: Layer, ancestors: Ancestors) -> Layer:
 
 
 def _measured(x: Tensor) -> Moments:
-    x = x.double()
+    x = with_float64(x).double()
     count = x.numel() // max(x.shape[1], 1)
     if count:
         variance, mean = torch.var_mean(x, (0, *range(2, x.ndim)), correction=0)
@@ -286,7 +289,7 @@ def _scale_and_shift(layer: BatchNorm, params: Tree, m: Tree, path: str) -> tupl
             f"{path}{name_of(layer)}: expected moments m to be (count, mean, M2), "
             f"got {_description(m)}"
         )
-    count, mean, m2 = (part.double() for part in m)
+    count, mean, m2 = (with_float64(part).double() for part in m)
     # Values cannot be seen under vmap and compile, and on meta there are none.
     if is_eager() and not count.is_meta and not bool((count > 1).all()):
         raise ValueError(
@@ -300,8 +303,8 @@ def _scale_and_shift(layer: BatchNorm, params: Tree, m: Tree, path: str) -> tupl
     if not layer.affine:
         return scale, -scale * mean
     weight, bias = _learned(layer, params, mean, path)
-    scale = scale * weight.to(scale)
-    return scale, bias.to(scale) - scale * mean
+    scale = scale * with_float64(weight).to(scale)
+    return scale, with_float64(bias).to(scale) - scale * mean
 
 
 def _learned(layer: BatchNorm, params: Tree, mean: Tensor, path: str) -> tuple[Tensor, Tensor]:
@@ -346,7 +349,7 @@ def _folded(
         raise ValueError(
             f"{path}expected moments m of {channels} channels, got shape {tuple(scale.shape)}"
         )
-    scaled = weight.to(scale)
+    scaled = with_float64(weight).to(scale)
     if transposed:
         scaled = torch.unflatten(scaled, copies, (layer.groups, -1))
         factor = torch.unflatten(scale, -1, (layer.groups, 1, -1))
@@ -354,7 +357,7 @@ def _folded(
         factor = scale[..., None]
     factor = factor.reshape((*factor.shape, *(1,) * (scaled.ndim - factor.ndim)))
     scaled = (scaled * factor).reshape(weight.shape)
-    bias = scale * params["bias"].to(scale) + shift if layer.bias else shift
+    bias = scale * with_float64(params["bias"]).to(scale) + shift if layer.bias else shift
     return replace(layer, bias=True), {"weight": scaled.to(weight), "bias": bias.to(weight)}
 
 

@@ -1,7 +1,8 @@
 """Learning rates as functions of the number of steps taken, which starts at 0.
 
 A schedule is a value: comparable, hashable, picklable, with code for its repr. It takes an int and
-returns a float, or takes a tensor of counts and returns a float64 tensor of its shape:
+returns a float, or takes a tensor of counts and returns a float64 tensor of its shape, on the CPU
+for a tensor on MPS, which has no float64:
 
     >>> from funcnet import schedules
     >>> lr = schedules.cosine(0.1, steps=100, warmup=10)
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from funcnet.checks import as_int, as_number, is_items, shown
 from funcnet.fields import Hyperparameters, NonNegative, Size, Whole, source
+from funcnet.ops.accumulation import with_float64
 
 __all__ = ["constant", "cosine", "exponential", "linear", "one_cycle", "piecewise"]
 
@@ -51,7 +53,7 @@ class Schedule(Hyperparameters):
     def __call__(self, step: Any) -> Any:
         """The learning rate after so many steps. Raises ValueError for an int below 0."""
         if isinstance(step, Tensor):
-            return self._at(step.double())
+            return self._at(with_float64(step).double())
         return self._at(as_int(type(self).__name__, "step", step, 0))
 
     def _at(self, t: Any) -> Any:

@@ -33,6 +33,7 @@ from funcnet.layers import (
 )
 from funcnet.layers.pooling import AvgPool, MaxPool
 from funcnet.leaves import joined
+from funcnet.ops.accumulation import with_float64
 from funcnet.running import check
 from funcnet.tree import build
 
@@ -320,14 +321,14 @@ def _has_statistics(module: Any) -> bool:
 def _affine(module: Any) -> dict[str, Tensor]:
     """weight ∘ (x − μ)/√(σ² + ε) + bias as a scale and a shift, with running μ and σ²."""
     like = module.running_mean if module.weight is None else module.weight
-    mean, variance = module.running_mean.double(), module.running_var.double()
+    mean, variance = (with_float64(x).double() for x in (module.running_mean, module.running_var))
     scale = (variance + module.eps).rsqrt()
     if module.weight is not None:
-        scale = scale * module.weight.detach().double()
+        scale = scale * with_float64(module.weight.detach()).double()
     shift = -mean * scale
     if module.bias is not None:
-        shift = shift + module.bias.detach().double()
-    return {"weight": scale.to(like.dtype), "bias": shift.to(like.dtype)}
+        shift = shift + with_float64(module.bias.detach()).double()
+    return {"weight": scale.to(like), "bias": shift.to(like)}
 
 
 def _upsample(module: Any, shape: Shape | None) -> Translation:

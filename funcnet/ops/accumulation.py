@@ -1,4 +1,4 @@
-"""The dtype in which sums are taken: 16 bits would lose what is added."""
+"""The dtype in which sums are taken: 16 bits would lose what is added, and float32 some of it."""
 
 from __future__ import annotations
 
@@ -14,3 +14,9 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 def widened(x: Tensor) -> Tensor:
     """x in the dtype to add in."""
     return x.to(accumulator_dtype(x.dtype))
+
+
+def with_float64(x: Tensor) -> Tensor:
+    """x itself, or on the CPU where its device, the GPU of a Mac, has no float64."""
+    # Moved before it is cast: PyTorch may cast on the device that it copies from.
+    return x.cpu() if x.device.type == "mps" else x

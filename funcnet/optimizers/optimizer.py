@@ -13,6 +13,7 @@ from torch import Tensor
 from funcnet.checks import as_number, shown
 from funcnet.fields import Hyperparameters, takes
 from funcnet.layer import Tree
+from funcnet.ops.accumulation import with_float64
 from funcnet.ops.each import Each, Scalar, Tensors
 from funcnet.optimizers.leaves import check_writable, flatten, flatten_like
 
@@ -207,12 +208,13 @@ def _concrete(who: object, step: Any) -> int | Tensor:
     if not isinstance(step, (int, Tensor)) or (isinstance(step, Tensor) and step.ndim):
         got = f"shape {tuple(step.shape)}" if isinstance(step, Tensor) else type(step).__name__
         raise TypeError(f"{who}: expected state.step to be a scalar tensor, got {got}")
-    if torch.compiler.is_compiling():
-        return step
-    try:
-        return int(step)
-    except RuntimeError:  # torch.func.vmap over states
-        return step
+    if not torch.compiler.is_compiling():
+        try:
+            return int(step)
+        except RuntimeError:  # torch.func.vmap over states
+            pass
+    # The rate and what else follows from it may be a float64.
+    return step if isinstance(step, int) else with_float64(step)
 
 
 _HELD_BY_ALL = torch.finfo(torch.float16).max

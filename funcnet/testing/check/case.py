@@ -14,6 +14,7 @@ from funcnet.checks import PromiseError, name_of
 from funcnet.keys import Key
 from funcnet.layer import Layer, Tree
 from funcnet.losses import Loss
+from funcnet.ops.accumulation import with_float64
 from funcnet.testing.errors import GradientMismatch
 
 if TYPE_CHECKING:
@@ -212,9 +213,9 @@ def leaves_like(of: Tree, tree: Any) -> Leaves:
 
 def _of_integers(leaf: Tensor, gradient: Any) -> Any:
     if gradient is None:
-        return leaf.new_zeros(leaf.shape, dtype=torch.float64)
+        return with_float64(leaf).new_zeros(leaf.shape, dtype=torch.float64)
     # bools, as torch.zeros_like(leaf) has them, cannot be subtracted
-    return gradient.double() if isinstance(gradient, Tensor) else gradient
+    return with_float64(gradient).double() if isinstance(gradient, Tensor) else gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -385,5 +386,5 @@ def _copied(tree: Any) -> Any:
 def _double(x: Tensor) -> Tensor:
     if not x.is_floating_point():
         return x
-    x = x.detach().cpu() if x.device.type == "mps" else x.detach()
+    x = with_float64(x.detach())
     return x.to(torch.float64, copy=True, memory_format=torch.contiguous_format)

@@ -5,6 +5,7 @@ them on MPS is refused here, as PyTorch refuses it there.
 """
 
 from functools import partial
+from types import SimpleNamespace
 
 import optree
 import pytest
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import funcnet as fn
 from funcnet import batch_statistics
+from funcnet.checkpoint import storable
 from funcnet.testing.registry import REGISTRY
 from funcnet.testing.registry.losses import LOSS_ROWS, draw_target
 
@@ -155,3 +157,28 @@ def test_batch_statistics(fold, there, monkeypatch):
 def test_a_module_that_evaluates(affine, there):
     module = nn.BatchNorm2d(3, affine=affine, device=MPS).eval()
     assert_there(fn.interop.from_torch(module, (3, 4, 4)))
+
+
+class Buffer(torch.Tensor):
+    """A tensor on MPS whose `data_ptr` is its buffer's handle plus an offset, as PyTorch's is."""
+
+    device = MPS
+    handle = 0
+
+    def data_ptr(self):
+        return self.handle + self.storage_offset() * self.itemsize
+
+    def untyped_storage(self):
+        return SimpleNamespace(data_ptr=lambda: self.handle)
+
+
+def test_tensors_of_two_buffers_share_no_memory():
+    """Handles lie closer to each other than the buffers are long."""
+    tensors = {str(i): torch.zeros(100).as_subclass(Buffer) for i in range(3)}
+    for i, tensor in enumerate(tensors.values()):
+        tensor.handle = 1000 + 64 * i
+    storable._check_untied(tensors)
+    tensors["view"] = tensors["1"][90:]
+    tensors["view"].handle = tensors["1"].handle
+    with pytest.raises(ValueError, match=r"^view: .* shares memory with 1"):
+        storable._check_untied(tensors)

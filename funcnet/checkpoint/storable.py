@@ -90,21 +90,28 @@ def _check_untied(tensors: Mapping[str, Tensor]) -> None:
     """Raise ValueError for tensors that share memory: they would come back as separate copies."""
     names = list(tensors)
     spans = [
-        (str(tensor.device), *_span(tensor), position)
+        (_memory_of(tensor), *_span(tensor), position)
         for position, tensor in enumerate(tensors.values())
         if tensor.numel()
     ]
     runs: list[list[int]] = []  # of spans that overlap
     last, reach = "", 0
-    for device, start, end, position in sorted(spans):
-        if device != last or start >= reach:
+    for memory, start, end, position in sorted(spans):
+        if memory != last or start >= reach:
             runs.append([])
-            last, reach = device, end
+            last, reach = memory, end
         runs[-1].append(position)
         reach = max(reach, end)
     for run in runs:
         if len(run) > 1:
             _check_apart({names[position]: tensors[names[position]] for position in sorted(run)})
+
+
+def _memory_of(tensor: Tensor) -> str:
+    """Name the memory in which a tensor's addresses count."""
+    device = str(tensor.device)
+    # On MPS an address is a buffer's handle plus an offset into that buffer.
+    return f"{device} {tensor.untyped_storage().data_ptr()}" if device.startswith("mps") else device
 
 
 def _span(view: Tensor) -> tuple[int, int]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import io
 import mmap
 import os
 import random
-import resource
 import signal
 import stat
 import subprocess
@@ -28,6 +26,9 @@ import torch
 import funcnet as fn
 from funcnet.checkpoint import atomic, data, files
 from funcnet.checkpoint.container import BLOCK
+
+fcntl = pytest.importorskip("fcntl", reason="needs the locks of Unix")
+resource = pytest.importorskip("resource", reason="needs the limits of Unix")
 
 SAVE_FOREVER = """
 import sys, torch, funcnet as fn
@@ -569,6 +570,87 @@ def test_an_error_of_reading_names_the_file(
         with pytest.raises(OSError) as error:  # noqa: PT011 - `patch` ends before it is examined
             load(path)
     assert str(error.value) == f"[Errno {errno.EIO}] Input/output error: '{path}'"
+
+
+# --- On Windows, where no file can be locked, and none that is open can be replaced
+
+
+@pytest.fixture
+def on_windows(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that were waited for."""
+    waited: list[float] = []
+    monkeypatch.setattr(atomic, "fcntl", None)
+    monkeypatch.setattr(time, "sleep", waited.append)
+    return waited
+
+
+def refusing(times: int, call: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that Windows refuses so many times."""
+    refusals = iter(range(times))
+
+    def refused(*args: Any, **kwargs: Any) -> Any:
+        if next(refusals, None) is not None:
+            raise PermissionError(errno.EACCES, "Access is denied")
+        return call(*args, **kwargs)
+
+    return refused
+
+
+@pytest.mark.usefixtures("on_windows")
+def test_a_save_leaves_anothers_file_alone_where_there_are_no_locks(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+
+    def saving_first(temporary: Path, target: Path) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        fn.save(path, "meanwhile")
+        replace(temporary, target)
+
+    monkeypatch.setattr(os, "replace", saving_first)
+    fn.save(path, "new")
+    assert fn.load(path) == "new"
+    assert litter(path) == []
+
+
+@pytest.mark.usefixtures("on_windows")
+def test_an_hour_later_a_file_is_abandoned_where_there_are_no_locks(path: Path) -> None:
+    old, young = (path.with_name(f".{path.name}.{i:016x}.tmp") for i in range(2))
+    for file in (old, young):
+        file.touch()
+    os.utime(old, (time.time() - 3700,) * 2)
+    fn.save(path, ())
+    assert litter(path) == [young.name]
+
+
+@pytest.mark.parametrize("function", ["replace", "open"])
+def test_a_file_that_is_busy_for_a_moment(
+    function: str, path: Path, on_windows: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fn.save(path, "old")
+    monkeypatch.setattr(os, function, refusing(4, getattr(os, function)))
+    assert function == "open" or fn.save(path, "old") is None
+    assert fn.load(path) == "old"
+    assert on_windows == sorted(on_windows)
+    assert len(on_windows) == 4
+
+
+def test_a_file_that_stays_open(path: Path, on_windows: list[float]) -> None:
+    message = f"save: Access is denied: a program has the old file open.*'{path}'"
+    fn.save(path, "old")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", refusing(99, os.replace))
+        with pytest.raises(PermissionError, match=message):
+            fn.save(path, "new")
+    assert fn.load(path) == "old"
+    assert litter(path) == []
+    assert sum(on_windows) == pytest.approx(0.5)
+
+
+def test_elsewhere_what_is_refused_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "replace", refusing(1, os.replace))
+    with pytest.raises(PermissionError, match=f"save: Access is denied: '{path}'"):
+        fn.save(path, "new")
 
 
 # --- Modes and links

@@ -3,7 +3,8 @@
 The new file is written beside the old one as `.NAME.0123456789abcdef.tmp`, made durable, and then
 renamed. It is locked (flock) while it is written. A lock ends with its process, so a temporary file
 without a lock was left by a killed process, and the next save removes it. Two processes that save
-to one path write two files; the last rename wins.
+to one path write two files; the last rename wins. On Windows, which has no such locks, a temporary
+file is taken for left an hour after it was written.
 
 Some file systems, on networks above all, lack locks, permissions, or a way to flush a folder. What
 they lack is left out, and never costs the old file or the new one.
@@ -16,15 +17,18 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 try:
     import fcntl
-except ImportError:  # Windows has no flock, but cannot remove an open file: that is lock enough
+except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
+
+_Result = TypeVar("_Result")
 
 _UNSUPPORTED = {
     errno.EINVAL,
@@ -43,6 +47,12 @@ _A_FOLDER = "expected the path of a file, got a folder"
 
 _ATTEMPTS = 10
 """The most temporary files to make until one can be locked."""
+
+_HOUR = 3600.0
+"""Seconds after which a temporary file that nobody can lock was left by a killed process."""
+
+_PAUSES = (0.01, 0.02, 0.05, 0.12, 0.3)
+"""Seconds to wait for a file that Windows refuses: half a second together."""
 
 
 @contextmanager
@@ -74,7 +84,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
                 _flush_to_disk(file)
                 if fcntl is None:
                     file.close()  # Windows cannot rename an open file
-                os.replace(temporary, target)
+                _rename(temporary, target)
                 _flush_folder(folder)
         except BaseException:
             with suppress(OSError):
@@ -107,6 +117,19 @@ def clear_abandoned(folder: str | os.PathLike[str], names: str) -> None:
             if abandoned.fullmatch(entry.name):
                 with suppress(OSError):
                     _remove_unless_locked(Path(entry.path))
+
+
+def patiently(call: Callable[[], _Result]) -> _Result:
+    """Call a function, on Windows again for a while where it is refused.
+
+    Windows refuses to replace a file that somebody reads, and to open one that is being removed.
+    """
+    pauses: tuple[float, ...] = _PAUSES if fcntl is None else ()
+    for pause in pauses:
+        with suppress(PermissionError):
+            return call()
+        time.sleep(pause)
+    return call()
 
 
 @contextmanager
@@ -160,9 +183,21 @@ def _create(target: Path, mode: int | None) -> tuple[Path, BinaryIO]:
     raise FileNotFoundError(errno.ENOENT, "the temporary file was removed again and again")
 
 
+def _rename(temporary: Path, target: Path) -> None:
+    try:
+        patiently(lambda: os.replace(temporary, target))
+    except PermissionError as error:
+        if fcntl is not None:
+            raise
+        reason = f"{error.strerror}: a program has the old file open, or load has mapped it"
+        raise PermissionError(error.errno, reason) from error
+
+
 def _remove_unless_locked(path: Path) -> None:
     if fcntl is None:
-        path.unlink()
+        # Another save closes a younger one to rename it.
+        if time.time() - path.stat().st_mtime > _HOUR:
+            path.unlink()
         return
     with path.open("r+b") as file:
         # If the file is complete by now, it has another name.

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Literal, TypeAlias, overload
 import torch
 from torch import Tensor
 
-from funcnet.checkpoint.atomic import replacing
+from funcnet.checkpoint.atomic import patiently, replacing
 from funcnet.checkpoint.compare import Expected, refuse
 from funcnet.checkpoint.container import (
     Header,
@@ -337,7 +337,7 @@ def _open(path: _Path) -> int:
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
     try:
         # To open a named pipe would wait for its writer without O_NONBLOCK.
-        return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+        return patiently(lambda: os.open(path, flags | getattr(os, "O_NONBLOCK", 0)))
     except OSError:
         if not os.path.isfile(path):
             raise

@@ -77,7 +77,7 @@ CHECKPOINT = (
         Row(
             "written-in-place",
             "os.replace(temporary, target)",
-            "target.write_bytes(temporary.read_bytes()), temporary.unlink()",
+            "(target.write_bytes(temporary.read_bytes()), temporary.unlink())",
             "a crash leaves the old file or the new one, whole",
         ),
         Row(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-import shutil
+import subprocess
 import sysconfig
 from functools import partial
 from pathlib import Path
@@ -599,15 +599,25 @@ def test_a_compiled_step_in_place():
     assert torch.equal(params["w"], torch.full((3,), 0.5))
 
 
-CAN_BUILD = (
-    shutil.which(os.environ.get("CXX", "g++")) is not None
-    and Path(sysconfig.get_path("include"), "Python.h").exists()
-)
+def can_build():
+    """Whether there are a C++ compiler and Python's headers."""
+    try:
+        # Without its tools, macOS has a g++ that only says so.
+        ran = subprocess.run([os.environ.get("CXX", "g++"), "--version"], capture_output=True)
+    except OSError:
+        return False
+    return ran.returncode == 0 and Path(sysconfig.get_path("include"), "Python.h").exists()
 
 
 needs_a_compiler = pytest.mark.skipif(
-    not CAN_BUILD, reason="no C++ compiler, or no headers of Python's"
+    not can_build(), reason="no C++ compiler, or no headers of Python's"
 )
+
+
+@pytest.mark.parametrize("compiler", ["false", "not there"])
+def test_what_is_no_compiler(compiler, monkeypatch):
+    monkeypatch.setenv("CXX", compiler)
+    assert not can_build()
 
 
 @needs_a_compiler

@@ -115,4 +115,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    if hasattr(sys.stdout, "reconfigure"):  # a file's encoding may lack letters
+        sys.stdout.reconfigure(errors="backslashreplace")
     main()

@@ -11,6 +11,7 @@ of y and n = w ∘ g,
 """
 
 import argparse
+import sys
 
 import torch
 
@@ -82,6 +83,8 @@ def main():
 
 
 if __name__ == "__main__":
+    if hasattr(sys.stdout, "reconfigure"):  # a file's encoding may lack letters
+        sys.stdout.reconfigure(errors="backslashreplace")
     shown = argparse.RawDescriptionHelpFormatter
     argparse.ArgumentParser(description=__doc__, formatter_class=shown).parse_args()
     main()

@@ -75,6 +75,16 @@ def test_mixed_precision_has_a_target_of_its_own(dtype: str, wanted: float) -> N
 
 
 @pytest.mark.usefixtures("benchmark_modules")
+def test_memory_that_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Windows, which has no `resource`."""
+    import memory
+    from report import _mb
+
+    monkeypatch.setattr(memory, "resource", None)
+    assert _mb(memory._resident("VmHWM")) == "–"
+
+
+@pytest.mark.usefixtures("benchmark_modules")
 def test_clipped_sums_agree(capsys: pytest.CaptureFixture[str]) -> None:
     from clipping import compare
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -149,4 +150,6 @@ def _memory(options: argparse.Namespace, settings: Settings, names: list[str]) -
 
 
 if __name__ == "__main__":
+    if hasattr(sys.stdout, "reconfigure"):  # a file's encoding may lack letters
+        sys.stdout.reconfigure(errors="backslashreplace")
     main()

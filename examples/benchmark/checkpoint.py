@@ -80,7 +80,8 @@ def medians(run: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in run}
     for _ in range(rounds + 1):
         for name, action in run.items():
-            os.sync()  # nobody pays for what another has left to be written
+            if hasattr(os, "sync"):  # not on Windows
+                os.sync()  # nobody pays for what another has left to be written
             start = time.perf_counter()
             result = action()
             times[name].append(time.perf_counter() - start)

@@ -22,7 +22,7 @@ class Growth:
     """"infer" or "train"."""
     side: int
     nanoseconds: dict[str, float]
-    peak: dict[str, int]
+    peak: dict[str, float]
 
     def __str__(self) -> str:
         parts = (

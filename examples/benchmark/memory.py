@@ -8,7 +8,7 @@ over a few steps (for torch.compile that holds the compiler too).
 from __future__ import annotations
 
 import json
-import resource
+import math
 import sys
 import tempfile
 from collections.abc import Callable
@@ -22,17 +22,25 @@ from problem import Problem
 from timing import duration
 from torch.profiler import ProfilerActivity, profile
 
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None  # type: ignore[assignment]
+
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Numbers of bytes. `live` is None where the allocator is not PyTorch's."""
+    """Numbers of bytes. `live` is None where the allocator is not PyTorch's.
+
+    The others are NaN where the system does not tell.
+    """
 
     live: int | None
-    baseline: int
-    peak: int
+    baseline: float
+    peak: float
 
 
 def measure(entry: Entry, problem: Problem) -> Memory:
@@ -53,10 +61,13 @@ def measure(entry: Entry, problem: Problem) -> Memory:
 
 @dataclass(frozen=True)
 class Pass:
-    """The least seconds of a forward pass or training step, and its bytes beyond the start."""
+    """The least seconds of a forward pass or training step, and its bytes beyond the start.
+
+    The bytes are NaN where the system does not tell.
+    """
 
     seconds: float
-    peak: int
+    peak: float
 
 
 def measure_pass(entry: Entry, problem: Problem, mode: str) -> Pass:
@@ -96,8 +107,10 @@ def _two_steps(entry: Entry, problem: Problem) -> None:
         contender.train()
 
 
-def _resident(field: str) -> int:
-    """Bytes of this process in memory: now (VmRSS), or at most (VmHWM)."""
+def _resident(field: str) -> float:
+    """Bytes of this process in memory: now (VmRSS), or at most (VmHWM). NaN on Windows."""
+    if resource is None:
+        return math.nan
     if not _STATUS.exists():
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

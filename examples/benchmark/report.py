@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from results import Results, Row
@@ -142,8 +143,8 @@ def _memory(results: Results) -> list[str]:
     return [title, explanation, _table(heads, lines)]
 
 
-def _mb(count: int | None) -> str:
-    return "–" if count is None else f"{count / 1e6:.0f}"
+def _mb(count: float | None) -> str:
+    return "–" if count is None or math.isnan(count) else f"{count / 1e6:.0f}"
 
 
 def _arithmetic(results: Results) -> list[str]:

@@ -182,3 +182,18 @@ def test_tensors_of_two_buffers_share_no_memory():
     tensors["view"].handle = tensors["1"].handle
     with pytest.raises(ValueError, match=r"^view: .* shares memory with 1"):
         storable._check_untied(tensors)
+
+
+def test_load_names_what_mps_cannot_hold(tmp_path, monkeypatch):
+    fn.save(tmp_path / "file", {"w": [torch.ones(3, dtype=torch.float64)]})
+    to = torch.Tensor.to
+
+    def refusing(x, device, dtype):
+        if dtype in WIDE:
+            raise TypeError("Cannot convert a MPS Tensor to float64")
+        return to(x, "cpu", dtype)
+
+    monkeypatch.setattr(torch.Tensor, "to", refusing)
+    with pytest.raises(TypeError, match=r"^load: w\.0: Cannot convert a MPS Tensor to float64"):
+        fn.load(tmp_path / "file", device="mps")
+    assert fn.load(tmp_path / "file", device="mps", dtype=torch.float32)["w"][0].sum() == 3

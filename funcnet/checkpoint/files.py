@@ -284,6 +284,8 @@ def _moved(name: str, tensor: Tensor, device: torch.device | str, dtype: torch.d
         raise TypeError(
             f"load: expected a dtype that PyTorch converts {tensor.dtype} to, got {dtype} at {name}"
         ) from None
+    except TypeError as error:  # as float64 to MPS
+        raise TypeError(f"load: {name}: {error}") from error
 
 
 def _converted(dtype: torch.dtype, floating: torch.dtype | None) -> torch.dtype:

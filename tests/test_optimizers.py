@@ -587,8 +587,12 @@ def test_the_count_is_an_int_on_the_cpu_whatever_the_default_device(optimizer):
 def test_the_count_may_be_an_int(optimizer):
     params = parameters()
     grads, state = gradients(params, 0), optimizer.init(params)
+    expected = optimizer.step(params, grads, state)[0]
     found, after = optimizer.step(params, grads, state._replace(step=0))
-    assert same(found, optimizer.step(params, grads, state)[0])
+    assert same(found, expected)
+    assert after.step == 1
+    found, after = compile_whole(optimizer.step)(params, grads, state._replace(step=0))
+    close(found, expected)
     assert after.step == 1
 
 

@@ -168,6 +168,10 @@ TARGETS: tuple[tuple[str, str], ...] = (
         "test_checkpoint_roundtrip.py",
     ),
     ("funcnet/batch_statistics.py", "test_batch_statistics.py"),
-    ("funcnet/optimizers/*.py", "test_optimizers.py test_partition.py test_norms.py"),
+    (
+        "funcnet/optimizers/*.py",
+        "test_optimizers.py test_partition.py test_norms.py "
+        "test_fake_mps.py::test_counts_of_many_states_on_the_device",
+    ),
     ("funcnet/schedules.py", "test_schedules.py"),
 )

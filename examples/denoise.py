@@ -115,6 +115,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):  # a file's encoding may lack letters
-        sys.stdout.reconfigure(errors="backslashreplace")
     main()

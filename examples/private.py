@@ -15,7 +15,6 @@ and writes it as `runs/private.png`.
 
 import argparse
 import math
-import sys
 from pathlib import Path
 
 import optree
@@ -126,8 +125,6 @@ def draw(accuracy, clips, noises, epsilons):
 
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):  # a file's encoding may lack letters
-        sys.stdout.reconfigure(errors="backslashreplace")
     shown = argparse.RawDescriptionHelpFormatter
     argparse.ArgumentParser(description=__doc__, formatter_class=shown).parse_args()
     main()

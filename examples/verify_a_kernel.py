@@ -11,7 +11,6 @@ of y and n = w ∘ g,
 """
 
 import argparse
-import sys
 
 import torch
 
@@ -83,8 +82,6 @@ def main():
 
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):  # a file's encoding may lack letters
-        sys.stdout.reconfigure(errors="backslashreplace")
     shown = argparse.RawDescriptionHelpFormatter
     argparse.ArgumentParser(description=__doc__, formatter_class=shown).parse_args()
     main()

@@ -10,7 +10,6 @@ z = a·x and the gradient g of y,
 """
 
 import argparse
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -84,8 +83,6 @@ def main():
 
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):  # a file's encoding may lack letters
-        sys.stdout.reconfigure(errors="backslashreplace")
     shown = argparse.RawDescriptionHelpFormatter
     argparse.ArgumentParser(description=__doc__, formatter_class=shown).parse_args()
     main()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from funcnet.checks import as_shape, name_of
 from funcnet.compat import storage_id
-from funcnet.keys import key
+from funcnet.keys import Key, key
 from funcnet.layer import Layer, Shape, Tree, check_net
 from funcnet.leaves import joined, shaped
 
@@ -119,7 +119,7 @@ def _residual_bytes(layer: Layer, params: Tree, shape: Shape) -> int | None:
 
 def _holds_tensors(leaf: Any) -> bool:
     """Whether tensors are out of sight in an object that is not a node, as a graph of autograd."""
-    attributes: Any = getattr(leaf, "__dict__", {})
+    attributes: Any = {} if isinstance(leaf, Key) else getattr(leaf, "__dict__", {})
     return any(isinstance(each, Tensor) for each in optree.tree_leaves(attributes))
 
 

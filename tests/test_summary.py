@@ -141,3 +141,9 @@ def test_what_is_kept_out_of_sight_is_not_counted_as_nothing():
     module = nn.Sequential(nn.Linear(4, 400), nn.Tanh(), nn.Linear(400, 4))
     rows = table(fn.Sequential(fn.interop.wrap(module, (4,))[0], fn.ReLU()), (4,))
     assert [row[-1] for row in rows] == ["?", "?", "16", "?"]
+
+
+def test_a_key_that_is_kept_counts_as_nothing():
+    block = fn.Sequential(fn.Linear(4), fn.Tanh())
+    assert table(fn.Recompute(block), (4,))[0][-1] == "16"  # x alone
+    assert table(fn.Reversible(block, block), (8,))[0][-1] == "32"  # y alone

@@ -145,7 +145,7 @@ class Ones(Constant):
 class Uniform(Initializer):
     """Numbers drawn evenly from [low, high).
 
-    Raises ValueError unless both are finite and low ≤ high.
+    Raises ValueError unless both are finite and low ≤ high, and for a range beyond the dtype.
 
     >>> import funcnet as fn
     >>> bool((Uniform(-1.0, 1.0)(fn.key(0), (1000,)).abs() <= 1).all())
@@ -168,7 +168,8 @@ class Uniform(Initializer):
 class Normal(Initializer):
     """Numbers from the normal distribution N(mean, std²).
 
-    Raises ValueError or TypeError unless both are finite numbers and std ≥ 0.
+    Raises ValueError or TypeError unless both are finite numbers and std ≥ 0, and for numbers
+    beyond the dtype.
 
     >>> import funcnet as fn
     >>> Normal(std=0.02)(fn.key(0), (2, 3)).shape
@@ -329,7 +330,7 @@ class _Xavier(Initializer):
 class XavierUniform(_Xavier):
     """Numbers from U(−√3·σ, √3·σ), σ = gain · √(2 / (fan in + fan out)).
 
-    Raises ValueError for a shape of fewer than two axes.
+    Raises ValueError for a shape of fewer than two axes, and for a gain beyond the dtype.
     Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural networks",
     2010. https://docs.pytorch.org/docs/stable/nn.init.html
 
@@ -345,7 +346,7 @@ class XavierUniform(_Xavier):
 class XavierNormal(_Xavier):
     """Numbers from N(0, σ²), σ = gain · √(2 / (fan in + fan out)).
 
-    Raises ValueError for a shape of fewer than two axes.
+    Raises ValueError for a shape of fewer than two axes, and for a gain beyond the dtype.
     Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural networks",
     2010. https://docs.pytorch.org/docs/stable/nn.init.html
 

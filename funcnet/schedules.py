@@ -200,7 +200,7 @@ class one_cycle(Schedule):
     """A rise to the peak, then a longer fall, each half a cosine: torch's OneCycleLR by default.
 
     From peak / 25 at t = 0 to the peak at t = 0.3 · steps − 1, then to peak / 250000 at
-    t = steps − 1, where it stays.
+    t = steps − 1, where it stays. Fewer than 4 steps have no rise.
 
     Smith and Topin, "Super-convergence: very fast training of neural networks using large learning
     rates", 2018;

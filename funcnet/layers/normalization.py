@@ -147,7 +147,8 @@ class RMSNorm(OverLastAxes):
 
         dweight = Σ dy ∘ x·r,    dx = r·(dx̂ − x·r² · mean(dx̂ ∘ x)),  dx̂ = weight ∘ dy.
 
-    `eps` is ε; None is the distance from 1 to the next number, of float32 in half precision too.
+    `eps` is ε. None stands for the distance from 1 to the next number of x's dtype, in half
+    precision of float32.
 
     Shapes: x (N, …, D₁, …, Dₖ) with k = num_dims ≥ 1; y has x's shape.
     Parameters: {"weight": (D₁, …, Dₖ)}, ones; () if elementwise_affine=False.

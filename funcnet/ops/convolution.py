@@ -1,7 +1,7 @@
 """Convolution in one, two or three dimensions: the choice between its implementations.
 
 unfold        the derivation by matrix products, for images and method "unfold"
-patches       products of matrices over patches of images, where windows do not overlap and are few
+patches       products of matrices over patches of images, where windows lie side by side
 few_channels  products with each tap, then their sums, from many channels of images to few
 bfloat16      images in bfloat16, by products of matrices where those kernels are wrong in it
 native        PyTorch's convolution kernels, for all else

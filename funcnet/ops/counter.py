@@ -11,7 +11,8 @@ generators", 2014), with the second half of the key mixed in after the first rou
 
 Each of the two halves of z decides one entry. These are a dozen integer operations on tensors, the
 same on every device, so they need no copy from the host; torch.compile fuses them into one pass.
-The shift is torch's, which copies the sign: that merges some z with its complement, a pair in 2⁶⁴.
+The shift is torch's, which copies the sign: it merges each z with its complement. Two counters meet
+so with a probability of about 2⁻⁶⁴.
 """
 
 from __future__ import annotations

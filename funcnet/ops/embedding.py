@@ -2,8 +2,8 @@
 
     dweight[i] = Σ dy[n, …] over x[n, …] = i, and 0 for i = `padding`.
 
-Sums in half precision would stop growing: on the CPU, they are added up in float32. Where x names
-few rows, these alone are, and not the table, which may be as large as the rest of a network.
+Sums in half precision would stop growing: on the CPU, they are taken in float32. Where x names few
+rows, these alone are made in float32: the table may be as large as the rest of a network.
 """
 
 from __future__ import annotations

@@ -158,9 +158,9 @@ def _row_major(x: Tensor) -> Tensor:
 # work on at a time.
 
 _FEW, _FEW_IN_HALF = 8, 16
-"""Below how many channels a group this way takes less time than PyTorch's kernels. In half
-precision, below the second, so does float32, in the way that it is fastest: back, 0.5 to 0.9 of the
-time that sums of rows in bfloat16 take, from 2 to 8 channels a group (Intel Xeon with AVX-512)."""
+"""Below how many channels a group sums of rows take less time than PyTorch's kernels. Below the
+second, half precision is put into float32: its gradients take 0.5 to 0.9 of the time of sums of
+rows in bfloat16, from 2 to 8 channels a group (Intel Xeon with AVX-512)."""
 
 _FEW_POSITIONS = 1024
 """From how many positions on PyTorch's forward kernel goes through rows too."""
@@ -168,11 +168,11 @@ _FEW_POSITIONS = 1024
 _MANY_POSITIONS = 2**20
 """From how many positions on PyTorch's forward kernel in channels_last loses digits. Of float32, it
 is off by 5·10⁻⁵ of the largest entry of y at 512×512, 2·10⁻⁴ at 1024×1024 and 2·10⁻³ at 2048×2048;
-this way is off by 10⁻⁷, and takes 2.3 times the time with 32 and 64 channels."""
+sums of rows are off by 10⁻⁷, and take 2.3 times the time with 32 and 64 channels."""
 
 _FEW_ENTRIES = 2**15
-"""Up to how many entries PyTorch's kernels take less time on a row-major copy: calls are what
-takes it. With 8 groups of 4 channels, 8×8 pixels and 4 examples, 19 for 64 µs forward and 26 for
+"""Up to how many entries PyTorch's kernels take less time on a row-major copy: calls take most of
+it. With 8 groups of 4 channels, 8×8 pixels and 4 examples, 19 for 64 µs forward and 26 for
 91 back."""
 
 _SOME, _SOME_ENTRIES = 4, 2**17

@@ -50,8 +50,7 @@ def some_see_nothing(window: Window, size: Ints) -> bool:
     """Whether all taps of some window are beside x, as may be where they are dilated.
 
     Such a window starts in the padding before x, and steps over all of x. With padding of at most
-    half the kernel, some tap is not before x. The windows fit on x: so only kernels of two taps
-    step over it, whose first window alone starts before x.
+    half the kernel, some tap is not before x.
     """
     axes = zip(window.before, window.stride, window.dilation, size, strict=True)
     return any(

@@ -44,8 +44,8 @@ class Adam(Elementwise[AdamState]):
 
     For float32 and float64 on the CPU the numbers are bit for bit those of
     `torch.optim.Adam(fused=True)`, and to the last rounding those of `fused=False`. That takes
-    leaves without gaps in memory whose gradients have their strides, and no autograd, torch.func or
-    torch.compile. Elsewhere the numbers are those of `fused=False`.
+    leaves without gaps in memory, and no autograd, torch.func or torch.compile. Elsewhere the
+    numbers are those of `fused=False`.
 
     Raises ValueError or TypeError for numbers out of range (NaN is), and, before anything is
     changed, for trees that do not match.

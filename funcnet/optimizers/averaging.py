@@ -16,7 +16,7 @@ def average(average: Tree, params: Tree, decay: float) -> Tree:
     would round to where it was.
 
     Raises ValueError unless 0 ≤ decay ≤ 1, or if the trees differ in structure or shapes; TypeError
-    for a leaf that is not a floating-point tensor.
+    for a leaf that is not a floating-point or complex tensor.
     Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", 1992.
 
     >>> import torch

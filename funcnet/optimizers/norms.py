@@ -15,12 +15,12 @@ from funcnet.optimizers.leaves import flatten
 
 
 def global_norm(tree: Tree) -> Tensor:
-    """√(Σ x²) over all numbers of a tree: a 0-dimensional tensor.
+    """√(Σ |x|²) over all numbers of a tree: a 0-dimensional tensor.
 
     Its dtype is the widest of the leaves', at least float32: sums in half precision would overflow.
     It is 0 for a tree without numbers.
 
-    Raises TypeError, naming the path, for a leaf that is not a floating-point tensor.
+    Raises TypeError, naming the path, for a leaf that is not a floating-point or complex tensor.
 
     >>> import torch
     >>> global_norm({"a": torch.tensor([3.0]), "b": (torch.tensor(4.0),)})
@@ -36,7 +36,8 @@ def clip_by_global_norm(grads: Tree, max_norm: float) -> tuple[Tree, Tensor]:
     all gradients become NaN; if it is infinite, they become 0, and NaN where they are infinite.
     `max_norm` may be infinite.
 
-    Raises ValueError unless max_norm ≥ 0, and what `global_norm` raises.
+    Raises ValueError unless max_norm ≥ 0, TypeError unless it is a number, and what `global_norm`
+    raises.
     `torch.nn.utils.clip_grad_norm_` divides by norm + 1e-6 instead:
     https://docs.pytorch.org/docs/stable/generated/torch.nn.utils.clip_grad_norm_.html
 

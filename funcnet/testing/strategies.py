@@ -1,7 +1,8 @@
 """Hypothesis strategies: layers with random hyperparameters, and tensors that fit them.
 
-    layers()                any layer of the vocabulary; layers(Conv2d, ReLU) any of these
-    networks()              Sequentials of any layers, nested ones and the empty one among them
+    layers()                any layer but Sequential, BatchNorm (needs a key) and Embedding (takes
+                            integers); layers(Conv2d, ReLU) any of these
+    networks()              Sequentials of such layers, nested ones and the empty one among them
     losses()                any loss; losses(MSE, L1) any of these
     cases(layers())         (layer, params, x) that fit together, of networks and one's own too
     loss_cases()            (loss, x, target)
@@ -93,7 +94,8 @@ _Row = TypeVar("_Row", Row, LossRow)
 
 @st.composite
 def layers(draw: st.DrawFn, *classes: type[Layer]) -> Layer:
-    """Any layer of the vocabulary, or any of these classes, with any hyperparameters."""
+    """Any layer that evaluates without a key and takes floating-point x, or any of these classes,
+    with any hyperparameters."""
     row = _row_of(REGISTRY, draw(st.sampled_from(classes or _leaves())))
     try:
         return row.draw(lambda some: draw(st.sampled_from(list(some))))
@@ -142,7 +144,7 @@ def networks(
 ) -> Sequential:
     """Sequentials of up to `max_layers` layers, some of them Sequentials, down to `max_depth`.
 
-    The layers are any of the vocabulary that fit each other, or what `parts` draws of them. `first`
+    The layers are any of `layers()` that fit each other, or what `parts` draws of them. `first`
     draws the layer in front: `layers(Embedding)` for networks that take integers.
     """
     shape = draw(st.sampled_from(_FIRST_SHAPES))

@@ -38,14 +38,14 @@ def is_pair(made: Any) -> bool:
 
 
 def as_pair(who: object, name: str, made: Any) -> Any:
-    """What an author's function, `_fwd` for instance, has returned. Raises unless it is a pair."""
+    """The pair that an author's function, such as `_fwd`, has returned. Raises unless it is one."""
     if not is_pair(made):
         raise broken_promise(who, f"expected {name} to return {returned(name)}, got {shown(made)}")
     return made
 
 
 def returned(name: str) -> str:
-    """What a layer's function returns, as its author knows it."""
+    """The result of a layer's function, as its author knows it."""
     return "(y, residuals)" if name.endswith("fwd") else "(dparams, dx)"
 
 

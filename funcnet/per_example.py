@@ -64,8 +64,9 @@ def gradient_norms(net: Layer, loss: Loss) -> GradientNorms:
     Entry i of the norms is √(Σ g²) over all numbers of the gradient of example i, as `per_example`
     gives it; in float32 where that is in half precision. A layer that knows how finds the norm of
     its part from factors of the gradient, or forms the gradients of a few examples at a time, by
-    what takes fewer multiplications. Only in a `Loop`, whose gradients are sums over its turns, are
-    those of the whole batch formed.
+    what takes fewer multiplications. Those of the whole batch are formed for scales, biases and
+    positions, in a `Loop`, whose gradients are sums over its turns, and for a layer that does not
+    know how.
 
     Raises what `per_example` raises.
 

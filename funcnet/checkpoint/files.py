@@ -74,7 +74,7 @@ def save_model(
     """Write a network and its parameters, as `save` does, for `load_model`.
 
     Raises what `save` raises. Raises TypeError for a layer of an unknown class, or with a field
-    that is not a number, str, bool, None, tuple or layer.
+    that `save` would refuse or that holds a tensor.
 
     >>> import funcnet as fn, tempfile
     >>> path = tempfile.mkdtemp() + "/model.safetensors"

@@ -39,7 +39,7 @@ class Position:
             error.add_note(f"raised in {where}")
 
     def _remedy(self, traceback: TracebackType | None, error: Exception) -> str:
-        """What a layer's author has to return, where the block could not take it apart."""
+        """The result that a layer's author has to return, where the block could not unpack it."""
         if traceback is None or traceback.tb_next is not None or "unpack" not in str(error):
             return ""
         layer = self.layers[self.i]

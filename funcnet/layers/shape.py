@@ -59,7 +59,7 @@ class Rearranged(Layer):
 
 @dataclass(frozen=True)
 class Reshaped(Rearranged):
-    """y has x's entries in row-major order, which a view has only of an x in that order.
+    """y has x's entries in row-major order. A view of x has them so only if x is in that order.
 
     dx gets x's memory format: where x is in channels_last, the layers before it are, too.
     """

@@ -45,8 +45,8 @@ _LARGE = 8
 0.8 times as long as ours, from 8 to 128 channels."""
 
 _MUCH, _MUCH_STRIDED = 2**22, 2**25
-"""Multiplications from which dx by convolutions in bfloat16 is faster. All three were measured on
-an AMD EPYC (Zen 4), which multiplies 2.4 times as fast in bfloat16."""
+"""Multiplications from which dx by convolutions in bfloat16 is faster. All of these numbers were
+measured on an AMD EPYC (Zen 4), which multiplies 2.4 times as fast in bfloat16."""
 
 _IS_STRIDED_RIGHT = not pixelwise.HAS_AMX
 """Whether PyTorch's kernels are as right with a stride as without one. On an AMD EPYC (Zen 4)

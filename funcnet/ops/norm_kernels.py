@@ -45,7 +45,7 @@ def like_weights(x: Tensor) -> Tensor:
 
 
 def exact(x: Tensor, entries: int) -> Tensor:
-    """x, or for sets of one entry x − μ = 0, which the kernels find up to rounding alone."""
+    """x; for sets of one entry zeros, which is x − μ, and which the kernels would round."""
     return x - x if entries == 1 else x
 
 

@@ -67,8 +67,8 @@ class Partition(Optimizer[PartitionState]):
     spent on them. Every other part's optimiser is handed dicts of leaves by path. A Partition among
     the parts labels by the same paths.
 
-    Raises TypeError for what is not an optimiser, and ValueError for a label that is not a name of
-    a part, before anything is changed. Raises what the parts raise, before anything is changed.
+    Raises TypeError for what is not an optimiser. Before anything is changed, raises ValueError for
+    a label that is not a name of a part, and what the parts raise.
 
     >>> import funcnet as fn, torch
     >>> net = fn.Sequential(fn.Conv2d(4, 3), fn.ReLU(), fn.Conv2d(4, 3))

@@ -1,4 +1,4 @@
-"""What must not matter to a layer: memory layouts, global randomness, an empty batch, vmap."""
+"""The conditions that must not matter: memory layouts, global randomness, an empty batch, vmap."""
 
 from __future__ import annotations
 

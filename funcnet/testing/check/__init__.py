@@ -11,7 +11,7 @@ The files, in the order in which a check comes to them, with the errors that the
       in_place        broken promises of what works in place
       state           what is kept from call to call
     surroundings    memory layouts, an empty batch or vmap that change results, a wrong init
-    search          wrong entries, in float64: where they are looked for
+    search          wrong entries (`finding`), in float64: where they are looked for
       oracles         what refutes an entry: autograd, central differences, Taylor's remainder
       beside          points beside x, away from ties and kinks
     laws            what is not linear in grad, not the sum of examples, not 0 where it is frozen

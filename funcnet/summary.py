@@ -41,7 +41,8 @@ def summary(net: Layer, shape: Sequence[int]) -> str:
                     example: what is kept twice counts once, parameters do not count
 
     A number is `?` for a layer of one's own that says less than others, by `_child_shapes` for
-    instance. No tensor is made: everything is found out on the device "meta".
+    instance, and for what a wrapped module keeps. Nothing is computed, unless a layer's `init`
+    looks at its numbers: all is found out on the device "meta".
 
     Raises ValueError, as `net.init` does, where a layer does not fit its input; TypeError unless
     net is a Layer.

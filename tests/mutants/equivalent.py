@@ -477,6 +477,7 @@ EQUIVALENT: dict[str, str] = {
     "combinators.sequential.Sequential._run_fwd:condition:4": _IN_PLACE,
     "combinators.sequential.Sequential._run_fwd:condition:8": _COPY,
     "combinators.position.Position.__exit__:condition:9": "Python 3.10 has no notes",
+    "combinators.position.Position._remedy:drop-term:1": "an error in a block has a traceback",
     "optimizers.averaging.average:drop-argument:2": _STRICT,
     "optimizers.averaging.average:flip-flag:2": _STRICT,
     "optimizers.leaves.flatten_like:drop-argument:1": _STRICT,

@@ -161,6 +161,31 @@ def test_the_smallest_and_the_largest_numbers(name, size):
     check_vjp(layer, (), torch.stack([x, -x]), grad=torch.stack([x, x]))
 
 
+@dataclass(frozen=True)
+class Added(fn.Layer):
+    """y = x + b, which autograd cannot follow."""
+
+    def _params(self, shape):
+        return {"b": fn.Param(shape, fn.initializers.Zeros())}
+
+    def _fwd(self, params, x, key):
+        with torch.no_grad():
+            return x + params["b"], None
+
+    def _bwd(self, params, residuals, dy, need):
+        return {"b": dy.sum(0)}, dy.clone()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_derivatives_whose_sum_is_beyond_all_numbers(sign):
+    """Along a direction that moves each entry of x and b by about its size."""
+    largest = torch.finfo(torch.float64).max
+    for seed in range(10):
+        b = torch.tensor([0.9 * largest, 1.0], dtype=torch.float64)
+        x = torch.stack([-0.9 * sign * b, 0.5 * b])
+        check_vjp(Added(), {"b": b}, x, draw((2, 2), key=seed))
+
+
 def test_what_cancels_whatever_x_is_rounds_all_the_same():
     """The mean of two centred numbers is 0 at every x, but for rounding."""
     net = fn.Sequential(fn.LayerNorm(elementwise_affine=False, bias=False), fn.AvgPool2d((1, 2)))

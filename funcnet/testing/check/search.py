@@ -427,7 +427,7 @@ class _Search:
         """
         line = self._line(*group)
         terms = [self.gradients[i] * v for i, v in group]
-        derivative = math.fsum(float(x.sum()) for x in terms)
+        derivative = sum(float(x.sum()) for x in terms)  # fsum refuses what overflows
         numeric = slope(line)
         least = ALONE * self.limits.rtol * min(float(x.norm()) for x in terms)
         resolved = max(least, NEARLY * line.rounding(1.0))
@@ -474,7 +474,7 @@ class _Search:
         if taylor is None:
             return None
         (i, *beside), numeric = [i for i, _ in moving], slope(self._line(*moving)).value
-        along = math.fsum(float((self.gradients[i] * v).sum()) for i, v in moving)
+        along = sum(float((self.gradients[i] * v).sum()) for i, v in moving)
         found = Finding(self.case, i, None, self.gradients, numeric, self.floors[i])
         return replace(found, taylor=taylor, along=along, beside=tuple(beside))
 

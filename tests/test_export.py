@@ -38,6 +38,7 @@ TRACED = [
     (fn.GroupNorm(3, affine=False), (6,)),
     (fn.InstanceNorm(affine=True), (2, 4, 3)),
 ]
+NORMS = fn.Sequential(fn.Conv2d(16, 3, padding=1), fn.GroupNorm(4), fn.InstanceNorm())
 
 
 class Module(torch.nn.Module):
@@ -125,19 +126,18 @@ def test_compiled_at_most_twice(function):
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("dynamo", [False, True])
-def test_onnx_for_any_batch(dynamo):
+@pytest.mark.parametrize("net", [DENOISER, NORMS], ids=["denoiser", "norms"])
+def test_onnx_for_any_batch(net, dynamo):
     """The same numbers in onnxruntime."""
     shape = (3, 8, 8)
-    params, x, _ = make(DENOISER, shape, batch=3)
-    module, file = Module(DENOISER, params), io.BytesIO()
+    params, x, _ = make(net, shape, batch=3)
+    module, file = Module(net, params), io.BytesIO()
     batch = {"dynamic_axes": {"x": {0: "n"}}}
     if dynamo:
         batch = {"dynamic_shapes": ({0: torch.export.Dim("n", min=2, max=64)},)}
     torch.onnx.export(module, (x,), file, input_names=["x"], dynamo=dynamo, **batch)
     session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
-    check(
-        lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), DENOISER, params, shape
-    )
+    check(lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), net, params, shape)
 
 
 GATED = fn.Product(fn.Linear(3), fn.Sequential(fn.Linear(3), fn.Sigmoid()))

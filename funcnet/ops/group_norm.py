@@ -232,7 +232,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _images(rows: Tensor, x: Tensor) -> Tensor:
     """(N, C, …) in channels_last of (N, P, C), with the same memory."""
-    return rows.movedim(-1, 1).reshape(x.shape)
+    return rows.transpose(1, 2).reshape(x.shape)
 
 
 def _group_means(channels: Tensor, groups: int) -> Tensor:

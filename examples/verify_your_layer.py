@@ -3,10 +3,10 @@
     python examples/verify_your_layer.py
 
 The layer is a gate with a learned slope a for each channel, y = x · σ(a·x), known as Swish. With
-z = a·x and the gradient g of y,
+z = a·x and the gradient dy of y,
 
-    dx = g · (σ(z) + z · σ′(z))
-    da = Σ g · x² · σ′(z)        over the images and their pixels, for each channel
+    dx = dy · (σ(z) + z · σ′(z))
+    da = Σ dy · x² · σ′(z)        over the images and their pixels, for each channel
 """
 
 import argparse
@@ -25,35 +25,31 @@ class Hasty(fn.Layer):
     """The gate with a mistake. It trains all the same, only worse."""
 
     start: float = 1.0
+    _axes = "CHW"
 
-    def init(self, key, shape, *, dtype=None, device=None):
-        return {"slope": torch.full((shape[0], 1, 1), self.start, dtype=dtype, device=device)}
+    def _params(self, shape):
+        return {"slope": fn.Param((shape[0], 1, 1), fn.initializers.Constant(self.start))}
 
-    def out_shape(self, shape):
-        return tuple(shape)
-
-    def fwd(self, params, x, *, key=None):
+    def _fwd(self, params, x, key):
         gate = torch.sigmoid(params["slope"] * x)
         return x * gate, (x, gate)
 
-    def bwd(self, params, residuals, grad, *, input_grad=True):
+    def _bwd(self, params, residuals, dy, need):
         x, gate = residuals
         bend = gate * (1 - gate)
-        dslope = (grad * x.square() * bend).mean(0).sum((1, 2), keepdim=True)
-        dx = grad * (gate + params["slope"] * x * bend) if input_grad else None
-        return {"slope": dslope}, dx
+        dslope = (dy * x.square() * bend).mean(0).sum((1, 2), keepdim=True)
+        return {"slope": dslope}, dy * (gate + params["slope"] * x * bend)
 
 
 @dataclass(frozen=True)
 class Gate(Hasty):
     """The gate, mended: the gradient of a sum over the batch is a sum."""
 
-    def bwd(self, params, residuals, grad, *, input_grad=True):
+    def _bwd(self, params, residuals, dy, need):
         x, gate = residuals
         bend = gate * (1 - gate)
-        dslope = (grad * x.square() * bend).sum((0, 2, 3))[:, None, None]
-        dx = grad * (gate + params["slope"] * x * bend) if input_grad else None
-        return {"slope": dslope}, dx
+        dslope = (dy * x.square() * bend).sum((0, 2, 3))[:, None, None]
+        return {"slope": dslope}, dy * (gate + params["slope"] * x * bend)
 
 
 @settings(max_examples=50, deadline=None, database=None)

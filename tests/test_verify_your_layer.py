@@ -21,10 +21,10 @@ def test_it_finds_the_mistake_and_ends_well(capsys, monkeypatch):
 
 def test_the_snippet_of_its_message_replays():
     script = runpy.run_path(str(SCRIPT))
-    layer = script["Hasty"]()
-    x = script["fn"].normal(script["fn"].key(1), (4, 3, 5, 5))
+    fn, layer = script["fn"], script["Hasty"]()
+    x = fn.normal(fn.key(1), (4, 3, 5, 5))
     with pytest.raises(script["GradientMismatch"]) as caught:
-        check_vjp(layer, layer.init(None, (3, 5, 5)), x)
+        check_vjp(layer, layer.init(fn.key(0), (3, 5, 5)), x)
     code = caught.value.snippet.replace("from <run_path> import Hasty\n", "")
     with pytest.raises(script["GradientMismatch"], match="slope"):
         exec(code, {"Hasty": script["Hasty"]})

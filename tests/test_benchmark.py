@@ -100,6 +100,7 @@ def test_losses_and_layers_with_keys_agree() -> None:
     found = list(rows(scale=1))
     for row in found:
         check(row)
+    assert found[0].theirs()[1].abs().max() > 0.01  # batch normalisation's gradient for x
     assert re.fullmatch(r"\| Huber( \| [\d.]+ ms){2} \| [\d.]+× \|", timed(found[10], 0.001))
     with pytest.raises(AssertionError):
         check(found[0]._replace(theirs=list))
@@ -114,6 +115,7 @@ def test_ensembles_agree() -> None:
 
     for row in rows(batch=2):
         check(row)
+        assert not any(tensor.requires_grad for tensor in row.theirs())  # nothing is recorded
 
 
 @pytest.mark.usefixtures("benchmark_modules")

@@ -48,7 +48,9 @@ def _rows(name: str, net: fn.Sequential, x: Tensor) -> Iterator[Row]:
     members = [net.init(key, shape) for key in fn.split(fn.key(0), MEMBERS)]
     ensemble = optree.tree_map(lambda *leaves: torch.stack(leaves), *members)
     modules = [to_torch(net, params, shape) for params in members]
-    theirs, _ = torch.func.stack_module_state(modules)
+    stacked, _ = torch.func.stack_module_state(modules)
+    # Autograd would record all that is done with the leaves that these are.
+    theirs = {name: weight.detach() for name, weight in stacked.items()}
     target = fn.normal(fn.key(2), (len(x), *net.out_shape(shape)))
     value_and_grad = fn.value_and_grad(net, fn.MSE())
     steps = torch.func.vmap(lambda params: value_and_grad(params, x, target)[1])

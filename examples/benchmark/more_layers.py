@@ -66,7 +66,8 @@ def _layer(name: str, layer: fn.Layer, module: nn.Module, x: Tensor) -> Iterator
     with torch.no_grad():
         for slot, weight in zip(weights, leaves(params), strict=True):
             slot.copy_(weight)
-    grad = torch.ones_like(layer.apply(params, x, key=KEY))
+    # Normalisation's gradient for x is 0 where that for y is the same everywhere.
+    grad = torch.randn_like(layer.apply(params, x, key=KEY))
     leaf = [x.clone().requires_grad_()] if x.is_floating_point() else []
 
     def ours() -> list[Tensor]:

@@ -17,6 +17,7 @@ import funcnet as fn
 
 OUT = Path("runs/characters.png")
 LENGTH, WIDTH, HEADS, DEPTH, BATCH = 64, 96, 4, 3, 32
+TEMPERATURE = 0.8
 
 
 def block():
@@ -47,8 +48,9 @@ def main(steps=600):
     state, losses = adam.init(params), []
     loss_and_grads = fn.value_and_grad(net, fn.CrossEntropy())
     for step in range(steps):
-        starts = fn.uniform(fn.fold_in(fn.key(1), step), (BATCH,)) * (len(data) - LENGTH - 1)
-        windows = data[starts.long()[:, None] + torch.arange(LENGTH + 1)]
+        key = fn.fold_in(fn.key(1), step)
+        starts = fn.uniform(key, (BATCH, 1), 0, len(data) - LENGTH - 1).long()
+        windows = data[starts + torch.arange(LENGTH + 1)]
         loss, grads = loss_and_grads(params, windows[:, :-1], windows[:, 1:])
         grads, _ = fn.clip_by_global_norm(grads, 1.0)
         params, state = adam.step_(params, grads, state)
@@ -66,8 +68,9 @@ def write(net, params, context, key, alphabet, count=300):
     written = list(context)
     for i in range(count):
         logits = net.apply(params, torch.tensor([written[-LENGTH:]]))[0, :, -1]
-        noise = -torch.log(-torch.log(fn.uniform(fn.fold_in(key, i), logits.shape, 1e-9, 1.0)))
-        written.append(int((logits / 0.8 + noise).argmax()))
+        # With Gumbel's noise added, the largest is a draw from the softmax.
+        noise = -(-fn.uniform(fn.fold_in(key, i), logits.shape, 1e-9).log()).log()
+        written.append(int((logits / TEMPERATURE + noise).argmax()))
     return "".join(alphabet[i] for i in written[len(context) :])
 
 
@@ -76,7 +79,7 @@ def draw(losses):
     plt.figure(figsize=(6, 3.5))
     plt.plot(losses, linewidth=0.8)
     plt.xlabel("step")
-    plt.ylabel("bits a character")
+    plt.ylabel("training loss [bits a character]")
     plt.tight_layout()
     plt.savefig(OUT, dpi=120)
 

@@ -17,16 +17,16 @@ from matplotlib import pyplot as plt
 import funcnet as fn
 
 OUT = Path("runs/ensemble.png")
-MEMBERS = 20
+MEMBERS, NOISE = 20, 0.1
 NET = fn.Sequential(fn.Linear(64), fn.Tanh(), fn.Linear(64), fn.Tanh(), fn.Linear(1))
 
 
-def data(key, count, ranges=((-3.0, -1.0), (0.5, 3.0))):
-    """x from two intervals with a gap between them, y = sin(2x) + x/3 and noise of 0.1."""
-    keys = fn.split(key, len(ranges) + 1)
-    parts = [fn.uniform(k, (count // 2, 1), *ends) for k, ends in zip(keys, ranges, strict=False)]
-    x = torch.cat(parts)
-    return x, truth(x) + fn.normal(keys[-1], x.shape, std=0.1)
+def data(key, count):
+    """x from two intervals with a gap between them, and y = sin(2x) + x/3 with noise."""
+    left, right, noise = fn.split(key, 3)
+    shape = (count // 2, 1)
+    x = torch.cat([fn.uniform(left, shape, -3, -1), fn.uniform(right, shape, 0.5, 3)])
+    return x, truth(x) + fn.normal(noise, x.shape, std=NOISE)
 
 
 def truth(x):
@@ -38,7 +38,7 @@ def main(steps=800):
     keys = fn.split(fn.key(1), MEMBERS)
     members = [NET.init(key, (1,)) for key in keys]
     params = optree.tree_map(lambda *leaves: torch.stack(leaves), *members)
-    resampled = torch.stack([(fn.uniform(key, (len(x),)) * len(x)).long() for key in keys])
+    resampled = torch.stack([fn.uniform(key, (len(x),), 0, len(x)).long() for key in keys])
     xs, ys = x[resampled], y[resampled]  # each member has seen other points
 
     adam = fn.Adam(fn.schedules.cosine(1e-2, steps))
@@ -54,7 +54,7 @@ def main(steps=800):
     shares, promised = coverage(predict(params, fresh_x), fresh_y)
     print(f"{MEMBERS} members, mean loss {float(losses.mean()):.4f}")
     print("promised  held")
-    for p, share in list(zip(promised, shares, strict=True))[1::2]:
+    for p, share in zip(promised, shares, strict=True):
         print(f"{p:>8.0%} {share:>5.0%}")
     draw(grid, predict(params, grid), x, y, promised, shares)
     return float(losses.mean())
@@ -63,7 +63,7 @@ def main(steps=800):
 def coverage(predictions, y):
     """The share of points inside the central interval of the ensemble, for each promised share."""
     promised = [0.1 * i for i in range(1, 10)]
-    mean, std = predictions.mean(0), (predictions.var(0) + 0.1**2).sqrt()
+    mean, std = predictions.mean(0), (predictions.var(0) + NOISE**2).sqrt()
     levels = torch.special.ndtr((y - mean) / std)
     return [float(((levels - 0.5).abs() <= p / 2).double().mean()) for p in promised], promised
 
@@ -76,7 +76,7 @@ def draw(grid, curves, x, y, promised, shares):
     left.plot(grid, mean, label="mean of the ensemble")
     left.plot(grid, truth(grid), "k--", linewidth=0.8, label="truth")
     left.plot(x, y, ".", color="tab:red", label="data")
-    left.set_ylim(-4, 4)
+    left.set(xlabel="x", ylabel="y", ylim=(-4, 4))
     left.legend()
     right.plot([0, 1], [0, 1], "k--", linewidth=0.8)
     right.plot(promised, shares, "o-")

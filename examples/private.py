@@ -39,7 +39,7 @@ def network():
     )  # fmt: skip
 
 
-def train(net, x, y, key, clip, noise, steps=STEPS):
+def train(net, x, y, key, clip, noise, steps):
     """Parameters after some steps of DP-SGD."""
     init_key, key = fn.split(key)
     params = net.init(init_key, x.shape[1:])
@@ -50,15 +50,17 @@ def train(net, x, y, key, clip, noise, steps=STEPS):
         batch_key, noise_key = fn.split(fn.fold_in(key, step))
         batch = fn.bernoulli(batch_key, BATCH / len(x), (len(x),))
         _, total = clipped(params, x[batch], y[batch])
-        keys = iter(fn.split(noise_key, len(optree.tree_leaves(total))))
-        grads = optree.tree_map(
-            lambda leaf, keys=keys: (
-                (leaf + noise * clip * fn.normal(next(keys), leaf.shape)) / BATCH
-            ),
-            total,
-        )
+        grads = optree.tree_map(lambda g: g / BATCH, with_noise(total, noise_key, noise * clip))
         params, state = sgd.step_(params, grads, state)
     return params
+
+
+def with_noise(tree, key, std):
+    """The tree with a draw from N(0, std²) added to each of its numbers."""
+    leaves, structure = optree.tree_flatten(tree)
+    keys = fn.split(key, len(leaves))
+    noisy = [x + std * fn.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return optree.tree_unflatten(structure, noisy)
 
 
 def epsilon(noise, q, steps):

@@ -89,7 +89,7 @@ def test_clipped_sums_agree(capsys: pytest.CaptureFixture[str]) -> None:
     from clipping import compare
 
     x, y = fn.normal(fn.key(0), (4, 1, 8, 8)), fn.permutation(fn.key(1), 4)
-    assert compare(x, y, rounds=1)
+    compare(x, y, seconds=0.01)
     assert "torch.func.vmap of torch.nn" in capsys.readouterr().out
 
 
@@ -154,12 +154,30 @@ def test_growth_is_measured_in_processes_of_their_own() -> None:
 
     settings = Settings(torch.device("cpu"), threads=1, tf32=False, keep_memory=False)
     problem = Problem(all_networks()[0], 1, torch.float32, settings.device)
-    grown = grow(problem, settings, sides=(32,))
+    grown = grow(problem, settings, tolerance=1e-2, sides=(32,))
     assert [found.mode for found in grown] == ["infer", "train"]
     for found in grown:
         names = {"funcnet", "torch.nn channels_last"}
         assert found.nanoseconds.keys() == found.peak.keys() == names
         assert all(value > 0 for value in found.nanoseconds.values())
+
+
+@pytest.mark.usefixtures("benchmark_modules")
+def test_a_difference_on_a_large_image_is_noticed() -> None:
+    import agreement
+    from entries import entries
+    from networks import all_networks
+    from problem import Problem
+
+    problem = Problem(all_networks()[0], 1, torch.float32, torch.device("cpu"))
+    contender = entries(problem.device)["torch.nn"](problem)
+    start = [tensor.clone() for tensor in contender.state()]
+    contender.train()
+    after = contender.state()
+    agreement.check_large(problem, after, after, trained=True, tolerance=1e-2)
+    wrong = [1.02 * theirs - 0.02 * before for theirs, before in zip(after, start, strict=True)]
+    with pytest.raises(agreement.DisagreementError, match=r"denoiser on \(3, 32, 32\): funcnet"):
+        agreement.check_large(problem, wrong, after, trained=True, tolerance=1e-2)
 
 
 @pytest.mark.usefixtures("benchmark_modules")

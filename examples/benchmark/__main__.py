@@ -131,7 +131,7 @@ def run(options: argparse.Namespace, settings: Settings) -> Results:
         rows = [row for p in problems for row in race(p, workers, seconds, tolerance)]
     memory = {} if options.no_memory else _memory(options, settings, names)
     measured = Problem(all_networks()[0], 1, dtype, device, options.mixed)
-    growth = grow(measured, settings) if "growth" in options.only else []
+    growth = grow(measured, settings, tolerance) if "growth" in options.only else []
     saved = kept(device) if "residuals" in options.only else []
     for line in saved:
         print(line)

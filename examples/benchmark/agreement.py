@@ -57,10 +57,27 @@ def check(problem: Problem, seen: Mapping[str, list[Tensor]], tolerance: float) 
             before = start[state] if start and state >= 0 else torch.zeros(())
             # A loss that has shrunk still comes from logits of the first one's size.
             scale = expected[1] if 1 <= i <= _STEPS and not problem.network.is_layer else wanted
-            rounding = torch.finfo(problem.dtype).eps * torch.linalg.vector_norm(scale)
-            change = torch.linalg.vector_norm(wanted - before)
-            allowed = tolerance * change + _STEPS * rounding
-            _check_tensor(f"{problem.network.name}: {name}", actual, wanted, float(allowed))
+            allowed = _allowed(problem, wanted - before, scale, tolerance)
+            _check_tensor(f"{problem.network.name}: {name}", actual, wanted, allowed)
+
+
+def check_large(
+    problem: Problem, ours: list[Tensor], theirs: list[Tensor], trained: bool, tolerance: float
+) -> None:
+    """Hold funcnet to torch.nn in the same dtype, where float64 would take too much memory.
+
+    Their tensors are the parameters of a network that was trained, or its output.
+    """
+    start = _copies(torch_nn(problem, torch.contiguous_format)) if trained else [torch.zeros(())]
+    who = f"{problem.network.name} on {problem.network.shape}: funcnet"
+    for actual, wanted, before in zip(ours, theirs, start, strict=True):
+        _check_tensor(who, actual, wanted, _allowed(problem, wanted - before, wanted, tolerance))
+
+
+def _allowed(problem: Problem, change: Tensor, scale: Tensor, tolerance: float) -> float:
+    """The tolerance as a norm, with room for the rounding of numbers of this scale."""
+    rounding = torch.finfo(problem.dtype).eps * torch.linalg.vector_norm(scale)
+    return float(tolerance * torch.linalg.vector_norm(change) + _STEPS * rounding)
 
 
 def _copies(contender: Contender) -> list[Tensor]:

@@ -48,15 +48,11 @@ def operations(net: fn.Sequential, shape: tuple[int, ...], batch: int) -> int:
 def _products(layer: fn.Layer, before: tuple[int, ...], after: tuple[int, ...]) -> int:
     """Products of the forward pass for one example."""
     if isinstance(layer, fn.Conv2d):
-        kernel = before[0] // layer.groups * math.prod(_pair(layer.kernel_size))
+        kernel = before[0] // layer.groups * math.prod(layer.kernel_size)
         return kernel * math.prod(after)
     if isinstance(layer, fn.UpsampleConv2d):
-        return layer.out_channels * math.prod(_pair(layer.kernel_size)) * math.prod(before)
+        return layer.out_channels * math.prod(layer.kernel_size) * math.prod(before)
     return 0
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return size if isinstance(size, tuple) else (size, size)
 
 
 def rates(dtype: torch.dtype, device: torch.device) -> Rates:

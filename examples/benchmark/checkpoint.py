@@ -1,9 +1,10 @@
 """Saving and loading a large tree, side by side with raw safetensors, in one run.
 
-Each round runs every contender once, in turn, so that a slow moment of the machine meets them all;
-the figures are medians over the rounds, and ratios of medians. funcnet does more: a checksum of
-every bit, and a file that is on the disk when `save` returns. What these cost is measured too: the
-same checksum of the same tensors in one thread, and safetensors with an fsync after it.
+What both load is compared first. Each round runs every contender once, in turn, so that a slow
+moment of the machine meets them all; the figures are medians over the rounds, and ratios of
+medians. funcnet does more: a checksum of every bit, and a file that is on the disk when `save`
+returns. What these cost is measured too: the same checksum of the same tensors in one thread, and
+safetensors with an fsync after it. safetensors' load maps the file into memory and reads nothing.
 
     python examples/benchmark/checkpoint.py --size-mb 1000
 """
@@ -75,6 +76,13 @@ def contenders(tensors: Tensors, folder: Path) -> dict[str, Callable[[], Any]]:
     }
 
 
+def check(run: dict[str, Callable[[], Any]], tensors: Tensors) -> None:
+    """Raise AssertionError where what is loaded is not what was saved."""
+    for library in ("safetensors", "funcnet"):
+        run[f"{library} save"]()
+        torch.testing.assert_close(run[f"{library} load"](), tensors, rtol=0, atol=0)
+
+
 def medians(run: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Seconds of each, interleaved; a first round that nobody counts warms the caches."""
     times: dict[str, list[float]] = {name: [] for name in run}
@@ -109,7 +117,9 @@ def main() -> None:
     print(f"{options.size_mb} MB, medians of {options.rounds} rounds, {os.cpu_count()} CPUs")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for name, tensors in trees(options.size_mb * 10**6).items():
-            report(name, medians(contenders(tensors, Path(folder)), options.rounds))
+            run = contenders(tensors, Path(folder))
+            check(run, tensors)
+            report(name, medians(run, options.rounds))
 
 
 if __name__ == "__main__":

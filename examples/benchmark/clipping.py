@@ -1,7 +1,7 @@
 """Gradients clipped one by one, beside gradients of each example by torch.func.vmap of torch.nn.
 
-The unit of time and memory is `value_and_grad`, where nothing is clipped. Contenders run in turns,
-so that what else the machine does slows all of them; ratios are medians over the rounds.
+The unit of time and memory is `value_and_grad`, where nothing is clipped. The two clipped sums are
+compared first. Contenders run in turns; ratios are of medians.
 
     python examples/benchmark/clipping.py           handwritten digits; under a minute
 """
@@ -9,14 +9,14 @@ so that what else the machine does slows all of them; ratios are medians over th
 from __future__ import annotations
 
 import argparse
-import time
+import functools
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 import torch
 from memory import allocations
 from sklearn.datasets import load_digits
+from timing import duration, side_by_side
 from torch import Tensor, nn
 
 import funcnet as fn
@@ -49,8 +49,8 @@ def by_vmap(params: Any) -> Callable[[Any, Tensor, Tensor], dict[str, Tensor]]:
     return clipped
 
 
-def compare(x: Tensor, y: Tensor, rounds: int) -> bool:
-    """Print time and memory of both clipped sums. Return whether they agree."""
+def compare(x: Tensor, y: Tensor, seconds: float) -> None:
+    """Print time and memory of both clipped sums; raise AssertionError where they differ."""
     params = NET.init(fn.key(0), x.shape[1:])
     contenders: dict[str, Callable[..., Any]] = {
         "value_and_grad, nothing clipped": fn.value_and_grad(NET, LOSS),
@@ -59,24 +59,16 @@ def compare(x: Tensor, y: Tensor, rounds: int) -> bool:
     }
     unit, ours, theirs = contenders
     total = fn.interop.state_dict(contenders[ours](params, x, y)[1])
-    agree = all(
-        torch.allclose(total[name], other, atol=1e-4)
-        for name, other in contenders[theirs](params, x, y).items()
-    )
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            run(params, x, y)
-            seconds[name].append(time.perf_counter() - start)
-    memory = {name: _peak(lambda run=run: run(params, x, y)) for name, run in contenders.items()}
-    size = "×".join(map(str, x.shape[1:]))
-    print(f"{len(x)} images of {size}; the two clipped sums agree: {agree}")
+    torch.testing.assert_close(total, contenders[theirs](params, x, y), rtol=1e-4, atol=1e-4)
+    runs = {name: functools.partial(run, params, x, y) for name, run in contenders.items()}
+    clocks = {n: functools.partial(duration, run, device=x.device) for n, run in runs.items()}
+    times = side_by_side(clocks, seconds)
+    memory = {name: _peak(run) for name, run in runs.items()}
+    print(f"{len(x)} images of {'×'.join(map(str, x.shape[1:]))}")
     print(f"{'':<32} {'time':>6} {'memory':>7}")
     for name in contenders:
-        ratio = median(a / b for a, b in zip(seconds[name], seconds[unit], strict=True))
+        ratio = times[name].median / times[unit].median
         print(f"{name:<32} {ratio:>6.1f} {memory[name] / memory[unit]:>7.1f}")
-    return agree
 
 
 def _peak(run: Callable[[], Any]) -> int:
@@ -88,13 +80,15 @@ def _peak(run: Callable[[], Any]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=7, help="(%(default)s)")
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--threads", default=1, type=int, help="CPU threads (%(default)s)")
+    parser.add_argument("--seconds", default=1.0, type=float, help="a contender (%(default)s)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     digits = load_digits()
     x = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     y = torch.tensor(digits.target)
-    compare(x[:128], y[:128], rounds)
-    compare(nn.functional.interpolate(x[:64], scale_factor=4), y[:64], rounds)
+    compare(x[:128], y[:128], options.seconds)
+    compare(nn.functional.interpolate(x[:64], scale_factor=4), y[:64], options.seconds)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import product
 
+import agreement
+import torch
 from entries import CHANNELS_LAST, OURS
 from networks import MEASURED, all_networks
 from problem import Problem
@@ -32,19 +34,26 @@ class Growth:
         return f"{self.mode} {self.side}×{self.side}: {', '.join(parts)}"
 
 
-def grow(problem: Problem, settings: Settings, sides: tuple[int, ...] = SIDES) -> list[Growth]:
-    """The denoiser on a larger and larger image, each time in new processes."""
+def grow(
+    problem: Problem, settings: Settings, tolerance: float, sides: tuple[int, ...] = SIDES
+) -> list[Growth]:
+    """The denoiser on a larger and larger image, each time in new processes.
+
+    Raises DisagreementError where the two outputs, or the parameters after the steps, differ.
+    """
     (denoiser,) = (network for network in all_networks() if network.name == MEASURED[0])
     found = []
     for mode, side in product(("infer", "train"), sides):
         network = replace(denoiser, shape=(denoiser.shape[0], side, side))
         larger = replace(problem, network=network, batch=1)
-        nanoseconds, peak = {}, {}
+        nanoseconds, peak, seen = {}, {}, []
         for name in _NAMES:
             with Worker(name, settings) as worker:
                 once = worker.once(larger, mode)
             nanoseconds[name] = once.seconds / side**2 * 1e9
             peak[name] = once.peak
+            seen.append([torch.from_numpy(array) for array in once.seen])
+        agreement.check_large(larger, *seen, mode == "train", tolerance)
         found.append(Growth(mode, side, nanoseconds, peak))
         print(found[-1], flush=True)
     return found

@@ -63,21 +63,26 @@ def measure(entry: Entry, problem: Problem) -> Memory:
 class Pass:
     """The least seconds of a forward pass or training step, and its bytes beyond the start.
 
-    The bytes are NaN where the system does not tell.
+    The bytes are NaN where the system does not tell. `seen` is the output, or the parameters after
+    all the steps, as arrays.
     """
 
     seconds: float
     peak: float
+    seen: list[Any]
 
 
 def measure_pass(entry: Entry, problem: Problem, mode: str) -> Pass:
     """The time and memory that this process needs to "infer" or "train"."""
-    run = getattr(entry(problem), mode)
+    contender = entry(problem)
+    run = getattr(contender, mode)
     baseline = _resident("VmRSS")
     _forget_peak()
     run()
     peak = _resident("VmHWM") - baseline
-    return Pass(min(duration(run, 1, problem.device) for _ in range(3)), peak)
+    seconds = min(duration(run, 1, problem.device) for _ in range(3))
+    seen = [contender.as_tensor(run())] if mode == "infer" else contender.state()
+    return Pass(seconds, peak, [tensor.float().cpu().numpy() for tensor in seen])
 
 
 def _live_bytes(entry: Entry, problem: Problem) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -54,6 +55,28 @@ def test_writes_report_json_and_plot(tmp_path: Path) -> None:
         least, middle, most = row["spread"]
         assert 0 < least <= middle <= most
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("benchmark_modules")
+def test_says_what_it_has_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without rows there is no plot."""
+    from arithmetic import Rates
+    from results import Results
+    from worker import Settings
+
+    spec: Any = importlib.util.spec_from_file_location("main", BENCHMARK / "__main__.py")
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    results = Results({"device": "cpu", "dtype": "float32"}, [], {}, Rates(1e9, 1e9))
+    monkeypatch.setattr(program, "run", lambda *_: results)
+    monkeypatch.setattr(Settings, "apply", lambda _: None)
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--out", str(tmp_path)])
+    program.main()
+    last = capsys.readouterr().out.splitlines()[-1]
+    names = last.removeprefix(f"Written to {tmp_path}: ").split(", ")
+    assert sorted(names) == sorted(path.name for path in tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -110,9 +110,11 @@ def main() -> None:
     report = markdown(results)
     (options.out / "report.md").write_text(report, encoding="utf-8")
     (options.out / "results.json").write_text(json.dumps(results.as_json(), indent=1))
+    written = "report.md, results.json"
     if results.rows:
         save_plot(results, options.out / "plot.png")
-    print(f"\n{report}\nWritten to {options.out}: report.md, results.json, plot.png")
+        written += ", plot.png"
+    print(f"\n{report}\nWritten to {options.out}: {written}")
 
 
 def run(options: argparse.Namespace, settings: Settings) -> Results:

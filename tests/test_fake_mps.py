@@ -106,7 +106,7 @@ def test_gradients_of_each_example():
 RATES = [0.1, fn.schedules.cosine(0.1, 10), lambda step: 0.1 * 0.5**step]
 
 
-@pytest.mark.parametrize("lr", RATES, ids=str)
+@pytest.mark.parametrize("lr", RATES, ids=["number", "schedule", "function"])
 @pytest.mark.parametrize(
     "optimizer",
     [
@@ -114,6 +114,7 @@ RATES = [0.1, fn.schedules.cosine(0.1, 10), lambda step: 0.1 * 0.5**step]
         lambda lr: fn.AdamW(lr, amsgrad=True),
         lambda lr: fn.RMSprop(lr, momentum=0.9),
     ],
+    ids=["SGD", "AdamW", "RMSprop"],
 )
 def test_counts_of_many_states_on_the_device(optimizer, lr, there):
     """Inside torch.func.vmap a count has no value for Python, and may lie on the device."""

@@ -62,10 +62,10 @@ _SAVED, _SAVED_BACKWARD = 132, 84
 _SAVED_OF_MANY_TAPS, _SAVED_BACKWARD_OF_MANY_TAPS = 144, 192
 """The saved products from which an entry of z saves time, forward and backward.
 
-Measured on an Intel Xeon with AVX-512, one thread, over scales 2, 3 and 4, kernels of 2 to 9 taps, 1
-to 64 channels of x and y, images of 16×16 to 128×128 pixels. The one that is chosen takes more than
-1.25 times as long as the other in 38 of 1421 cases forward and in 70 backward, at most 2.6 times.
-On an AMD EPYC (Zen 4), up to 7 taps, 80, 72, 128 and 112 did best."""
+Measured on an Intel Xeon with AVX-512, one thread, over scales 2, 3 and 4, kernels of 2 to 9 taps,
+1 to 64 channels of x and y, images of 16×16 to 128×128 pixels. The one that is chosen takes more
+than 1.25 times as long as the other in 38 of 1421 cases forward and in 70 backward, at most 2.6
+times. On an AMD EPYC (Zen 4), up to 7 taps, 80, 72, 128 and 112 did best."""
 
 _LANES, _LANES_BACKWARD = 16, 8
 """A convolution of fewer channels takes as long as one of so many, and so do the gradients."""

@@ -214,8 +214,9 @@ def leaves_like(of: Tree, tree: Any) -> Leaves:
 def _of_integers(leaf: Tensor, gradient: Any) -> Any:
     if gradient is None:
         return with_float64(leaf).new_zeros(leaf.shape, dtype=torch.float64)
-    # bools, as torch.zeros_like(leaf) has them, cannot be subtracted
-    return with_float64(gradient).double() if isinstance(gradient, Tensor) else gradient
+    # Bools, as torch.zeros_like(leaf) has them, cannot be subtracted.
+    is_bool = isinstance(gradient, Tensor) and gradient.dtype == torch.bool
+    return with_float64(gradient).double() if is_bool else gradient
 
 
 @dataclass(frozen=True, kw_only=True)

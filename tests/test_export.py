@@ -171,6 +171,28 @@ def test_make_fx_records_a_training_step_for_any_batch(net, shape):
         close(graph(*given), step(*given), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("layer", [fn.LayerNorm(), fn.RMSNorm()], ids=repr)
+def test_gradients_of_many_rows_for_any_batch(layer):
+    """Eagerly, they are added up in blocks, whose number depends on the batch."""
+    params, x, grad = make(layer, (64,), batch=4100, dtype=torch.bfloat16)
+    dim = {0: torch.export.Dim("n", min=2, max=9000)}
+
+    def gradients(params, x, grad):
+        return layer.vjp(params, x, grad)
+
+    class Gradients(torch.nn.Module):
+        def forward(self, *given):
+            return gradients(*given)
+
+    shapes = ((dict.fromkeys(params), dim, dim),)
+    program = torch.export.export(Gradients(), (params, x, grad), dynamic_shapes=shapes).module()
+    graph = make_fx(gradients, tracing_mode="symbolic")(params, x, grad)
+    for batch in (7, 5000):
+        given = make(layer, (64,), batch, dtype=torch.bfloat16)
+        for found in (program(*given), graph(*given)):
+            close(found, layer.vjp(*given), rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize(
     ("layer", "first", "second"),
     [

@@ -69,8 +69,8 @@ def layer_norm_gradients(
     others: Sequence[Tensor | None]
     if not (is_half(x) and x.is_cpu and any(mask[1:])):
         dx, *others = _layer_norm_backward(dy, x, shape, mean, rstd, weight, bias, mask)
-    # A trace would hold the number of chunks for that of any x.
-    elif x.numel() <= _CHUNK_ENTRIES or inplace.is_tracing():
+    # A graph would hold the number of chunks for that of any x.
+    elif inplace.has_open_sizes(x) or x.numel() <= _CHUNK_ENTRIES:
         wide = dy.float(), x.float()
         dx, *others = _layer_norm_backward(*wide, shape, mean, rstd, weight, bias, mask)
     else:
@@ -164,7 +164,7 @@ _BLOCK, _MANY_ROWS = 512, 4096
 def _weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
     """weights · rows. Many rows are added up in blocks: one product adds up row after row, and is
     off by 10⁻⁵ after 10⁵ rows in float32."""
-    whole = 0 if inplace.is_tracing() else len(rows) // _BLOCK * _BLOCK
+    whole = 0 if inplace.has_open_sizes(rows) else len(rows) // _BLOCK * _BLOCK
     if whole < _MANY_ROWS:
         return weights @ rows
     blocks = rows[:whole].reshape(-1, _BLOCK, rows.shape[1])

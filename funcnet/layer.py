@@ -281,7 +281,8 @@ class Layer(Hyperparameters):
     ) -> tuple[Tree, Tensor | None]:
         """(dparams, dx): the vector-Jacobian product of `apply` with grad, which has y's shape."""
         made = self.fwd(params, x, key=key)
-        y, residuals = made if type(made) is tuple else as_pair(self, "fwd", made)
+        is_one = type(made) is tuple and len(made) == 2
+        y, residuals = made if is_one else as_pair(self, "fwd", made)
         need = Need(param_grad, input_grad)
         return last_bwd(self, params, residuals, grad, need, spec_of_y(y))
 

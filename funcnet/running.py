@@ -29,10 +29,8 @@ def run_apply(layer: Layer, params: Tree, x: Tensor, key: Key | None) -> Tensor:
         # Most layers end here, without another call: small ones would take longer.
         if cls._apply is Layer._apply:
             made = layer._fwd(params, x, key)
-            try:  # to take a pair apart, which is as fast as made[0]: y alone has many examples
-                y, _ = made
-            except (TypeError, ValueError):
-                y, _ = as_pair(layer, "_fwd", made)
+            # By its type: y alone, of two examples, would be taken apart like a pair.
+            y: Tensor = (made if type(made) is tuple else as_pair(layer, "_fwd", made))[0]
             return y
         return y_alone(layer, params, x, key)
     return _as_promised(layer, x, layer.apply(params, x, key=key))
@@ -43,7 +41,8 @@ def run_fwd(layer: Layer, params: Tree, x: Tensor, key: Key | None) -> tuple[Ten
     cls = type(layer)
     if cls.fwd is Layer.fwd and cls.bwd is Layer.bwd:
         made = layer._fwd(params, x, key)
-        return made if type(made) is tuple else as_pair(layer, "_fwd", made)
+        is_one = type(made) is tuple and len(made) == 2
+        return made if is_one else as_pair(layer, "_fwd", made)
     y, residuals = as_pair(layer, "fwd", layer.fwd(params, x, key=key))
     return _as_promised(layer, x, y), residuals
 
@@ -66,7 +65,8 @@ def run_bwd(
     cls = type(layer)
     if cls.fwd is Layer.fwd and cls.bwd is Layer.bwd:
         made = layer._bwd(params, residuals, grad, need)
-        return made if type(made) is tuple else as_pair(layer, "_bwd", made)
+        is_one = type(made) is tuple and len(made) == 2
+        return made if is_one else as_pair(layer, "_bwd", made)
     return public_bwd(layer, params, residuals, grad, need)
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-
 import torch
 
-from funcnet.checks import name_of, returned
-from funcnet.layer import Layer, is_private
+from funcnet.checks import name_of
+from funcnet.layer import Layer
 
 
 class Position:
@@ -15,21 +13,19 @@ class Position:
 
     i: int
 
-    def __init__(self, layers: tuple[Layer, ...], names: tuple[str, ...] = ()) -> None:
-        self.layers, self.names = layers, names
+    def __init__(self, names: tuple[str, ...] = ()) -> None:
+        self.names = names
 
     def __enter__(self) -> Position:
         return self
 
-    def __exit__(
-        self, _: object, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         # torch.compile cannot follow what is done to an error.
         if not isinstance(error, Exception) or torch.compiler.is_compiling():
             return
         where = self.names[self.i] if self.names else f"layer {self.i}"
         if isinstance(error, (ValueError, TypeError, RuntimeError)):
-            given, message = error.args, f"{where}: {self._remedy(traceback, error)}{error}"
+            given, message = error.args, f"{where}: {error}"
             error.args = (message,)
             if str(error) == message:
                 return
@@ -37,15 +33,6 @@ class Position:
             error.args = given
         if hasattr(error, "add_note"):  # from Python 3.11 on
             error.add_note(f"raised in {where}")
-
-    def _remedy(self, traceback: TracebackType | None, error: Exception) -> str:
-        """The result that a layer's author has to return, where the block could not unpack it."""
-        if traceback is None or traceback.tb_next is not None or "unpack" not in str(error):
-            return ""
-        layer = self.layers[self.i]
-        name = "bwd" if traceback.tb_frame.f_code.co_name.endswith("bwd") else "fwd"
-        name = f"_{name}" if is_private(layer) else name
-        return f"{name_of(layer)}: expected {name} to return {returned(name)}: "
 
 
 def coupling(layer: Layer) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from funcnet.checks import name_of
+from funcnet.checks import as_pair, name_of
 from funcnet.combinators import tiling
 from funcnet.combinators.position import Position
 from funcnet.combinators.several import Several
@@ -142,9 +142,12 @@ class Sequential(Several):
                 if in_place and self._over_x[at.i]:
                     x, kept = layer._fwd_(params[at.i], x, own)
                 elif self._private[at.i]:
-                    x, kept = layer._fwd(params[at.i], x, own)
+                    made = layer._fwd(params[at.i], x, own)
+                    if type(made) is not tuple or len(made) != 2:
+                        made = as_pair(layer, "_fwd", made)
+                    x, kept = made
                 else:
-                    y, kept = layer.fwd(params[at.i], x, key=own)
+                    y, kept = as_pair(layer, "fwd", layer.fwd(params[at.i], x, key=own))
                     x = self._as_promised(at, params, x, y)
                 residuals.append(kept)
         return (x if self.layers else x.clone()), residuals
@@ -183,7 +186,10 @@ class Sequential(Several):
                 if in_place and self._over_grad[at.i]:
                     dparams[at.i], dx = layer._bwd_(own, kept.pop(), dx, wanted)
                 elif self._private[at.i]:
-                    dparams[at.i], dx = layer._bwd(own, kept.pop(), dx, wanted)
+                    made = layer._bwd(own, kept.pop(), dx, wanted)
+                    if type(made) is not tuple or len(made) != 2:
+                        made = as_pair(layer, "_bwd", made)
+                    dparams[at.i], dx = made
                 else:
                     dparams[at.i], dx = public_bwd(layer, own, kept.pop(), dx, wanted)
         return self._packed(dparams, params), dx

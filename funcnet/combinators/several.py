@@ -154,7 +154,7 @@ class Several(Layer):
     # --- Names
 
     def _position(self) -> Position:
-        return Position(self.layers, self.names)
+        return Position(self.names)
 
     def _describe(self) -> str:
         return f"{type(self).__name__} of {count_of(self.layers)}"

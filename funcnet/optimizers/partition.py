@@ -98,7 +98,7 @@ class Partition(Optimizer[PartitionState]):
 
     def _init_parts(self, params: Named) -> PartitionState:
         parts, states, active = self._parts(params), {}, self._active()
-        with Position((), tuple(name for name, _ in active)) as at:
+        with Position(tuple(name for name, _ in active)) as at:
             for at.i, (name, optimizer) in enumerate(active):
                 states[name] = _init(optimizer, parts[name])
         return PartitionState(states)
@@ -132,7 +132,7 @@ class Partition(Optimizer[PartitionState]):
             )
         parts = self._parts(params)
         steps = {}
-        with Position((), tuple(names)) as at:
+        with Position(tuple(names)) as at:
             for at.i, (name, optimizer) in enumerate(self._active()):
                 part, own = parts[name], state.parts[name]
                 of_part = {path: grads[path] for path in part}

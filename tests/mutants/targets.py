@@ -48,7 +48,7 @@ _WRITTEN = {
     "def cropped(": "test_tiling.py",
     "_bwd_each": "test_per_example.py",
     "_bwd_(": "test_sequential.py",
-    "def _remedy(self": "test_layer.py",
+    " as_pair(": "test_layer.py",
     "coupling(": "test_gradients.py::test_what_micro_batches_refuse test_batch_statistics.py",
     "def _laid_out(": ("test_transforms.py::test_compiled_gradients_of_activations_in_two_layouts"),
 }

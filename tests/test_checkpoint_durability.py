@@ -379,8 +379,9 @@ def test_an_interrupt_leaves_the_old_file(path: Path, monkeypatch: pytest.Monkey
 def test_a_folder_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError, match="path of a file, got a folder"):
         fn.save(tmp_path, ())
-    with pytest.raises(IsADirectoryError, match="path of a file, got a folder"):
-        fn.save(f"{tmp_path}/new/", ())  # `load` would not find a file called "new"
+    for path in (f"{tmp_path}/new/", f"{tmp_path}/new/.", os.fsencode(f"{tmp_path}/new/.")):
+        with pytest.raises(IsADirectoryError, match="path of a file, got a folder"):
+            fn.save(path, ())  # `load` would not find a file called "new"
     assert os.listdir(tmp_path) == []
     with pytest.raises(FileNotFoundError, match=r"save: No such file.*missing/tree"):
         fn.save(tmp_path / "missing" / "tree", ())

@@ -69,7 +69,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """
     target = Path(os.path.realpath(path))
     try:
-        if not os.path.basename(path):  # realpath drops a slash at the end
+        # realpath drops a slash at the end, or a dot behind it.
+        if os.path.basename(os.fsdecode(path)) in ("", "."):
             raise IsADirectoryError(errno.EISDIR, _A_FOLDER)
         mode = _mode_to_keep(target)
         clear_abandoned(target.parent, re.escape(_head(target)))

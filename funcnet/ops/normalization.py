@@ -7,7 +7,8 @@ last two back. `group_norm.py` does so over groups of channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -66,51 +67,44 @@ def layer_norm_gradients(
     shape = x.shape[-num_dims:]
     weight, bias = in_float32(x, weight, shape), in_float32(x, bias)
     x = exact(x, math.prod(shape))
-    others: Sequence[Tensor | None]
+    sets = dy, x, mean, rstd
+
+    def by_kernel(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, mask: _Mask) -> Any:
+        return _layer_norm_backward(dy, x, shape, mean, rstd, weight, bias, mask)
+
+    dx: Tensor | None
     if not (is_half(x) and x.is_cpu and any(mask[1:])):
-        dx, *others = _layer_norm_backward(dy, x, shape, mean, rstd, weight, bias, mask)
+        dx, *others = by_kernel(*sets, mask)
     # A graph would hold the number of chunks for that of any x.
     elif inplace.has_open_sizes(x) or x.numel() <= _CHUNK_ENTRIES:
-        wide = dy.float(), x.float()
-        dx, *others = _layer_norm_backward(*wide, shape, mean, rstd, weight, bias, mask)
+        dx, *others = by_kernel(dy.float(), x.float(), mean, rstd, mask)
     else:
-        dx = None
-        if need.input:
-            alone = True, False, False
-            dx, _, _ = _layer_norm_backward(dy, x, shape, mean, rstd, weight, bias, alone)
-        others = _layer_norm_sums(dy, x, mean, rstd, weight, bias, num_dims, mask)
+        dx = by_kernel(*sets, (True, False, False))[0] if need.input else None
+        rows = [t.flatten(0, -num_dims - 1) for t in sets]
+        others = _sums_in_float32(by_kernel, rows, (False, *mask[1:]))
     return as_asked((x if math.prod(shape) == 1 else dx, *others), mask, x.dtype)
 
+
+_Mask: TypeAlias = tuple[bool, bool, bool]
 
 _CHUNK_ENTRIES = 2**16
 """Entries of x that are put into float32 at a time: few enough for a cache."""
 
 
-def _layer_norm_sums(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    num_dims: int,
-    mask: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None]:
-    """(dweight, dbias) of x in half precision, in float32.
+def _sums_in_float32(
+    by_kernel: Callable[..., Any], sets: Sequence[Tensor], mask: _Mask
+) -> list[Tensor | None]:
+    """[dweight, dbias] of sets in half precision: (dy, x, mean, rstd), a row for each.
 
     PyTorch's kernel adds up row after row in x's dtype: in bfloat16, it is off by a sixth of the
     largest entry after 16,000 rows.
     """
-    shape = x.shape[-num_dims:]
-    sets = [t.flatten(0, -num_dims - 1) for t in (dy, x, mean, rstd)]
-    at_once = max(1, _CHUNK_ENTRIES // math.prod(shape))
+    at_once = max(1, _CHUNK_ENTRIES // sets[1][0].numel())
     sums: list[Tensor | None] = [None, None]
     for dy, x, *statistics in zip(*(torch.split(t, at_once) for t in sets), strict=True):
-        _, *found = _layer_norm_backward(
-            dy.float(), x.float(), shape, *statistics, weight, bias, (False, *mask[1:])
-        )
+        _, *found = by_kernel(dy.float(), x.float(), *statistics, mask)
         sums = [t if s is None else inplace.add(s, t) for s, t in zip(sums, found, strict=True)]
-    return sums[0], sums[1]
+    return sums
 
 
 def layer_normalised(x: Tensor, mean: Tensor, rstd: Tensor, num_dims: int, eps: float) -> Tensor:

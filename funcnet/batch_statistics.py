@@ -44,7 +44,7 @@ from funcnet.layers import (
     UpsampleConv2d,
 )
 from funcnet.leaves import Ancestors, mapped, same
-from funcnet.ops.accumulation import with_float64
+from funcnet.ops.accumulation import in_float64
 from funcnet.ops.inplace import is_eager
 from funcnet.running import run_fwd
 
@@ -149,7 +149,7 @@ def _observed(path: str, layer: Layer, ancestors: Ancestors) -> Layer:
 
 
 def _measured(x: Tensor) -> Moments:
-    x = with_float64(x).double()
+    x = in_float64(x)
     count = x.numel() // max(x.shape[1], 1)
     if count:
         variance, mean = torch.var_mean(x, (0, *range(2, x.ndim)), correction=0)
@@ -289,7 +289,7 @@ def _scale_and_shift(layer: BatchNorm, params: Tree, m: Tree, path: str) -> tupl
             f"{path}{name_of(layer)}: expected moments m to be (count, mean, M2), "
             f"got {_description(m)}"
         )
-    count, mean, m2 = (with_float64(part).double() for part in m)
+    count, mean, m2 = (in_float64(part) for part in m)
     # Values cannot be seen under vmap and compile, and on meta there are none.
     if is_eager() and not count.is_meta and not bool((count > 1).all()):
         raise ValueError(
@@ -303,8 +303,8 @@ def _scale_and_shift(layer: BatchNorm, params: Tree, m: Tree, path: str) -> tupl
     if not layer.affine:
         return scale, -scale * mean
     weight, bias = _learned(layer, params, mean, path)
-    scale = scale * with_float64(weight).to(scale)
-    return scale, with_float64(bias).to(scale) - scale * mean
+    scale = scale * in_float64(weight).to(scale.device)
+    return scale, in_float64(bias).to(scale.device) - scale * mean
 
 
 def _learned(layer: BatchNorm, params: Tree, mean: Tensor, path: str) -> tuple[Tensor, Tensor]:
@@ -349,7 +349,7 @@ def _folded(
         raise ValueError(
             f"{path}expected moments m of {channels} channels, got shape {tuple(scale.shape)}"
         )
-    scaled = with_float64(weight).to(scale)
+    scaled = in_float64(weight).to(scale.device)
     if transposed:
         scaled = torch.unflatten(scaled, copies, (layer.groups, -1))
         factor = torch.unflatten(scale, -1, (layer.groups, 1, -1))
@@ -357,7 +357,7 @@ def _folded(
         factor = scale[..., None]
     factor = factor.reshape((*factor.shape, *(1,) * (scaled.ndim - factor.ndim)))
     scaled = (scaled * factor).reshape(weight.shape)
-    bias = scale * with_float64(params["bias"]).to(scale) + shift if layer.bias else shift
+    bias = scale * in_float64(params["bias"]).to(scale.device) + shift if layer.bias else shift
     return replace(layer, bias=True), {"weight": scaled.to(weight), "bias": bias.to(weight)}
 
 

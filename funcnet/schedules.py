@@ -32,7 +32,7 @@ from torch import Tensor
 
 from funcnet.checks import as_int, as_number, is_items, shown
 from funcnet.fields import Hyperparameters, NonNegative, Size, Whole, source
-from funcnet.ops.accumulation import with_float64
+from funcnet.ops.accumulation import in_float64
 
 __all__ = ["constant", "cosine", "exponential", "linear", "one_cycle", "piecewise"]
 
@@ -53,7 +53,7 @@ class Schedule(Hyperparameters):
     def __call__(self, step: Any) -> Any:
         """The learning rate after so many steps. Raises ValueError for an int below 0."""
         if isinstance(step, Tensor):
-            return self._at(with_float64(step).double())
+            return self._at(in_float64(step))
         return self._at(as_int(type(self).__name__, "step", step, 0))
 
     def _at(self, t: Any) -> Any:

@@ -33,7 +33,7 @@ from funcnet.layers import (
 )
 from funcnet.layers.pooling import AvgPool, MaxPool
 from funcnet.leaves import joined
-from funcnet.ops.accumulation import with_float64
+from funcnet.ops.accumulation import in_float64
 from funcnet.running import check
 from funcnet.tree import build
 
@@ -321,13 +321,13 @@ def _has_statistics(module: Any) -> bool:
 def _affine(module: Any) -> dict[str, Tensor]:
     """weight ∘ (x − μ)/√(σ² + ε) + bias as a scale and a shift, with running μ and σ²."""
     like = module.running_mean if module.weight is None else module.weight
-    mean, variance = (with_float64(x).double() for x in (module.running_mean, module.running_var))
+    mean, variance = (in_float64(x) for x in (module.running_mean, module.running_var))
     scale = (variance + module.eps).rsqrt()
     if module.weight is not None:
-        scale = scale * with_float64(module.weight.detach()).double()
+        scale = scale * in_float64(module.weight.detach())
     shift = -mean * scale
     if module.bias is not None:
-        shift = shift + with_float64(module.bias.detach()).double()
+        shift = shift + in_float64(module.bias.detach())
     return {"weight": scale.to(like), "bias": shift.to(like)}
 
 

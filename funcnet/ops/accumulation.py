@@ -20,3 +20,8 @@ def with_float64(x: Tensor) -> Tensor:
     """x itself, or on the CPU where its device, the GPU of a Mac, has no float64."""
     # Moved before it is cast: PyTorch may cast on the device that it copies from.
     return x.cpu() if x.device.type == "mps" else x
+
+
+def in_float64(x: Tensor) -> Tensor:
+    """x in float64, on a device that has it."""
+    return with_float64(x).double()

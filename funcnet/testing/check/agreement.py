@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from funcnet.ops.accumulation import with_float64
+from funcnet.ops.accumulation import in_float64
 from funcnet.testing.check.case import Case, Leaves, tried_y
 from funcnet.testing.check.casts import coarsest, computed_in
 from funcnet.testing.check.comparison import excess, worst
@@ -43,7 +43,7 @@ def expect_close(
 
     def first_apart(noise: Leaves, dtype: torch.dtype) -> str | None:
         for name, a, b, move in zip(names, got, want, noise, strict=False):
-            one, other = (with_float64(result).double() for result in (a, b))
+            one, other = (in_float64(result) for result in (a, b))
             index = _furthest_apart(one, other, move, dtype, extreme)
             if index is not None:
                 return f"{name}, at {list(index)}: {float(a[index]):.9g} and {float(b[index]):.9g}"

@@ -14,7 +14,7 @@ from funcnet.checks import PromiseError, name_of
 from funcnet.keys import Key
 from funcnet.layer import Layer, Tree
 from funcnet.losses import Loss
-from funcnet.ops.accumulation import with_float64
+from funcnet.ops.accumulation import in_float64, with_float64
 from funcnet.testing.errors import GradientMismatch
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def _of_integers(leaf: Tensor, gradient: Any) -> Any:
         return with_float64(leaf).new_zeros(leaf.shape, dtype=torch.float64)
     # Bools, as torch.zeros_like(leaf) has them, cannot be subtracted.
     is_bool = isinstance(gradient, Tensor) and gradient.dtype == torch.bool
-    return with_float64(gradient).double() if is_bool else gradient
+    return in_float64(gradient) if is_bool else gradient
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -280,9 +280,7 @@ class Layer(Hyperparameters):
         param_grad: bool = True,
     ) -> tuple[Tree, Tensor | None]:
         """(dparams, dx): the vector-Jacobian product of `apply` with grad, which has y's shape."""
-        made = self.fwd(params, x, key=key)
-        is_one = type(made) is tuple and len(made) == 2
-        y, residuals = made if is_one else as_pair(self, "fwd", made)
+        y, residuals = as_pair(self, "fwd", self.fwd(params, x, key=key))
         need = Need(param_grad, input_grad)
         return last_bwd(self, params, residuals, grad, need, spec_of_y(y))
 
@@ -425,7 +423,7 @@ class Layer(Hyperparameters):
             return zeros_like(params) if need.params else None, None
         with without_autocast(grad):
             made = self._bwd(params, kept, grad, need)
-        dparams, dx = made if is_pair(made) else as_pair(self, "_bwd", made)
+        dparams, dx = as_pair(self, "_bwd", made)
         return like_params(params, dparams) if need.params else None, dx if need.input else None
 
     def _admit(

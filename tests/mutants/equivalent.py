@@ -81,7 +81,6 @@ EQUIVALENT: dict[str, str] = {
     "layer.Layer._part_by_child:drop-argument:1": _STRICT,
     "layer.Layer._part_by_child:flip-flag:1": _STRICT,
     "layer.Layer._param_names:sibling:1": "some of the names alone are refused either way",
-    "layer.Layer.vjp:condition:2": _QUICK_FIRST,
     "layer.last_bwd:condition:2": "bwd finds the same, and keeps residuals until its end",
     "layer.last_bwd:drop-argument:1": _KEPT,
     "layer.last_bwd:flip-flag:1": _KEPT,

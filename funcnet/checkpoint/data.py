@@ -69,7 +69,7 @@ def read_data(file: BinaryIO, header: Header, *, mapped: bool) -> Iterator[tuple
 def matches(file: BinaryIO, header: Header) -> bool:
     """Return whether all data match their checksums. Maps nothing, and keeps no tensor."""
     file.seek(header.size)
-    in_order = sorted(header.entries.items(), key=lambda item: item[1].start)
+    in_order = _by_start(header.entries)
     blocks = (
         memoryview(file.read(min(BLOCK, entry.size - start)))
         for _, entry in in_order
@@ -95,10 +95,15 @@ def _blocks_of(
     tensors: Mapping[str, Tensor], entries: Mapping[str, Entry]
 ) -> Iterator[tuple[str, memoryview]]:
     """Yield the blocks of the data in their order, each behind the name of its tensor."""
-    for name in sorted(entries, key=lambda name: entries[name].start):
+    for name, _ in _by_start(entries):
         check_memory(name, tensors[name])
         for block in _cut(as_bytes(tensors[name])):
             yield name, block
+
+
+def _by_start(entries: Mapping[str, Entry]) -> list[tuple[str, Entry]]:
+    """Names and entries in the order of the data."""
+    return sorted(entries.items(), key=lambda item: item[1].start)
 
 
 def _grouped(items: Iterable[_Item], size_of: Callable[[_Item], int]) -> Iterator[list[_Item]]:
@@ -130,8 +135,7 @@ def _read_groups(
     file: BinaryIO, header: Header, view: memoryview | None, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[list[tuple[str, Tensor, memoryview]], Iterator[str]]]:
     """Yield names, tensors and their bytes, with checksums that threads may still compute."""
-    in_order = sorted(header.entries.items(), key=lambda item: item[1].start)
-    for entries in _grouped(in_order, lambda item: item[1].size):
+    for entries in _grouped(_by_start(header.entries), lambda item: item[1].size):
         group = [(name, *_read(name, entry, file, header, view)) for name, entry in entries]
         yield group, _digits([data for _, _, data in group], pool)
 

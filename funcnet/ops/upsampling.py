@@ -16,7 +16,7 @@ may give ∞ or NaN where no product is large. Then the gradients are computed i
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -53,54 +53,57 @@ def implementation(
         return transposed
     if method == "karatsuba" and karatsuba.is_faster(x, weight, scale, window):
         return karatsuba
-    return low_resolution if _saves_much(weight, scale, backward) else two_steps
+    return low_resolution if _saves_time(weight, scale, backward) else two_steps
 
 
-_MANY_TAPS = 25
+class _Costs(NamedTuple):
+    """What the steps of the two ways take, in products of a large matrix product."""
 
-_SAVED, _SAVED_BACKWARD = 132, 84
-_SAVED_OF_MANY_TAPS, _SAVED_BACKWARD_OF_MANY_TAPS = 144, 192
-"""The saved products from which an entry of z saves time, forward and backward.
-
-Measured on an Intel Xeon with AVX-512, one thread, over scales 2, 3 and 4, kernels of 2 to 9 taps,
-1 to 64 channels of x and y, images of 16×16 to 128×128 pixels. The one that is chosen takes more
-than 1.25 times as long as the other in 38 of 1421 cases forward and in 70 backward, at most 2.6
-times. On an AMD EPYC (Zen 4), up to 7 taps, 80, 72, 128 and 112 did best."""
-
-_LANES, _LANES_BACKWARD = 16, 8
-"""A convolution of fewer channels takes as long as one of so many, and so do the gradients."""
-
-_OF_ONE_CHANNEL = 20
-"""dx of one channel takes as long as that of so many."""
+    z: float
+    """To write and read an entry of z."""
+    half: float
+    """The same of z summed along one axis."""
+    u: float
+    """The same of the upsampled image, and of its gradient."""
+    product: float
+    """A product of PyTorch's convolution."""
+    lanes: int
+    """A convolution of fewer channels takes as long as one of so many."""
 
 
-def _saves_much(weight: Tensor, scale: Pair, backward: bool) -> bool:
+_FORWARD = _Costs(z=50, half=300, u=350, product=0.7, lanes=10)
+_BACKWARD = _Costs(z=80, half=0, u=300, product=0.4, lanes=8)
+"""Measured on an Intel Xeon with AVX-512, one thread, over scales 2 to 5, kernels of 2 to 9 taps,
+1 to 128 channels of x and y, 16 images of 12×12 pixels to one of 128×128. The way that is chosen
+takes more than 1.25 times as long as the other in 89 of 5872 cases forward, at most 2.0 times, and
+in 147 backward, at most 2.6 times."""
+
+
+def _saves_time(weight: Tensor, scale: Pair, backward: bool) -> bool:
     """Whether low resolution is faster than two steps.
 
-    For each source pixel and tap, with S = s_h·s_w, two steps make S·C·O products. Low resolution
-    makes C·O, but writes and reads O entries of z: C·(S − 1) products are saved for each of them.
+    For each source pixel, tap and channel of y, with S = s_h·s_w, it makes C products where two
+    steps make S·C, twice as many backward. It writes and reads an entry of z, and s_h/kh of one
+    that is summed along one axis; two steps S·C/(kh·kw·O) of the upsampled image.
     """
-    out_channels, channels, *taps = weight.shape
+    out_channels, channels, kh, kw = weight.shape
     copies = scale[0] * scale[1]
     if copies == 1:
         return False
-    if taps == [1, 1]:  # z is y, at low resolution
+    if kh == kw == 1:  # z is y, at low resolution
         return True
-    has_many_taps = math.prod(taps) >= _MANY_TAPS
-    if backward:
-        saved = copies * _products_backward(channels, out_channels) - 2 * channels
-        return saved >= (_SAVED_BACKWARD_OF_MANY_TAPS if has_many_taps else _SAVED_BACKWARD)
-    wasted = max(1.0, _LANES / out_channels)
-    saved = channels * (copies * wasted - 1)
-    return saved >= (_SAVED_OF_MANY_TAPS if has_many_taps else _SAVED)
+    costs = _BACKWARD if backward else _FORWARD
+    low = channels * (2 if backward else 1) + costs.z + costs.half * scale[0] / kh
+    products = channels * _waste(out_channels, channels, costs.lanes)
+    if backward:  # for dweight, and for dx
+        products += channels * _waste(channels, out_channels, costs.lanes)
+    entries = channels / (kh * kw * out_channels)
+    return low < copies * (costs.product * products + costs.u * entries)
 
 
-def _products_backward(channels: int, out_channels: int) -> float:
-    """The products that two steps make for a tap and a channel of y: for dweight, and for dx."""
-    for_dweight = channels * max(1.0, _LANES_BACKWARD / out_channels)
-    if few_channels.are_few(channels, out_channels):
-        return for_dweight + channels
-    return for_dweight + (_OF_ONE_CHANNEL if channels == 1 else max(channels, _LANES_BACKWARD))
+def _waste(channels: int, others: int, lanes: int) -> float:
+    """How many times as long a convolution of `others` to `channels` takes as its products."""
+    return 1.0 if few_channels.are_few(channels, others) else max(1.0, lanes / channels)
 
 
 def _is_finite(dweight: Tensor | None, dx: Tensor | None) -> bool:

@@ -329,7 +329,7 @@ _ADVICE = {
     "scale_factor": "it is called scale",
     "activation": "it is a layer of its own, as in Sequential(Linear(8), ReLU())",
     "use_bias": "it is called bias",
-    "key": "init takes the key",
+    "key": "init, apply, vjp and fwd take the key",
 }
 """What messages say to arguments of torch.nn's layers, and of others', that these lack, by name."""
 

@@ -651,7 +651,7 @@ OWN_LOSS = "got Shrunk(): a loss of one's own has a field named reduction"
                 (fn.Conv2d, (4, 3), "padding_mode", "padding_mode: padding is zeros"),
                 (fn.Upsample2d, (), "scale_factor", "scale_factor: it is called scale"),
                 (fn.Linear, (4,), "use_bias", "use_bias: it is called bias"),
-                (fn.Linear, (4,), "key", "key: init takes the key"),
+                (fn.Linear, (4,), "key", "key: init, apply, vjp and fwd take the key"),
                 (fn.Conv2d, (4, 3), "activation", "activation: it is a layer of its own, as in "
                  "Sequential(Linear(8), ReLU())"),
             )

@@ -11,8 +11,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funcnet.checks import as_int, shown
-from funcnet.combinators.position import coupling
+from funcnet.checks import as_int, name_of, shown
 from funcnet.keys import Key, fold_in
 from funcnet.layer import Layer, Tree, check_net, last_bwd, spec_of_y
 from funcnet.losses.loss import Loss
@@ -166,7 +165,7 @@ def check_uncoupled(who: str, net: Layer, purpose: str = "") -> None:
     """Raise ValueError if a layer couples examples, with the path to it."""
     if net.couples_examples:
         raise ValueError(
-            f"{who}: expected layers that treat every example alone{purpose}, got {coupling(net)}"
+            f"{who}: expected layers that treat every example alone{purpose}, got {_coupled(net)}"
         )
 
 
@@ -178,3 +177,11 @@ def check_batch(who: str, x: Any, target: Any) -> None:
             raise TypeError(f"{who}: expected {name} to be a batch, got {got}")
         if len(leaf) != len(x):
             raise ValueError(f"{who}: expected target of {len(x)} examples, as x, got {len(leaf)}")
+
+
+def _coupled(layer: Layer) -> str:
+    """The path to the first layer that couples examples, and its name: `layer 1: BatchNorm()`."""
+    for name, child in layer._children():
+        if child.couples_examples:
+            return layer._path_step(name) + _coupled(child)
+    return name_of(layer)

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from funcnet.checks import as_pair, name_of
 from funcnet.combinators import tiling
-from funcnet.combinators.position import Position
 from funcnet.combinators.several import Several
 from funcnet.keys import Key, fold_in
 from funcnet.layer import Layer, Part, Shape, Spec, Tree, is_private, public_bwd, zeros_like
 from funcnet.ops.inplace import is_eager
 from funcnet.ops.need import Need
+from funcnet.position import Position
 from funcnet.running import check, is_fresh, run_apply, tile_of, works_in_place
 
 

@@ -9,11 +9,11 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 from torch import Tensor
 
 from funcnet.checks import is_items, shown
-from funcnet.combinators.position import Position
 from funcnet.layer import Tree
 from funcnet.ops.trees import flatten
 from funcnet.optimizers.leaves import flatten_up_to, leaf_names_of
 from funcnet.optimizers.optimizer import Optimizer, PreparedStep
+from funcnet.position import Position
 
 Label: TypeAlias = Callable[[str, Tensor], str]
 """A function (path, leaf) -> name."""

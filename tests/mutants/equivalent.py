@@ -476,7 +476,7 @@ EQUIVALENT: dict[str, str] = {
     "combinators.sequential.Sequential._run:condition:8": _COPY,
     "combinators.sequential.Sequential._run_fwd:condition:4": _IN_PLACE,
     "combinators.sequential.Sequential._run_fwd:condition:10": _COPY,
-    "combinators.position.Position.__exit__:condition:9": "Python 3.10 has no notes",
+    "position.Position.__exit__:condition:9": "Python 3.10 has no notes",
     "optimizers.averaging.average:drop-argument:2": _STRICT,
     "optimizers.averaging.average:flip-flag:2": _STRICT,
     "optimizers.leaves.flatten_like:drop-argument:1": _STRICT,

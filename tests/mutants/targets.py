@@ -156,6 +156,7 @@ TARGETS: tuple[tuple[str, str], ...] = (
         "test_transforms.py::test_a_layer_of_a_new_class_is_refused_in_a_compiled_function",
     ),
     ("funcnet/compat.py", "test_private_names.py"),
+    ("funcnet/position.py", "test_combinators.py test_sequential.py"),
     (
         "funcnet/checks.py",
         "test_errors.py test_layer.py test_optimizers.py test_shape.py test_combinators.py",

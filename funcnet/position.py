@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from funcnet.checks import name_of
-from funcnet.layer import Layer
-
 
 class Position:
     """A block that works on one child after another: what is raised in it names child `i`."""
@@ -33,11 +30,3 @@ class Position:
             error.args = given
         if hasattr(error, "add_note"):  # from Python 3.11 on
             error.add_note(f"raised in {where}")
-
-
-def coupling(layer: Layer) -> str:
-    """The path to the first layer that couples examples, and its name: `layer 1: BatchNorm()`."""
-    for name, child in layer._children():
-        if child.couples_examples:
-            return layer._path_step(name) + coupling(child)
-    return name_of(layer)

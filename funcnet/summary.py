@@ -40,9 +40,9 @@ def summary(net: Layer, shape: Sequence[int]) -> str:
     residual bytes  the memory that the layer's `fwd` with a key keeps for `bwd`, for one float32
                     example: what is kept twice counts once, parameters do not count
 
-    A number is `?` for a layer of one's own that says less than others, by `_child_shapes` for
-    instance, and for what a wrapped module keeps. Nothing is computed, unless a layer's `init`
-    looks at its numbers: all is found out on the device "meta".
+    A number is `?` for what a wrapped module keeps, and for a layer to which a combinator of one's
+    own hands something else than x, without `_child_shapes(shape)` to say so. Nothing is computed,
+    unless a layer's `init` looks at its numbers: all is found out on the device "meta".
 
     Raises ValueError, as `net.init` does, where a layer does not fit its input; TypeError unless
     net is a Layer.
@@ -81,24 +81,47 @@ def _shown(number: int | None) -> str:
     return "?" if number is None else f"{number:,}"
 
 
-def _rows(layer: Layer, shape: Shape | None, path: str, depth: int) -> Iterator[Row]:
+def _rows(
+    layer: Layer, shape: Shape | None, path: str, depth: int, held: list[Shape] | None = None
+) -> Iterator[Row]:
+    """The rows of a layer and of those in it; `held` has the shapes of its parameters, if known."""
     children = layer._children()
-    output = count = kept = shapes = None
+    output = count = kept = None
+    below: Sequence[tuple[Shape | None, list[Shape] | None]] = [(None, None)] * len(children)
     if shape is not None:
         try:
             output = tuple(layer.out_shape(shape))
             params = optree.tree_map(lambda leaf: leaf.to(_META), shaped(layer, shape))
-            count = sum(leaf.numel() for leaf in optree.tree_leaves(params))
-            kept = _residual_bytes(layer, params, shape)
-            shapes = layer._child_shapes(shape)
+            if held is None or held == _shapes(params):
+                count = sum(leaf.numel() for leaf in optree.tree_leaves(params))
+                kept = _residual_bytes(layer, params, shape)
+                below = _below(layer, params, shape)
+            else:
+                output = None
         except (ValueError, TypeError, IndexError):
             # A combinator of one's own may hand something else to its layers than x.
             if not depth:
                 raise
     yield Row(path, depth, name_of(layer), output, count, kept)
-    for i, (child_name, child) in enumerate(children):
-        below = shapes[i] if shapes else None
-        yield from _rows(child, below, joined(path, child_name), depth + 1)
+    for (name, child), (its_shape, its_own) in zip(children, below, strict=True):
+        yield from _rows(child, its_shape, joined(path, name), depth + 1, its_own)
+
+
+def _below(
+    layer: Layer, params: Tree, shape: Shape
+) -> list[tuple[Shape | None, list[Shape] | None]]:
+    """(shape of an example, shapes of its parameters) of each child, as far as they are known."""
+    shapes, copies = layer._child_shapes(shape), len(layer._copy_axes())
+    try:
+        owns = [_shapes(own, copies) for own in layer._child_params(params)]
+        return [*zip(shapes, owns, strict=True)]
+    except (ValueError, TypeError, LookupError):  # a combinator of one's own may hold any tree
+        return [(own, None) for own in shapes]
+
+
+def _shapes(params: Tree, copies: int = 0) -> list[Shape]:
+    """The shapes of the leaves, without the axes in front of them for the copies of a layer."""
+    return [leaf.shape[copies:] for leaf in optree.tree_leaves(params)]
 
 
 def _residual_bytes(layer: Layer, params: Tree, shape: Shape) -> int | None:

@@ -96,6 +96,44 @@ def test_what_cannot_be_found_out():
     ]
 
 
+@dataclass(frozen=True)
+class Timed(Silent):
+    """y = f([x, 1]): its layer is handed one number more than x."""
+
+    def init(self, key, shape, *, dtype=None, device=None):
+        return self.layer.init(key, (shape[0] + 1,), dtype=dtype, device=device)
+
+    def out_shape(self, shape):
+        return self.layer.out_shape((shape[0] + 1,))
+
+
+def test_a_layer_that_is_handed_something_else_than_x_is_not_counted_for_x():
+    rows = table(fn.Repeat(Timed(fn.Sequential(fn.Tanh(), fn.Linear(3))), 2), (3,))
+    assert [row[-2] for row in rows[:2]] == ["30", "15"]
+    assert [row[-3:] for row in rows[2:5]] == [["?"] * 3] * 3
+
+
+@dataclass(frozen=True)
+class Tied(Silent):
+    """A combinator of two layers that holds something else than parameters for each."""
+
+    other: fn.Layer
+    holds: str
+
+    def init(self, key, shape, *, dtype=None, device=None):
+        params = self.layer.init(key, shape, dtype=dtype, device=device)
+        return {"shared": params} if self.holds == "by a name" else (params,)
+
+    def out_shape(self, shape):
+        return self.layer.out_shape(shape)
+
+
+@pytest.mark.parametrize("holds", ["by a name", "once"])
+def test_a_combinator_that_does_not_hold_the_parameters_of_each_layer(holds):
+    rows = table(Tied(fn.Linear(2), fn.Linear(3), holds), (4,))
+    assert [row[-2] for row in rows] == ["10", "10", "15", "10"]
+
+
 @pytest.mark.parametrize("shape", [(1, 3, 3), (3,), 3, (1, -1, 3), "abc"])
 def test_a_layer_that_does_not_fit_is_refused_as_by_init(shape):
     net = fn.Sequential(fn.Conv2d(2, 9))

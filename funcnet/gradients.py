@@ -50,11 +50,16 @@ class ValueAndGrad:
         value, loss_residuals = self.loss.fwd(y, target)
         share = 1.0
         if whole is not None:
-            value, share = contribution(value, self.loss._count(target), whole)
+            value, share = contribution(value, terms(self.loss, y, target), whole)
         grad = self.loss.bwd(loss_residuals, share)
         spec, need = spec_of_y(y), Need(params=True, input=False)
         del y, loss_residuals  # the network's backward pass needs the memory
         return value, last_bwd(self.net, params, residuals, grad, need, spec)[0]
+
+
+def terms(loss: Loss, x: Tensor, target: Any) -> int | Tensor:
+    """The weight of a batch in a mean; its number of examples where there is no target."""
+    return loss._count(target) if optree.tree_leaves(target) else len(x)
 
 
 def contribution(value: Tensor, count: Any, whole: Any) -> tuple[Tensor, Any]:
@@ -94,7 +99,7 @@ class MicroBatched(ValueAndGrad):
     ) -> Iterator[tuple[Tensor, Tree]]:
         """Each micro-batch's contribution to the value and its gradient."""
         is_mean = self.loss.reduction == "mean"
-        whole = self.loss._count(target) if is_mean and len(x) else None
+        whole = terms(self.loss, x, target) if is_mean and len(x) else None
         for j, start in enumerate(range(0, max(len(x), 1), self.micro_batch)):
             own = None if key is None else fold_in(key, j)
             of_part = optree.tree_map(lambda t, i=start: t[i : i + self.micro_batch], target)

@@ -13,6 +13,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from test_gradients import Height
 
 import funcnet as fn
 
@@ -100,6 +101,15 @@ def test_a_group_ends_when_it_is_destroyed(alone, use):
     use(net, net.init(fn.key(0), (4,)), fn.normal(fn.key(1), (5, 4)))
     dist.destroy_process_group()
     assert alone() is None
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_loss_without_a_target():
+    net = fn.Linear(3)
+    params, x = net.init(fn.key(0), (4,)), fn.normal(fn.key(1), (5, 4))
+    expected = fn.value_and_grad(net, Height())(params, x, None)
+    found = fn.distributed.value_and_grad(net, Height())(params, x, None)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

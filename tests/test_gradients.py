@@ -404,3 +404,29 @@ def test_micro_batches_of_nothing(loss):
     expected = fn.value_and_grad(net, loss)(params, x, target)
     found = fn.value_and_grad(net, loss, micro_batch=2)(params, x, target)
     torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@dataclass(frozen=True)
+class Height(fn.Loss):
+    """The mean of x², without a target."""
+
+    reduction: str = "mean"
+
+    def _check(self, x, target):
+        pass
+
+    def _fwd(self, x, target):
+        return x.square().mean(), x
+
+    def _bwd(self, x, grad):
+        return 2 * x * (grad / x.numel())
+
+
+def test_micro_batches_without_a_target():
+    net = fn.Linear(3)
+    params, x = net.init(fn.key(0), (4,)), fn.normal(fn.key(1), (5, 4))
+    expected = fn.value_and_grad(net, Height())(params, x, None)
+    found = fn.value_and_grad(net, Height(), micro_batch=2)(params, x, None)
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(TypeError, match="expected target to be a tensor, got None"):
+        fn.value_and_grad(net, fn.MSE(), micro_batch=2)(params, x, None)

@@ -19,6 +19,7 @@ from funcnet.gradients import (
     check_reduction,
     check_uncoupled,
     contribution,
+    terms,
 )
 from funcnet.keys import Key, fold_in
 from funcnet.layer import Layer, Tree
@@ -104,7 +105,7 @@ class ValueAndGrad:
         check_batch(call.who, x, target)
         leaves, structure = flatten(call.who, "params", params)
         is_mean = self.loss.reduction == "mean"
-        count = self.loss._count(target) if is_mean else 0
+        count = terms(self.loss, x, target) if is_mean else 0
         counts = call.agree(signature(structure, leaves), count)
         passes = Passes(self.net)
         y, residuals = passes.fwd(params, x, None if key is None else fold_in(key, call.rank))

@@ -34,7 +34,8 @@ class Loss(Hyperparameters):
 
     Where a batch comes in parts (`micro_batch`, `fn.distributed.value_and_grad`), a field
     `reduction: Literal["mean", "sum"] = "mean"`, which `_fwd` follows, says how their values are
-    put together.
+    put together. A loss that couples examples, as a contrastive one, has no such field, and is
+    refused there. `fn.per_example` and its like hand any loss one example at a time.
 
     Raises TypeError or ValueError for x and target that do not fit each other.
 

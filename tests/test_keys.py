@@ -54,22 +54,23 @@ def test_split_starts_alike(seed, a, b):
 
 @given(SEEDS, st.lists(st.integers(0, 5), max_size=4), strategies.dtypes())
 def test_drawing_twice_gives_the_same_and_asks_no_global_state(seed, shape, dtype):
-    key, states = fn.key(seed), _states()
+    key, states, generator = fn.key(seed), _states(), torch.get_rng_state()
     for draw in (fn.uniform, fn.normal):
         x = draw(key, shape, dtype=dtype)
         assert x.shape == tuple(shape)
         assert x.dtype == dtype
+        assert _states() == states
         torch.manual_seed(0)
         assert torch.equal(x, draw(key, shape, dtype=dtype))
-        torch.set_rng_state(states[0])
+        torch.set_rng_state(generator)
     assert torch.equal(fn.bernoulli(key, 0.5, shape), fn.bernoulli(key, 0.5, shape))
     fn.split(key)
-    for before, after in zip(states, _states(), strict=True):
-        assert str(before) == str(after)
+    assert _states() == states
 
 
 def _states():
-    return torch.get_rng_state(), np.random.get_state(), random.getstate()
+    """The states of the global generators. str() would leave out most of a tensor's bytes."""
+    return torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()
 
 
 def test_every_device_draws_the_same(device):
@@ -172,8 +173,7 @@ def test_permutations(seed, n):
     assert order.dtype == torch.int64
     assert sorted(order.tolist()) == list(range(n))
     assert torch.equal(order, fn.permutation(fn.key(seed), n))
-    for before, after in zip(states, _states(), strict=True):
-        assert str(before) == str(after)
+    assert _states() == states
 
 
 def test_every_order_is_equally_probable():

@@ -276,7 +276,7 @@ FORGED: dict[str, tuple[Callable[[Content, Content], Any], str]] = {
     ),
     "unknown dtype": (with_entry(dtype="F128"), "w: expected a known dtype, got 'F128'"),
     "dtype of another type": (with_entry(dtype=["F32"]), "w: expected a known dtype"),
-    "negative size": (with_entry(shape=[-3, -1]), "w: expected a shape"),
+    "negative size": (with_entry(shape=[-3, -1, 1]), "w: expected a shape"),
     "bool size": (with_entry(shape=[True, 3]), "w: expected a shape"),
     "float size": (with_entry(shape=[3.0]), "w: expected a shape"),
     "huge size": (with_entry(shape=[2**62, 0]), "w: expected a shape"),

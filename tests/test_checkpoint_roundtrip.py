@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import os
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 import torch
 from checkpoint_trees import DTYPES, Average, Moments, bits, same, trees
 from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -47,6 +49,32 @@ def test_the_same_tree_gives_the_same_bytes(tree: Any, path: Path) -> None:
     first = path.read_bytes()
     fn.save(path, fn.load(path))
     assert path.read_bytes() == first
+
+
+@given(
+    tensors=st.lists(
+        st.builds(
+            lambda size, dtype: torch.ones(size, dtype=dtype),
+            st.sampled_from([0, 1, 5, 16, 32, 64]),
+            st.sampled_from([torch.uint8, torch.float16, torch.float32, torch.float64]),
+        )
+    )
+)
+def test_the_data_lie_in_the_order_of_the_format(tensors: list[torch.Tensor], path: Path) -> None:
+    """A tensor of a multiple of 64 bytes starts at one, so a map of the file can serve for it."""
+    fn.save(path, tensors)
+    data = path.read_bytes()
+    size = 8 + int.from_bytes(data[:8], "little")
+    assert size % 64 == 0
+    header = json.loads(data[8:size])
+    spans = [header[str(i)]["data_offsets"] for i in range(len(tensors))]
+    end = 0
+    for i in sorted(
+        range(len(tensors)), key=lambda i: (tensors[i].nbytes % 64 > 0, -tensors[i].itemsize)
+    ):
+        assert spans[i] == [end, end + tensors[i].nbytes]
+        end = spans[i][1]
+    assert size + end == len(data)
 
 
 @given(tree=trees())

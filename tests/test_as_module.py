@@ -3,6 +3,7 @@
 import copy
 import pickle
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -194,13 +195,11 @@ def test_writing_to_y_that_is_x_is_seen_in_x(is_view):
     module, start = as_module(Same(is_view), ()), torch.ones(3, requires_grad=True)
     x = 3 * start
     y = module(x)
-    try:
+    with suppress(RuntimeError):  # PyTorch may refuse to write to it
         y.mul_(2)
-    except RuntimeError:
-        return
-    (x + y).sum().backward()
-    is_shared = x.data_ptr() == y.data_ptr()
-    assert start.grad.tolist() == [12.0 if is_shared else 9.0] * 3
+    z = x + y
+    z.sum().backward()
+    assert torch.equal(start.grad, z)  # z is start times a number, which is its gradient
 
 
 @examples

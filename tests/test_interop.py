@@ -220,7 +220,8 @@ def test_from_the_twin(layer, shape):
     assert same(state_dict(params), {n: p.data for n, p in module.named_parameters()})
     owned = {p.data_ptr() for p in module.parameters()}
     assert not owned & {leaf.data_ptr() for leaf in optree.tree_leaves(params)}
-    assert net.init(fn.key(0), shape) is not None
+    again = net.init(fn.key(0), shape)
+    assert optree.tree_map(torch.Tensor.size, again) == optree.tree_map(torch.Tensor.size, params)
 
 
 LAYERS_WITH_TWIN = sorted({type(layer) for layer, _ in WITH_TWIN}, key=lambda cls: cls.__name__)

@@ -83,6 +83,20 @@ def test_every_device_draws_the_same(device):
     )
 
 
+def test_numbers_are_drawn_on_the_cpu_unless_told_otherwise():
+    def draw_all(**where):
+        yield fn.uniform(fn.key(0), (3,), 0.1, 0.7, **where)
+        yield fn.normal(fn.key(0), (3,), **where)
+        yield fn.bernoulli(fn.key(0), 0.5, (3,), **where)
+
+    expected = [*draw_all(), fn.permutation(fn.key(0), 3)]
+    with torch.device("meta"):
+        found = [*draw_all(), fn.permutation(fn.key(0), 3)]
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
+    assert [x.device.type for x in draw_all(device="meta")] == ["meta"] * 3
+
+
 @given(
     SEEDS,
     st.floats(-1e6, 1e6),

@@ -552,6 +552,28 @@ def test_an_error_while_removing_what_was_begun_does_not_hide_the_first(
         fn.save(path, "new")
 
 
+@pytest.mark.parametrize("supported", [True, False])
+def test_on_macos_the_cache_of_the_drive_is_flushed(
+    supported: bool, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed, fsync = [], os.fsync
+
+    def fully(file: int, command: int) -> None:
+        flushed.append(command)
+        if not supported:
+            raise OSError(errno.ENOTSUP, "not supported")
+
+    def partly(file: int) -> None:
+        flushed.append("folder" if stat.S_ISDIR(os.fstat(file).st_mode) else "file")
+        fsync(file)
+
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", fully)
+    monkeypatch.setattr(os, "fsync", partly)
+    fn.save(path, "new")
+    assert flushed == ([51, "folder"] if supported else [51, "file", "folder"])
+
+
 def test_a_write_that_takes_nothing_is_an_error(path: Path) -> None:
     class Full(io.RawIOBase):
         def write(self, _: Any) -> int:

@@ -108,6 +108,7 @@ def test_many_channels(layer, size):
     [
         (fn.Conv2d(4, 3, padding=1), (2, 8, 8), True),
         (fn.Conv2d(4, (3, 1), padding=(1, 0)), (3, 9, 20), True),
+        (fn.Conv2d(4, (1, 3), padding=(0, 1)), (3, 9, 20), True),
         (fn.Conv2d(4, 3, padding=1), (2, 8, 7), False),
         (fn.Conv2d(4, 3, padding=1), (2, 7, 8), False),
         (fn.Conv2d(4, 3), (2, 9, 10), False),

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import funcnet as fn
+from funcnet.checkpoint import container, structure
 from funcnet.checkpoint.structure import MAX_DEPTH
 
 
@@ -253,3 +254,35 @@ def test_a_path_that_no_file_can_have(use: Callable[[str], Any]) -> None:
         ValueError, match=r": expected a path without null characters, got 'a\\x00b'"
     ):
         use("a\0b")
+
+
+@pytest.mark.parametrize(
+    ("module", "limit"),
+    [
+        (structure, "MAX_NODES"),
+        (structure, "MAX_NAME_SIZE"),
+        (container, "MAX_HEADER"),
+        (container, "MAX_VALUES"),
+    ],
+)
+def test_what_is_beyond_a_limit_is_neither_written_nor_read(
+    module: Any, limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, tree = tmp_path / "t", {"a": [1, 2]}  # with names "", "a", "a.0" and "a.1"
+    fn.save(path, tree)
+    before = path.read_bytes()
+    sizes = {
+        "MAX_NODES": 4,
+        "MAX_NAME_SIZE": 7,
+        "MAX_HEADER": len(before) - 8,
+        "MAX_VALUES": sum(before.count(mark) for mark in (b",", b":", b"[", b"{")),
+    }
+    monkeypatch.setattr(module, limit, sizes[limit])
+    fn.save(path, tree)
+    assert fn.load(path) == tree
+    monkeypatch.setattr(module, limit, sizes[limit] - 1)
+    with pytest.raises(ValueError, match="at most"):
+        fn.save(path, tree)
+    assert path.read_bytes() == before
+    with pytest.raises(fn.CheckpointError, match="at most"):
+        fn.load(path)

@@ -737,6 +737,28 @@ def test_a_file_may_be_replaced_by_what_is_mapped_from_it(path: Path) -> None:
     assert torch.equal(tensor, torch.arange(1000.0))
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("more", [-100, 100])
+def test_a_file_that_changes_after_its_header_was_read(
+    mapped: bool, more: int, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = torch.arange(1000.0)
+    fn.save(path, expected)
+    begin = data._map if mapped else data._one_ahead
+
+    def changed(argument: Any) -> Any:
+        os.truncate(path, size + more)
+        return begin(argument)
+
+    size = path.stat().st_size
+    monkeypatch.setattr(data, begin.__name__, changed)
+    if more > 0 and not mapped:
+        assert torch.equal(fn.load(path, mmap=mapped), expected)
+    else:
+        with pytest.raises(fn.CheckpointError, match=r"the file (changed|was truncated) while"):
+            fn.load(path, mmap=mapped)
+
+
 @pytest.mark.parametrize("on_windows", [False, True])
 def test_large_files_are_mapped_where_a_mapped_file_can_be_replaced(
     on_windows: bool, path: Path, monkeypatch: pytest.MonkeyPatch

@@ -215,6 +215,19 @@ def test_metadata_that_json_would_change_is_refused(metadata: Any, tmp_path: Pat
     assert not list(tmp_path.iterdir())
 
 
+def test_the_deepest_metadata_come_back(tmp_path: Path) -> None:
+    metadata: dict[str, Any] = {}
+    for _ in range(MAX_DEPTH):
+        metadata = {"a": metadata}
+    fn.save(tmp_path / "t", (), metadata=metadata)
+    assert fn.inspect(tmp_path / "t").metadata == metadata
+    endless: dict[str, Any] = {}
+    endless["a"] = [endless]
+    for deeper in ({"a": metadata}, endless):
+        with pytest.raises(ValueError, match=f"^metadata: .* at most {MAX_DEPTH} levels"):
+            fn.save(tmp_path / "t", (), metadata=deeper)
+
+
 def test_a_network_that_holds_what_a_file_cannot_is_refused(tmp_path: Path) -> None:
     @fn.register_node
     @dataclass(frozen=True)

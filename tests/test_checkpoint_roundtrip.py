@@ -26,6 +26,8 @@ from safetensors.torch import load_file
 
 import funcnet as fn
 from funcnet import schedules
+from funcnet.checkpoint.data import matches
+from funcnet.checkpoint.files import opened
 
 
 @pytest.fixture(scope="module")
@@ -314,9 +316,13 @@ def test_blocks_of_large_tensors(tmp_path: Path) -> None:
     for mmap in (False, True):
         back = fn.load(tmp_path / "t", mmap=mmap)
         assert torch.equal(back["large"], tree["large"])
+    with opened(tmp_path / "t") as (file, header):
+        assert matches(file, header)
     data = bytearray((tmp_path / "t").read_bytes())
     data[len(data) // 2] ^= 1
     (tmp_path / "t").write_bytes(data)
+    with opened(tmp_path / "t") as (file, header):
+        assert not matches(file, header)
     with pytest.raises(fn.CheckpointError, match=r"large: .* damaged in 1 of its 7 blocks"):
         fn.load(tmp_path / "t")
     data[-100] ^= 1

@@ -240,4 +240,40 @@ CHECKPOINT = (
             "negated views come back with their sign",
         ),
     ),
+    *in_file(
+        "checkpoint/container.py",
+        "test_checkpoint_roundtrip.py",
+        Row(
+            "header-not-padded",
+            "(-(8 + len(text)) % ALIGNMENT)",
+            "(-len(text) % ALIGNMENT)",
+            "the data begin at a multiple of 64",
+        ),
+        Row(
+            "data-of-any-size-first",
+            "return tensors[name].nbytes % ALIGNMENT != 0, -",
+            "return False, -",
+            "what may lie at a multiple of 64 does",
+        ),
+    ),
+    *in_file(
+        "checkpoint/container.py",
+        "test_checkpoint_refusals.py",
+        Row(
+            "header-of-any-size-written",
+            "if len(text) > MAX_HEADER or _count_values(text) > MAX_VALUES:",
+            "if _count_values(text) > MAX_VALUES:",
+            "what no reader accepts is not written",
+        ),
+    ),
+    *in_file(
+        "checkpoint/data.py",
+        "test_checkpoint_durability.py",
+        Row(
+            "changed-file-mapped",
+            "if view is not None and len(view) != header.size + header.data_size:",
+            "if False:",
+            "a file may change behind its header",
+        ),
+    ),
 )

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import is_dataclass
 from itertools import islice
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import SymFloat, Tensor, nn
 
@@ -32,12 +32,12 @@ def broken_promise(who: object, what: str, y: Any = None) -> PromiseError:
     return error
 
 
-def is_pair(made: Any) -> bool:
+def is_pair(made: Any) -> TypeGuard[tuple[Any, Any]]:
     """Whether an author's function has returned two things; a Tensor may be unpacked, too."""
     return isinstance(made, (tuple, list)) and len(made) == 2
 
 
-def as_pair(who: object, name: str, made: Any) -> Any:
+def as_pair(who: object, name: str, made: Any) -> tuple[Any, Any]:
     """The pair that an author's function, such as `_fwd`, has returned. Raises unless it is one."""
     if not is_pair(made):
         raise broken_promise(who, f"expected {name} to return {returned(name)}, got {shown(made)}")

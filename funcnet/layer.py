@@ -619,15 +619,18 @@ def public_bwd(
     layer: Layer, params: Tree, residuals: Any, grad: Tensor, need: Need
 ) -> tuple[Tree, Tensor | None]:
     """(dparams, dx) by a layer's `bwd`, which may know nothing of `param_grad`."""
-    if need.params:
-        made = layer.bwd(params, residuals, grad, input_grad=need.input)
-        return as_pair(layer, "bwd", made)  # type: ignore[no-any-return]
-    parameters = inspect.signature(layer.bwd).parameters.values()
-    if any(p.name == "param_grad" or p.kind is p.VAR_KEYWORD for p in parameters):
+    if not need.params and takes_param_grad(layer.bwd):
         made = layer.bwd(params, residuals, grad, input_grad=need.input, param_grad=False)
-        return as_pair(layer, "bwd", made)  # type: ignore[no-any-return]
+        return as_pair(layer, "bwd", made)
     made = layer.bwd(params, residuals, grad, input_grad=need.input)
-    return None, as_pair(layer, "bwd", made)[1]
+    dparams, dx = as_pair(layer, "bwd", made)
+    return dparams if need.params else None, dx
+
+
+def takes_param_grad(method: Callable[..., Any]) -> bool:
+    """Whether a layer's `bwd` or `vjp` has the argument `param_grad`."""
+    parameters = inspect.signature(method).parameters.values()
+    return any(p.name == "param_grad" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def last_bwd(

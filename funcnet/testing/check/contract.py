@@ -8,7 +8,6 @@ may differ by what rounding in that dtype can do.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ import optree
 import torch
 from torch import Tensor
 
+from funcnet.layer import takes_param_grad
 from funcnet.testing.check.agreement import expect_close
 from funcnet.testing.check.case import Case, Leaves, named_leaves, tried
 from funcnet.testing.check.fitting import checked_gradients, expect_like, expect_pair
@@ -120,16 +120,11 @@ def _check_need(case: Case, residuals: Any, gradients: Leaves) -> None:
         ("bwd", case.layer.bwd, partial(case.bwd, residuals)),
         ("vjp", case.layer.vjp, case.vjp),
     ):
-        for need in ("input_grad", "param_grad") if _takes_param_grad(method) else ("input_grad",):
+        for need in ("input_grad", "param_grad") if takes_param_grad(method) else ("input_grad",):
             result = pure(case, who, partial(call, **{need: False}))
             got = checked_gradients(case, who, result, without=need)
             whole = [*got, *of_x] if need == "input_grad" else [*of_params, *got]
             expect_close(case, f"{who}: {need}=False changes the gradient", whole, gradients)
-
-
-def _takes_param_grad(method: Callable[..., Any]) -> bool:
-    parameters = inspect.signature(method).parameters.values()
-    return any(p.name == "param_grad" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _expect_repeated(case: Case, who: str, call: Callable[[], Leaves], first: Leaves) -> None:

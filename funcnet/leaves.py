@@ -17,7 +17,7 @@ from torch import Tensor
 from funcnet.combinators.wrapper import Wrapper
 from funcnet.keys import Key, key
 from funcnet.layer import Joins, Layer, Tree, is_private, writes
-from funcnet.running import run_apply, run_fwd
+from funcnet.running import run_fwd
 from funcnet.tree import child_names
 
 Ancestors: TypeAlias = tuple[Layer, ...]
@@ -96,9 +96,6 @@ class Watched(Wrapper):
         if name.startswith("__") or name == "layer":  # `copy` and `pickle` ask before there is one
             raise AttributeError(name)
         return getattr(self.layer, name)
-
-    def _apply(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
-        return run_apply(self.layer, params, x, key)
 
     def _fwd(self, params: Tree, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
         return run_fwd(self.layer, params, x, key)

@@ -34,9 +34,6 @@ class Recompute(Wrapper):
 
     _joins = "apart"
 
-    def _apply(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
-        return run_apply(self.layer, params, x, key)
-
     def _fwd(self, params: Tree, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
         return run_apply(self.layer, params, x, key), (x, key)
 

@@ -31,7 +31,7 @@ from funcnet.losses.loss import Loss
 from funcnet.ops import products
 from funcnet.ops.accumulation import accumulator_dtype
 from funcnet.ops.need import Need
-from funcnet.optimizers.norms import check_max_norm
+from funcnet.optimizers.norms import check_max_norm, clipping
 from funcnet.running import dx_alone, run_bwd, run_fwd
 
 
@@ -176,8 +176,7 @@ class ClippedValueAndGrad(_OfExamples):
         """(the loss of each example (N,), the sum of their clipped gradients)."""
         passes = self._forward(params, x, target, key)
         norms = passes.norms(consume=False)
-        fits, one = norms <= float(self.max_norm), torch.ones_like(norms)
-        return passes.values, passes.sum(torch.where(fits, one, float(self.max_norm) / norms))
+        return passes.values, passes.sum(clipping(norms, self.max_norm))
 
 
 # --- The passes

@@ -48,10 +48,15 @@ def clip_by_global_norm(grads: Tree, max_norm: float) -> tuple[Tree, Tensor]:
     check_max_norm("clip_by_global_norm", max_norm)
     gs, structure = flatten("clip_by_global_norm", "grads", grads)
     norm = _norm(gs)
+    scale = clipping(norm, max_norm)
+    return structure.unflatten([(g * scale.to(g.device)).to(g.dtype) for g in gs]), norm
+
+
+def clipping(norm: Tensor, max_norm: float) -> Tensor:
+    """min(1, max_norm / norm), the factor that clips a gradient of this norm."""
     fits, one = norm <= float(max_norm), torch.ones_like(norm)
     # Autograd multiplies the derivative of what is not chosen by 0, and 0 · ∞ would be NaN.
-    scale = torch.where(fits, one, float(max_norm) / torch.where(fits, one, norm))
-    return structure.unflatten([(g * scale.to(g.device)).to(g.dtype) for g in gs]), norm
+    return torch.where(fits, one, float(max_norm) / torch.where(fits, one, norm))
 
 
 def check_max_norm(who: str, max_norm: float) -> None:

@@ -10,7 +10,7 @@ PER_EXAMPLE = (
         "test_per_example.py",
         Row(
             "normalised-instead-of-clipped",
-            "torch.where(fits, one, float(self.max_norm) / norms)",
+            "clipping(norms, self.max_norm)",
             "float(self.max_norm) / norms.clamp(min=1e-30)",
             "a gradient below the norm stays as it is",
         ),

@@ -117,10 +117,9 @@ class _Gradients:
     the group that `put` sends them to, until the garbage collector comes.
     """
 
-    def __init__(self) -> None:
-        self._put: Put = print
-        self.left: dict[str, tuple[Layer, Tree]] = {}
-        """The layers whose gradients have not been handed over, (layer, params) by path."""
+    _put: Put
+    left: dict[str, tuple[Layer, Tree]]
+    """The layers whose gradients have not been handed over, (layer, params) by path."""
 
     def expect(self, layers: Iterable[tuple[str, Layer, Tree]], put: Put) -> None:
         """Begin with the layers (path, layer, params) of a network, in order."""

@@ -83,7 +83,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
                     with _where_supported():
                         os.chmod(temporary, mode)
                 _flush_to_disk(file)
-                if fcntl is None:
+                if on_windows():
                     file.close()  # Windows cannot rename an open file
                 _rename(temporary, target)
                 _flush_folder(folder)
@@ -120,13 +120,17 @@ def clear_abandoned(folder: str | os.PathLike[str], names: str) -> None:
                     _remove_unless_locked(Path(entry.path))
 
 
+def on_windows() -> bool:
+    """Whether no file can be locked, and none that is open or mapped can be replaced."""
+    return fcntl is None
+
+
 def patiently(call: Callable[[], _Result]) -> _Result:
     """Call a function, on Windows again for a while where it is refused.
 
     Windows refuses to replace a file that somebody reads, and to open one that is being removed.
     """
-    pauses: tuple[float, ...] = _PAUSES if fcntl is None else ()
-    for pause in pauses:
+    for pause in _PAUSES if on_windows() else ():
         with suppress(PermissionError):
             return call()
         time.sleep(pause)
@@ -188,14 +192,14 @@ def _rename(temporary: Path, target: Path) -> None:
     try:
         patiently(lambda: os.replace(temporary, target))
     except PermissionError as error:
-        if fcntl is not None:
+        if not on_windows():
             raise
         reason = f"{error.strerror}: a program has the old file open, or load has mapped it"
         raise PermissionError(error.errno, reason) from error
 
 
 def _remove_unless_locked(path: Path) -> None:
-    if fcntl is None:
+    if on_windows():
         # Another save closes a younger one to rename it.
         if time.time() - path.stat().st_mtime > _HOUR:
             path.unlink()
@@ -207,7 +211,7 @@ def _remove_unless_locked(path: Path) -> None:
 
 
 def _try_lock(file: BinaryIO) -> bool:
-    if fcntl is not None:
+    if not on_windows():
         try:
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -217,7 +221,7 @@ def _try_lock(file: BinaryIO) -> bool:
 
 def _flush_to_disk(file: BinaryIO) -> None:
     # On macOS, fsync stops at the drive's cache.
-    if fcntl is not None and hasattr(fcntl, "F_FULLFSYNC"):
+    if hasattr(fcntl, "F_FULLFSYNC"):
         with suppress(OSError):  # not every file system supports it
             fcntl.fcntl(file.fileno(), fcntl.F_FULLFSYNC)
             return
@@ -229,7 +233,7 @@ def _flush_to_disk(file: BinaryIO) -> None:
 def _opened(folder: Path) -> Iterator[int | None]:
     """Open a folder to be flushed; None where that is impossible, as on Windows."""
     descriptor = None
-    if fcntl is not None:
+    if not on_windows():
         with _where_supported():
             descriptor = os.open(folder, os.O_RDONLY)
     try:

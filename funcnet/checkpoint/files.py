@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Literal, TypeAlias, overload
 import torch
 from torch import Tensor
 
-from funcnet.checkpoint.atomic import patiently, replacing
+from funcnet.checkpoint.atomic import on_windows, patiently, replacing
 from funcnet.checkpoint.compare import Expected, refuse
 from funcnet.checkpoint.container import (
     Header,
@@ -35,9 +35,6 @@ _Path: TypeAlias = "str | os.PathLike[str]"
 
 MAPPED_FROM = 2**26
 """The bytes of data from which `load` maps a file instead of reading it, unless told otherwise."""
-
-_ON_WINDOWS = os.name == "nt"
-"""Whether the system refuses to replace a file that is mapped."""
 
 
 def save(path: _Path, tree: Tree, metadata: dict[str, Any] | None = None) -> None:
@@ -264,7 +261,7 @@ def read_tensors(
     mmap: bool | None,
 ) -> dict[str, Tensor]:
     """The tensors in a file by name, on the device and in the dtype that are asked for."""
-    large = header.data_size >= MAPPED_FROM and not _ON_WINDOWS
+    large = header.data_size >= MAPPED_FROM and not on_windows()
     tensors = read_data(file, header, mapped=large if mmap is None else mmap)
     if device is None and dtype is None:
         return dict(tensors)

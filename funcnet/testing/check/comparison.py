@@ -67,10 +67,11 @@ def unravel(position: int, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def largest_error(got: Tensor, want: Tensor, unit: Tensor) -> float:
     """The largest finite difference, in units of the largest finite entry of `unit`."""
-    error, size = (_largest(x) for x in (got.to(want) - want, unit))
+    error, size = (largest(x) for x in (got.to(want) - want, unit))
     return error / size if size else 0.0
 
 
-def _largest(x: Tensor) -> float:
+def largest(x: Tensor) -> float:
+    """The size of the largest finite entry; 0 if there is none."""
     x = x[x.isfinite()].abs()
     return float(x.max()) if x.numel() else 0.0

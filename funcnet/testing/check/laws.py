@@ -20,7 +20,7 @@ from funcnet.leaves import has_children
 from funcnet.ops import products
 from funcnet.ops.need import Need
 from funcnet.testing.check.case import Case, Leaves, named_leaves, scale_of, signed, tried
-from funcnet.testing.check.comparison import within
+from funcnet.testing.check.comparison import largest, within
 from funcnet.testing.check.purity import pure
 from funcnet.testing.check.rounding import (
     allowance,
@@ -57,7 +57,7 @@ def check_linear_in_grad(case: Case) -> None:
         scaled = replace(case, grad=multiple * case.grad)
         expected = [multiple * leaf for leaf in mine]
         share = min(max(multiple, 1.0), LAW_FAR / LAW_TERMS)
-        terms = [share * _largest_throughout(leaf) for leaf in expected]
+        terms = [torch.full_like(leaf, share * largest(leaf)) for leaf in expected]
         _expect_linear(scaled, scaled.gradients(), expected, terms, why)
     _check_zeros_in_grad(case, mine)
 
@@ -71,12 +71,6 @@ def check_odd_in_grad(case: Case, dtype: torch.dtype) -> None:
             want = multiple * leaf
             if not within(got, want, share * want.abs()):
                 raise GradientMismatch(f"the gradient for {name} is not linear in grad{why}")
-
-
-def _largest_throughout(leaf: Tensor) -> Tensor:
-    """The size of a leaf's largest finite entry, in its shape."""
-    finite = leaf[leaf.isfinite()].abs()
-    return torch.full_like(leaf, float(finite.max()) if finite.numel() else 0.0)
 
 
 def _check_zeros_in_grad(case: Case, gradients: Leaves) -> None:

@@ -139,9 +139,10 @@ def uniform(
     low, high = _number("uniform", "low", low), _number("uniform", "high", high)
     if not low <= high:
         raise ValueError(f"uniform: expected low <= high, got low={low}, high={high}")
-    dtype, draw_dtype = _dtypes("uniform", dtype)
-    most = torch.finfo(dtype).max
-    if not (max(abs(low), abs(high)) <= most and high - low <= float(np.finfo(draw_dtype).max)):
+    check_dtype("uniform", dtype)
+    dtype = dtype or torch.float32
+    most, widest = torch.finfo(dtype).max, float(np.finfo(_draw_dtype(dtype)).max)
+    if not (max(abs(low), abs(high)) <= most and high - low <= widest):
         raise ValueError(f"uniform: expected a range within {dtype}, got [{low}, {high})")
     return _drawn("uniform", key, shape, (low, high), dtype).to(device=device)
 
@@ -166,7 +167,8 @@ def normal(
     mean, std = _number("normal", "mean", mean), _number("normal", "std", std)
     if not std >= 0:
         raise ValueError(f"normal: expected std >= 0, got {std}")
-    dtype, _ = _dtypes("normal", dtype)
+    check_dtype("normal", dtype)
+    dtype = dtype or torch.float32
     if not abs(mean) + std <= torch.finfo(dtype).max:
         raise ValueError(f"normal: expected mean ± std within {dtype}, got {mean} ± {std}")
     return _drawn("normal", key, shape, (mean, std), dtype).to(device=device)
@@ -211,7 +213,11 @@ def check_draw(who: object, key: Key, dtype: torch.dtype | None) -> None:
 
 def check_dtype(who: object, dtype: torch.dtype | None) -> None:
     """Raise TypeError unless networks can compute in this dtype, which None leaves open."""
-    _dtypes(who, dtype)
+    if dtype is not None and dtype not in _DTYPES:
+        raise TypeError(
+            f"{name_of(who)}: expected a floating-point dtype of torch, of 16 bits or more, "
+            f"got {shown(dtype)}"
+        )
 
 
 def check_key(who: object, key: Key) -> None:
@@ -280,11 +286,7 @@ def _draw(
 
 @torch.library.custom_op("funcnet::draw", mutates_args=())
 def _draw_halves(
-    halves: Tensor,
-    kind: str,
-    sizes: Sequence[int],
-    numbers: Sequence[float],
-    dtype: torch.dtype,
+    halves: Tensor, kind: str, sizes: Sequence[int], numbers: Sequence[float], dtype: torch.dtype
 ) -> Tensor:
     """`_draw`, when a compiled function runs."""
     return _draw(_TracedKey(halves).data, kind, sizes, numbers, dtype)
@@ -292,11 +294,7 @@ def _draw_halves(
 
 @_draw_halves.register_fake
 def _(
-    halves: Tensor,
-    kind: str,
-    sizes: Sequence[int],
-    numbers: Sequence[float],
-    dtype: torch.dtype,
+    halves: Tensor, kind: str, sizes: Sequence[int], numbers: Sequence[float], dtype: torch.dtype
 ) -> Tensor:
     return halves.new_empty(sizes, dtype=dtype)
 
@@ -304,10 +302,15 @@ def _(
 _Sizes: TypeAlias = tuple[int, ...]
 
 
+def _draw_dtype(dtype: torch.dtype) -> type[np.floating]:
+    """NumPy's dtype in which numbers of a dtype are drawn."""
+    return np.float64 if dtype == torch.float64 else np.float32
+
+
 def _draw_uniform(
     generator: np.random.Generator, sizes: _Sizes, low: float, high: float, dtype: torch.dtype
 ) -> Tensor:
-    unit = generator.random(sizes, _dtypes("uniform", dtype)[1])
+    unit = generator.random(sizes, _draw_dtype(dtype))
     x = (torch.from_numpy(np.asarray(unit)) * (high - low) + low).to(dtype)
     return x.clamp(*_within(low, high, dtype))
 
@@ -315,7 +318,7 @@ def _draw_uniform(
 def _draw_normal(
     generator: np.random.Generator, sizes: _Sizes, mean: float, std: float, dtype: torch.dtype
 ) -> Tensor:
-    standard = generator.standard_normal(sizes, _dtypes("normal", dtype)[1])
+    standard = generator.standard_normal(sizes, _draw_dtype(dtype))
     return torch.from_numpy(np.asarray(standard)).mul_(std).add_(mean).to(dtype)
 
 
@@ -376,17 +379,6 @@ def _sizes(who: str, shape: Sequence[int]) -> tuple[int, ...]:
     if not isinstance(shape, Sequence) or isinstance(shape, str):
         raise TypeError(f"{who}: expected shape to be a sequence of ints, got {shown(shape)}")
     return tuple(_uint64(who, "every size in shape", size) for size in shape)
-
-
-def _dtypes(who: object, dtype: torch.dtype | None) -> tuple[torch.dtype, type[np.floating]]:
-    """The dtype to return and the one to draw in: float64 for float64, else float32."""
-    dtype = torch.float32 if dtype is None else dtype
-    if dtype not in _DTYPES:
-        raise TypeError(
-            f"{name_of(who)}: expected a floating-point dtype of torch, of 16 bits or more, "
-            f"got {shown(dtype)}"
-        )
-    return dtype, np.float64 if dtype == torch.float64 else np.float32
 
 
 def _within(low: float, high: float, dtype: torch.dtype) -> tuple[float, float]:

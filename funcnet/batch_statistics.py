@@ -43,7 +43,7 @@ from funcnet.layers import (
     Linear,
     UpsampleConv2d,
 )
-from funcnet.leaves import Ancestors, mapped, same
+from funcnet.leaves import mapped, same
 from funcnet.ops.accumulation import in_float64
 from funcnet.ops.inplace import is_eager
 from funcnet.running import run_fwd
@@ -79,7 +79,9 @@ def moments(net: Layer, params: Tree, x: Tensor, *, key: Key) -> Tree:
     ((), [2.0, 2.0, 2.0])
     """
     check_net("moments", net)
-    observed = mapped(net, _observed)
+    observed = mapped(
+        net, lambda path, layer, _: _Observed(layer) if isinstance(layer, BatchNorm) else layer
+    )
     observed.apply(params, x, key=key)
     return _collected(observed, params, (), "")
 
@@ -141,11 +143,6 @@ class _Observed(Wrapper):
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
         self.noted.append(_measured(x))
         return run_fwd(self.layer, params, x, key)
-
-
-def _observed(path: str, layer: Layer, ancestors: Ancestors) -> Layer:
-    """A layer, observed if it is a `BatchNorm`."""
-    return _Observed(layer) if isinstance(layer, BatchNorm) else layer
 
 
 def _measured(x: Tensor) -> Moments:

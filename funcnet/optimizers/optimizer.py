@@ -183,11 +183,10 @@ class Elementwise(Optimizer[State]):
         new = self._update(each, lr, n, *([_as_pairs(x) for x in xs] for xs in (ps, gs, *kept)))
         return tuple([*map(_as_complex, xs, ps)] for xs in new)  # [] of what is not needed
 
-    def _lr(self, count: int | Tensor) -> Scalar:
-        rate: Any = self.lr  # type: ignore[attr-defined]
-        if not callable(rate):
-            return float(rate)
-        lr = rate(count)
+    def _lr(self: Any, count: int | Tensor) -> Scalar:  # Any: a subclass declares `lr`
+        if not callable(self.lr):
+            return float(self.lr)
+        lr = self.lr(count)
         if not isinstance(lr, Tensor):
             as_number(type(self).__name__, "lr(step)", lr, 0.0)
             return float(lr)

@@ -109,7 +109,7 @@ _INF = float("inf")
 def as_number(
     who: object, name: str, value: Any, least: float = -_INF, most: float = _INF
 ) -> float:
-    """`value` as an int or a float, which files hold, and numbers of NumPy and of graphs are not.
+    """`value` as an int or a float: files cannot hold the numbers of NumPy and of graphs.
 
     Raises unless it is a finite number in [least, most].
     """

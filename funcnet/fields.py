@@ -66,8 +66,8 @@ class Hyperparameters:
     __signature__ = _OfInit()
 
     def __new__(cls, /, *arguments: Any, **named: Any) -> Self:
-        """Raise TypeError for arguments of torch.nn that are none here, unless the class has such
-        names, and for arguments of a class that is not a dataclass."""
+        """Raise TypeError for torch.nn's arguments that the class does not take, with advice, and
+        for arguments of a class that declares fields but is not a dataclass."""
         if not _TORCH_NAMES.isdisjoint(named):
             _refuse_torch_names(cls, arguments, named)
         if (arguments or named) and "__dataclass_fields__" not in vars(cls):
@@ -99,7 +99,7 @@ class Hyperparameters:
 
 
 def _expect_dataclass(cls: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-    """Raise TypeError for arguments that a class lacks, if it declares fields and they are none."""
+    """Raise TypeError for arguments of a class that declares fields but is not a dataclass."""
     declared = inspect.get_annotations(cls)
     if declared and not takes(cls, arguments, named):
         raise TypeError(
@@ -109,7 +109,7 @@ def _expect_dataclass(cls: Any, arguments: tuple[Any, ...], named: dict[str, Any
 
 
 def takes(cls: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> bool:
-    """Whether a constructor takes arguments. That of a layer of one's own may have any names."""
+    """Whether a constructor takes these arguments; a user's class may give them any names."""
     try:
         inspect.signature(cls).bind(*arguments, **named)
     except TypeError:
@@ -169,8 +169,8 @@ def source(value: Any, in_lines: bool = False) -> str:
 
     `in_lines` is for what is made of layers: if it is too long for a line, each gets its own.
 
-    What may be given by position without a default comes first, `Conv2d(8, kernel_size=3)`; a
-    constructor with a variable number of arguments gets them all: `Sequential(ReLU(), Sigmoid())`.
+    A first argument without a default has no name, `Conv2d(8, kernel_size=3)`. A constructor with a
+    variable number of arguments gets them all: `Sequential(ReLU(), Sigmoid())`.
     """
     arguments: list[str] = []
     kind_of, defaults, various = kinds(type(value)), type(value)._defaults, type(value)._various
@@ -397,7 +397,7 @@ class BelowOne:
 
 @dataclass(frozen=True)
 class NumberButZero(Number):
-    """Such a number other than 0."""
+    """A `Number` other than 0."""
 
     def convert(self, owner: type, name: str, value: Any) -> Any:
         number = super().convert(owner, name, value)

@@ -351,12 +351,12 @@ class Layer(Hyperparameters):
         return self._part_by_child(names, [params[name] for name in names])
 
     def _part_by_child(self, names: Sequence[str], parts: Sequence[Any]) -> tuple[Any, ...]:
-        """The part of each child, of parts by name: a field of several layers has a tuple."""
+        """The part of each child, given those by name: a field of several layers has a tuple."""
         pairs = zip(self._sizes_of_fields(names), parts, strict=True)
         return tuple(own for size, part in pairs for own in ([part] if size is None else part))
 
     def _part_by_name(self, names: Sequence[str], parts: Iterable[Any]) -> list[Any]:
-        """The parts by name, of that of each child."""
+        """The parts by name, given the part of each child."""
         rest = iter(parts)
         sizes = self._sizes_of_fields(names)
         return [next(rest) if size is None else tuple(islice(rest, size)) for size in sizes]
@@ -457,10 +457,9 @@ class Layer(Hyperparameters):
         return y, True
 
     def _expect_promised(self, y: Any, promised: Spec, made: Callable[[], Any]) -> None:
-        """Raise unless y of a layer has the shape that `_out_shape` says, and x's dtype; the next
-        call asks again.
+        """Raise unless y has the shape that `_out_shape` promises, and x's dtype.
 
-        `made` returns what `_fwd` does.
+        Then the next call checks again. `made` returns what `_fwd` does.
         """
         expected, is_one = (*promised.batch, *promised.shape), not self._children()
         shape = tuple(y.shape) if isinstance(y, Tensor) else None
@@ -658,7 +657,7 @@ def check_net(who: str, net: Any) -> None:
 
 
 def spec_of_y(y: Any) -> Spec | None:
-    """The spec of a tensor; None for what else a layer that checks for itself may give out."""
+    """The spec of y; None if it is not a tensor: a layer that checks for itself may return that."""
     if not isinstance(y, Tensor):
         return None
     return Spec(tuple(y.shape[:1]), tuple(y.shape[1:]), y.dtype, y.device)

@@ -232,7 +232,7 @@ class Layer(Hyperparameters):
 
     def apply(self, params: Tree, x: Tensor, *, key: Key | None = None) -> Tensor:
         """y = f(params, x)."""
-        if not is_private(self):
+        if checks_itself(self):
             made = self.fwd(params, x, key=key)
             y: Tensor = (made if type(made) is tuple else as_pair(self, "fwd", made))[0]
             return y
@@ -379,7 +379,7 @@ class Layer(Hyperparameters):
         if names != [""]:
             return of_fields
         (field,), ((_, only),) = of_fields, self._children()
-        is_beside = field in params and not is_private(self)
+        is_beside = field in params and checks_itself(self)
         # Otherwise all of params are the only one's, of which a part may have that name.
         return of_fields if is_beside and field not in only._param_names(params) else names
 
@@ -565,10 +565,10 @@ _MOST_REMEMBERED = 8
 _FACTS = attrgetter("shape", "dtype", "device")
 
 
-def is_private(layer: Layer) -> bool:
-    """Whether a layer leaves `fwd` and `bwd` to the base class, so that they may be passed by."""
+def checks_itself(layer: Layer) -> bool:
+    """Whether a layer writes `fwd` or `bwd`: these check for themselves, and are not passed by."""
     cls = type(layer)
-    return cls.fwd is Layer.fwd and cls.bwd is Layer.bwd
+    return cls.fwd is not Layer.fwd or cls.bwd is not Layer.bwd
 
 
 def writes(layer: Layer, name: str) -> bool:
@@ -577,7 +577,7 @@ def writes(layer: Layer, name: str) -> bool:
     A subclass that writes one of these anew has to write the attribute, too.
     """
     look = _is_youngest if torch.compiler.is_compiling() else _remembered_youngest
-    return is_private(layer) and look(type(layer), name)
+    return not checks_itself(layer) and look(type(layer), name)
 
 
 def _is_youngest(cls: type, name: str) -> bool:
@@ -636,7 +636,7 @@ def last_bwd(
     layer: Layer, params: Tree, residuals: Any, grad: Tensor, need: Need, y: Spec | None
 ) -> tuple[Tree, Tensor | None]:
     """(dparams, dx) by a layer's `bwd`, from what its `fwd` has just made and nobody else needs."""
-    if is_private(layer):
+    if not checks_itself(layer):
         return layer._checked_bwd(params, residuals, grad, need._replace(consume=True), y)
     return public_bwd(layer, params, residuals, grad, need)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from funcnet.combinators.wrapper import Wrapper
 from funcnet.keys import Key, key
-from funcnet.layer import Joins, Layer, Tree, is_private, writes
+from funcnet.layer import Joins, Layer, Tree, checks_itself, writes
 from funcnet.running import run_fwd
 from funcnet.tree import child_names
 
@@ -79,7 +79,9 @@ def joined(path: str, name: str) -> str:
 
 def declares_none(layer: Layer) -> bool:
     """Whether a layer is known to have no parameters, whatever x is."""
-    return not has_children(layer) and is_private(layer) and type(layer)._params is Layer._params
+    if has_children(layer) or checks_itself(layer):
+        return False
+    return type(layer)._params is Layer._params
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from funcnet.checks import as_pair, name_of
 from funcnet.keys import Key
-from funcnet.layer import Layer, Part, Shape, Spec, Tree, is_private, public_bwd, writes, y_alone
+from funcnet.layer import Layer, Part, Shape, Spec, Tree, checks_itself, public_bwd, writes, y_alone
 from funcnet.ops.inplace import add_over
 from funcnet.ops.need import Need
 from funcnet.param import first_tensor
@@ -16,7 +16,7 @@ from funcnet.param import first_tensor
 
 def check(layer: Layer, params: Tree, x: Spec) -> Spec:
     """The spec of y. Raises unless params and x fit; a layer with its own `fwd` checks itself."""
-    if is_private(layer):
+    if not checks_itself(layer):
         return layer._check(params, x)
     like = x if x.dtype.is_floating_point else first_tensor(params, x)
     return Spec(x.batch, tuple(layer.out_shape(x.shape)), like.dtype, like.device)
@@ -83,7 +83,7 @@ def tile_of(layer: Layer, shape: Shape, part: Part) -> tuple[Part, Layer] | None
 
 def is_fresh(layer: Layer) -> bool:
     """Whether a layer makes and keeps the promise `_fresh`."""
-    return layer._fresh and is_private(layer)
+    return layer._fresh and not checks_itself(layer)
 
 
 def works_in_place(layer: Layer) -> bool:

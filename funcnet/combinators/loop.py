@@ -11,7 +11,7 @@ import torch
 from funcnet.combinators.turns import Turns
 from funcnet.initializers import Device
 from funcnet.keys import Key, fold_in
-from funcnet.layer import Shape, Tree, is_private, like_params
+from funcnet.layer import Shape, Tree, checks_itself, like_params
 from funcnet.ops.inplace import add_over
 
 
@@ -45,5 +45,5 @@ class Loop(Turns):
         if so_far is None:
             return dparams
         # The gradients of a layer that checks for itself may be anybody's.
-        add = add_over if is_private(self.layer) else torch.add
+        add = torch.add if checks_itself(self.layer) else add_over
         return optree.tree_map(add, so_far, dparams)

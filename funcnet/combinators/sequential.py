@@ -12,7 +12,7 @@ from funcnet.checks import as_pair, name_of
 from funcnet.combinators import tiling
 from funcnet.combinators.several import Several
 from funcnet.keys import Key, fold_in
-from funcnet.layer import Layer, Part, Shape, Spec, Tree, is_private, public_bwd, zeros_like
+from funcnet.layer import Layer, Part, Shape, Spec, Tree, checks_itself, public_bwd, zeros_like
 from funcnet.ops.inplace import is_eager
 from funcnet.ops.need import Need
 from funcnet.position import Position
@@ -55,8 +55,8 @@ class Sequential(Several):
     """Whether each layer may write over its x, which the layer before has made for it alone."""
     _over_grad: tuple[bool, ...] = field(init=False, repr=False, compare=False)
     """Whether each layer may write over its grad, which the layer behind has made for it alone."""
-    _private: tuple[bool, ...] = field(init=False, repr=False, compare=False)
-    """Whether each layer leaves the checks to the base class, so that they may be passed by."""
+    _checks_itself: tuple[bool, ...] = field(init=False, repr=False, compare=False)
+    """Whether each layer checks for itself. Of others, the checks are passed by."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,7 +65,7 @@ class Sequential(Several):
         before, behind = [False, *fresh], [*fresh[1:], False]
         object.__setattr__(self, "_over_x", tuple(map(all, zip(over, before, strict=False))))
         object.__setattr__(self, "_over_grad", tuple(map(all, zip(over, behind, strict=False))))
-        object.__setattr__(self, "_private", tuple(map(is_private, self.layers)))
+        object.__setattr__(self, "_checks_itself", tuple(map(checks_itself, self.layers)))
         # y is the last layer's and dx the first's; residuals of the others are older or younger.
         object.__setattr__(self, "_fresh", all([*fresh[:1], *fresh[-1:]]))
 
@@ -120,7 +120,7 @@ class Sequential(Several):
                 own = None if key is None else fold_in(key, at.i)
                 if in_place and self._over_x[at.i]:
                     x = layer._fwd_(params[at.i], x, own)[0]
-                elif self._private[at.i]:
+                elif not self._checks_itself[at.i]:
                     x = run_apply(layer, params[at.i], x, own)
                 else:
                     y = layer.apply(params[at.i], x, key=own)
@@ -141,7 +141,7 @@ class Sequential(Several):
                 own = None if key is None else fold_in(key, at.i)
                 if in_place and self._over_x[at.i]:
                     x, kept = layer._fwd_(params[at.i], x, own)
-                elif self._private[at.i]:
+                elif not self._checks_itself[at.i]:
                     made = layer._fwd(params[at.i], x, own)
                     if type(made) is not tuple or len(made) != 2:
                         made = as_pair(layer, "_fwd", made)
@@ -185,7 +185,7 @@ class Sequential(Several):
                 wanted = need if at.i == first else above
                 if in_place and self._over_grad[at.i]:
                     dparams[at.i], dx = layer._bwd_(own, kept.pop(), dx, wanted)
-                elif self._private[at.i]:
+                elif not self._checks_itself[at.i]:
                     made = layer._bwd(own, kept.pop(), dx, wanted)
                     if type(made) is not tuple or len(made) != 2:
                         made = as_pair(layer, "_bwd", made)

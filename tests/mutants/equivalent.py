@@ -439,7 +439,7 @@ EQUIVALENT: dict[str, str] = {
     "combinators.repeat.Repeat._gathered:flip-flag:1": _STRICT,
     "combinators.recompute.Recompute._bwd:drop-argument:1": _KEPT,
     "combinators.recompute.Recompute._bwd:flip-flag:1": _KEPT,
-    "combinators.loop.Loop._gathered:condition:4": _IN_PLACE,
+    "combinators.loop.Loop._gathered:condition:3": _IN_PLACE,
     "combinators.reversible.Reversible._bwd:compare:2": "the halves are read no more",
     "combinators.reversible.Reversible._bwd:condition:3": "the halves are read no more",
     "combinators.reversible.Reversible._bwd:drop-argument:2": _COPY,

@@ -73,8 +73,8 @@ LAYER = in_file(
     ),
     Row(
         "mixins-bypassed",
-        "    return cls.fwd is Layer.fwd and cls.bwd is Layer.bwd\n",
-        '    return "fwd" not in cls.__dict__ and "bwd" not in cls.__dict__\n',
+        "    return cls.fwd is not Layer.fwd or cls.bwd is not Layer.bwd\n",
+        '    return "fwd" in cls.__dict__ or "bwd" in cls.__dict__\n',
         "a Sequential calls the fwd that a mixin has overridden",
     ),
     Row(

@@ -90,10 +90,8 @@ def flatten_like(
         if leaf.layout is not p.layout:
             place = _place(structure, i, name)
             raise TypeError(f"{who}: expected a dense tensor at {place}, got {leaf.layout}")
-        if leaf.dtype is not p.dtype or leaf.shape != p.shape or leaf.device != p.device:
-            is_alike = leaf.shape == p.shape and leaf.device == p.device
-            if any_dtype and is_alike and leaf.is_complex() == p.is_complex():
-                continue
+        fits_dtype = leaf.dtype is p.dtype or (any_dtype and leaf.is_complex() == p.is_complex())
+        if not (fits_dtype and leaf.shape == p.shape and leaf.device == p.device):
             expected = f"{_place(structure, i, name)} like params, {_describe(p)}"
             raise ValueError(f"{who}: expected {expected}, got {_describe(leaf)}")
     return leaves

@@ -94,8 +94,8 @@ LEAVES = in_file(
     ),
     Row(
         "gradient-of-another-dtype",
-        "if leaf.dtype is not p.dtype or leaf.shape != p.shape or",
-        "if leaf.shape != p.shape or",
+        "if not (fits_dtype and leaf.shape",
+        "if not (leaf.shape",
         "params would silently change their dtype",
     ),
 )

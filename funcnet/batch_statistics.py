@@ -26,11 +26,11 @@ import optree
 import torch
 from torch import Tensor
 
-from funcnet.checks import name_of, shown
+from funcnet.checks import count_of, name_of, shown
 from funcnet.combinators.several import Several
 from funcnet.combinators.wrapper import Wrapper
 from funcnet.keys import Key
-from funcnet.layer import Layer, Shape, Tree, check_net, count_of, writes
+from funcnet.layer import Layer, Shape, Tree, check_net, writes
 from funcnet.layers import (
     BatchNorm,
     ChannelAffine,

@@ -68,6 +68,11 @@ def shown(value: Any) -> str:
 _MOST_CHARACTERS = 80
 
 
+def count_of(layers: Sized) -> str:
+    """`48 layers`, as a message names the size of a combinator."""
+    return f"{len(layers)} layer{'s' if len(layers) != 1 else ''}"
+
+
 def some(names: Iterable[str]) -> str:
     """The first of the names in a message, not a screenful."""
     first = [*islice(names, _MOST_NAMED + 1)]
@@ -185,7 +190,7 @@ def check_like(who: object, name: str, tensor: Any, x: Any, of: str = "x") -> No
         )
 
 
-def opened(who: object, residuals: Any) -> tuple[Tensor, Any]:
+def unwrapped(who: object, residuals: Any) -> tuple[Tensor, Any]:
     """(a tensor without entries for x, residuals), which `fwd` has wrapped up."""
     if isinstance(residuals, tuple) and len(residuals) == 2 and isinstance(residuals[0], Tensor):
         like, kept = residuals

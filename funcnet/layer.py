@@ -58,12 +58,13 @@ from funcnet.checks import (
     broken_promise,
     check_like,
     check_tensor,
+    count_of,
     is_pair,
     name_of,
-    opened,
     returned,
     shown,
     sizes,
+    unwrapped,
 )
 from funcnet.fields import Hyperparameters, source
 from funcnet.initializers import Device
@@ -407,7 +408,7 @@ class Layer(Hyperparameters):
         self, params: Tree, residuals: Any, grad: Tensor, need: Need, y: Spec | None = None
     ) -> tuple[Tree, Tensor | None]:
         """`bwd`; y is given where these params have just been accepted by `fwd`."""
-        like, kept = opened(self, residuals)
+        like, kept = unwrapped(self, residuals)
         y = y or self._admit(params, like, like.shape[1:])[0]
         if not isinstance(grad, Tensor) or grad.dtype != y.dtype or grad.device != y.device:
             check_like(self._describe_last(), "grad", grad, y, of="y")
@@ -682,11 +683,6 @@ def _holds_layers(value: Any) -> bool:
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
-
-
-def count_of(layers: Sequence[Any]) -> str:
-    """`48 layers`, as a message names the size of a combinator."""
-    return f"{len(layers)} layer{'s' if len(layers) != 1 else ''}"
 
 
 def _has_rank(axes: str, shape: Shape) -> bool:

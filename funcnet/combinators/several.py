@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
 
-from funcnet.checks import name_of, shown
+from funcnet.checks import count_of, name_of, shown
 from funcnet.fields import call
 from funcnet.initializers import Device
 from funcnet.keys import Key, fold_in
-from funcnet.layer import Layer, Shape, Tree, count_of
+from funcnet.layer import Layer, Shape, Tree
 from funcnet.position import Position
 
 if TYPE_CHECKING:

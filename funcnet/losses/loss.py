@@ -15,8 +15,8 @@ from funcnet.checks import (
     check_tensor,
     is_pair,
     name_of,
-    opened,
     shown,
+    unwrapped,
 )
 from funcnet.fields import Hyperparameters, OneOf
 from funcnet.ops.autocast import without_autocast
@@ -99,7 +99,7 @@ class Loss(Hyperparameters):
 
     def bwd(self, residuals: Any, grad: Tensor | float = 1.0) -> Tensor:
         """dx, where grad is a scalar."""
-        like, kept = opened(self, residuals)
+        like, kept = unwrapped(self, residuals)
         if isinstance(grad, Real):
             grad = float(grad)  # a number of NumPy's would make arrays of tensors
         else:

@@ -26,6 +26,9 @@ from funcnet.compat import register_pytree_node
 PathKey: TypeAlias = "str | int"
 """A key of a dict, an index of a tuple or list, or a field's name."""
 
+ROOT = "%"
+"""The name of the tensor in a tree that is nothing else. No other is like it: names escape %."""
+
 _Class = TypeVar("_Class", bound=type)
 
 _PUBLIC_MODULES = ("initializers", "schedules")

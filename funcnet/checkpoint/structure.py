@@ -38,9 +38,6 @@ MAX_NODES = 1_000_000
 MAX_NAME_SIZE = 100_000_000
 """The most characters in the names of all nodes together."""
 
-_ROOT = "%"
-"""The entry of a tree that is a tensor. No other name is like it: names escape %."""
-
 INT64 = range(-(2**63), 2**63)
 _SEQUENCES: dict[str, Callable[[Any], Any]] = {"list": list, "tuple": tuple}
 _MAPPINGS: dict[str, Callable[[Any], Any]] = {"dict": dict, "OrderedDict": OrderedDict}
@@ -90,8 +87,8 @@ def _encode_node(
             f"{label(name)}: expected {limits}, got a larger one, or one that contains itself"
         )
     if isinstance(node, Tensor):
-        tensors[name or _ROOT] = node
-        return _encode_tensor(node, name or _ROOT)
+        tensors[name or trees.ROOT] = node
+        return _encode_tensor(node, name or trees.ROOT)
     items = trees.children(node)
     if items is None:
         return _encode_scalar(node, name)
@@ -160,7 +157,7 @@ def decode(
 
 def label(name: str) -> str:
     """Return what messages call a node: its name, or "the tree" for the root."""
-    return "the tree" if name in ("", _ROOT) else shorten(name, 1000)
+    return "the tree" if name in ("", trees.ROOT) else shorten(name, 1000)
 
 
 def shorten(text: str, limit: int = 80) -> str:

@@ -14,7 +14,7 @@ from funcnet.checks import name_of, shown, sizes
 from funcnet.interop.refusal import refusal
 from funcnet.layer import Layer, Tree, check_net
 from funcnet.leaves import shaped
-from funcnet.tree import child_names, children, leaf_names
+from funcnet.tree import ROOT, child_names, children, leaf_names
 
 
 def state_dict(params: Tree) -> dict[str, Tensor]:
@@ -87,11 +87,7 @@ def load_state_dict(net: Layer, shape: Sequence[int], state: Mapping[str, Tensor
 
 def names_of(structure: optree.PyTreeSpec) -> list[str]:
     """Return the names of the leaves of a tree, in optree's order."""
-    return [name or _ONLY for name in leaf_names(structure)]
-
-
-_ONLY = "%"
-"""The name of the only tensor of a tree that is this tensor, as in files."""
+    return [name or ROOT for name in leaf_names(structure)]
 
 
 def _named(who: str, node: Any, name: str) -> Iterator[tuple[str, Tensor]]:
@@ -102,7 +98,7 @@ def _named(who: str, node: Any, name: str) -> Iterator[tuple[str, Tensor]]:
                 f"{who}: expected {name or 'params'} to be a tensor, or a tuple, list or dict "
                 f"of such, got {type(node).__name__}"
             )
-        yield name or _ONLY, node
+        yield name or ROOT, node
         return
     names = child_names(name, [child_key for child_key, _ in items])
     for child_name, (_, child) in zip(names, items, strict=True):

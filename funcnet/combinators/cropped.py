@@ -1,4 +1,4 @@
-"""Parts of x, for layers side by side that each see another one."""
+"""Parts of x, for layers side by side that see different ones."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ _STEP = 16
 
 
 def is_large(x: Tensor) -> bool:
-    """Whether images are many enough to ask whether they should be cut."""
+    """Whether x is images of so many bytes that cutting them is considered."""
     return x.ndim == 4 and x.is_cpu and is_eager() and x.numel() * x.element_size() >= _LARGE
 
 

@@ -203,7 +203,7 @@ def _none(who: object, name: str, tree: Any) -> Tensors:
 
 
 def _concrete(who: object, step: Any) -> int | Tensor:
-    """The number of steps as an int, if it is one number that is known. Raises TypeError."""
+    """The number of steps, an int where it is known. Raises TypeError unless it is one number."""
     if not isinstance(step, (int, Tensor)) or (isinstance(step, Tensor) and step.ndim):
         got = f"shape {tuple(step.shape)}" if isinstance(step, Tensor) else type(step).__name__
         raise TypeError(f"{who}: expected state.step to be a scalar tensor, got {got}")

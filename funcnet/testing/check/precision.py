@@ -29,7 +29,7 @@ from funcnet.testing.check.tolerances import ERRORS_OF_MEAN, FACTOR, SMOOTH
 from funcnet.testing.errors import GradientMismatch
 
 _AROUND, _POINTS = 2.0**-4, 16
-"""So far that roundings in half precision are others at each of so many points."""
+"""A distance at which roundings in half precision are others, and the number of points there."""
 _ROUGHLY = 64.0
 """ε that most gradients are off float64's at most."""
 _WITHIN_RANGE = (1.0, 0.25, 0.0625)

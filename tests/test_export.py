@@ -157,7 +157,7 @@ RECORDED = [
 
 @pytest.mark.parametrize(("net", "shape"), RECORDED, ids=lambda value: str(value)[:40])
 def test_make_fx_records_a_training_step_for_any_batch(net, shape):
-    (params, x, grad), key = make(net, shape, batch=11), key_for(net)
+    (params, x, grad), key = make(net, shape, batch=11, dtype=torch.float64), key_for(net)
 
     def step(params, x, grad):
         y, residuals = net.fwd(params, x, key=key)
@@ -167,8 +167,8 @@ def test_make_fx_records_a_training_step_for_any_batch(net, shape):
         warnings.simplefilter("ignore")
         graph = make_fx(step, tracing_mode="symbolic")(params, x, grad)
     for batch in (11, 7):
-        given = make(net, shape, batch)
-        close(graph(*given), step(*given), rtol=1e-5, atol=1e-5)
+        given = make(net, shape, batch, dtype=torch.float64)
+        close(graph(*given), step(*given), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("layer", [fn.LayerNorm(), fn.RMSNorm()], ids=repr)

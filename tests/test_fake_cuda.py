@@ -164,6 +164,16 @@ def test_a_training_step(optimizer, step):
         assert alike((value, norm), (torch.zeros(()), torch.zeros(())))
 
 
+def test_batch_statistics():
+    params, x = NET.init(fn.key(0), (3, 8, 8)), torch.zeros(4, 3, 8, 8)
+    with FakeTensorMode() as mode:
+        params, x = on_gpu(mode, (params, x))
+        with NoHostCopies():
+            m = fn.moments(NET, params, x, key=fn.key(1))
+            net, own = fn.for_inference(NET, params, fn.merge_moments(m, m), fold=False)
+            assert alike(net.apply(own, x), torch.zeros(4, 5))
+
+
 def test_what_is_refused():
     with FakeTensorMode(), NoHostCopies():
         on_cpu, there = torch.ones(2), torch.ones(2, device=CUDA)

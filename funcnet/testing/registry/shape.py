@@ -8,6 +8,10 @@ from funcnet.layers import Flatten, Identity, Permute, Reshape, Select
 from funcnet.testing.registry.row import Choose, Row, same_name
 
 
+def _flatten(choose: Choose) -> Layer:
+    return Flatten(*choose([(1, -1), (-1, -1), (1, 2), (1, -2), (2, -1), (2, -2), (-2, -1)]))
+
+
 def _reshape(choose: Choose) -> Layer:
     return Reshape(*choose([(-1,), (2, -1), (-1, 1, 3), (4,), (2, 1, 6)]))
 
@@ -21,7 +25,7 @@ ROWS = (
     Row(
         Flatten,
         ((Flatten(), (3, 4, 5)), (Flatten(2, -2), (2, 3, 2, 4)), (Flatten(-1), (3,))),
-        settings={"start_dim": [1, 2, -2], "end_dim": [-1, 2, -2]},
+        build=_flatten,
         twin=same_name,
     ),
     Row(

@@ -277,6 +277,20 @@ def test_other_layers_in_the_same_place():
         replace(NAMED, tail=fn.ReLU())
 
 
+def test_a_subclass_whose_constructor_dataclass_writes():
+    @dataclass(frozen=True, init=False)
+    class Kept(fn.Sequential):
+        width: int = 3
+
+    @dataclass(frozen=True)
+    class Stack(fn.Sequential):
+        width: int = 3
+
+    assert len(Kept(fn.ReLU(), fn.Linear(3))) == 2
+    with pytest.raises(TypeError, match=r"^Stack: expected layers to be a tuple, got ReLU\(\): "):
+        Stack(fn.ReLU(), fn.Linear(3))
+
+
 def test_a_subclass_with_a_constructor_of_its_own():
     class Stack(fn.Sequential):
         def __init__(self, depth):

@@ -42,6 +42,14 @@ class Several(Layer):
         object.__setattr__(self, "names", names)
         self.__post_init__()
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.layers, tuple):  # @dataclass has written another constructor
+            raise TypeError(
+                f"{type(self).__name__}: expected layers to be a tuple, got {shown(self.layers)}: "
+                "@dataclass(frozen=True, init=False) keeps the constructor that takes layers"
+            )
+        super().__post_init__()
+
     def __repr__(self) -> str:
         layers = [*map(repr, self.layers)]  # once: the time would double with each depth
         if self.names:

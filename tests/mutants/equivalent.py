@@ -501,6 +501,8 @@ EQUIVALENT: dict[str, str] = {
     "initializers.Orthogonal._draw:drop-argument:3": _ON_THE_CPU,
     "optimizers.adam.Adam._update:drop-term:1": "a factor of 1 changes nothing",
     "checks.some:off-by-one:1": "a name is looked at that is not shown",
+    "checks.unwrapped:drop-term:6": "of what fwd returns, only y has entries",
+    "checks.unwrapped:off-by-one:4": "of what fwd returns, only y has entries",
     "optimizers.leaves:drop-argument:1": _REMEMBERED,
     "optimizers.leaves:off-by-one:1": _REMEMBERED,
     "optimizers.leaves:off-by-one:2": _REMEMBERED,

@@ -169,7 +169,10 @@ TARGETS: tuple[tuple[str, str], ...] = (
         "test_tree.py test_initializers.py::test_files_know_public_initialisers_alone "
         "test_checkpoint_roundtrip.py",
     ),
-    ("funcnet/batch_statistics.py", "test_batch_statistics.py"),
+    (
+        "funcnet/batch_statistics.py",
+        "test_batch_statistics.py test_fake_cuda.py::test_batch_statistics",
+    ),
     (
         "funcnet/optimizers/*.py",
         "test_optimizers.py test_partition.py test_norms.py "

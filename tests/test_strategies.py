@@ -191,10 +191,8 @@ def test_every_rank_is_in_reach(cls):
 
     In several runs, since Hypothesis varies what it has drawn before.
     """
-    drawn, wanted = set(), {len(shape) for _, shape in REGISTRY[cls].examples}
-    for number in range(20):
-        if drawn >= wanted:
-            break
+    drawn = set()
+    for number in range(4):
 
         @hypothesis.seed(number)
         @settings(max_examples=50, database=None, phases=[Phase.generate])
@@ -203,7 +201,7 @@ def test_every_rank_is_in_reach(cls):
             drawn.add(case.x.ndim - 1)
 
         note()
-    assert drawn >= wanted
+    assert drawn >= {len(shape) for _, shape in REGISTRY[cls].examples}
 
 
 def test_a_batch_of_one_is_in_reach_where_it_has_a_variance():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 from funcnet.interop import blocks
 from funcnet.layer import Layer
 from funcnet.layers import Flatten, Identity, Permute, Reshape, Select
@@ -9,7 +11,9 @@ from funcnet.testing.registry.row import Choose, Row, same_name
 
 
 def _flatten(choose: Choose) -> Layer:
-    return Flatten(*choose([(1, -1), (-1, -1), (1, 2), (1, -2), (2, -1), (2, -2), (-2, -1)]))
+    ends = [1, 2, -2, -1]
+    never = [(2, 1), (-1, -2)]
+    return Flatten(*choose([pair for pair in product(ends, ends) if pair not in never]))
 
 
 def _reshape(choose: Choose) -> Layer:

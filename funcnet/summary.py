@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import optree
 import torch
@@ -16,6 +16,9 @@ from funcnet.layer import Layer, Shape, Tree, check_net
 from funcnet.leaves import joined, shaped
 
 _META = torch.device("meta")
+
+_Known: TypeAlias = tuple[Shape | None, list[Shape] | None]
+"""The shape of one example of a layer's x, and the shapes of its parameters; None if unknown."""
 
 
 class Row(NamedTuple):
@@ -87,7 +90,7 @@ def _rows(
     """The rows of a layer and of those in it; `held` has the shapes of its parameters, if known."""
     children = layer._children()
     output = count = kept = None
-    below: Sequence[tuple[Shape | None, list[Shape] | None]] = [(None, None)] * len(children)
+    below: list[_Known] = [(None, None)] * len(children)
     if shape is not None:
         try:
             output = tuple(layer.out_shape(shape))
@@ -107,10 +110,8 @@ def _rows(
         yield from _rows(child, its_shape, joined(path, name), depth + 1, its_own)
 
 
-def _below(
-    layer: Layer, params: Tree, shape: Shape
-) -> list[tuple[Shape | None, list[Shape] | None]]:
-    """(shape of an example, shapes of its parameters) of each child, as far as they are known."""
+def _below(layer: Layer, params: Tree, shape: Shape) -> list[_Known]:
+    """What is known of each child."""
     shapes, copies = layer._child_shapes(shape), len(layer._copy_axes())
     try:
         owns = [_shapes(own, copies) for own in layer._child_params(params)]

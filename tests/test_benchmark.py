@@ -263,23 +263,28 @@ def test_all_networks_agree_with_autograd() -> None:
         agreement.check(problem, seen, agreement.TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize(("name", "layer"), [("denoiser", fn.Sigmoid), ("mlp", fn.ReLU)])
 @pytest.mark.usefixtures("benchmark_modules")
-def test_a_wrong_gradient_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_gradient_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, name: str, layer: type[fn.Layer]
+) -> None:
+    """Also by Adam, whose steps do not tell a gradient from its double."""
     import agreement
     from contenders import funcnet_in_place
     from networks import all_networks
     from problem import Problem
 
-    backward = fn.Sigmoid.bwd
+    backward = layer.bwd
 
     def nearly(*args: Any, **kwargs: Any) -> Any:
         dparams, dx = backward(*args, **kwargs)
         return dparams, 1.01 * dx
 
-    monkeypatch.setattr(fn.Sigmoid, "bwd", nearly)
-    problem = Problem(all_networks()[0], 1, torch.float32, torch.device("cpu"))
+    monkeypatch.setattr(layer, "bwd", nearly)
+    (network,) = (network for network in all_networks() if network.name == name)
+    problem = Problem(network, 1, torch.float32, torch.device("cpu"))
     seen = {"funcnet": agreement.observed(funcnet_in_place(problem))}
-    with pytest.raises(agreement.DisagreementError, match="denoiser: funcnet: expected"):
+    with pytest.raises(agreement.DisagreementError, match=f"{name}: funcnet: expected"):
         agreement.check(problem, seen, 2e-3)
 
 

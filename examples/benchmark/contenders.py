@@ -26,8 +26,9 @@ class Contender:
     """A training step and an inference to be timed.
 
     `train` does one training step and returns the loss, `infer` returns the output. `state` is what
-    the steps have made of it, in PyTorch's order and layouts: the parameters, or for a layer on its
-    own the last gradients with respect to x and parameters (`train` then returns the output).
+    the steps have made of it, in PyTorch's order and layouts: the parameters and Adam's first
+    moments, since Adam's steps do not tell a gradient from its double; or for a layer on its own
+    the last gradients with respect to x and parameters (`train` then returns the output).
     """
 
     train: Callable[[], Any]
@@ -83,7 +84,7 @@ def _funcnet(
     return Contender(
         train,
         lambda: apply(params, x),
-        lambda: [leaf for tree in params for leaf in leaves(tree)],
+        lambda: [leaf for tree in (*params, *getattr(state, "first", ())) for leaf in leaves(tree)],
     )
 
 
@@ -147,7 +148,15 @@ def torch_nn(
         optimizer.step()
         return loss.detach()
 
-    return Contender(train, lambda: predict(x), lambda: [p.detach() for p in model.parameters()])
+    def state() -> list[Tensor]:
+        params = list(model.parameters())
+        learned = [p.detach() for p in params]
+        if not isinstance(problem.network.optimizer, fn.Adam):
+            return learned
+        # There are none before the first step.
+        return learned + [optimizer.state[p].get("exp_avg", torch.zeros_like(p)) for p in params]
+
+    return Contender(train, lambda: predict(x), state)
 
 
 def _autocast(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:

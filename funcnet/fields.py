@@ -23,6 +23,7 @@ import inspect
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
+from functools import partial
 from textwrap import indent
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeAlias, get_type_hints
@@ -33,6 +34,17 @@ from funcnet.checks import as_index, as_int, as_number, shown
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+if sys.version_info >= (3, 14):
+    # Annotations are evaluated when asked for. They may name what exists for the type checker
+    # alone, or what a module defines further down.
+    from annotationlib import Format
+
+    signature_of = partial(inspect.signature, annotation_format=Format.FORWARDREF)
+    _annotations_of = partial(inspect.get_annotations, format=Format.FORWARDREF)
+else:
+    signature_of = inspect.signature
+    _annotations_of = inspect.get_annotations
 
 
 class Kind(Protocol):
@@ -51,7 +63,7 @@ class _OfInit:
     def __get__(self, value: object | None, cls: type) -> inspect.Signature:
         if value is not None:
             raise AttributeError("__signature__")  # the value may be callable itself
-        signature = inspect.signature(cls.__init__)  # type: ignore[misc]
+        signature = signature_of(cls.__init__)  # type: ignore[misc]
         _, *parameters = signature.parameters.values()
         return signature.replace(parameters=parameters)
 
@@ -100,7 +112,7 @@ class Hyperparameters:
 
 def _expect_dataclass(cls: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
     """Raise TypeError for arguments of a class that declares fields but is not a dataclass."""
-    declared = inspect.get_annotations(cls)
+    declared = _annotations_of(cls)
     if declared and not takes(cls, arguments, named):
         raise TypeError(
             f"{cls.__name__}: expected @dataclass(frozen=True) above the class, which makes "
@@ -111,7 +123,7 @@ def _expect_dataclass(cls: Any, arguments: tuple[Any, ...], named: dict[str, Any
 def takes(cls: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> bool:
     """Whether a constructor takes these arguments; a user's class may give them any names."""
     try:
-        inspect.signature(cls).bind(*arguments, **named)
+        signature_of(cls).bind(*arguments, **named)
     except TypeError:
         return False
     return True
@@ -135,7 +147,7 @@ def _find_kinds(cls: Any) -> None:
         return
     given = [field for field in fields(cls) if field.init]
     hints = {field.name: _hint(cls, field.name) for field in given}
-    parameters = inspect.signature(cls).parameters.values()
+    parameters = signature_of(cls).parameters.values()
     # The name of the constructor's `*arguments`, if it has such.
     cls._various = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
     # torch.compile knows no MISSING.
@@ -150,8 +162,8 @@ def _find_kinds(cls: Any) -> None:
 
 def _hint(cls: type, name: str) -> Any:
     """The annotation of a field, evaluated where its class was defined; None where it cannot be."""
-    owner = next(base for base in cls.__mro__ if name in inspect.get_annotations(base))
-    annotated: Any = SimpleNamespace(__annotations__={name: inspect.get_annotations(owner)[name]})
+    owner = next(base for base in cls.__mro__ if name in _annotations_of(base))
+    annotated: Any = SimpleNamespace(__annotations__={name: _annotations_of(owner)[name]})
     # A module that was loaded from a file need not be registered.
     module = sys.modules.get(owner.__module__)
     try:

@@ -39,7 +39,6 @@ of x, as `flatten` does, it has to be cloned.
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -66,7 +65,7 @@ from funcnet.checks import (
     sizes,
     unwrapped,
 )
-from funcnet.fields import Hyperparameters, source
+from funcnet.fields import Hyperparameters, signature_of, source
 from funcnet.initializers import Device
 from funcnet.keys import Key, check_draw, check_key
 from funcnet.ops.autocast import without_autocast
@@ -629,7 +628,7 @@ def public_bwd(
 
 def takes_param_grad(method: Callable[..., Any]) -> bool:
     """Whether a layer's `bwd` or `vjp` has the argument `param_grad`."""
-    parameters = inspect.signature(method).parameters.values()
+    parameters = signature_of(method).parameters.values()
     return any(p.name == "param_grad" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 

@@ -22,6 +22,7 @@ import optree
 
 from funcnet.checks import shown
 from funcnet.compat import register_pytree_node
+from funcnet.fields import signature_of
 
 PathKey: TypeAlias = "str | int"
 """A key of a dict, an index of a tuple or list, or a field's name."""
@@ -121,7 +122,7 @@ def fields_of(node: Any) -> dict[str, Any]:
 
 def defaults(cls: type) -> dict[str, Any]:
     """Return the defaults of those fields of a known class that have one."""
-    parameters = inspect.signature(cls).parameters
+    parameters = signature_of(cls).parameters
     found = {name: parameters[name].default for name in field_names(cls) if name in parameters}
     for field in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ():
         if field.name in found and field.default_factory is not dataclasses.MISSING:
@@ -137,7 +138,7 @@ def build(cls: type, fields: dict[str, Any]) -> Any:
     """
     if issubclass(cls, tuple):
         return cls._make(fields[name] for name in cls._fields)  # type: ignore[attr-defined]
-    signature, fields = inspect.signature(cls), dict(fields)
+    signature, fields = signature_of(cls), dict(fields)
     kinds = {parameter.kind: name for name, parameter in signature.parameters.items()}
     by_position = kinds.get(inspect.Parameter.VAR_POSITIONAL)
     by_name = kinds.get(inspect.Parameter.VAR_KEYWORD)
@@ -228,7 +229,7 @@ def _check_class(cls: Any) -> None:
             f"register_node: expected @dataclass(frozen=True) above {cls.__name__}: files would "
             f"lose what its __init__ sets and no field declares"
         )
-    for parameter in inspect.signature(cls).parameters.values():
+    for parameter in signature_of(cls).parameters.values():
         optional = parameter.default is not parameter.empty or parameter.kind in (
             parameter.VAR_KEYWORD,
             parameter.VAR_POSITIONAL,

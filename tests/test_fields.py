@@ -4,6 +4,7 @@ import copy
 import inspect
 import pickle
 import re
+import sys
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -207,6 +208,52 @@ class Shrink(fn.Layer):
     assert names["Shrink"](0.5).p == 0.5
     with pytest.raises(ValueError, match=r"Shrink: expected p in \[0, 1\], got -1"):
         names["Shrink"](-1)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 14), reason="Python evaluates annotations at once")
+def test_annotations_may_name_what_is_not_there():
+    """Known to the type checker alone, or defined further down."""
+    names = {"__name__": "script", "fields": fields, "fn": fn, "dataclass": dataclass}
+    code = """
+@dataclass(frozen=True)
+class Shrink(fn.Layer):
+    p: fields.Probability
+    note: Unknown = None
+    size: Later = 1
+
+    def _fwd(self, params, x, key):
+        return x * self.p, None
+
+class Forgotten(Shrink):
+    name: Unknown
+
+class Public(Shrink):
+    def fwd(self, params: Unknown, x: Unknown, *, key: Unknown = None):
+        return x * self.p, None
+
+    def bwd(self, params: Unknown, residuals: Unknown, grad: Unknown, *, input_grad=True):
+        return (), grad * self.p
+
+@fn.register_node
+@dataclass(frozen=True)
+class Pair:
+    left: Unknown
+    right: Later = None
+
+Later = fields.Size
+"""
+    exec(code, names)
+    Shrink, Forgotten, Public, Pair = (
+        names[name] for name in ("Shrink", "Forgotten", "Public", "Pair")
+    )
+    assert repr(Shrink(0.5, size=2)) == "Shrink(0.5, size=2)"
+    for wrong in ({"p": -1}, {"p": 1, "size": 0}):
+        with pytest.raises(ValueError, match=r"Shrink: expected "):
+            Shrink(**wrong)
+    with pytest.raises(TypeError, match=r"Forgotten: expected @dataclass\(frozen=True\)"):
+        Forgotten(name="a", p=1)
+    assert Public(0.5).vjp((), torch.ones(1), torch.ones(1), param_grad=False) == (None, 0.5)
+    assert fn.tree.build(Pair, {"left": 1}) == Pair(1)
 
 
 def test_what_is_derived_from_fields_is_no_part_of_the_value():

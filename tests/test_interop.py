@@ -108,6 +108,18 @@ def test_names_of_native_networks_are_the_same():
     assert from_torch(module, (3, 6, 6))[0] == net
 
 
+@pytest.mark.parametrize(
+    "first, x",
+    [(fn.Linear(3), torch.ones(2, 4)), (fn.Embedding(5, 3), torch.ones(2, dtype=torch.int64))],
+)
+def test_the_module_of_a_cast_returns_numbers_in_the_networks_dtype(first, x):
+    net = fn.Cast(fn.Sequential(first), torch.bfloat16)
+    params = net.init(fn.key(0), tuple(x.shape[1:]))
+    y, expected = to_torch(net, params)(x), net.apply(params, x)
+    assert y.dtype == expected.dtype == torch.float32
+    assert torch.allclose(y, expected, rtol=1e-2)
+
+
 def test_frozen_parameters_require_no_gradient():
     net = fn.Sequential(fn.Frozen(fn.Sequential(fn.Linear(3))), fn.Linear(2))
     module = to_torch(net, net.init(fn.key(0), (4,)))

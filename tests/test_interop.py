@@ -109,7 +109,7 @@ def test_names_of_native_networks_are_the_same():
 
 
 @pytest.mark.parametrize(
-    "first, x",
+    ("first", "x"),
     [(fn.Linear(3), torch.ones(2, 4)), (fn.Embedding(5, 3), torch.ones(2, dtype=torch.int64))],
 )
 def test_the_module_of_a_cast_returns_numbers_in_the_networks_dtype(first, x):

@@ -73,6 +73,13 @@ def test_a_module_that_writes_to_x_unseen_gets_a_copy():
     assert torch.equal(x, torch.ones(2, 3))
 
 
+def test_a_module_that_writes_to_some_x_alone_gets_a_copy():
+    layer, params = wrap(Calling(lambda self, x: x.clamp_(max=100.0)), (3,))
+    x = torch.full((2, 3), 200.0)
+    assert torch.equal(layer.apply(params, x), torch.full((2, 3), 100.0))
+    assert torch.equal(x, torch.full((2, 3), 200.0))
+
+
 def cached(self, x):
     if self.doubled is None:
         self.doubled = 2 * self.weight

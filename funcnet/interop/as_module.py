@@ -197,7 +197,7 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, name: str, count: int, *tensors: Tensor | None) -> Any:
         ctx.name = name
-        return tuple(None if d is None else d.view_as(d) for d in tensors[count:])
+        return tensors[count:]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

@@ -151,7 +151,7 @@ def _draws(module: nn.Module, shape: Shape, like: Tensor) -> Iterator[_Draw]:
     size = (_BATCH, *shape)
     tables = [m for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
     rows = min((table.num_embeddings for table in tables), default=2)
-    yield lambda seed: normal(key(seed), size).to(like, copy=True)
+    yield lambda seed: normal(key(seed), size).to(like)
     yield lambda seed: (uniform(key(seed), size) * rows).to(like.device, torch.int64)
     yield lambda seed: torch.zeros(size, dtype=torch.int64, device=like.device)
 

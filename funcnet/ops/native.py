@@ -63,7 +63,7 @@ def layout_for(weight: Tensor, x: Tensor) -> Tensor:
     kernels are faster on row-major images: 0.5 to 0.8 of the time, of 6 networks with 3 to 16
     channels of 16×16 pixels (AMD Zen 4, one thread, float32).
     """
-    if _is_wrapped(weight) and x.shape[1] > 1 and inplace.is_mapped_alone():
+    if _is_wrapped(weight) and inplace.is_mapped_alone():
         return _canonical(x) if 1 in x.shape else x
     return layout(x)
 

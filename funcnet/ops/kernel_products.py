@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcnet.ops import native
 from funcnet.ops.products import Products
 from funcnet.ops.window import Ints, Pair, Window
 
@@ -37,8 +36,8 @@ def upsampled(x: Tensor, weight: Tensor, grad: Tensor, scale: Pair, window: Wind
     """dweight (O, C, kh, kw) of y = weight ∗ upsampled x, for each example."""
     taps = window.kernel_size
     sides = [tap - 1 - side for tap, pair in zip(taps, window.sides, strict=True) for side in pair]
-    dy = F.pad(native.upcast(grad), (*sides[2:], *sides[:2]))
-    boxes = F.avg_pool2d(dy, scale, stride=1, divisor_override=1).to(grad.dtype)
+    dy = F.pad(grad, (*sides[2:], *sides[:2]))
+    boxes = F.avg_pool2d(dy, scale, stride=1, divisor_override=1)
     seen = _windows(boxes, Window(taps, scale), x.shape[2:])
 
     def finish(product: Tensor) -> Tensor:  # (N, 1, kh·kw·O, C)

@@ -471,6 +471,14 @@ def test_moments_are_a_tree_like_params():
     assert count == 48
 
 
+def test_moments_in_float32_are_computed_with_in_float64():
+    m = tuple(fn.uniform(fn.key(i), size, 2.0, 3.0) for i, size in enumerate(((), (64,), (64,))))
+    _, params = fn.for_inference(fn.BatchNorm(affine=False), (), m)
+    _, exact = fn.for_inference(fn.BatchNorm(affine=False), (), tuple(part.double() for part in m))
+    assert torch.equal(params["weight"], exact["weight"].to(params["weight"].dtype))
+    assert params["weight"].dtype == torch.float32
+
+
 def test_a_large_mean_in_float32():
     x = fn.normal(KEY, (1000, 2)) + 1e4
     _, mean, m2 = fn.moments(fn.BatchNorm(affine=False), (), x, key=KEY)

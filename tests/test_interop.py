@@ -133,6 +133,12 @@ def test_pooling_that_keeps_its_only_axis(layer):
     assert torch.equal(to_torch(layer, ())(x), layer.apply((), x))
 
 
+@pytest.mark.parametrize("cls", [fn.LayerNorm, fn.RMSNorm])
+def test_norms_without_parameters_are_over_the_last_axes(cls):
+    layer, x = cls(elementwise_affine=False), fn.normal(KEY, (2, 3, 4, 5))
+    torch.testing.assert_close(to_torch(layer, (), (3, 4, 5))(x), layer.apply((), x))
+
+
 def test_dropout_of_a_module_in_train_mode_drops():
     net = fn.Sequential(fn.Dropout(1.0), fn.Identity())
     assert not to_torch(net, ((), ())).train()(torch.ones(2, 3)).any()
@@ -1127,6 +1133,8 @@ def test_a_state_dict_of_torch_fits():
     torch.testing.assert_close(net.apply(params, x), module(x))
     assert list(state_dict(params)) == list(module.state_dict())
     module.load_state_dict(state_dict(net.init(fn.key(1), (3, 5, 5))))
+    learned = load_state_dict(net, (3, 5, 5), dict(module.named_parameters()))
+    assert not any(leaf.requires_grad for leaf in optree.tree_leaves(learned))
 
 
 def test_every_discrepancy_is_named_at_once():

@@ -360,6 +360,17 @@ def test_precision(dtype):
     close(found[1].double(), expected[1], rtol=0.05 if dtype == torch.bfloat16 else 1e-4, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_and_squares_of_half_precision_are_taken_in_float32(dtype):
+    net, params = fn.Embedding(2, 1), {"weight": torch.ones(2, 1, dtype=dtype)}
+    case = params, torch.zeros(1, 2049, dtype=torch.int64), torch.zeros(1, 2049, 1, dtype=dtype)
+    assert fn.per_example(net, fn.L1("sum"))(*case)[1]["weight"].tolist() == [[[2048.0], [0.0]]]
+    assert fn.gradient_norms(net, fn.L1("sum"))(*case)[1].tolist() == [2049.0]
+    params, x = {"bias": torch.full((1,), 512.0, dtype=dtype)}, torch.zeros(1, 1, dtype=dtype)
+    params["weight"] = torch.zeros(1, 1, dtype=dtype)
+    assert fn.gradient_norms(fn.Linear(1), fn.MSE("sum"))(params, x, x)[1].tolist() == [1024.0]
+
+
 @pytest.mark.parametrize("batch", [0, 1])
 def test_small_batches(batch):
     net = fn.Sequential(fn.Embedding(5, 4), fn.LSTM(3), fn.Select(1, -1), fn.Linear(2))

@@ -301,8 +301,8 @@ def _scale_and_shift(layer: BatchNorm, params: Tree, m: Tree, path: str) -> tupl
     if not layer.affine:
         return scale, -scale * mean
     weight, bias = _learned(layer, params, mean, path)
-    scale = scale * in_float64(weight).to(scale.device)
-    return scale, in_float64(bias).to(scale.device) - scale * mean
+    scale = scale * weight.to(scale.device)
+    return scale, bias.to(scale.device) - scale * mean
 
 
 def _learned(layer: BatchNorm, params: Tree, mean: Tensor, path: str) -> tuple[Tensor, Tensor]:
@@ -347,7 +347,7 @@ def _folded(
         raise ValueError(
             f"{path}expected moments m of {channels} channels, got shape {tuple(scale.shape)}"
         )
-    scaled = in_float64(weight).to(scale.device)
+    scaled = weight.to(scale.device)
     if transposed:
         scaled = torch.unflatten(scaled, copies, (layer.groups, -1))
         factor = torch.unflatten(scale, -1, (layer.groups, 1, -1))
@@ -355,7 +355,7 @@ def _folded(
         factor = scale[..., None]
     factor = factor.reshape((*factor.shape, *(1,) * (scaled.ndim - factor.ndim)))
     scaled = (scaled * factor).reshape(weight.shape)
-    bias = scale * in_float64(params["bias"]).to(scale.device) + shift if layer.bias else shift
+    bias = scale * params["bias"].to(scale.device) + shift if layer.bias else shift
     return replace(layer, bias=True), {"weight": scaled.to(weight), "bias": bias.to(weight)}
 
 

@@ -279,6 +279,11 @@ def test_a_part_without_terms_contributes_nothing(none):
     assert (value, share) == (0, 0)
 
 
+def test_terms_are_counted_beyond_half_precision():
+    one, count = torch.ones((), dtype=torch.float16), torch.tensor(70_000)
+    assert contribution(one, count, 2 * count) == (0.5, 0.5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_micro_batches_keep_the_dtype(dtype):
     params = CLASSIFIER.init(fn.key(0), (2, 2), dtype=dtype)

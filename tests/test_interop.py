@@ -322,6 +322,16 @@ def test_running_statistics_without_bias():
     torch.testing.assert_close(net.apply(params, x), norm(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_running_statistics_are_rounded_once(dtype):
+    norm = nn.BatchNorm1d(64, dtype=dtype).eval()
+    for i, tensor in enumerate((norm.weight, norm.bias, norm.running_mean, norm.running_var)):
+        tensor.data.copy_(fn.uniform(fn.key(i), (64,), 1.0, 2.0))
+    _, params = from_torch(norm, (64,))
+    _, exact = from_torch(copy.deepcopy(norm).double(), (64,))
+    assert same(params, optree.tree_map(lambda leaf: leaf.to(dtype), exact))
+
+
 def test_settings_are_kept():
     module = nn.Sequential(
         nn.Conv2d(4, 8, (3, 5), stride=2, padding=(1, 2), dilation=1, groups=2, bias=False),
@@ -1158,6 +1168,8 @@ def test_every_discrepancy_is_named_at_once():
         "BatchNorm keeps no running statistics: leave them out to train on, "
         "or evaluate by from_torch(module.eval(), shape)",
     ]
+    with pytest.raises(ValueError, match=r"got\n  weight: expected a tensor, got int\n  bias: mi"):
+        load_state_dict(fn.Linear(2), (3,), {"weight": 3})
     with pytest.raises(TypeError, match=r"a dict of tensors, got ReLU, a torch.nn.Module$"):
         load_state_dict(net, (3,), nn.ReLU())
     with pytest.raises(TypeError, match="expected net to be a Layer, got Linear"):

@@ -191,6 +191,15 @@ def test_gradients_of_many_rows_are_rounded_once(layer, shape, dtype):
         assert off <= torch.finfo(dtype).eps * theirs.abs().max()
 
 
+@pytest.mark.parametrize("layer", [fn.Linear(4), fn.Conv2d(4, 1), fn.ChannelAffine()], ids=repr)
+def test_terms_that_float16_cannot_hold_cancel(layer):
+    shape = (4, 1, 1) if isinstance(layer, fn.Conv2d) else (4,)
+    params = layer.init(fn.key(0), shape, dtype=torch.float16)
+    x = torch.full((2, *shape), -256.0, dtype=torch.float16)
+    grad = x * torch.tensor([1.0, -1.0]).half().reshape(2, *(1,) * len(shape))
+    assert not layer.vjp(params, x, grad)[0]["weight"].any()
+
+
 def test_as_exact_as_autocast():
     net = fn.Sequential(
         fn.Conv2d(64, 2, stride=2),

@@ -180,6 +180,22 @@ def test_means_are_large_beside_the_deviation_whatever_their_sign(means, deviati
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layer", [fn.LayerNorm(), fn.BatchNorm()], ids=repr)
+def test_in_half_precision_dx_is_rounded_once_under_vmap(layer, dtype):
+    x = fn.normal(KEY, (3, 16, 40), dtype=dtype)
+    grad = fn.normal(fn.key(1), x.shape, 4.0, dtype=dtype)
+    params = random_params(layer, (40,), dtype)
+
+    def dx_of(params, x, grad):
+        return torch.func.vmap(lambda x, grad: layer.vjp(params, x, grad, key=KEY)[1])(x, grad)
+
+    wide = optree.tree_map(torch.Tensor.double, (params, x, grad))
+    found, expected = dx_of(params, x, grad), dx_of(*wide)
+    off = (found.double() - expected).abs().max()
+    assert off <= 0.51 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("offset", [0.5, 3.0, 20.0, 100.0])
 def test_in_half_precision_y_is_rounded_once(dtype, offset):
     """Beside a mean of 1000 standard deviations, too."""

@@ -25,7 +25,6 @@ from funcnet.keys import Key, fold_in
 from funcnet.layer import Layer, Tree
 from funcnet.leaves import joins, places
 from funcnet.losses.loss import Loss
-from funcnet.ops.accumulation import widened
 from funcnet.optimizers.leaves import flatten
 
 BUCKET_BYTES = 4 * 2**20
@@ -116,7 +115,7 @@ class ValueAndGrad:
         dy = self.loss.bwd(kept, share)
         del y, kept  # the network's backward pass needs the memory
         sums = Sums(call, self.bucket_bytes)
-        sums.add("value", widened(value))
+        sums.add("value", value)
         order, fixed = _numbered(self.net, structure)
         grads: dict[Any, Tensor] = {}
 
@@ -134,7 +133,7 @@ class ValueAndGrad:
         passes.bwd(params, residuals, dy, put)
         grads.update(sums.wait())
         whole_grads: Tree = structure.unflatten(grads[i] for i in range(len(leaves)))
-        return grads["value"].to(value.dtype), whole_grads
+        return grads["value"], whole_grads
 
 
 def _numbered(net: Layer, structure: optree.PyTreeSpec) -> tuple[dict[str, list[int]], set[int]]:

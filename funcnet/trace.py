@@ -94,9 +94,6 @@ class _Traced(Watched):
 
     _fresh = False  # y is noted, and nobody may write over it
 
-    def _apply(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
-        return self._fwd(params, x, key)[0].clone()  # `Recompute` lets others write over it
-
     def _fwd(self, params: Tree, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
         y, kept = run_fwd(self.layer, params, x, key)
         record = Record(self.path, self.layer, params, x, y, None)

@@ -1,6 +1,8 @@
 """check_vjp at extreme numbers, at the edge of a layer's domain, at kinks, and on odd trees."""
 
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -1341,11 +1343,16 @@ class Faulty(Dense):
         y, residuals = super().fwd(params, x)
         if self.fault == "state by params":
             STATE[id(params["weight"])] = residuals
+        if self.fault == "state by x":
+            self.__dict__[f"kept {x.sum()}"] = residuals
+            residuals = x
         return y, residuals
 
     def bwd(self, params, residuals, grad, *, input_grad=True):
         if self.fault == "state by params":
             residuals = STATE[id(params["weight"])]
+        if self.fault == "state by x":
+            residuals = self.__dict__[f"kept {residuals.sum()}"]
         dparams, dx = super().bwd(params, residuals, grad)
         if self.fault == "squeezed":
             dx = dx.squeeze()
@@ -1363,6 +1370,7 @@ FAULTS = {
     "y is a tuple": r"^Faulty\(.*\): apply: expected y to be a tensor, got a tuple of 2",
     "empty batch with a key": "a batch of 0 should work",
     "state by params": "state is kept between fwd and bwd",
+    "state by x": "on a copy that has run no fwd, it raises KeyError",
     "squeezed": r"batch of 1: expected the gradient for x of shape \(1, 6\), got \(6,\)",
 }
 
@@ -1374,6 +1382,94 @@ def test_faults_that_only_one_call_shows(fault):
     key = fn.key(1) if "key" in fault else None
     with pytest.raises(GradientMismatch, match=FAULTS[fault]):
         check_vjp(layer, params, draw((3, 6)), key=key)
+
+
+@dataclass(frozen=True)
+class Odd(Dense):
+    """A Dense, one of whose methods returns what `spoil` makes of its result.
+
+    `spoil` gets the result, params, the last tensor that the method takes, and whether x's gradient
+    is asked for.
+    """
+
+    method: str = ""
+    spoil: Callable[..., Any] | None = None
+
+    def spoilt(self, method, *given):
+        return self.spoil(*given) if method == self.method else given[0]
+
+    def apply(self, params, x, *, key=None):
+        return self.spoilt("apply", super().fwd(params, x)[0], params, x, False)
+
+    def bwd(self, params, residuals, grad, *, input_grad=True):
+        dparams, dx = super().bwd(params, residuals, grad, input_grad=input_grad)
+        return self.spoilt("bwd", (dparams, dx), params, grad, input_grad)
+
+    def vjp(self, params, x, grad, *, key=None, input_grad=True):
+        found = self.bwd(params, self.fwd(params, x)[1], grad, input_grad=input_grad)
+        return self.spoilt("vjp", found, params, grad, input_grad)
+
+
+def of_bias(found, change=lambda leaf: 2 * leaf):
+    dparams, dx = found
+    return {**dparams, "bias": change(dparams["bias"])}, dx
+
+
+def of_x(found, change):
+    dparams, dx = found
+    return dparams, None if dx is None else change(dx)
+
+
+COUNT = itertools.count()
+ODD = [
+    # Every call is looked at in several ways.
+    ("apply", lambda y, *_: y[None], r"apply: expected y of shape \(3, 4\), got \(1, 3, 4\)"),
+    ("apply", lambda y, *_: y.float(), "apply: expected y to be torch.float64 on cpu, got"),
+    ("apply", lambda y, *_: y + 0 * torch.rand(()), "apply: draws from the global random state"),
+    ("apply", lambda y, *_: y * (1 + 1e-15 * next(COUNT)), "apply: called twice, gives two"),
+    ("apply", lambda y, params, *_: y + 0 * params["bias"].mul_(1.0), "apply: writes to params"),
+    ("apply", lambda y, params, *_: params["bias"].expand(y.shape), "y of apply shares memory"),
+    ("bwd", lambda g, *_: of_bias(g, lambda b: b * (1 + 1e-15 * next(COUNT))), "bwd: called twice"),
+    ("vjp", lambda g, *_: of_bias(g, lambda b: b + 0 * torch.rand(())), "vjp: draws from the"),
+    # Where x's gradient is not asked for.
+    ("bwd", lambda g, p, dy, need: g if need else of_bias(g), "bwd: input_grad=False changes"),
+    ("vjp", lambda g, p, dy, need: g if need else of_bias(g), "vjp: input_grad=False changes"),
+    # In a batch of 0 or 1.
+    ("apply", lambda y, p, x, _: y if len(x) else y[:, :1], "apply: expected y of a batch of 0"),
+    ("vjp", lambda g, p, dy, _: of_x(g, lambda dx: dx if len(dx) else dx[:, :1]), "a batch of 0"),
+    ("bwd", lambda g, p, dy, _: of_bias(g) if len(dy) == 1 else g, "not the sum of its examples'"),
+    ("bwd", lambda g, p, dy, _: of_x(g, lambda dx: dx * len(dy) / 3), "not each example's"),
+    # In other memory layouts, and under vmap.
+    ("bwd", lambda g, p, dy, _: of_x(g, lambda dx: dx if dy.is_contiguous() else dy), "with grad"),
+    (
+        "vjp",
+        lambda g, p, *_: of_bias(g, lambda b: b if p["bias"].stride(0) == 1 else p["bias"]),
+        "the gradient for params\\['bias'\\] shares memory with params",
+    ),
+    ("apply", lambda y, p, *_: y * p["bias"].stride(0), "params that are not contiguous change y"),
+    (
+        "vjp",
+        lambda g, p, *_: g if p["bias"].stride(0) == 1 else of_bias(g),
+        "not contiguous change",
+    ),
+    ("apply", lambda y, p, x, _: 2 * y if "Batched" in repr(x) else y, "vmap changes y"),
+    ("apply", lambda y, p, x, _: y[None] if "Batched" in repr(x) else y, "vmap: expected y of sh"),
+    # For a grad with some zeros, and very large and small ones.
+    ("bwd", lambda g, p, dy, _: of_bias(g) if 0 < dy.count_nonzero() < 12 else g, "some of its"),
+    (
+        "bwd",
+        lambda g, *_: of_bias(g, lambda b: b.clamp(-1e6, 1e6)),
+        "'bias'] is not linear in grad",
+    ),
+    ("bwd", lambda g, *_: of_bias(g, lambda b: F.hardshrink(b, 1e-9)), "is not linear in grad"),
+]
+
+
+@pytest.mark.parametrize(("method", "spoil", "message"), ODD)
+def test_what_only_one_check_of_one_method_shows(method, spoil, message):
+    params = Dense().init(fn.key(0), (6,), dtype=torch.float64)
+    with pytest.raises(GradientMismatch, match=message):
+        check_vjp(Odd(method=method, spoil=spoil), params, draw((3, 6)))
 
 
 @pytest.mark.parametrize("stale", [True, False])

@@ -51,6 +51,7 @@ def _check_fwd(case: Case) -> tuple[Tensor, Any]:
     expect_unshared("y", y, case.inputs)
     _expect_repeated(case, "fwd", lambda: [case.fwd()[0]], [y])
     if case.grad.shape != y.shape:
+        expect_like("apply", "y", case.apply(), y.shape, case.grad)  # a drawn grad has its shape
         raise ValueError(
             f"check_vjp: expected grad of y's shape, {tuple(y.shape)}, got {tuple(case.grad.shape)}"
         )

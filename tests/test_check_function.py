@@ -1,5 +1,6 @@
 """check_function passes right autograd.Functions, modules and functions, and names wrong ones."""
 
+import itertools
 import math
 import warnings
 
@@ -28,6 +29,8 @@ class Affine(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
         y = x @ weight.T + (0 if bias is None else bias)
+        if cls.fault == "value of strides" and not x.is_contiguous():
+            y = 2 * y
         return x.mul_(1.0) @ weight.T if cls.fault == "writes to x" else y
 
     @classmethod
@@ -45,6 +48,8 @@ class Affine(torch.autograd.Function):
             dbias = None
         if cls.fault == "needs both" and not all(ctx.needs_input_grad[:2]) and dx is not None:
             dx = 2 * dx
+        if cls.fault == "counts":
+            dweight = dweight * (1 + 1e-15 * next(COUNT))
         if cls.fault == "refuses strides" and 0 in grad.stride():
             raise RuntimeError("no stride of 0")
         if cls.fault == "view of x":
@@ -58,6 +63,7 @@ def affine(fault):
     return type("Affine", (Affine,), {"fault": fault})
 
 
+COUNT = itertools.count()
 FAULTS = {
     "half": r"inputs\[1\].* is wrong",
     "no bias": r"inputs\[2\].* is wrong",
@@ -65,6 +71,8 @@ FAULTS = {
     "writes to a saved input": r"writes to inputs\[0\]",
     "needs both": r"where inputs\[0\] alone requires a gradient",
     "layout": "a gradient in the memory layout",
+    "value of strides": r"inputs\[0\] in the memory layout 'strided' changes the result",
+    "counts": "called twice, the backward pass gives two different answers",
 }
 
 

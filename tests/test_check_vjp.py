@@ -1,5 +1,6 @@
 """check_vjp passes right layers, and says where a wrong one is off, how much and why."""
 
+import itertools
 import math
 import random
 import re
@@ -183,6 +184,9 @@ def test_two_threads_may_check_at_once():
         assert (first.result(), second.result()) == (None, None)
 
 
+COUNT = itertools.count()
+
+
 @dataclass(frozen=True)
 class Each(fn.Linear):
     """y = W x + b, with dWₙ = gₙ·xₙᵀ written out, or `spoil` done to (dWₙ, dbₙ, dx)."""
@@ -228,8 +232,9 @@ def test_gradients_of_each_example_with_a_mask():
         ),
         (lambda dw, db, dx: (dw, None, dx), "for params['bias'] of shape (3, 3), got None"),
         (lambda dw, db, dx: (dw, db * torch.rand(()), dx), "draws from the global random state"),
+        (lambda dw, db, dx: (dw, db * (1 + 1e-15 * next(COUNT)), dx), "twice gives different bits"),
     ],
-    ids=["of another example", "of a mean", "dx", "the last", "the sum", "none", "random"],
+    ids=["of another example", "of a mean", "dx", "the last", "the sum", "none", "random", "count"],
 )
 def test_wrong_gradients_of_each_example_are_found(spoil, complaint):
     message = str(mismatch(Each(3, spoil=spoil)))
@@ -615,12 +620,21 @@ def test_a_loss_that_computes_in_float32_inside():
             check_vjp(Inside(2.2), x, target)
 
 
+class AsNumber(Huber):
+    """A Huber whose gradient is wrong where grad is a float."""
+
+    def bwd(self, residuals, grad=1.0):
+        return super().bwd(residuals, 2 * grad if isinstance(grad, float) else grad)
+
+
 def test_losses():
     x, target = fn.normal(fn.key(0), (3, 4)), fn.normal(fn.key(1), (3, 4))
     for grad in (None, 2.5, torch.tensor(-0.5)):
         check_vjp(Huber(), x, target, grad=grad)
         with pytest.raises(GradientMismatch, match=r"the gradient for x\[\d, \d\] is wrong"):
             check_vjp(Huber(1.001), x, target, grad=grad)
+    with pytest.raises(GradientMismatch, match="a grad that is a float changes the gradient"):
+        check_vjp(AsNumber(), x, target)
     with pytest.raises(GradientMismatch) as caught:
         check_vjp(Huber(-1.0), x, target)
     with pytest.raises(GradientMismatch):
@@ -646,6 +660,10 @@ class Broken(Elementwise):
             return (torch.rand(1),)
         if self("init reads"):
             return (torch.tensor([float(torch.initial_seed())]),)
+        if self("init reads numpy"):
+            return (torch.tensor([float(np.random.get_state()[1][0])]),)
+        if self("init reads random"):
+            return (torch.tensor([float(random.getstate()[1][1])]),)
         return ()
 
     def out_shape(self, shape):
@@ -719,6 +737,8 @@ class Broken(Elementwise):
 FAULTS = {
     "init draws": "init: draws from the global random state of torch",
     "init reads": "init: the same key gives different parameters",
+    "init reads numpy": "init: the same key gives different parameters",
+    "init reads random": "init: the same key gives different parameters",
     "out_shape": r"fwd: expected y of shape \(3, 6, 1\), as out_shape says, got \(3, 6\)",
     "apply": "apply and fwd differ in y",
     "vjp": r"vjp and fwd \+ bwd differ for x",
@@ -959,6 +979,8 @@ class Fresh(Plain):
             y = params["bias"].clone().expand(x.shape)
         else:
             y = x.floor() + params["bias"]
+        if self.lie == "y of an expanded x" and x.stride() == (0, 0):
+            y = y[:1].clone().expand(x.shape)
         kept = {"y": y[:1], "a transposed y": y.T.contiguous()}.get(self.lie, y.clone())
         return y, {"kept": kept, "zeros": torch.zeros_like(x)}
 
@@ -966,7 +988,9 @@ class Fresh(Plain):
         both = torch.cat([residuals["zeros"], grad.sum(0)[None]])
         dbias, dx = both[-1], residuals["zeros"] if self.lie == "dx" else both[:-1]
         dbias = dbias if self.lie == "dparams" else dbias.clone()
-        dx = dx[:1].clone().expand(dx.shape) if self.lie == "an expanded dx" else dx
+        is_expanded = self.lie == "dx of an expanded grad" and 0 in grad.stride()
+        if is_expanded or self.lie == "an expanded dx":
+            dx = dx[:1].clone().expand(dx.shape)
         return {"bias": dbias}, dx if input_grad else None
 
 
@@ -986,6 +1010,8 @@ class Modest(Fresh):
         ("dparams", r"dx of bwd shares memory with dparams\['bias'\] \(Fresh declares _fresh\)"),
         ("an expanded y", r"y of fwd is expanded \(Fresh declares _fresh\): several entries"),
         ("an expanded dx", r"dx of bwd is expanded \(Fresh declares _fresh\)"),
+        ("y of an expanded x", r"y of fwd is expanded \(Fresh declares _fresh\)"),
+        ("dx of an expanded grad", r"dx of bwd is expanded \(Fresh declares _fresh\)"),
     ],
 )
 def test_the_promise_that_results_are_fresh(lie, message):
@@ -1013,7 +1039,8 @@ class InPlace(fn.Layer):
 
     def _fwd_(self, params, x, key):
         sign = x.sign()
-        return (x if self.fault == "_fwd_" else x.abs_()).add_(params["bias"]), sign
+        y = (x if self.fault == "_fwd_" else x.abs_()).add_(params["bias"])
+        return y, y.sign() if self.fault == "signs" else sign
 
     def _bwd_(self, params, sign, grad, need):
         if self.fault == "raises":
@@ -1032,6 +1059,7 @@ class InPlace(fn.Layer):
     [
         ("_fwd_", "_fwd_ and fwd differ in y"),
         ("_bwd_", "_bwd_ and bwd differ"),
+        ("signs", "_fwd_ with bwd and fwd with bwd differ"),
         ("kept", "called twice, _bwd_ and bwd differ"),
         ("params", "_fwd_ or _bwd_: writes to params"),
     ],

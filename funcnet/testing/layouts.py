@@ -65,9 +65,15 @@ def copied(x: Tensor) -> Tensor:
     if not x.numel():
         return x.clone()
     offset = x.storage_offset() % 16  # entries, so that memory is aligned as before
-    reached = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True)) + 1
-    memory = x.as_strided((offset + reached,), (1,), x.storage_offset() - offset).clone()
+    memory = x.as_strided((offset + reach(x),), (1,), x.storage_offset() - offset).clone()
     return memory.as_strided(x.shape, x.stride(), offset)
+
+
+def reach(x: Tensor) -> int:
+    """The number of entries in memory from x's first to its last."""
+    if not x.numel():
+        return 0
+    return sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True)) + 1
 
 
 def same(a: Tensor, b: Tensor) -> bool:

@@ -6,8 +6,10 @@ One that declares `_fresh` hands out y and dx that whatever follows may write ov
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from funcnet.layer import Layer
@@ -15,7 +17,7 @@ from funcnet.ops.need import Need
 from funcnet.running import works_in_place
 from funcnet.testing.check.agreement import expect_close
 from funcnet.testing.check.case import Case, Leaves, named_leaves
-from funcnet.testing.check.purity import expect_not_expanded, expect_unshared, pure
+from funcnet.testing.check.purity import expect_no_overlap, expect_unshared, pure
 from funcnet.testing.errors import noted
 
 
@@ -23,14 +25,25 @@ def check_fresh(case: Case) -> None:
     """Hold a layer that declares `_fresh` to it: whatever follows may write over its y and dx."""
     if not getattr(case.layer, "_fresh", False):
         return
+    why = f" ({type(case.layer).__name__} declares _fresh)"
+
+    def expect_fresh(name: str, result: Tensor, again: Tensor, **others: Any) -> None:
+        of_calls = {f"{name} of another call": again, **named_leaves(**others)}
+        expect_unshared(name, result, of_calls, why)
+        expect_no_overlap(name, result, why)
+
     y, residuals = case.fwd()
     dparams, dx = case.bwd(residuals)
-    kept, why = named_leaves(residuals=residuals), f" ({type(case.layer).__name__} declares _fresh)"
-    expect_unshared("y of fwd", y, kept, why)
-    expect_not_expanded("y of fwd", y, why)
+    gradients = [leaf.clone() for leaf in case.flat((dparams, dx))]
+    expect_fresh("y of fwd", y, case.fwd()[0], residuals=residuals)
+    expect_fresh("y of apply", case.apply(), case.apply())
     if dx is not None:
-        expect_not_expanded("dx of bwd", dx, why)
-        expect_unshared("dx of bwd", dx, {**kept, **named_leaves(dparams=dparams)}, why)
+        again = case.bwd(residuals)[1]
+        expect_fresh("dx of bwd", dx, again, residuals=residuals, dparams=dparams)
+    with torch.inference_mode():  # here, a tensor of any kind can be written to
+        y.fill_(math.nan)
+    complaint = f"y of fwd is kept{why}: writing over it changes the gradient"
+    expect_close(case, complaint, case.flat(case.bwd(residuals)), gradients)
 
 
 def check_in_place(case: Case, gradients: Leaves) -> None:

@@ -67,8 +67,9 @@ def check_vjp(
       global random state is used; the same call twice gives the same bits; no state between `fwd`
       and `bwd`; any memory layout; a batch of 0; numbers drawn follow the key; `apply` works under
       `torch.func.vmap`, where autograd can follow it. y and dx of a layer that declares
-      `_fresh = True` share no storage with residuals or dparams and are not expanded. `_fwd_` and
-      `_bwd_`, where a layer writes them to work in place, do what `fwd` and `bwd` do.
+      `_fresh = True` share no storage with residuals, dparams or results of another call, nor do
+      their entries. `_fwd_` and `_bwd_`, where a layer writes them to work in place, do what `fwd`
+      and `bwd` do.
     - The mathematics, in float64: autograd of `apply` where it can follow; central differences,
       entry by entry where that is little work and along random directions; the power that Taylor's
       remainder falls by; linearity in grad; a batch is the sum of its examples, whose gradients

@@ -70,13 +70,13 @@ def summary(net: Layer, shape: Sequence[int]) -> str:
         numbers = (_shown(row.parameters), _shown(row.residuals))
         lines.append((row.path, "  " * row.depth + row.layer, output, *numbers))
     lines.append(("", "", "total", *lines[1][3:]))
-    return "\n".join(aligned(lines, "<<<>>"))
+    return "\n".join(aligned(lines))
 
 
-def aligned(lines: Sequence[Sequence[str]], sides: str) -> list[str]:
-    """The lines of a table, each column of which is aligned to its side, `<` or `>`."""
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table of five columns; the last two hold numbers, aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    line = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
+    line = "  ".join(f"{{:{side}{width}}}" for side, width in zip("<<<>>", widths, strict=True))
     return [line.format(*cells) for cells in lines]
 
 

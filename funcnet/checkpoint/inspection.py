@@ -75,7 +75,7 @@ def _table(header: Header) -> list[str]:
         count, size = math.prod(entry.shape), entry.size
         dtype = str(entry.dtype).removeprefix("torch.")
         rows.append((_printable(name), dtype, str(entry.shape), f"{count:,}", f"{size:,}"))
-    return aligned(rows, "<<<>>")
+    return aligned(rows)
 
 
 def _notes(header: Header) -> list[str]:

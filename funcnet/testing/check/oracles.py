@@ -182,11 +182,11 @@ class Line:
         least, most = (size * (rest - rounding).clamp(min=0), size * (rest + rounding))
         return float(least.sum()), float(most.sum())
 
-    def is_straight(self, h: float) -> bool:
-        """Whether every entry of y lies on a line at −h, 0 and h, but for rounding."""
-        largest = torch.maximum(self.y(h).abs(), self.y(-h).abs())
+    def is_straight(self) -> bool:
+        """Whether every entry of y lies on a line at −1, 0 and 1, but for rounding."""
+        largest = torch.maximum(self.y(1.0).abs(), self.y(-1.0).abs())
         rounding = CENTRAL_ROUNDING * (self._blur + _EPSILON * largest)
-        return bool((self._bend(h).abs() <= AFFINE * rounding / (h * self.length)).all())
+        return bool((self._bend(1.0).abs() <= AFFINE * rounding / self.length).all())
 
     def remainder(self, h: float, derivative: float) -> float:
         """φ(h) − φ(0) − h·derivative."""
@@ -223,7 +223,7 @@ class Line:
 def slope(line: Line) -> Slope:
     """The derivative along a line: by large steps where f is affine, by extrapolation elsewhere."""
     coarse, rounding = line.central(1.0), line.rounding(0.25)
-    if line.is_straight(1.0) and all(
+    if line.is_straight() and all(
         abs(coarse - line.central(h)) <= AFFINE * line.rounding(h) for h in (0.25, 2.0**-10)
     ):
         return Slope(coarse, rounding, affine=True, flat=partial(line.flat, 2.0**-10))

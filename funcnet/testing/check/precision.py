@@ -25,13 +25,11 @@ from funcnet.testing.check.rounding import (
     nudge,
     value_moves,
 )
-from funcnet.testing.check.tolerances import ERRORS_OF_MEAN, FACTOR, SMOOTH
+from funcnet.testing.check.tolerances import ERRORS_OF_MEAN, FACTOR, ROUGHLY, SMOOTH
 from funcnet.testing.errors import GradientMismatch
 
 _AROUND, _POINTS = 2.0**-4, 16
 """A distance at which roundings in half precision are others, and the number of points there."""
-_ROUGHLY = 64.0
-"""ε that most gradients are off float64's at most."""
 _WITHIN_RANGE = (1.0, 0.25, 0.0625)
 """Sizes of params and x that are tried in float16: smaller ones where sums are too large."""
 _NEAR_ZERO = (2.0**-10, 2.0**-11, 2.0**-12, 2.0**-13, 2.0**-14, 2.0**-15)
@@ -116,7 +114,7 @@ def _check_gradients(case: Case, errors: Errors) -> None:
 
 def _agrees_with_double(case: Case) -> bool:
     """Whether gradients are near to float64's, each as a whole: they may be those of another x."""
-    share = _ROUGHLY * torch.finfo(case.dtype).eps
+    share = ROUGHLY * torch.finfo(case.dtype).eps
     pairs = zip(case.gradients(), case.double().gradients(), strict=True)
     return all(float((a.to(b) - b).norm()) <= share * float(b.norm()) for a, b in pairs)
 

@@ -67,7 +67,7 @@ def _description(x: Tensor) -> tuple[Any, ...]:
     return x.shape, x.stride(), x.requires_grad, 0 if x.is_inference() else version(x)
 
 
-def under_two_seeds(case: Case, who: str, call: Callable[[], _Result]) -> list[_Result]:
+def init_under_two_seeds(case: Case, call: Callable[[], _Result]) -> list[_Result]:
     """Return `call()` twice, under two global seeds; the random states are restored."""
     results = []
     with _GLOBAL_RANDOMNESS:
@@ -81,7 +81,7 @@ def under_two_seeds(case: Case, who: str, call: Callable[[], _Result]) -> list[_
                 random.seed(seed)
                 before = _random_states(case)
                 results.append(call())
-                _expect_states(case, who, before)
+                _expect_states(case, "init", before)
         finally:
             torch.set_rng_state(states["torch"])
             np.random.set_state(states["numpy"])

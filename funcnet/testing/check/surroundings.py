@@ -19,7 +19,7 @@ from funcnet.testing.check.case import Case, Leaves, LossCase, tried
 from funcnet.testing.check.fitting import checked_gradients, expect_like
 from funcnet.testing.check.in_place import check_fresh, check_in_place
 from funcnet.testing.check.oracles import autograd_gradients
-from funcnet.testing.check.purity import expect_own, expect_unshared, pure, under_two_seeds
+from funcnet.testing.check.purity import expect_own, expect_unshared, init_under_two_seeds, pure
 from funcnet.testing.check.rounding import is_extreme
 from funcnet.testing.errors import GradientMismatch, noted
 from funcnet.testing.layouts import LAYOUTS, fits, laid_out, other_layouts, row_major, same
@@ -122,7 +122,7 @@ def _check_init(case: Case) -> None:
         return  # a layer of several tensors may take their shapes in its own way
     key = make_key(0) if case.key is None else fold_in(case.key, 0)
     shape = tuple(case.x.shape[1:])
-    drawn = under_two_seeds(case, "init", lambda: case.layer.init(key, shape))
+    drawn = init_under_two_seeds(case, lambda: case.layer.init(key, shape))
     first, second = map(optree.tree_leaves, drawn)
     if len(first) != len(second) or not all(map(same, first, second)):
         raise GradientMismatch(

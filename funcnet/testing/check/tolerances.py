@@ -20,6 +20,8 @@ FROM_REFERENCE = 1000.0
 # of which cancel: 2 over all layers of the package. So a factor is seen from 4 to 6 ε on: 3 to 5 %
 # in bfloat16, 0.4 to 0.6 % in float16 and, in leaves of many entries, 7e-7 in float32.
 FACTOR = 3.0
+# ε that a gradient as a whole is off float64's at most, where that is of the same x: most are.
+ROUGHLY = 64.0
 # ε off 1 above which a factor is looked at beside x, too, where the roundings are others.
 SUSPICIOUS = 2.0
 # ε that rounding may shift a factor by where the mean of several points tells: coarser roundings

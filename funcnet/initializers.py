@@ -83,8 +83,9 @@ class Initializer(Hyperparameters):
         device: Device = None,
     ) -> Tensor:
         """A tensor of `shape`, drawn from the key; float32 on the CPU unless told otherwise."""
-        check_draw(self, key, dtype)
-        shape, dtype, device = as_shape(self, shape), dtype or torch.float32, device or "cpu"
+        check_draw(self, key, dtype, device)
+        shape, dtype = as_shape(self, shape), dtype or torch.float32
+        device = "cpu" if device is None else device  # 0 is a device, too
         if len(shape) < len(self._first_axes):
             raise ValueError(
                 f"{self}: expected a shape of at least {len(self._first_axes)} axes, "

@@ -140,6 +140,7 @@ def uniform(
     if not low <= high:
         raise ValueError(f"uniform: expected low <= high, got low={low}, high={high}")
     check_dtype("uniform", dtype)
+    check_device("uniform", device)
     dtype = dtype or torch.float32
     most, widest = torch.finfo(dtype).max, float(np.finfo(_draw_dtype(dtype)).max)
     if not (max(abs(low), abs(high)) <= most and high - low <= widest):
@@ -168,6 +169,7 @@ def normal(
     if not std >= 0:
         raise ValueError(f"normal: expected std >= 0, got {std}")
     check_dtype("normal", dtype)
+    check_device("normal", device)
     dtype = dtype or torch.float32
     if not abs(mean) + std <= torch.finfo(dtype).max:
         raise ValueError(f"normal: expected mean ± std within {dtype}, got {mean} ± {std}")
@@ -188,6 +190,7 @@ def bernoulli(
         raise TypeError(f"bernoulli: expected a probability p in [0, 1], got {shown(p)}")
     if not 0 <= p <= 1:
         raise ValueError(f"bernoulli: expected a probability p in [0, 1], got {p}")
+    check_device("bernoulli", device)
     return _drawn("bernoulli", key, shape, (float(p),), torch.bool).to(device=device)
 
 
@@ -205,10 +208,13 @@ def permutation(key: Key, n: int) -> Tensor:
     return _drawn("permutation", key, (count,), (), torch.int64)
 
 
-def check_draw(who: object, key: Key, dtype: torch.dtype | None) -> None:
-    """Raise TypeError unless numbers can be drawn with this key, in this dtype."""
+def check_draw(
+    who: object, key: Key, dtype: torch.dtype | None, device: torch.device | str | None
+) -> None:
+    """Raise unless numbers can be drawn with this key, in this dtype and for this device."""
     check_key(who, key)
     check_dtype(who, dtype)
+    check_device(who, device)
 
 
 def check_dtype(who: object, dtype: torch.dtype | None) -> None:
@@ -218,6 +224,19 @@ def check_dtype(who: object, dtype: torch.dtype | None) -> None:
             f"{name_of(who)}: expected a floating-point dtype of torch, of 16 bits or more, "
             f"got {shown(dtype)}"
         )
+
+
+def check_device(who: object, device: torch.device | str | None) -> None:
+    """Raise ValueError or TypeError unless torch knows this device. None leaves it open."""
+    if device is None or isinstance(device, torch.device):
+        return
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(
+            f"{name_of(who)}: expected a device of torch, such as 'cpu', got {shown(device)}"
+        ) from None
 
 
 def check_key(who: object, key: Key) -> None:

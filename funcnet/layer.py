@@ -222,7 +222,7 @@ class Layer(Hyperparameters):
     ) -> Tree:
         """Parameters for examples of `shape`, drawn from `key`; () if there is nothing to learn."""
         shape = self._as_shape(shape)
-        check_draw(self, key, dtype)
+        check_draw(self, key, dtype, device)
         self.out_shape(shape)
         return self._init(key, shape, dtype, device)
 

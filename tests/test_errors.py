@@ -287,6 +287,35 @@ def test_what_is_no_floating_dtype(wrong):
         fn.Sequential(fn.ReLU()).init(0, (1, 2, 2))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "error"), [("nonsense", ValueError), ("cpu:x", ValueError), (1.5, TypeError)]
+)
+def test_what_is_no_device(wrong, error, tmp_path):
+    net, key, path = fn.Sequential(fn.ReLU()), fn.key(0), tmp_path / "net"
+    fn.save_model(path, net, ((),))
+    for who, call in (
+        ("uniform", partial(fn.uniform, key, (1,))),
+        ("normal", partial(fn.normal, key, (1,))),
+        ("bernoulli", partial(fn.bernoulli, key, 0.5, (1,))),
+        ("initializers.Ones()", partial(fn.initializers.Ones(), key, (1,))),
+        ("ReLU()", partial(fn.ReLU().init, key, (1,))),
+        ("Sequential of 1 layer", partial(net.init, key, (1,))),
+        ("load", partial(fn.load, path)),
+        ("load_model", partial(fn.load_model, path)),
+    ):
+        with refused(error, f"{who}: expected a device of torch, such as 'cpu', got {wrong!r}"):
+            call(device=wrong)
+
+
+def test_device_0_is_not_the_cpu():
+    init = partial(fn.Linear(1).init, fn.key(0), (1,), device=0)
+    if torch.accelerator.is_available():
+        assert init()["weight"].device.type != "cpu"
+    else:
+        with refused(ValueError, "Linear(1): expected a device of torch, such as 'cpu', got 0"):
+            init()
+
+
 def test_what_is_no_layer():
     with refused(TypeError, "summary: expected net to be a Layer, got [ReLU()]"):
         fn.summary([fn.ReLU()], (1, 2, 2))

@@ -28,7 +28,7 @@ from funcnet.checkpoint.memory_format import lay_out_as_init
 from funcnet.checkpoint.storable import check_metadata, check_storable
 from funcnet.checkpoint.structure import CheckpointError, Json, decode, encode
 from funcnet.checks import shown
-from funcnet.keys import check_dtype
+from funcnet.keys import check_device, check_dtype
 from funcnet.layer import Layer, Tree, check_net
 
 _Path: TypeAlias = "str | os.PathLike[str]"
@@ -135,7 +135,7 @@ def load(
     or foreign. Raises CheckpointError that names every difference if the converted tree differs
     from `like`. Raises FileNotFoundError or another OSError if the file cannot be opened, TypeError
     for a dtype that is not floating-point, or that PyTorch does not convert to, ValueError for
-    strict=False without `like`.
+    strict=False without `like` and for a device that PyTorch does not know.
 
     >>> import tempfile, torch
     >>> path = tempfile.mkdtemp() + "/tree"
@@ -149,6 +149,7 @@ def load(
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"load: expected a floating-point dtype, got {shown(dtype)}")
+    check_device("load", device)
     if like is None and not strict:
         raise ValueError("load: expected a tree `like` with strict=False, got None")
     with opened(_as_path("load", path)) as (file, header):
@@ -187,6 +188,7 @@ def load_model(
     Sequential(ReLU(), Sigmoid())
     """
     check_dtype("load_model", dtype)
+    check_device("load_model", device)
     with opened(_as_path("load_model", path)) as (file, header):
         net = Inspection(header).architecture
         if net is None:

@@ -346,12 +346,6 @@ def test_saving_and_loading_as_python_ends(tmp_path: Path) -> None:
     assert subprocess.run(command, capture_output=True, text=True).stdout == "both\n"
 
 
-def test_a_device_that_is_none_is_refused(tmp_path: Path) -> None:
-    fn.save(tmp_path / "t", [torch.ones(1)])
-    with pytest.raises(RuntimeError):
-        fn.load(tmp_path / "t", device="")
-
-
 def test_models_come_back(tmp_path: Path) -> None:
     net = fn.Sequential(
         fn.Conv2d(8, 2, stride=2),

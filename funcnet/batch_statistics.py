@@ -140,6 +140,9 @@ class _Observed(Wrapper):
 
     noted: list[Moments] = field(default_factory=list, compare=False)
 
+    def _describe(self) -> str:
+        return name_of(self.layer)  # as the network that was given
+
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
         self.noted.append(_measured(x))
         return run_fwd(self.layer, params, x, key)

@@ -724,3 +724,10 @@ def test_a_name_of_digits_is_a_name_in_every_message():
     ):
         with pytest.raises(ValueError, match=r"(?<!layer )0: 7: (BatchNorm|expected)"):
             call()
+
+
+@pytest.mark.parametrize("net", [fn.BatchNorm(), fn.Residual(fn.BatchNorm())], ids=repr)
+def test_moments_names_the_network_that_it_was_given(net):
+    for x, key in ((torch.ones(3, 2), 3), ([1.0], KEY)):
+        with pytest.raises(TypeError, match=f"^{re.escape(repr(net))}: expected"):
+            fn.moments(net, net.init(KEY, (2,)), x, key=key)

@@ -388,12 +388,6 @@ CHECKS = in_file(
     "checks.py",
     "test_errors.py test_optimizers.py",
     Row(
-        "true-is-one",
-        "if number is None or isinstance(value, bool):",
-        "if number is None:",
-        "Conv2d(True, 3) is a mistake",
-    ),
-    Row(
         "nan-is-a-number",
         "if not (-_INF < number < _INF and least <= number <= most):",
         "if number < least or number > most or number == _INF:",

@@ -29,7 +29,7 @@ KEYS = in_file(
         "fold-in-collides-with-split",
         '_derive("fold_in", ',
         '_derive("split", ',
-        "split(key)[1] and foldin_file(key, 1) are different keys",
+        "split(key)[1] and fold_in(key, 1) are different keys",
     ),
     Row(
         "seed-cut-to-32-bits",

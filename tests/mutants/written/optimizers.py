@@ -21,12 +21,6 @@ FORMULAS = in_file(
         "the first velocity is the gradient",
     ),
     Row(
-        "dampening-at-the-first-step-of-many",
-        "(n > 1).double()",
-        "(n >= 1).double()",
-        "the first velocity is the gradient under vmap, too",
-    ),
-    Row(
         "momentum-after-the-gradient",
         "each.add_(each.mul_(v, self.momentum), g, self._share_of_gradient(n))",
         "each.mul_(each.add_(v, g, self._share_of_gradient(n)), self.momentum)",
@@ -57,18 +51,6 @@ STEPS = in_file(
     "test_gate_properties.py test_optimizers.py",
     Row("schedule-off-by-one", "self._lr(count)", "self._lr(count + 1)", "the first step is 0"),
     Row(
-        "step-not-counted",
-        "self._State(state.step + 1, *trees)",
-        "self._State(state.step + 0, *trees)",
-        "schedules, dampening and Adam's corrections depend on the count",
-    ),
-    Row(
-        "first-of-many-is-number-0",
-        "else (count + 1).double()",
-        "else count.double()",
-        "steps are numbered from 1 under vmap, too",
-    ),
-    Row(
         "step-in-place-does-not-write",
         "update(Each(write), lr,",
         "update(Each(False), lr,",
@@ -92,12 +74,6 @@ LEAVES = in_file(
         "return optree.tree_leaves(tree)",
         "grads of another structure are refused, not matched by position",
     ),
-    Row(
-        "gradient-of-another-dtype",
-        "if not (fits_dtype and leaf.shape",
-        "if not (leaf.shape",
-        "params would silently change their dtype",
-    ),
 )
 
 EACH = in_file(
@@ -108,12 +84,6 @@ EACH = in_file(
         "self.eager = is_eager()",
         "self.eager = True",
         "vmap has no rule for lists of tensors",
-    ),
-    Row(
-        "written-over-what-autograd-needs",
-        "(type(xs) is _New and not _need_autograd(xs, *others))",
-        "(type(xs) is _New)",
-        "steps are differentiable",
     ),
     Row(
         "mapped-step-in-place-does-not-write",

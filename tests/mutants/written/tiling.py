@@ -42,12 +42,6 @@ _CROPPED = in_file(
         "a tile's places are counted from where it starts",
     ),
     Row(
-        "union-of-the-starts-alone",
-        "max(s.stop for s in own)",
-        "min(s.stop for s in own)",
-        "the part of x holds what every branch sees",
-    ),
-    Row(
         "placed-from-the-other-end",
         "for side in (own.start, n - own.stop)]",
         "for side in (n - own.stop, own.start)]",

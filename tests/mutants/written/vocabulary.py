@@ -41,20 +41,6 @@ RECURRENT = in_file(
     "ops/recurrent.py",
     "test_recurrent.py",
     Row(
-        "lstm-gates-in-another-order",
-        "i, f, g, o = torch.addmm(a[t], h, weight).chunk(4, -1)",
-        "i, f, o, g = torch.addmm(a[t], h, weight).chunk(4, -1)",
-        "the gates are i, f, g, o, as in PyTorch",
-    ),
-    Row(
-        "lstm-gradients-in-another-order",
-        "            _sigmoid_backward(g, i),\n"
-        "            _sigmoid_backward(_before(c, reverse), f),\n",
-        "            _sigmoid_backward(_before(c, reverse), f),\n"
-        "            _sigmoid_backward(g, i),\n",
-        "the gates are i, f, g, o in the gradients, too",
-    ),
-    Row(
         "gru-resets-before-the-product",
         "u_n = F.linear(h, hh_n, bias_n)\n            n = torch.addcmul(a_n[t], r, u_n).tanh_()",
         "u_n = F.linear(r * h, hh_n, bias_n)\n            n = (a_n[t] + u_n).tanh_()",
@@ -237,12 +223,6 @@ SCHEDULES = in_file(
 BATCH_STATISTICS = in_file(
     "batch_statistics.py",
     "test_batch_statistics.py",
-    Row(
-        "merged-without-the-distance-of-the-means",
-        "m2 + m2_of_more + delta.square() * share * count.reshape(each)",
-        "m2 + m2_of_more",
-        "squared deviations are from the common mean",
-    ),
     Row(
         "inference-with-the-default-eps",
         "spread = variance + layer.eps",

@@ -311,8 +311,8 @@ def test_device_0_is_not_the_cpu():
     init = partial(fn.Linear(1).init, fn.key(0), (1,), device=0)
     if torch.accelerator.is_available():
         assert init()["weight"].device.type != "cpu"
-    else:
-        with refused(ValueError, "Linear(1): expected a device of torch, such as 'cpu', got 0"):
+    else:  # a build for accelerators knows the device all the same, and misses a driver
+        with pytest.raises((ValueError, RuntimeError), match=r"Linear\(1\): expected|driver"):
             init()
 
 

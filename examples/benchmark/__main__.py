@@ -22,11 +22,11 @@ import torch
 from arithmetic import rates
 from entries import entries
 from growth import grow
+from layer_times import print_profile
 from memory import Memory
 from networks import MEASURED, Network, all_networks
 from plot import save_plot
 from problem import Problem
-from profiling import print_profile
 from race import race
 from report import markdown
 from residuals import kept

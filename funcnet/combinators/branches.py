@@ -29,7 +29,7 @@ class Branches(Several):
         if not self.layers:
             raise TypeError(f"{type(self).__name__}: expected at least 1 layer, got none")
 
-    # --- What a subclass says of joining
+    # --- How a subclass joins the results
 
     def _joined_shape(self, shapes: Sequence[Shape]) -> Shape:
         """The shape of one example of y, given those of y₀, y₁, …. Raises ValueError."""
@@ -40,22 +40,22 @@ class Branches(Several):
         raise NotImplementedError
 
     def _part(self, kept: Any, dy: Tensor, i: int) -> Tensor:
-        """dyᵢ."""
+        """dyᵢ, given dy and what `_joined` has kept."""
         raise NotImplementedError
 
-    # --- What they share
+    # --- Shared by all of them
 
     @property
     def _fresh(self) -> Any:  # type: ignore[override]
-        """Whether y and dx are new tensors: they are, of several layers."""
+        """Whether y and dx are new tensors, as they are wherever several results are joined."""
         return len(self) > 1 or is_fresh(self.layers[0])
 
     def _takes_view(self, i: int) -> bool:
-        """Whether yᵢ may be a view of x and dxᵢ one of dy: joining several makes new tensors."""
+        """Whether yᵢ may be a view of x, and dxᵢ a view of dy: joining several copies them."""
         return len(self) > 1 and makes_views(self.layers[i])
 
     def _is_new(self, i: int) -> bool:
-        """Whether the memory of yᵢ and dxᵢ is nobody else's."""
+        """Whether nothing else shares the memory of yᵢ and dxᵢ."""
         return is_fresh(self.layers[i]) and not self._takes_view(i)
 
     def _out_shape(self, shape: Shape) -> Shape:
@@ -82,7 +82,7 @@ class Branches(Several):
     def _tile(self, shape: Shape, part: Part) -> tuple[Part, Layer] | None:
         shapes = [layer.out_shape(shape) for layer in self.layers]
         if len({own[1:] for own in (*shapes, self._joined_shape(shapes))}) > 1:
-            return None  # the parts of y₀, y₁, … lie elsewhere
+            return None  # a part of y is not the same part of each yᵢ
         found = [tile_of(layer, shape, part) for layer in self.layers]
         tiles = [tile for tile in found if tile is not None]
         if len(tiles) < len(found):
@@ -119,7 +119,7 @@ class Branches(Several):
         rest = rest if need.consume else list(rest)
         dparams: list[Tree] = [()] * len(self)
         dx: Any = None
-        is_own = False  # whether the memory of dx is nobody else's
+        is_own = False  # whether nothing else shares dx's memory
         owns = self._child_params(params)
         layer: Any
         with self._position() as at:

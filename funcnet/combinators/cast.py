@@ -18,7 +18,7 @@ from funcnet.running import run_apply, run_bwd, run_fwd
 
 
 class FloatingPoint:
-    """A floating-point dtype, or its name, as files hold it."""
+    """A floating-point dtype, or the name of one, which is what files hold."""
 
     def convert(self, owner: type, name: str, value: Any) -> torch.dtype:
         dtype = getattr(torch, value, None) if isinstance(value, str) else value
@@ -34,7 +34,7 @@ class Cast(Wrapper):
     """y = f(x) computed in another dtype: params and x are cast on entry, y and all gradients back.
 
     Parameters, gradients and the optimiser's state keep their dtype, float32 for instance, and so
-    do x and y. An x of integers is handed on as it is. The residuals hold the parameters as cast.
+    do x and y. An x of integers is not cast. The residuals hold the cast parameters.
 
     Shapes, parameters and key: f's.
 
@@ -71,7 +71,7 @@ class Cast(Wrapper):
         return dparams, None if dx is None else dx.to(dtype=dy.dtype)
 
     def _cast(self, tree: Tree) -> Tree:
-        # By keyword, torch finds out in two thirds of the time what is meant.
+        # With a keyword, torch parses the arguments in two thirds of the time.
         return optree.tree_map(
             lambda x: x.to(dtype=self.dtype) if x.is_floating_point() else x, tree
         )
@@ -86,7 +86,7 @@ class Cast(Wrapper):
 
 
 def _dtype_of(params: Tree, x: Tensor) -> torch.dtype:
-    """y's dtype outside: x's, or the parameters' for x of integers."""
+    """The dtype to cast y back to: x's, or for x of integers the parameters', or else float32."""
     if x.is_floating_point():
         return x.dtype
     leaves = optree.tree_leaves(params)

@@ -1,4 +1,4 @@
-"""Branches that are put side by side."""
+"""Branches whose results are concatenated."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from funcnet.layer import Layer, Shape
 class Concat(Branches):
     """y = [f₀(x), f₁(x), …] along axis `dim`; dyᵢ is the part of dy at yᵢ's place.
 
-    `dim` counts the batch, so 1 is the channel; negative ones count from the end. A U-Net's level
-    is `Concat(Identity(), Sequential(down, inner, up))`.
+    `dim` counts the batch, so 1 is the axis of channels; a negative `dim` counts from the end. A
+    level of a U-Net is `Concat(Identity(), Sequential(down, inner, up))`.
 
     Shapes: the results differ in their size along `dim` alone. Parameters: a tuple with one entry a
-    layer; a dict for layers with names, of which none can be `dim`. Layer i draws from
+    layer; a dict for layers with names; none can have the name `dim`. Layer i draws from
     `fold_in(key, i)`.
 
     Raises ValueError for dim=0, which would mix the batch, and for results of other shapes;
-    TypeError for an argument that is not a layer, or without any.
+    TypeError for an argument that is not a layer, or for no layers.
     Ronneberger et al., "U-Net", MICCAI 2015; Szegedy et al., "Going deeper with convolutions", CVPR
     2015.
 
@@ -58,7 +58,7 @@ class Concat(Branches):
                 f"got {shapes[0]} without the batch"
             )
         first, *others = [(len(shape), *shape[: axis - 1], *shape[axis:]) for shape in shapes]
-        if any(other != first for other in others):  # sizes of a graph have no hash
+        if any(other != first for other in others):  # not a set: sizes of a graph have no hash
             raise ValueError(
                 f"{name_of(self)}: expected results that differ along dim={self.dim} alone, "
                 f"got {listed(shapes)} without the batch"

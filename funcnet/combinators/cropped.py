@@ -1,4 +1,4 @@
-"""Parts of x, for layers side by side that see different ones."""
+"""Parts of x, for branches of a tile that need different ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from funcnet.running import run_apply, run_bwd, run_fwd
 
 @dataclass(frozen=True)
 class Cropped(Wrapper):
-    """y = f(a part of x), in a tile."""
+    """y = f(x[part]): in a tile, a branch that needs only a part of what the tile is handed."""
 
     part: Part
 
@@ -49,12 +49,12 @@ def placed(dx: Tensor, part: Part, size: Shape) -> Tensor:
 
 
 def union(parts: Iterable[Part]) -> Part:
-    """The least part that holds all of them."""
+    """The smallest part that contains all of them."""
     axes = zip(*parts, strict=True)
     return tuple(slice(min(s.start for s in own), max(s.stop for s in own)) for own in axes)
 
 
 def within(part: Part, whole: Part) -> Part:
-    """The same part of x, counted from the start of a larger one."""
+    """The same part of x, with positions counted from the start of a larger part, `whole`."""
     axes = zip(part, whole, strict=True)
     return tuple(slice(own.start - all_.start, own.stop - all_.start) for own, all_ in axes)

@@ -20,10 +20,11 @@ class Frozen(Wrapper):
     """y = f(x), whose parameters do not learn: their gradients are zeros, and dx is f's.
 
     No time is spent on the gradients of the parameters, nor on dx where everything below is frozen
-    too. Autograd of `apply` sees no parameters.
+    too. To autograd, the parameters of `apply` are constants.
 
-    Zeros are gradients to an optimiser: weight decay moves the parameters, and so does momentum of
-    steps before they were frozen. None in a `Partition` leaves them as they are.
+    To an optimiser, zeros are gradients like any others: weight decay still moves the parameters,
+    and so does momentum from steps before they were frozen. A `Partition` with the optimiser None
+    for these parameters leaves them as they are.
 
     Shapes, parameters and key: f's.
     Raises TypeError unless f is a layer.

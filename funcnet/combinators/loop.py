@@ -44,6 +44,6 @@ class Loop(Turns):
         dparams = like_params(params, dparams)
         if so_far is None:
             return dparams
-        # The gradients of a layer that checks for itself may be anybody's.
+        # A layer that checks for itself may return gradients that somebody else holds.
         add = torch.add if checks_itself(self.layer) else add_over
         return optree.tree_map(add, so_far, dparams)

@@ -18,12 +18,12 @@ from funcnet.layer import Shape
 class Product(Branches):
     """y = f₀(x) ∘ f₁(x) ∘ …; dyᵢ = dy ∘ Π yⱼ over j ≠ i.
 
-    Shapes: the results have y's shape, or a size of 1 where y's is larger, as the factor of shape
-    (C, 1, 1) of squeeze and excitation; dyᵢ is summed over these axes. Parameters: a tuple with one
+    Shapes: each result has y's shape, or size 1 along axes where y is larger, like the factor
+    (C, 1, 1) of squeeze-and-excitation; dyᵢ is summed over these axes. Parameters: a tuple with one
     entry a layer; a dict for layers with names. Layer i draws from `fold_in(key, i)`.
 
     Raises ValueError for results of other shapes, TypeError for an argument that is not a layer, or
-    without any.
+    for no layers.
     Hu et al., "Squeeze-and-excitation networks", CVPR 2018; Dauphin et al., "Language modeling with
     gated convolutional networks", ICML 2017.
 

@@ -1,4 +1,4 @@
-"""Memory for time: residuals are computed again."""
+"""Less memory for more time: residuals are computed again."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from funcnet.running import run_apply, run_bwd, run_fwd
 class Recompute(Wrapper):
     """y = f(x), keeping x alone: the backward pass computes f and its residuals again.
 
-    It uses the same key again, so that masks are the same. A chain of n layers cut into √n such
-    segments keeps about 2√n of its n intermediate results, for one more forward pass.
+    It uses the same key again, so that dropout drops the same entries. A chain of n layers cut into
+    √n such segments keeps about 2√n of its n intermediate results, for one more forward pass.
 
     Shapes, parameters and key: f's.
     Raises TypeError unless f is a layer.

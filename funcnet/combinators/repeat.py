@@ -27,8 +27,8 @@ class Repeat(Turns):
     leading axis n: what `Sequential` of n such layers has, stacked. Copy i draws from
     `fold_in(key, i)`.
 
-    Raises ValueError for n < 1, and for a shape that the layer does not keep; TypeError unless it
-    is a layer and n an int.
+    Raises ValueError for n < 1, and for a shape that the layer does not keep; TypeError unless
+    `layer` is a layer and n an int.
 
     >>> import funcnet as fn
     >>> net = fn.Repeat(fn.Conv2d(8, 3, padding=1), 4)
@@ -45,7 +45,7 @@ class Repeat(Turns):
         ]
 
         def stacked(*leaves: Tensor) -> Tensor:
-            with without_autocast(leaves[0]):  # which would stack in another dtype
+            with without_autocast(leaves[0]):  # autocast would stack in another dtype
                 return stack(leaves)
 
         return optree.tree_map(stacked, *each)

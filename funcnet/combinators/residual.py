@@ -1,4 +1,4 @@
-"""A connection around a layer."""
+"""A skip connection around a layer."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Residual(SameShape):
 
 @dataclass(frozen=True)
 class _ResidualTile(Residual):
-    """A part of a connection, which is added up where it lies in the part that f sees."""
+    """y = x[part] + f(x): in a tile, f may see more of x than the part of y has."""
 
     part: Part
 

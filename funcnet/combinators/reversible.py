@@ -1,4 +1,4 @@
-"""Layers that can be run backwards, so that nothing is kept but the result."""
+"""Layers whose x can be computed from y, so that only y is kept."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Reversible(Several):
 
     and for further layers pair after pair. y alone is kept, however many pairs there are: the
     backward pass computes the x of each layer, and its residuals, again. It uses the same keys
-    again. Each layer's x is exact up to rounding, which adds up over the layers.
+    again. These x have rounding errors, which add up over the layers.
 
     Shapes: any with an even number of channels; every layer keeps the shape of a half.
     Parameters: a tuple with one entry a layer. Layer i draws from `fold_in(key, i)`, so

@@ -56,7 +56,7 @@ class Sequential(Several):
     _over_grad: tuple[bool, ...] = field(init=False, repr=False, compare=False)
     """Whether each layer may write over its grad, which the layer behind has made for it alone."""
     _checks_itself: tuple[bool, ...] = field(init=False, repr=False, compare=False)
-    """Whether each layer checks for itself. Of others, the checks are passed by."""
+    """Whether each layer checks for itself. The others are called without their checks."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,7 +66,7 @@ class Sequential(Several):
         object.__setattr__(self, "_over_x", tuple(map(all, zip(over, before, strict=False))))
         object.__setattr__(self, "_over_grad", tuple(map(all, zip(over, behind, strict=False))))
         object.__setattr__(self, "_checks_itself", tuple(map(checks_itself, self.layers)))
-        # y is the last layer's and dx the first's; residuals of the others are older or younger.
+        # The last layer makes y, and the first one dx: the promises of these two are enough.
         object.__setattr__(self, "_fresh", all([*fresh[:1], *fresh[-1:]]))
 
     def _out_shape(self, shape: Shape) -> Shape:
@@ -112,7 +112,7 @@ class Sequential(Several):
         return self._run(params, x, key) if y is None else y
 
     def _run(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
-        """y; no residual outlives its layer."""
+        """y. A layer's residuals are freed before the next layer runs."""
         in_place, params = is_eager(), self._child_params(params)
         layer: Any
         with self._position() as at:
@@ -153,8 +153,10 @@ class Sequential(Several):
         return (x if self.layers else x.clone()), residuals
 
     def _as_promised(self, at: Position, params: tuple[Tree, ...], x: Tensor, y: Tensor) -> Tensor:
-        """y of a layer that checks for itself; if it is not what the layer's `out_shape` says, the
-        layers behind it have yet to be checked."""
+        """Return y of a layer that checks for itself.
+
+        If y is not what the layer's `out_shape` promised, check the layers behind it for this y.
+        """
         expected = (*x.shape[:1], *self.layers[at.i].out_shape(tuple(x.shape[1:])))
         if (y.shape, y.dtype, y.device) != (expected, x.dtype, x.device):
             spec = Spec(tuple(y.shape[:1]), tuple(y.shape[1:]), y.dtype, y.device)
@@ -164,7 +166,7 @@ class Sequential(Several):
     def _bwd(
         self, params: Tree, residuals: Any, grad: Tensor, need: Need
     ) -> tuple[Tree, Tensor | None]:
-        """Takes residuals from the end, so that what only they hold is freed as it is used."""
+        """(dparams, dx). Residuals are taken off the list, so that each is freed after its use."""
         if isinstance(residuals, tiling.Tiles):
             return tiling.bwd(params, residuals, grad, need)
         kept = residuals if need.consume else list(residuals)
@@ -203,7 +205,7 @@ class Sequential(Several):
 
 @dataclass(frozen=True, init=False)
 class _SequentialTile(Sequential):
-    """A part of a composition, small enough."""
+    """A composition over one tile, which is not cut again."""
 
     def _apply(self, params: Tree, x: Tensor, key: Key | None) -> Tensor:
         return self._run(params, x, key)

@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, init=False)
 class Several(Layer):
-    """Layers, by position or by name. It can be indexed, sliced and iterated over; it has a length.
+    """A sequence of layers, by position or by name; it can be indexed, sliced and iterated over.
 
-    Parameters: a tuple with one entry a layer; for layers with names, a dict by these. Layer i
-    draws from `fold_in(key, i)`.
+    Parameters: a tuple with one entry a layer; for layers with names, a dict with these as keys.
+    Layer i draws from `fold_in(key, i)`.
     """
 
     layers: tuple[Layer, ...]
-    # Files and the repr put the names to the layers.
+    # Files and the repr write each name beside its layer instead.
     names: tuple[str, ...] = field(default=(), metadata={"stored": False})
 
     _composes: ClassVar[bool] = False
-    """Whether y is made by the layers one after the other, and nothing else."""
+    """Whether y is the layers applied one after the other, and nothing else."""
 
     def __init__(self, /, *layers: Layer, **named: Layer) -> None:
         layers, names = _sorted_out(type(self).__name__, layers, named)
@@ -96,7 +96,7 @@ class Several(Layer):
         return self._with(tuple(children), self.names)
 
     def _with(self, layers: tuple[Layer, ...], names: tuple[str, ...]) -> Self:
-        """The same of other layers; the constructor of a subclass may take something else."""
+        """The same combinator with other layers, made without the constructor, which may differ."""
         other = object.__new__(type(self))
         other.__setstate__({**self.__getstate__(), "layers": layers, "names": names})
         return other
@@ -118,7 +118,7 @@ class Several(Layer):
         return zip(self.layers, self._child_params(params), strict=True)
 
     def _packed(self, values: Sequence[Any], params: Tree = ()) -> Tree:
-        """A tuple of what belongs to each layer, of params' kind; a dict for layers with names."""
+        """The values, one a layer, as a tuple of params' type; as a dict for layers with names."""
         if self.names:
             return dict(zip(self.names, values, strict=True))
         return getattr(params, "_make", tuple)(values)
@@ -181,13 +181,13 @@ def key_of(key: Key | None, i: int) -> Key | None:
 def _sorted_out(
     who: str, layers: tuple[Any, ...], named: dict[str, Any]
 ) -> tuple[tuple[Layer, ...], tuple[str, ...]]:
-    """The layers and names that a constructor's arguments give. Raises TypeError for others."""
+    """(layers, names) from a constructor's arguments. Raises TypeError for bad ones."""
     names = tuple(named)
-    # By its length: torch.compile knows no truth of a tuple of layers.
+    # By len(): torch.compile cannot take a tuple of layers for a bool.
     held = named.get("layers") if len(layers) == 0 else None
     own_names = named.get("names", ())
     others = {name: layer for name, layer in named.items() if name not in ("layers", "names")}
-    # The fields, of dataclasses.replace, which may also give other layers by their names.
+    # dataclasses.replace passes the fields by name, and perhaps new layers by their names.
     if isinstance(held, tuple) and all(name in own_names for name in others):
         layers, names, named = held, own_names, {}
         if names and len(names) != len(layers):
@@ -215,7 +215,7 @@ _STARS: dict[type, str] = {list: "*", tuple: "*", dict: "**", OrderedDict: "**"}
 
 
 def _remedy(params: Any) -> str:
-    """The end of a message about params that look like PyTorch's, by the paths of the leaves."""
+    """The end of a message, for params that are a state_dict of PyTorch: their keys have dots."""
     is_state = isinstance(params, dict) and any("." in str(name) for name in params)
     return "; fn.interop.load_state_dict makes params of a state_dict" if is_state else ""
 

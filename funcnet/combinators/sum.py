@@ -22,7 +22,7 @@ class Sum(Branches):
     layers with names. Layer i draws from `fold_in(key, i)`.
 
     Raises ValueError for results of different shapes, TypeError for an argument that is not a
-    layer, or without any.
+    layer, or for no layers.
 
     >>> import funcnet as fn
     >>> net = fn.Sum(wide=fn.Conv2d(8, 5, padding=2), narrow=fn.Conv2d(8, 1))

@@ -1,16 +1,16 @@
-"""A network over a large batch of images, tile by tile, so that what lies between layers is small.
+"""A network over a large batch of images, tile by tile, so that tensors between layers are small.
 
 Where the network's layers are local, a part of y depends on a part of x alone, its source. Each
-layer tells which, from the last to the first (`Layer._tile`), and the layers over these parts make
-up a network that gives the part of y. The parts of y lie side by side. So with J for the Jacobian
-of a tile's network,
+layer, from the last to the first, says which part that is (`Layer._tile`). The layers over these
+parts make up a network that computes the part of y. The parts of y lie side by side. So with J for
+the Jacobian of a tile's network,
 
     dparams = Σ (∂part/∂params)ᵀ dy[part],    dx = Σ Jᵀ dy[part], each in the place of its source.
 
-No layer's y is ever whole but the last one's, and what is made for a tile takes the memory of the
-tile before. New memory costs more than it seems: the operating system hands out blocks of more than
-`_MOST` bytes page by page, and zeroes each. The tiles of x overlap by what the kernels reach, of
-which the products are made twice.
+Only the last layer's y is ever whole, and each tile reuses the memory of the tile before. New
+memory costs more than it seems: the operating system hands out blocks of more than `_MOST` bytes
+page by page, and zeroes each. The tiles of x overlap by the reach of the kernels; products in an
+overlap are made twice.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ _LARGE = 2**20
 """Bytes of x from which cutting it is considered."""
 
 _STEP = 16
-"""Sides of tiles are multiples of it, so that most tiles are alike, and strides divide them."""
+"""The sides of tiles are multiples of this: most tiles are alike, and strides divide them."""
 
 
 def is_large(x: Tensor) -> bool:
-    """Whether x is images of so many bytes that cutting them is considered."""
+    """Whether x is images on the CPU, large enough that cutting them is considered."""
     return x.ndim == 4 and x.is_cpu and is_eager() and x.numel() * x.element_size() >= _LARGE
 
 
 class Tile(NamedTuple):
-    """A part of y for some examples, and the network that makes it of a part of x."""
+    """A part of y for some examples, and the network that computes it from a part of x."""
 
     net: Sequential
     source: Part
@@ -66,7 +66,7 @@ class Tiles(NamedTuple):
 
 
 def apply(net: Sequential, params: Tree, x: Tensor) -> Tensor | None:
-    """y of x (N, C, H, W); None where the whole is as good, or has to be done at once."""
+    """y of x (N, C, H, W); None where tiles save nothing, or x cannot be cut."""
     return _joined(net, params, x, lambda tile, own: tile.net._apply(params, own, None))
 
 
@@ -103,7 +103,7 @@ def bwd(params: Tree, kept: Tiles, dy: Tensor, need: Need) -> tuple[Tree, Tensor
 def _joined(
     net: Sequential, params: Tree, x: Tensor, make: Callable[[Tile, Tensor], Tensor]
 ) -> Tensor | None:
-    """y, of the parts that are made of the tiles of x."""
+    """y, put together from what `make` makes of the tiles of x; None as `apply`."""
     if not is_untracked(x, *optree.tree_leaves(params)):
         return None
     tiles = _tiles(net, x)
@@ -119,7 +119,7 @@ def _joined(
 
 
 def _tiles(net: Sequential, x: Tensor) -> list[Tile] | None:
-    """The tiles, if there is more than one."""
+    """The tiles; None where tiles save nothing, or a layer cannot be cut."""
     shapes = [*net._shapes(x.shape[1:])]
     most = x.element_size() * max(map(math.prod, shapes))
     if len(x) * most <= _MOST or len(shapes[-1]) != 3:
@@ -137,7 +137,7 @@ def _tiles(net: Sequential, x: Tensor) -> list[Tile] | None:
 
 
 def _parts(size: Sequence[int], most: int) -> Iterator[Part]:
-    """Yield nearly square parts of an example that makes `most` bytes, or all of it."""
+    """Yield nearly square parts of an example whose largest tensor has `most` bytes, or all."""
     side = max(size) if most <= _MOST else math.isqrt(math.prod(size) * _MOST // most)
     yield from product(*(_cut(n, side) for n in size))
 

@@ -1,4 +1,4 @@
-"""The base of Repeat and Loop: a layer several times, one after the other."""
+"""The base of Repeat and Loop: one layer applied n times."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Turns(SameShape):
         return dparams, dx
 
     def _gathered(self, params: Tree, so_far: Any, dparams: Tree, i: int) -> Any:
-        """The gradient of params from turn i on, given that from turn i + 1 on."""
+        """Add the gradient of turn i, `dparams`, to `so_far`, that of all later turns."""
         raise NotImplementedError
 
     def _describe(self) -> str:

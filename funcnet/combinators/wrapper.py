@@ -23,7 +23,7 @@ Child: TypeAlias = Annotated[Layer, InstanceOf(Layer, "a Layer")]
 
 @dataclass(frozen=True)
 class Wrapper(Layer):
-    """A layer around another, whose parameters are its own. The other gets the key itself."""
+    """A layer around another, which gets all of its parameters, and the key itself."""
 
     layer: Child
 
@@ -49,7 +49,7 @@ class Wrapper(Layer):
 
     @property
     def _fresh(self) -> Any:  # type: ignore[override]
-        """Whether the other layer keeps that promise: y and dx are its own."""
+        """Whether the inner layer keeps this promise, since y and dx are made by it."""
         return is_fresh(self.layer)
 
     def _describe_last(self) -> str:

@@ -23,9 +23,9 @@ class CrossEntropy(Loss):
 
         ℓ = −Σ_c t′_c · log p_c,    p = softmax(x),    t′ = (1 − ε) · t + ε / C
 
-    The value is Σ ℓ / n over all places, or Σ ℓ for "sum"; n is the number of places. A class
-    stands for probability 1 of that class. Places whose class is `ignore_index` do not count, in
-    Σ ℓ or in n. If no place counts, the mean is NaN, and dx is 0. `label_smoothing` is ε.
+    The value is Σ ℓ / n over all places (N, …), or Σ ℓ for "sum"; n is the number of places. A
+    class stands for probability 1 of that class. Places whose class is `ignore_index` count neither
+    in Σ ℓ nor in n. If no place counts, the mean is NaN, and dx is 0. `label_smoothing` is ε.
 
         dx = (p · Σ_c t′_c − t′) / n · grad,    0 where ignored
 
@@ -88,7 +88,7 @@ class CrossEntropy(Loss):
         if not (has_values(target) and target.numel()):
             return
         least, greatest = map(int, target.aminmax())
-        if least < 0 or greatest >= classes:  # perhaps by places to ignore
+        if least < 0 or greatest >= classes:  # perhaps only ignore_index is
             wrong = target[(target != self.ignore_index) & ((target < 0) | (target >= classes))]
             if len(wrong):
                 raise ValueError(
@@ -107,7 +107,7 @@ class CrossEntropy(Loss):
             count = self._count(target).to(value.dtype)
             value = value / count if self.reduction == "mean" else value
         else:
-            # 16 bits do not hold the sum of many positions.
+            # 16 bits do not hold the sum over many places.
             exact = widened(log_p)
             value, count = nll.forward(exact, target, self.reduction, self.ignore_index)
             if self.label_smoothing:
@@ -138,7 +138,7 @@ class CrossEntropy(Loss):
         return probabilities
 
     def _of_each_class(self, x: Tensor) -> float:
-        """ε / C, what smoothing gives each class."""
+        """ε / C, the probability that smoothing adds to each class."""
         return self.label_smoothing / max(x.shape[1], 1)
 
     def _count(self, target: Any) -> Tensor:

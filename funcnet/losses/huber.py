@@ -61,6 +61,6 @@ class Huber(Loss):
 
 
 def _clamped(difference: Tensor, delta: float) -> Tensor:
-    """The difference within ±delta, which may be beyond the range of its dtype."""
+    """The difference clamped to ±delta, where delta may be beyond the range of its dtype."""
     most = min(delta, torch.finfo(difference.dtype).max)
     return difference.clamp(-most, most)

@@ -1,4 +1,4 @@
-"""The loss: a function of x and a target to a scalar, with its gradient by x."""
+"""The loss: a function of x and a target to a scalar, with its gradient with respect to x."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ class Loss(Hyperparameters):
     """A function of x and a target to a scalar, with its gradient with respect to x.
 
     `apply`, `vjp`, `fwd` and `bwd` check their arguments; an author writes `_fwd` and `_bwd`,
-    `_check` where the target is not like x, and `_count` where its mean is not over the examples.
+    `_check` where the target is not like x, and `_count` where the mean is not over the examples.
     An author may also write `fwd` and `bwd` alone; then the loss checks for itself.
 
-    Where a batch comes in parts (`micro_batch`, `fn.distributed.value_and_grad`), a field
-    `reduction: Literal["mean", "sum"] = "mean"`, which `_fwd` follows, says how their values are
-    put together. A loss that couples examples, as a contrastive one, has no such field, and is
-    refused there. `fn.per_example` and its like hand any loss one example at a time.
+    A batch may come in parts (`micro_batch`, `fn.distributed.value_and_grad`). Then the field
+    `reduction: Literal["mean", "sum"] = "mean"`, which `_fwd` has to follow, says how the parts'
+    values are put together. A loss that couples examples, such as a contrastive loss, declares no
+    such field, and is refused there. `fn.per_example` and the functions beside it hand any loss one
+    example at a time.
 
     Raises TypeError or ValueError for x and target that do not fit each other.
 
@@ -101,7 +102,7 @@ class Loss(Hyperparameters):
         """dx, where grad is a scalar."""
         like, kept = unwrapped(self, residuals)
         if isinstance(grad, Real):
-            grad = float(grad)  # a number of NumPy's would make arrays of tensors
+            grad = float(grad)  # NumPy's numbers would turn tensors into arrays
         else:
             check_like(self, "grad", grad, like)
             assert isinstance(grad, Tensor)

@@ -1,4 +1,4 @@
-"""Optimisers: steps that map over parameter trees, any that `optree` accepts."""
+"""Optimisers: steps on parameter trees, which may be any trees that `optree` accepts."""
 
 from funcnet.optimizers.adam import Adam, AdamState, AdamW
 from funcnet.optimizers.averaging import average

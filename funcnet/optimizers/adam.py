@@ -29,25 +29,25 @@ class AdamState(NamedTuple):
 
 @dataclass(frozen=True)
 class Adam(Elementwise[AdamState]):
-    """Adam, step for step the numbers of `torch.optim.Adam`. In step n = 1, 2, …:
+    """Adam, with the numbers of `torch.optim.Adam` in every step n = 1, 2, …:
 
         g ← −g if maximize;  g ← g + weight_decay · p
         m ← β₁ · m + (1 − β₁) · g
         v ← β₂ · v + (1 − β₂) · g²,  and s = v, or with amsgrad the largest v so far
         p ← p − lr / (1 − β₁ⁿ) · m / (√s / √(1 − β₂ⁿ) + eps)
 
-    β₁ and β₂ are the `betas`. Real and imaginary parts of complex numbers are treated apart. `lr`
+    β₁ and β₂ are the `betas`. Real and imaginary parts are treated as separate numbers. `lr`
     is a number or a function of the number of steps taken, an int that starts at 0 (a 0-dimensional
     tensor where it is not known: under torch.func.vmap over states, and under torch.compile). The
     step is pure and differentiable; `step_` writes into the tensors of params and of the state
     instead, and returns them.
 
     For float32 and float64 on the CPU the numbers are bit for bit those of
-    `torch.optim.Adam(fused=True)`, and to the last rounding those of `fused=False`. That takes
-    leaves without gaps in memory, and no autograd, torch.func or torch.compile. Elsewhere the
-    numbers are those of `fused=False`.
+    `torch.optim.Adam(fused=True)`, and up to rounding those of `fused=False`. This needs leaves
+    without gaps in memory, and no autograd, torch.func or torch.compile. Elsewhere the numbers are
+    those of `fused=False`.
 
-    Raises ValueError or TypeError for numbers out of range (NaN is), and, before anything is
+    Raises ValueError or TypeError for numbers out of range (NaN is one), and, before anything is
     changed, for trees that do not match.
     Kingma and Ba, "Adam: a method for stochastic optimization", 2015;
     https://docs.pytorch.org/docs/stable/generated/torch.optim.Adam.html
@@ -115,7 +115,7 @@ class Adam(Elementwise[AdamState]):
 
 @dataclass(frozen=True)
 class AdamW(Adam):
-    """Adam with decoupled weight decay, step for step the numbers of `torch.optim.AdamW`.
+    """Adam with decoupled weight decay, with the numbers of `torch.optim.AdamW` in every step.
 
     As `Adam`, but g stays as it is, and p ← (1 − lr · weight_decay) · p before the step.
 

@@ -11,9 +11,9 @@ from funcnet.optimizers.leaves import flatten, flatten_like
 def average(average: Tree, params: Tree, decay: float) -> Tree:
     """average + (1 − decay) · (params − average): the next exponential moving average of params.
 
-    The result is a new tree. A leaf of the average may be of another floating-point dtype than that
-    of params, and keeps it: a float32 average of bfloat16 parameters moves where a bfloat16 one
-    would round to where it was.
+    The result is a new tree. A leaf of the average keeps its floating-point dtype, which may differ
+    from that of params: a float32 average of bfloat16 parameters takes steps so small that bfloat16
+    would round them away.
 
     Raises ValueError unless 0 ≤ decay ≤ 1, or if the trees differ in structure or shapes; TypeError
     for a leaf that is not a floating-point or complex tensor.

@@ -65,7 +65,7 @@ def leaf_names_of(structure: Any) -> list[str]:
         return leaf_names(structure)
 
 
-# Names take half as long as a step of small tensors.
+# Finding the names takes half as long as a step of small tensors.
 _remembered_names = lru_cache(maxsize=64)(leaf_names)
 
 

@@ -55,7 +55,7 @@ def clip_by_global_norm(grads: Tree, max_norm: float) -> tuple[Tree, Tensor]:
 def clipping(norm: Tensor, max_norm: float) -> Tensor:
     """min(1, max_norm / norm), the factor that clips a gradient of this norm."""
     fits, one = norm <= float(max_norm), torch.ones_like(norm)
-    # Autograd multiplies the derivative of what is not chosen by 0, and 0 · ∞ would be NaN.
+    # Autograd multiplies the derivative of the value not chosen by 0, and 0 · ∞ would be NaN.
     return torch.where(fits, one, float(max_norm) / torch.where(fits, one, norm))
 
 

@@ -1,4 +1,4 @@
-"""The optimiser: pure steps on parameter trees. A new one is its formula."""
+"""The optimiser: pure steps on parameter trees. A subclass writes little but its formula."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class Optimizer(Hyperparameters, Generic[State]):
     """A pure function (params, grads, state) -> (params, state), described by hyperparameters.
 
     A subclass writes `init`, and `_prepare`, which checks everything that a step needs. A step
-    raises what that raises, before anything is changed: ValueError or TypeError for trees that do
-    not match.
+    raises what `_prepare` raises, before anything is changed: ValueError or TypeError for trees
+    that do not match.
 
     >>> from dataclasses import dataclass
     >>> import funcnet as fn
@@ -116,10 +116,10 @@ class Elementwise(Optimizer[State]):
     _State: ClassVar[Any]
 
     _treats_complex_as_pairs: ClassVar[bool] = False
-    """Whether the formula is for real numbers alone: real and imaginary parts are treated apart."""
+    """Whether the formula is for real numbers, and is applied to real and imaginary parts."""
 
     def _kept(self) -> dict[str, bool]:
-        """The names of what the state keeps, in order, and whether it is needed."""
+        """The name of each tree in the state, in order, and whether it is needed."""
         raise NotImplementedError(f"{type(self).__name__} writes no _kept")
 
     def _update(
@@ -127,12 +127,13 @@ class Elementwise(Optimizer[State]):
     ) -> tuple[Tensors, ...]:
         """(p, *kept) after step number n: 1 is the first.
 
-        What is not needed is an empty list. n is an int, or a tensor where it is not known.
+        A tree that is not needed is an empty list. n is an int, or a tensor where its value is not
+        known.
         """
         raise NotImplementedError(f"{type(self).__name__} writes no _update")
 
     def init(self, params: Tree) -> State:
-        """No steps taken, and zeros."""
+        """The state before the first step: no steps taken, and zeros."""
         ps, structure = flatten(self, "params", params)
         kept = [
             structure.unflatten([torch.zeros_like(p) for p in ps]) if needed else ()
@@ -181,7 +182,7 @@ class Elementwise(Optimizer[State]):
             return self._update(each, lr, n, ps, gs, *kept)
         gs = [g.resolve_conj() for g in gs]  # autograd conjugates lazily
         new = self._update(each, lr, n, *([_as_pairs(x) for x in xs] for xs in (ps, gs, *kept)))
-        return tuple([*map(_as_complex, xs, ps)] for xs in new)  # [] of what is not needed
+        return tuple([*map(_as_complex, xs, ps)] for xs in new)  # [] for a tree that is not needed
 
     def _lr(self: Any, count: int | Tensor) -> Scalar:  # Any: a subclass declares `lr`
         if not callable(self.lr):
@@ -196,7 +197,7 @@ class Elementwise(Optimizer[State]):
 
 
 def _none(who: object, name: str, tree: Any) -> Tensors:
-    """No tensors. Raises ValueError for a state of other hyperparameters, which would be lost."""
+    """No tensors. Raises ValueError for a tree with leaves, which would be lost."""
     if tree != () and optree.tree_leaves(tree):
         raise ValueError(f"{who}: expected no {name}, (), got {shown(tree)}")
     return []
@@ -212,7 +213,7 @@ def _concrete(who: object, step: Any) -> int | Tensor:
             return int(step)
         except RuntimeError:  # torch.func.vmap over states
             pass
-    # The rate and what else follows from it may be a float64.
+    # A rate that is computed from it may be in float64.
     return step if isinstance(step, int) else with_float64(step)
 
 

@@ -60,15 +60,15 @@ class _PartsKind:
 
 @dataclass(frozen=True, repr=False)
 class Partition(Optimizer[PartitionState]):
-    """An optimiser for each part of a tree; `label(path, leaf)` names the part of a leaf.
+    """An optimiser for each part of a tree; `label(path, leaf)` names the part that has the leaf.
 
     A path is a leaf's name in files, such as "2.weight" (`funcnet.tree`). A part whose optimiser is
     None is frozen: its leaves come back as they are, its gradients may be anything, and no time is
     spent on them. Every other part's optimiser is handed dicts of leaves by path. A Partition among
     the parts labels by the same paths.
 
-    Raises TypeError for what is not an optimiser. Before anything is changed, raises ValueError for
-    a label that is not a name of a part, and what the parts raise.
+    Raises TypeError for a part that is neither an optimiser nor None. Before anything is changed,
+    raises ValueError for a label that is not a name of a part, and what the parts raise.
 
     >>> import funcnet as fn, torch
     >>> net = fn.Sequential(fn.Conv2d(4, 3), fn.ReLU(), fn.Conv2d(4, 3))
@@ -122,7 +122,7 @@ class Partition(Optimizer[PartitionState]):
     def _prepare_parts(
         self, params: Named, grads: Named, state: Any, write: bool
     ) -> PreparedStep[PartitionState]:
-        """The step of a dict of leaves by path, in the same order."""
+        """The step on a dict of leaves by path; the new dict has the same order."""
         names = [name for name, _ in self._active()]
         if not isinstance(state, PartitionState) or sorted(state.parts) != names:
             is_state = isinstance(state, PartitionState)
@@ -166,7 +166,7 @@ class Partition(Optimizer[PartitionState]):
         return parts
 
 
-# The keys of a part are paths of the whole tree: a Partition inside labels by them as they are.
+# The keys of a part are paths in the whole tree, so that a Partition inside labels by the same.
 
 
 def _init(optimizer: Optimizer[Any], part: Named) -> Any:

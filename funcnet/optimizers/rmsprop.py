@@ -28,7 +28,7 @@ class RMSpropState(NamedTuple):
 
 @dataclass(frozen=True)
 class RMSprop(Elementwise[RMSpropState]):
-    """RMSprop, step for step the numbers of `torch.optim.RMSprop`, bit for bit:
+    """RMSprop, bit for bit with the numbers of `torch.optim.RMSprop` in every step:
 
         g ← g + weight_decay · p
         s ← alpha · s + (1 − alpha) · g²
@@ -37,13 +37,13 @@ class RMSprop(Elementwise[RMSpropState]):
         v ← momentum · v + u
         p ← p − lr · v
 
-    Real and imaginary parts of complex numbers are treated apart. `lr` is a number or a function of
+    Real and imaginary parts are treated as separate numbers. `lr` is a number or a function of
     the number of steps taken, an int that starts at 0 (a 0-dimensional tensor where it is not
     known: under torch.func.vmap over states, and under torch.compile). The step is pure and
     differentiable; `step_` writes into the tensors of params and of the state instead, and returns
     them.
 
-    Raises ValueError or TypeError for numbers out of range (NaN is), and, before anything is
+    Raises ValueError or TypeError for numbers out of range (NaN is one), and, before anything is
     changed, for trees that do not match.
     https://docs.pytorch.org/docs/stable/generated/torch.optim.RMSprop.html
 

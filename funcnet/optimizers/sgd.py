@@ -25,7 +25,7 @@ class SGDState(NamedTuple):
 
 @dataclass(frozen=True)
 class SGD(Elementwise[SGDState]):
-    """Stochastic gradient descent, step for step the numbers of `torch.optim.SGD`:
+    """Stochastic gradient descent, with the numbers of `torch.optim.SGD` in every step:
 
         g ← −g if maximize;  g ← g + weight_decay · p
         v ← g at the first step, then momentum · v + (1 − dampening) · g
@@ -34,11 +34,11 @@ class SGD(Elementwise[SGDState]):
     `lr` is a number or a function of the number of steps taken, an int that starts at 0 (a
     0-dimensional tensor where it is not known: under torch.func.vmap over states, and under
     torch.compile). The step is pure and differentiable: with params that require a gradient, as
-    `nn.Parameter`s do, each new tree keeps the graph of all steps before it, unless they are taken
+    `nn.Parameter`s do, each new tree keeps the graph of all steps before it, unless those are taken
     under `torch.no_grad()`. `step_` writes into the tensors of params and of the velocities
     instead, and returns them.
 
-    Raises ValueError or TypeError for numbers out of range (NaN is), and, before anything is
+    Raises ValueError or TypeError for numbers out of range (NaN is one), and, before anything is
     changed, for trees that do not match.
     https://docs.pytorch.org/docs/stable/generated/torch.optim.SGD.html
 

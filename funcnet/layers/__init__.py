@@ -1,4 +1,4 @@
-"""The vocabulary of layers."""
+"""All layers that are not made of layers."""
 
 from funcnet.layers.activations import (
     ELU,

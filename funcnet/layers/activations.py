@@ -1,8 +1,8 @@
-"""Functions of each entry alone, y = σ(x), dx = σ'(x) ∘ dy, and softmax along one axis.
+"""Activations: functions of each entry, y = σ(x), dx = σ'(x) ∘ dy, and softmax along one axis.
 
 They take tensors of any rank, and y has x's shape. Each one is a value and a slope, and says which
-of x and y the slope is computed from. Slopes are those of PyTorch's own backward kernels, at kinks
-and where they saturate too. All raise TypeError for an x that is not floating-point.
+of x and y the slope is computed from. Slopes are those of PyTorch's own backward kernels, also at
+kinks and where they saturate. All raise TypeError for an x that is not floating-point.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Activation(Layer):
 
 @dataclass(frozen=True)
 class InPlace(Activation):
-    """An activation that keeps y, so that it can be written over x, and its gradient over dy."""
+    """An activation that keeps y, so that y can be written over x, and dx over dy."""
 
     _fresh = False
     _keeps_y = True
@@ -115,7 +115,7 @@ def _over(dy: Tensor, backward: Any, *others: Any) -> Tensor:
 def _laid_out(dy: Tensor, x: Tensor) -> Tensor:
     """dy, in x's memory layout where a graph is made.
 
-    Where the two differ, some kernels return dx in the layout of dy, but graphs take it for x's.
+    Where the two differ, some kernels return dx in dy's layout, but a graph expects x's.
     """
     if type(x) in TENSORS and not torch.compiler.is_compiling():
         return dy
@@ -195,7 +195,7 @@ class Tanh(InPlace):
 class LeakyReLU(InPlace):
     """y = x where x > 0, else a·x with a = `negative_slope`; dx = dy where x > 0, else a·dy.
 
-    y has x's sign if a ≥ 0, and is kept; otherwise x is.
+    y is kept for the gradient if a ≥ 0, since it has x's sign; otherwise x is.
 
     Shapes: any; y has x's shape.
     Raises ValueError or TypeError unless a is a finite number.
@@ -228,7 +228,8 @@ class LeakyReLU(InPlace):
 class Hardtanh(InPlace):
     """y = min(max(x, a), b) with a = `min_val` and b = `max_val`; dx = dy where a < x < b, else 0.
 
-    y is kept if 16 bits hold a and b exactly, otherwise x is: a rounded bound may lie inside.
+    y is kept for the gradient if 16 bits hold a and b exactly. Otherwise x is, because a rounded
+    bound may lie between a and b.
 
     Shapes: any; y has x's shape.
     Raises ValueError or TypeError unless both are finite numbers and a < b.
@@ -360,7 +361,7 @@ class LogSoftmax(AlongAxis):
 
 @dataclass(frozen=True)
 class GELU(Activation):
-    """y = x·Φ(x), dx = (Φ(x) + x·φ(x)) dy, with the standard normal distribution's Φ and density φ.
+    """y = x·Φ(x), dx = (Φ(x) + x·φ(x)) dy, with Φ and φ = Φ' of the standard normal distribution.
 
     `approximate="tanh"` takes Φ(x) ≈ (1 + tanh(√(2/π)·(x + 0.044715 x³))) / 2 and its derivative.
 
@@ -432,7 +433,7 @@ class Softplus(Activation):
     Where βx > `threshold`, y = x and dx = dy.
 
     Shapes: any; y has x's shape.
-    Raises ValueError or TypeError unless both are finite numbers and β is not 0.
+    Raises ValueError or TypeError unless β and `threshold` are finite numbers and β is not 0.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.Softplus.html
 
     >>> Softplus().apply((), torch.tensor([-1.0, 0.0, 30.0]))
@@ -468,7 +469,7 @@ class ELU(Activation):
         return F.elu(x, self.alpha)
 
     def _slope(self, x: Tensor, dy: Tensor) -> Tensor:
-        # From y it would be (y + α) dy, which loses the digits of eˣ far left.
+        # From y it would be (y + α) dy, which loses the digits of eˣ for large −x.
         return _elu_backward(_laid_out(dy, x), self.alpha, 1.0, 1.0, False, x)
 
 
@@ -531,7 +532,7 @@ class Hardsigmoid(Activation):
         return torch.where(x.abs() < 3, y, F.hardsigmoid(x.detach()))
 
     def _slope(self, x: Tensor, dy: Tensor) -> Tensor:
-        # From y the kinks could not be told: near them, y is rounded to 0 or 1.
+        # From x, not y: near the kinks, y is rounded to 0 or 1.
         # In float64, the kernel multiplies by 1/6 in float32.
         if is_untracked(x, dy) and x.dtype != torch.float64:
             return _hardsigmoid_backward(_laid_out(dy, x), x)
@@ -573,7 +574,7 @@ class Softsign(Activation):
 
     def _slope(self, x: Tensor, dy: Tensor) -> Tensor:
         size = 1 + x.abs()
-        return dy / size / size  # whose square may overflow
+        return dy / size / size  # size² may overflow
 
 
 # --- With parameters
@@ -585,7 +586,7 @@ class PReLU(Layer):
 
     There is one w for each channel, the axis after the batch, or a single one.
 
-    Shapes: any with `num_parameters` channels, any at all if that is 1; y has x's shape.
+    Shapes: any with `num_parameters` channels, or any if num_parameters is 1; y has x's shape.
     Parameters: {"weight": (num_parameters,)}, 0.25 unless `weight_init` draws them.
     Raises ValueError for another number of channels.
     He et al., "Delving deep into rectifiers", 2015.
@@ -618,7 +619,7 @@ class PReLU(Layer):
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor]:
         weight = _along_channels(params["weight"], x)
-        # Mapped over weights alone, the kernel warns of a tensor that it resizes.
+        # Under torch.func.vmap over weights alone, the kernel warns of a tensor that it resizes.
         return (prelu if is_eager() else plain_prelu)(x, weight), x
 
     def _bwd(self, params: Any, x: Tensor, dy: Tensor, need: Need) -> Any:
@@ -635,7 +636,7 @@ class PReLU(Layer):
 
 def _prelu_gradients(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """(dx, the terms of dweight), both in one pass."""
-    # Mapped over weights and x apart, the kernel confuses their axes.
+    # Under torch.func.vmap over weights and over x, the kernel confuses their axes.
     return (prelu_backward if is_eager() else plain_prelu_backward)(dy, x, weight)
 
 

@@ -1,6 +1,6 @@
 """Attention: every step of a sequence looks at every other one.
 
-For each of h heads, with q, k and v (T, d) its d = E/h columns of the three projections of x,
+For each of h heads, whose q, k and v (T, d) are d = E/h columns of the three projections of x,
 
     q, k, v = x·W_inᵀ + b_in,      o = softmax(q·kᵀ/√d)·v,      y = o·W_outᵀ + b_out,
 
@@ -105,7 +105,7 @@ class MultiheadAttention(Layer):
         product: Callable[[Tensor, Tensor], ExampleGradients],
         summed: Ints,
     ) -> Any:
-        """(dparams, dx), where weights get a product of rows, and biases sums over some axes."""
+        """(dparams, dx): of weights by `product`, of biases by sums over the axes `summed`."""
         x, qkv, o, kept = residuals
         do = grad @ params["out_proj"]["weight"]
         dqkv = attention.gradients(qkv, o, kept, do, self.num_heads, self.causal, self._scale)

@@ -132,8 +132,8 @@ class Conv2d(Convolution):
     Shapes: x (N, C, H, W); y (N, O, H′, W′) with H′ = ⌊(H + 2p − d(k−1) − 1)/s⌋ + 1.
     Parameters: {"weight": (O, C/groups, kh, kw), "bias": (O,)}, drawn from U(−√q, √q) with
     q = 1/(C/groups · kh · kw) where no initialiser is given; without "bias" if bias=False. On the
-    CPU, `init` lays the weight out in channels_last, as its kernels want it; `.contiguous()` is for
-    tools that want it contiguous.
+    CPU, `init` lays the weight out in channels_last, which is faster; `.contiguous()` gives what
+    tools need that do not know this format.
 
     Raises ValueError or TypeError for hyperparameters, shapes, dtypes and devices that do not fit.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv2d.html

@@ -1,7 +1,7 @@
 """Dropout, of entries and of whole channels.
 
 Given a key, the mask m (1 with probability 1 − p, else 0) decides which entries stay. They are
-scaled so that y has x's mean:
+scaled so that the expectation of y is x:
 
     y = m ∘ x / (1 − p),  dx = m ∘ dy / (1 − p).
 
@@ -30,8 +30,8 @@ class Dropout(Layer):
     head of `funcnet.layers.dropout`.
 
     Drawing the mask m takes a dozen integer operations for two entries, on x's device. m is kept
-    for the gradient, a bool for each entry. Under torch.func.vmap every slice sees the same key, so
-    the same mask.
+    for the gradient, a bool for each entry. Under torch.func.vmap every slice sees the same key,
+    and so the same mask.
 
     Shapes: any; y has x's shape. With p = 1, y is 0.
     Raises ValueError or TypeError unless p is a number in [0, 1].

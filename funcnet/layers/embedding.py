@@ -31,8 +31,8 @@ class Embedding(Layer):
     A negative `padding_idx` counts from the last row, as in PyTorch.
 
     Shapes: x (N, …) of int32 or int64; y (N, …, E) with E = `embedding_dim`. x has no gradient.
-    Parameters: {"weight": (num_embeddings, E)} drawn from N(0, 1) or by `weight_init`, with the row
-    for padding 0.
+    Parameters: {"weight": (num_embeddings, E)} drawn from N(0, 1) or by `weight_init`; the row
+    `padding_idx` is 0.
 
     Raises TypeError for an x of another dtype, and ValueError for a `padding_idx` without a row and
     for x outside [0, num_embeddings). The numbers in x are checked on the CPU alone, outside of
@@ -130,7 +130,7 @@ class _WithZeroRow(Initializer):
 class PositionalEmbedding(Layer):
     """y = x + weight[:T], a vector for each position in a sequence of length T;
 
-        dx = dy,  dweight[t] = Σ dy[n, t] over n, and 0 from T on.
+        dx = dy,  dweight[t] = Σ dy[n, t] over n, and 0 for t ≥ T.
 
     Shapes: x (N, T, E) with T ≤ `max_length`; y has x's shape.
     Parameters: {"weight": (max_length, E)} drawn from N(0, 0.02²) or by `weight_init`.

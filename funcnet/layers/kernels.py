@@ -1,4 +1,4 @@
-"""The base of layers that slide a kernel over x: their parameters, their checks, their parts."""
+"""The base of layers that slide a kernel over x: their parameters, their checks, their tiles."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _Kernels = TypeVar("_Kernels", bound="Kernels")
 
 @dataclass(frozen=True)
 class Kernels(Layer):
-    """A layer that learns a kernel for each channel of y: the other arguments are keyword-only.
+    """A layer that learns a kernel for each channel of y. Its other fields are keyword-only.
 
-    Methods take self as `Any` for the fields that only layers of this kind declare.
+    `self` is `Any` in methods that use fields of the subclasses.
     """
 
     out_channels: Size
@@ -68,7 +68,7 @@ class Kernels(Layer):
     def _kernel_gradients(
         self: Any, dweight: Tensor | None, grad: Tensor
     ) -> dict[str, Tensor] | None:
-        """The gradients of weight and bias, given the first; None if they are not needed."""
+        """The gradients of weight and bias, given dweight; None if they are not needed."""
         if dweight is None:
             return None
         if not self.bias:
@@ -78,7 +78,7 @@ class Kernels(Layer):
     def _kernel_gradients_each(
         self: Any, dweight: Products, params: Any, x: Tensor, grad: Tensor, need: Need
     ) -> tuple[dict[str, ExampleGradients], Tensor | None]:
-        """The gradients of weight and bias for each example, given the first; and dx."""
+        """(gradients of weight and bias for each example, dx), given dweight for each example."""
         each: dict[str, ExampleGradients] = {"weight": dweight}
         if self.bias:
             each["bias"] = over_positions(grad)
@@ -118,7 +118,7 @@ def check_entries(layer: Layer, shape: Shape) -> None:
 def count_windows(layer: Any, size: Any, after: str = "") -> Ints:
     """The number of windows that fit on each axis. Raises ValueError where not even one does.
 
-    `after` tells what x has gone through before.
+    `after` follows the layer's name in the message, and says what x has gone through before.
     """
     check_size(layer, size)
     window: Window = layer._window
@@ -138,14 +138,14 @@ _EXAMPLES = {1: "signals", 2: "images", 3: "volumes"}
 def _has_channels_of_x(
     cls: type[Kernels], arguments: tuple[Any, ...], named: dict[str, Any]
 ) -> bool:
-    """Whether in_channels comes by name, or by position before what comes by name, too."""
+    """Whether x's channels are given: as in_channels, or by position before out_channels=8, say."""
     first = ("out_channels", "kernel_size")[: len(arguments)]
     is_named = any(name in named for name in ("in_channels", *first))
     return is_named and not takes(cls, arguments, named)
 
 
 def _advice_by_name(cls: type[Kernels], arguments: tuple[Any, ...], named: dict[str, Any]) -> str:
-    """The message that refuses x's channels and arguments by name, and suggests what was meant."""
+    """The message that refuses x's channels where others come by name, and suggests a remedy."""
     names = ["out_channels", "kernel_size"]
     given = [*map(repr, arguments), *(f"{n}={v!r}" for n, v in named.items())]
     theirs = names if "in_channels" in named else ["in_channels", *names]
@@ -168,7 +168,7 @@ def _question(cls: type[Kernels], meant: list[str]) -> str:
 
 
 def _advice(cls: type[Kernels], arguments: tuple[Any, ...]) -> str:
-    """The message that refuses so many arguments by position, and suggests what was meant."""
+    """The message that refuses too many arguments by position, and suggests what was meant."""
     names = [field.name for field in fields(cls)]
     meant = [repr(value) for value in arguments[1:3]]
     # Behind x's channels, torch.nn has the same order.

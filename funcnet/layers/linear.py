@@ -1,4 +1,4 @@
-"""The linear layer, of the last axis."""
+"""The linear layer, along the last axis."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from funcnet.param import Param
 
 @dataclass(frozen=True)
 class Linear(Layer):
-    """y = x·Wᵀ + b along the last axis. All axes before it count rows, as if they were one:
+    """y = x·Wᵀ + b along the last axis. All axes before it count as one axis of rows:
 
         dW = dyᵀ·x,  db = Σ dy over the rows,  dx = dy·W.
 

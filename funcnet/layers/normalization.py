@@ -1,4 +1,4 @@
-"""Normalisation: entries are shifted and scaled to mean 0 and variance 1, over one set or another.
+"""Normalisation: the entries of a set are shifted and scaled to mean 0 and variance 1.
 
 For the entries x of a set, with mean μ and population variance σ²,
 
@@ -17,8 +17,8 @@ so that, with dy for ∂L/∂y and means over the same set,
     InstanceNorm  one channel of an example, all positions            a number a channel
     BatchNorm     one channel of all examples, all positions          a number a channel
 
-`ops/normalization.py` and `ops/group_norm.py` call PyTorch's kernels for these formulas. What is
-kept for the gradient is x, and μ and r of each set. In half precision both are in float32.
+`ops/normalization.py` and `ops/group_norm.py` call PyTorch's kernels for these formulas. The
+residuals are x, and μ and r of each set. For half precision, μ and r are in float32.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from funcnet.running import dx_alone
 
 @dataclass(frozen=True)
 class _EpsilonKind(Number):
-    """A finite number ≥ 0. An int above 1 is refused: it is torch.nn's channel count."""
+    """A finite number ≥ 0. An int above 1 is refused: it is probably torch.nn's channel count."""
 
     least: float = 0.0
 
@@ -147,8 +147,8 @@ class RMSNorm(OverLastAxes):
 
         dweight = Σ dy ∘ x·r,    dx = r·(dx̂ − x·r² · mean(dx̂ ∘ x)),  dx̂ = weight ∘ dy.
 
-    `eps` is ε. None stands for the distance from 1 to the next number of x's dtype, in half
-    precision of float32.
+    `eps` is ε. None stands for the distance from 1 to the next larger number of x's dtype, or of
+    float32 for half precision.
 
     Shapes: x (N, …, D₁, …, Dₖ) with k = num_dims ≥ 1; y has x's shape.
     Parameters: {"weight": (D₁, …, Dₖ)}, ones; () if elementwise_affine=False.
@@ -293,8 +293,9 @@ class BatchNorm(Layer):
 
     σ² is the population variance. There are no running averages: `moments` measures means and
     variances on examples of your choice, and `for_inference` makes a network of them that evaluates
-    each example alone. So this layer is for training: `apply` needs a key, any key: it draws
-    nothing. The gradients stand at the head of `funcnet.layers.normalization`. `eps` is ε.
+    each example alone. So this layer is for training, and `apply` needs a key. It may be any key,
+    since nothing is drawn. The gradients stand at the head of `funcnet.layers.normalization`. `eps`
+    is ε.
 
     Shapes: x (N, C, …), with any number of axes behind the channels, or none; y has x's shape.
     Parameters: {"weight": (C,), "bias": (C,)}, ones and zeros; () if affine=False.
@@ -330,7 +331,7 @@ class BatchNorm(Layer):
                 " got None. To evaluate, measure the batch statistics with fn.moments, make a "
                 "network without them by fn.for_inference, and apply that"
             )
-        if x.shape[0] * math.prod(x.shape[2:]) == 1:  # the memory of accepted shapes has no batch
+        if x.shape[0] * math.prod(x.shape[2:]) == 1:  # _out_shape does not see the batch
             raise ValueError(
                 f"{name_of(self)}: expected at least 2 values per channel in a batch, "
                 f"got x of shape {tuple(x.shape)}"

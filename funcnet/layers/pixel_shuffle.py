@@ -1,4 +1,4 @@
-"""Pixels from channels and back: blocks of r×r pixels are r² channels of one pixel.
+"""Pixels from channels and back: a block of r×r pixels becomes r² channels of one pixel.
 
 With c < C and a, b < r,
 
@@ -29,7 +29,7 @@ class PixelShuffle(Layer):
     The formula stands at the head of `funcnet.layers.pixel_shuffle`; r is `upscale_factor`.
 
     Shapes: x (N, C·r², H, W); y (N, C, H·r, W·r). No parameters.
-    Raises ValueError or TypeError for x that is not of such a shape.
+    Raises ValueError or TypeError for x of another shape.
     Shi et al., "Real-time single image and video super-resolution using an efficient sub-pixel
     convolutional neural network", 2016.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.PixelShuffle.html
@@ -67,7 +67,7 @@ class PixelUnshuffle(Layer):
     The formula stands at the head of `funcnet.layers.pixel_shuffle`; r is `downscale_factor`.
 
     Shapes: x (N, C, H·r, W·r); y (N, C·r², H, W). No parameters.
-    Raises ValueError or TypeError for x that is not of such a shape.
+    Raises ValueError or TypeError for x of another shape.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.PixelUnshuffle.html
 
     >>> PixelUnshuffle(2).apply((), torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])).flatten()
@@ -98,7 +98,7 @@ class PixelUnshuffle(Layer):
 def _shuffle(x: Tensor, r: int) -> Tensor:
     """(N, C, H·r, W·r) of x (N, C·r², H, W), in x's memory format."""
     if r > 1 and native.memory_format(x) != torch.contiguous_format:
-        return torch.pixel_shuffle(x, r)  # of x in rows of channels, PyTorch's is faster
+        return torch.pixel_shuffle(x, r)  # in channels_last, PyTorch's is faster
     blocks = torch.unflatten(x, 1, (-1, r, r)).permute(0, 1, 4, 2, 5, 3)  # (N, C, H, r, W, r)
     return _copy(blocks).flatten(4, 5).flatten(2, 3)
 

@@ -1,13 +1,13 @@
 """Pooling: the largest entry, or the mean, of each window of each channel.
 
-A window of k taps along an axis, which are d apart, starts s·i − p for i = 0, 1, …:
+A window of k taps along an axis, which are d apart, starts at s·i − p for i = 0, 1, …:
 
     max      y[n, c, i, j] = max over t, r of x[n, c, s·i + d·t − p, s·j + d·r − p]
     average  y[n, c, i, j] = Σ over t, r of x[n, c, s·i + t − p, s·j + r − p] / count,
 
-where taps beside x count as −∞ and as 0. The largest entry gets all of its window's gradient, the
-first of equal ones in the order of rows; NaN counts as the largest. Of a mean, every entry of the
-window gets an even share.
+where taps outside x count as −∞ for the maximum and as 0 for the average. The largest entry gets
+all of its window's gradient, the first in row-major order if several are equal; NaN counts as the
+largest. In average pooling, all entries of a window share its gradient equally.
 
 There are ⌊(H + 2p − d(k−1) − 1)/s⌋ + 1 windows on an axis of length H; with ceil_mode, ⌈…⌉ + 1 of
 them, but the last one only if it starts in x or in the padding before x.
@@ -103,8 +103,8 @@ class MaxPool1d(MaxPool):
 class MaxPool2d(MaxPool):
     """The largest entry of each window of an image, by the formulas in `funcnet.layers.pooling`.
 
-    `kernel_size`, `stride`, `padding` and `dilation` are ints or pairs (height, width). `stride` is
-    the kernel's size where it is None. `padding` is at most half the kernel's size.
+    `kernel_size`, `stride`, `padding` and `dilation` are ints or pairs (height, width). A
+    stride of None is the kernel's size. `padding` is at most half the kernel's size.
 
     Shapes: x (N, C, H, W); y (N, C, H′, W′), H′ by the rule in `funcnet.layers.pooling`.
     No parameters.
@@ -189,10 +189,10 @@ class AvgPool1d(AvgPool):
 class AvgPool2d(AvgPool):
     """The mean of each window of an image, by the formulas in `funcnet.layers.pooling`.
 
-    `kernel_size`, `stride` and `padding` are ints or pairs (height, width). `stride` is the
-    kernel's size where it is None. `padding` is at most half the kernel's size. A mean divides by
-    the number of the window's taps in x and its padding, or in x alone if `count_include_pad` is
-    False. With `ceil_mode` a window may reach beyond the padding: taps there never count.
+    `kernel_size`, `stride` and `padding` are ints or pairs (height, width). A stride of None is the
+    kernel's size. `padding` is at most half the kernel's size. A mean divides by the number of the
+    window's taps in x and its padding, or in x alone if `count_include_pad` is False. With
+    `ceil_mode` a window may reach beyond the padding: taps there never count.
 
     Shapes: x (N, C, H, W); y (N, C, H′, W′), H′ by the rule in `funcnet.layers.pooling`.
     No parameters.
@@ -211,8 +211,8 @@ class AvgPool2d(AvgPool):
 class AvgPool3d(AvgPool):
     """The mean of each window of a volume: `AvgPool2d` with three axes.
 
-    On the CPU, half precision is computed in float32. x without its padding is at least as large as
-    the kernel, as PyTorch asks.
+    On the CPU, half precision is computed in float32. x without its padding must be at least as
+    large as the kernel, as in PyTorch.
 
     Shapes: x (N, C, D, H, W); y (N, C, D′, H′, W′), D′ by the rule in `funcnet.layers.pooling`.
     No parameters.
@@ -266,7 +266,7 @@ class AdaptiveAvgPool(Adaptive):
 class AdaptiveAvgPool1d(AdaptiveAvgPool):
     """The means of `output_size` windows of a signal, by the rule in `funcnet.layers.pooling`.
 
-    Shapes: x (N, C, L); y (N, C, output_size), or x's for None. No parameters.
+    Shapes: x (N, C, L); y (N, C, output_size), or (N, C, L) for None. No parameters.
     Raises ValueError or TypeError for an output size and shapes that do not fit.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.AdaptiveAvgPool1d.html
 
@@ -282,7 +282,7 @@ class AdaptiveAvgPool1d(AdaptiveAvgPool):
 class AdaptiveAvgPool2d(AdaptiveAvgPool):
     """The means of H′×W′ windows of an image, by the rule in `funcnet.layers.pooling`.
 
-    `output_size` is an int or None, or a pair of such (height, width); None keeps the axis.
+    `output_size` is an int or None, or a pair of these (height, width); None keeps the axis.
 
     Shapes: x (N, C, H, W); y (N, C, H′, W′). No parameters.
     Raises ValueError or TypeError for an output size and shapes that do not fit.
@@ -330,7 +330,7 @@ class AdaptiveMaxPool(Adaptive):
 class AdaptiveMaxPool1d(AdaptiveMaxPool):
     """The largest entries of a signal's windows, by the rule in `funcnet.layers.pooling`.
 
-    Shapes: x (N, C, L); y (N, C, output_size), or x's for None. No parameters.
+    Shapes: x (N, C, L); y (N, C, output_size), or (N, C, L) for None. No parameters.
     Raises ValueError or TypeError for an output size and shapes that do not fit.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.AdaptiveMaxPool1d.html
 
@@ -346,7 +346,7 @@ class AdaptiveMaxPool1d(AdaptiveMaxPool):
 class AdaptiveMaxPool2d(AdaptiveMaxPool):
     """The largest entries of H′×W′ windows of an image, by the rule in `funcnet.layers.pooling`.
 
-    `output_size` is an int or None, or a pair of such (height, width); None keeps the axis.
+    `output_size` is an int or None, or a pair of these (height, width); None keeps the axis.
 
     Shapes: x (N, C, H, W); y (N, C, H′, W′). No parameters.
     Raises ValueError or TypeError for an output size and shapes that do not fit.

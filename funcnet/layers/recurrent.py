@@ -9,9 +9,9 @@ u = W_hh·h₋ + b_hh, where the gates of a and u lie one after another,
     GRU     r = σ(a_r + u_r),    z = σ(a_z + u_z),    n = tanh(a_n + r∘u_n),
             h = (1 − z)∘n + z∘h₋
 
-and y_t = h. Of several layers, each takes y of the one below for its x. A bidirectional layer has
-a second set of parameters, `…_reverse`, for a state that goes from the last step to the first;
-its h stands behind the other's in y. `ops/recurrent.py` derives the gradients.
+and y_t = h. With several layers, each takes the y of the layer below as its x. A bidirectional
+layer has a second set of parameters, `…_reverse`, for a state that goes from the last step to the
+first; its h follows the other h along the last axis of y. `ops/recurrent.py` derives the gradients.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Recurrent(Layer):
     @property
     def _names(self) -> list[list[list[str]]]:
         """The names of the parameters by layer and direction."""
-        layer: Any = self  # whose flags follow, in PyTorch's order of arguments
+        layer: Any = self  # subclasses declare the flags, in PyTorch's order
         kinds = ["weight_ih", "weight_hh"] + ["bias_ih", "bias_hh"] * layer.bias
         ends = ["", "_reverse"][: 1 + layer.bidirectional]
         return [
@@ -111,7 +111,7 @@ class RNN(Recurrent):
     Shapes: x (N, T, C) with T ≥ 1; y (N, T, H), or (N, T, 2H) if bidirectional, H = hidden_size.
     Parameters, for each layer k: {"weight_ih_lk": (H, C), "weight_hh_lk": (H, H), "bias_ih_lk":
     (H,), "bias_hh_lk": (H,)}, and the same with "_reverse"; above the first layer, C is the size
-    of y. All are drawn from U(−1/√H, 1/√H). With bias=False there are no biases.
+    of y's last axis. All are drawn from U(−1/√H, 1/√H). With bias=False there are no biases.
 
     Raises ValueError or TypeError for hyperparameters, shapes, dtypes and devices that do not fit.
     Elman, "Finding structure in time", 1990;
@@ -141,8 +141,8 @@ class LSTM(Recurrent):
     Shapes: x (N, T, C) with T ≥ 1; y (N, T, H), or (N, T, 2H) if bidirectional, H = hidden_size.
     Parameters, for each layer k: {"weight_ih_lk": (4H, C), "weight_hh_lk": (4H, H), "bias_ih_lk":
     (4H,), "bias_hh_lk": (4H,)} with rows for i, f, g and o, and the same with "_reverse"; above the
-    first layer, C is the size of y. All are drawn from U(−1/√H, 1/√H). With bias=False there are no
-    biases.
+    first layer, C is the size of y's last axis. All are drawn from U(−1/√H, 1/√H). With bias=False
+    there are no biases.
 
     Raises ValueError or TypeError for hyperparameters, shapes, dtypes and devices that do not fit.
     Hochreiter and Schmidhuber, "Long short-term memory", 1997; Gers et al., "Learning to forget",
@@ -170,12 +170,12 @@ class GRU(Recurrent):
     Shapes: x (N, T, C) with T ≥ 1; y (N, T, H), or (N, T, 2H) if bidirectional, H = hidden_size.
     Parameters, for each layer k: {"weight_ih_lk": (3H, C), "weight_hh_lk": (3H, H), "bias_ih_lk":
     (3H,), "bias_hh_lk": (3H,)} with rows for r, z and n, and the same with "_reverse"; above the
-    first layer, C is the size of y. All are drawn from U(−1/√H, 1/√H). With bias=False there are no
-    biases.
+    first layer, C is the size of y's last axis. All are drawn from U(−1/√H, 1/√H). With bias=False
+    there are no biases.
 
     Raises ValueError or TypeError for hyperparameters, shapes, dtypes and devices that do not fit.
     Cho et al., "Learning phrase representations using RNN encoder-decoder", 2014, with the reset
-    gate behind the product as in https://docs.pytorch.org/docs/stable/generated/torch.nn.GRU.html
+    gate after the product as in https://docs.pytorch.org/docs/stable/generated/torch.nn.GRU.html
 
     >>> import funcnet as fn
     >>> import torch

@@ -1,7 +1,7 @@
 """Layers that move entries and change none: y holds x's entries, in memory of its own.
 
-A dimension counts the batch, as in torch: 1 is the first axis of an example. What would move or mix
-the batch, 0, is refused.
+A dimension counts the batch, as in torch: 1 is the first axis of an example. 0 is refused, because
+it would move or mix the batch.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _select_backward = torch.ops.aten.select_backward
 
 @dataclass(frozen=True)
 class Rearranged(Layer):
-    """y is a view of a copy of x, and dx of a copy of dy.
+    """y is a view of a copy of x, and dx a view of a copy of dy.
 
-    In a network, where x or dy belongs to this layer alone, a view of itself will do; so it will in
-    front of a combinator that copies it.
+    A combinator calls `_fwd_` and `_bwd_`, which make no copy, where x or dy belongs to this layer
+    alone, or where it copies the result itself.
     """
 
     _fresh = True
@@ -59,9 +59,9 @@ class Rearranged(Layer):
 
 @dataclass(frozen=True)
 class Reshaped(Rearranged):
-    """y has x's entries in row-major order. A view of x has them so only if x is in that order.
+    """y has x's entries in row-major order, so y can be a view of x only if x is in that order.
 
-    dx gets x's memory format: where x is in channels_last, the layers before it are, too.
+    dx gets x's memory format: where x is in channels_last, so are the layers before this one.
     """
 
     def _view_back(self, shape: Shape, dy: Tensor) -> Tensor:
@@ -162,10 +162,10 @@ class Reshape(Reshaped):
             raise ValueError(f"Reshape: expected at most one size of -1, got {self.shape}")
 
     def _out_shape(self, shape: Shape) -> Shape:
-        # A list: torch.compile follows no generator into math.prod.
+        # A list: torch.compile cannot follow a generator into math.prod.
         given = [n for n in self.shape if n != -1]
         size, known = math.prod(shape), math.prod(given)
-        if len(given) == len(self.shape):  # `in` misses a -1 that torch.compile holds open
+        if len(given) == len(self.shape):  # not `in`, which misses a symbolic -1 of torch.compile
             expected, fits = f"{known}", size == known
         else:
             expected, fits = f"a multiple of {known}", known > 0 and size % known == 0
@@ -232,7 +232,8 @@ class Select(Layer):
     `Select(1, -1)` takes the last step of a sequence (N, T, C).
 
     Shapes: any with that axis; y has one axis less.
-    Raises ValueError for an axis that x does not have, the batch, or an index outside of it.
+    Raises ValueError for an axis that x does not have or that is the batch, and for an index that
+    the axis does not have.
     https://docs.pytorch.org/docs/stable/generated/torch.select.html
 
     >>> Select(1, -1).apply((), torch.tensor([[1.0, 2.0, 3.0]]))

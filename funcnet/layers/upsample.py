@@ -74,7 +74,8 @@ class UpsampleConv2d(Kernels):
     whatever the scale, added up in float32 for half precision. Where there are few channels, it is
     one step after the other. On other devices, where the number of calls counts most, it is a
     single transposed convolution. Each entry of y is as exact as the sum of its own products: off
-    by at most a multiple of ε · Σ |weight|·|x|, and likewise the gradients.
+    by at most a multiple of ε · Σ |weight|·|x|, with ε for the dtype's rounding error. So are the
+    gradients.
 
     "karatsuba" is "auto" with up to 30 % fewer products on the CPU, where there are many pixels. It
     takes scale 2, 3×3 taps and padding 1 alone. Its errors are a multiple of ε times the largest

@@ -1,4 +1,4 @@
-"""The dtype in which sums are taken: 16 bits would lose what is added, and float32 some of it."""
+"""The dtype of sums: in 16 bits, small terms would be lost, and in float32 some still are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def widened(x: Tensor) -> Tensor:
 
 
 def with_float64(x: Tensor) -> Tensor:
-    """x itself, or on the CPU where its device, the GPU of a Mac, has no float64."""
+    """x, or a copy on the CPU if x's device has no float64, as the GPU of a Mac."""
     # Moved before it is cast: PyTorch may cast on the device that it copies from.
     return x.cpu() if x.device.type == "mps" else x
 

@@ -11,9 +11,9 @@ With do for ∂L/∂o,
     ds = p ∘ (dp − Σ dp ∘ p along each row),    dq = ds·k/√d,    dk = dsᵀ·q/√d.
 
 On the CPU, PyTorch's kernel computes this block by block, and keeps log Σ exp s of each row: memory
-is linear in T. For all that it does not take, dropout and other devices, there are the products
-above, which compute p again for the gradients: what is kept between the passes is linear in T too,
-but for the mask.
+is linear in T. It takes neither dropout nor other devices. There the products above are computed,
+with p once more for the gradients: between the passes, memory is linear in T here too, except for
+the mask.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def attend(
     if keep is None and _is_for_kernel(qkv):
         o, logsumexp = flash_attention(q, k, v, is_causal=causal)
         return _merged(o), {"logsumexp": logsumexp}
-    q, k, v = map(widened, (q, k, v))  # a logit is as exact as the kernel's
+    q, k, v = map(widened, (q, k, v))  # for logits as exact as the kernel's
     weights = _softmax(q, k, causal)
     kept = {} if keep is None else {"keep": keep}
     o = _dropped(weights, kept, scale) @ v
@@ -70,7 +70,7 @@ def gradients(
 
 
 def _is_for_kernel(qkv: Tensor, grad: Tensor | None = None) -> bool:
-    # It divides by T, and has no rule for vmap nor a second derivative.
+    # The kernel divides by T, and has no rule for vmap and no second derivative.
     is_there = flash_attention is not None
     return is_there and qkv.is_cpu and qkv.shape[1] > 0 and is_untracked(qkv, grad)
 

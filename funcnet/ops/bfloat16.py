@@ -1,16 +1,16 @@
-"""Convolutions of images in bfloat16, by what is right in it on every processor.
+"""Convolutions of images in bfloat16, by kernels that are right in it on every processor.
 
-Of PyTorch's own kernels in bfloat16, those with a dilation return wrong numbers for some images,
-with a stride those for AMX do, and gradients do for images of few columns (`native.py`).
-Convolutions without any of these are right, so are their gradients for larger images, and so are
-products of matrices. With the kh·kw·C numbers that a window sees as a row of X, the kernel as K
+PyTorch's convolutions in bfloat16 return wrong numbers for some images with a dilation, on
+processors with AMX with a stride, and for gradients of images of few columns (`native.py`).
+Convolutions without dilation or stride are right, so are their gradients for larger images, and so
+are products of matrices. With the kh·kw·C numbers that a window sees as a row of X, the kernel as K
 (O, kh·kw·C), and y's and grad's O numbers there as rows of Y and dY,
 
     Y = X·Kᵀ + bias,    dK = dYᵀ·X.
 
-dx is made of such convolutions. In one dimension, with stride s and padding p, the taps that see
-pixel a = s·i + ρ are t = s·j + τ, for τ = (ρ + p) mod s and the J numbers j from which t < k. With
-q = ⌊(ρ + p)/s⌋,
+dx is made of convolutions without a stride. In one dimension, with stride s and padding p, the taps
+that see pixel a = s·i + ρ are t = s·j + τ, for τ = (ρ + p) mod s and the J numbers j from which
+t < k. With q = ⌊(ρ + p)/s⌋,
 
     dx[s·i + ρ] = Σ_j w[s·j + τ] · grad[i + q − j]:
 
@@ -55,7 +55,8 @@ least `_LARGE` rows and columns; there they take 0.4 to 0.8 times as long as our
 
 
 def serves(x: Tensor, window: Window) -> bool:
-    """Whether x is images in bfloat16, and the processor multiplies in it."""
+    """Whether to call these functions: for images in bfloat16, without dilation, in one group, on a
+    processor that multiplies in bfloat16."""
     return (
         x.ndim == 4
         and pixelwise.multiplies_bfloat16(x)

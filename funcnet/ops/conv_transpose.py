@@ -2,7 +2,7 @@
 
 With w ∗ for a convolution and w ∗ᵀ for its adjoint, y = w ∗ᵀ x has the gradients
 
-    dx = w ∗ dy,    dw = the gradient of w ∗ dy with respect to w, x being that of w ∗ dy.
+    dx = w ∗ dy,    dw = the gradient of ⟨w ∗ dy, x⟩ with respect to w.
 
 Both are left to `ops/convolution.py`, whose kernels for them are up to twice as fast as PyTorch's
 backward pass of transposed convolutions, and right in half precision.
@@ -24,7 +24,8 @@ def convolve(
 ) -> tuple[Tensor, Tensor]:
     """(y (N, O, …), x) of x (N, C, …) and weight (C, O/groups, …).
 
-    x comes in the memory format that the gradients want; `extra` entries are added after each axis.
+    x is returned in the memory format that the gradients want. `extra` entries are added at the end
+    of each axis of y.
     """
     if window.of_height_1 is not None:
         image, kernel = x.unsqueeze(2), weight.unsqueeze(2)
@@ -59,7 +60,7 @@ def gradients(
     else:
         grad = convolution.layout(grad)
     if need.params:
-        # More entries than a stride, which a dilation may allow, make more windows than x has.
+        # An output_padding of a stride or more makes room for more windows than x has entries.
         more = [n - m for n, m in zip(window.count(grad.shape[2:]), x.shape[2:], strict=True)]
         if any(more):
             x = F.pad(x, [side for n in reversed(more) for side in (0, n)])

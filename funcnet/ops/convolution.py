@@ -3,7 +3,7 @@
 unfold        the derivation by matrix products, for images and method "unfold"
 patches       products of matrices over patches of images, where windows lie side by side
 few_channels  products with each tap, then their sums, from many channels of images to few
-bfloat16      images in bfloat16, by products of matrices where those kernels are wrong in it
+bfloat16      images in bfloat16, by products of matrices where PyTorch's kernels are wrong
 native        PyTorch's convolution kernels, for all else
 
 A signal (N, C, L) is convolved as an image (N, C, 1, L), whose kernels are faster.
@@ -68,7 +68,7 @@ def layout(x: Tensor) -> Tensor:
 def _implementations(
     x: Tensor, weight: Tensor, window: Window, method: str, backward: bool
 ) -> tuple[Any, Any]:
-    """The modules that are fastest for y or dweight and for dx, or those that the method names."""
+    """(the module for y or dweight, the module for dx): the fastest, or those of the method."""
     if method == "unfold":
         return unfold, unfold
     if window.cuts_patches and x.ndim == 4 and patches.are_faster(x, weight, window, backward):

@@ -9,10 +9,11 @@ generators", 2014), with the second half of the key mixed in after the first rou
     z = (z ⊕ z/2²⁹)·m₂
     z = (z ⊕ z/2³²)·m₁
 
-Each of the two halves of z decides one entry. These are a dozen integer operations on tensors, the
-same on every device, so they need no copy from the host; torch.compile fuses them into one pass.
-The shift is torch's, which copies the sign: it merges each z with its complement. Two counters meet
-so with a probability of about 2⁻⁶⁴.
+with `_GOLDEN` for g, `_FIRST` for m₁ and `_SECOND` for m₂. Each of the two halves of z decides one
+entry. These are a dozen integer operations on tensors, the same on every device, so they need no
+copy from the host; torch.compile fuses them into one pass. torch's shift copies the sign, so that
+z ⊕ z/2³² is the same for z and its complement. Two counters give the same bits for this reason with
+a probability of about 2⁻⁶⁴.
 """
 
 from __future__ import annotations
@@ -53,14 +54,14 @@ def bernoulli(key: Key, p: float, shape: Sequence[int], device: torch.device) ->
 
 
 def _random(key: Key, start: int, stop: int, device: torch.device) -> Tensor:
-    """Numbers `start` up to `stop` of those drawn evenly from the int32 ones; `start` is even."""
+    """Entries `start` up to `stop` of a stream of uniform int32 numbers; `start` is even."""
     low, high = halves(key)
     # An exporter cannot prove that an open size is at most 2·⌈size/2⌉.
     last = stop if torch.compiler.is_exporting() else (stop + 1) // 2
     i = torch.arange(start // 2, last, device=device)
     if torch.compiler.is_compiling():
-        # Inductor takes i·g for an index: its overflow is undefined in C++, and has ended in
-        # writes beyond the tensor. Behind an operation on bits i is a number.
+        # Inductor takes i·g for an index, whose overflow is undefined in C++ and has ended in
+        # writes beyond the tensor. After a bitwise operation it takes i for a value.
         i = i | 0
     return _mix(i, low, high).view(torch.int32).narrow(0, 0, stop - start)
 

@@ -93,7 +93,7 @@ class Each:
         return in_turn(name, xs, *others, **numbers)
 
     def _map_(self, name: str, xs: Tensors, *others: Any, **numbers: float) -> Tensors:
-        """`_map`, written into xs if that may be."""
+        """`_map`, written into xs if that is allowed."""
         if not (self.write or (type(xs) is _New and not _need_autograd(xs, *others))):
             return self._map(name, xs, *others, **numbers)
         if self.eager and xs:

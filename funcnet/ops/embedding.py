@@ -1,9 +1,9 @@
-"""The gradient of a table of rows, of which integers x name some:
+"""The gradient of an embedding: a table whose rows are selected by integers x.
 
     dweight[i] = Σ dy[n, …] over x[n, …] = i, and 0 for i = `padding`.
 
 Sums in half precision would stop growing: on the CPU, they are taken in float32. Where x names few
-rows, these alone are made in float32: the table may be as large as the rest of a network.
+rows, only these are made in float32, since the table may be as large as the rest of a network.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _backward: Callable[..., Tensor] = torch.ops.aten.embedding_dense_backward
 
 
 def gradient(dy: Tensor, x: Tensor, rows: int, padding: int | None) -> Tensor:
-    """dweight, of so many rows."""
+    """dweight (rows, E), of dy (N, …, E) and x (N, …)."""
     wide, ignored = native.upcast(dy), -1 if padding is None else padding
-    # Sorting x pays from there on.
+    # Where x is a quarter of the rows or fewer, sorting it saves time.
     if wide is dy or 4 * x.numel() > rows or not has_values(x):
         return _backward(wide, x, rows, ignored, False).to(dy.dtype)
     named, place = torch.unique(x, return_inverse=True)

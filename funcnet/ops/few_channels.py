@@ -1,8 +1,9 @@
 """Convolutions of many channels to few, without a stride: products with each tap, then their sums.
 
-PyTorch's kernels make the channels of y in registers of 16 numbers, of which few channels leave
-most unused: to 1 channel takes as long as to 16. Here the products come first, k² for each pixel
-and channel of y, and y is the sum of their shifted copies: `low_resolution.py` at scale 1.
+PyTorch's kernels compute the channels of y in registers of 16 numbers. With few channels, most of a
+register is unused: a convolution to 1 channel takes as long as one to 16. Here the products come
+first, k² for each pixel and channel of y, and y is the sum of their shifted copies:
+`low_resolution.py` at scale 1.
 
 The gradient of the weight takes the same time, and so does dx from many channels of grad to few of
 x: with padding p, a convolution by the taps in reverse,
@@ -23,7 +24,7 @@ from funcnet.ops.window import Window
 _SCALE = (1, 1)
 
 _TIMES = 32
-"""Channels are few where the others are so many times as many."""
+"""Channels on one side are few if the other side has at least so many times as many."""
 
 _MUCH = 2**21
 """From how many products of x, or grad, with the taps for one channel this is faster.
@@ -54,7 +55,7 @@ def which_are_faster(x: Tensor, weight: Tensor, window: Window) -> tuple[bool, b
 
 
 def are_few(channels: int, others: int) -> bool:
-    """Whether a convolution of the others to these channels may be faster so."""
+    """Whether a convolution from `others` channels to `channels` may be faster here."""
     return others >= _TIMES * channels
 
 

@@ -74,13 +74,13 @@ def _rows(xs: Tensors, which: list[int]) -> Tensors:
 
 
 def _laid_out_like(p: Tensors, xs: Tensors) -> Tensors:
-    """xs, each with the order of its axes in memory that p has, which is dense."""
+    """xs, each with the strides of its p, which is dense."""
     if not xs or [x.stride() for x in xs] == [x.stride() for x in p]:
         return xs
     return [torch.empty_like(like).copy_(x) for like, x in zip(p, xs, strict=True)]
 
 
-# Looking takes as long as the step of a small tensor.
+# Without the cache, this takes as long as the step of a small tensor.
 @lru_cache(maxsize=1024)
 def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether a tensor fills its memory once, in whatever order of its axes."""

@@ -39,7 +39,7 @@ variance is of float32, they are not larger."""
 def group_norm(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Normalised:
-    """Over the channels of each group and what stands behind them, an example at a time."""
+    """Normalise over the channels of each group and all positions, in each example."""
     if not x.numel():  # PyTorch 2.14 refuses it
         nothing = x.new_zeros((len(x), groups), dtype=accumulator_dtype(x.dtype))
         return x.clone(), nothing, nothing
@@ -55,7 +55,7 @@ def group_norm(
     if few and is_half(x):
         weight, bias = in_float32(x, weight), in_float32(x, bias)
         return in_dtype(group_norm(x.float(), groups, weight, bias, eps), x.dtype)
-    # A trace would hold the sizes that the kernel takes for those of any x.
+    # A trace would use the sizes that the kernel takes for every x.
     if few or inplace.is_tracing():
         return _group_norm_by_channels(x, groups, weight, bias, eps)
     weight, bias = in_float32(x, weight, x.shape[1:2]), in_float32(x, bias)
@@ -63,7 +63,7 @@ def group_norm(
     if memory_format == torch.contiguous_format:
         normalised = _group_norm(like_weights(x), weight, bias, *sizes, groups, eps)
         return in_dtype(normalised, x.dtype)
-    # In channels_last the kernel adds up one position after another, and takes the variance for
+    # In channels_last the kernel adds up one position after another, and computes the variance as
     # E[x²] − E[x]²: wrong for many positions, and for a large mean.
     if inplace.has_values(x):
         if sizes[2] >= _MANY_POSITIONS and not is_half(x):
@@ -98,7 +98,7 @@ def group_norm_gradients(
         return as_asked((torch.zeros_like(x), nothing, nothing.clone()), mask, x.dtype)
     entries = _entries(x, groups)
     x = exact(x, entries)
-    # Autograd cannot differentiate the kernel, and a trace would hold sizes for those of any x.
+    # Autograd cannot differentiate the kernel, and a trace would use its sizes for every x.
     has_kernel = inplace.is_untracked(dy, x, mean, rstd, weight)
     some = x.numel() <= _SOME_ENTRIES and x.shape[1] >= _SOME * groups and not is_half(x)
     few = _has_few(x, groups, memory_format) and not some
@@ -135,7 +135,7 @@ def _sizes(x: Tensor) -> tuple[int, int, int]:
 
 
 def _entries(x: Tensor, groups: int) -> int:
-    """The number of entries of a group; 0 in a trace, which is to hold for any."""
+    """The number of entries of a group; 0 in a trace, which has to work for any number."""
     return 0 if inplace.is_tracing() else math.prod(x.shape[1:]) // groups
 
 
@@ -172,8 +172,8 @@ sums of rows are off by 10⁻⁷, and take 2.3 times the time with 32 and 64 cha
 
 _FEW_ENTRIES = 2**15
 """Up to how many entries PyTorch's kernels take less time on a row-major copy: calls take most of
-it. With 8 groups of 4 channels, 8×8 pixels and 4 examples, 19 for 64 µs forward and 26 for
-91 back."""
+it. With 8 groups of 4 channels, 8×8 pixels and 4 examples, they take 19 µs instead of 64 forward,
+and 26 instead of 91 backward."""
 
 _SOME, _SOME_ENTRIES = 4, 2**17
 """From how many channels a group, and up to how many entries, PyTorch's backward kernel takes less

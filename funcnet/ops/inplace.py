@@ -2,7 +2,7 @@
 
 It saves a pass over memory and changes no number. Autograd refuses some writes, and torch.func may
 refuse them halfway; torch.jit.trace loses them. There the same numbers are written to new memory.
-Of dual numbers, some kernels lose the tangents: these are computed in new memory, too.
+So they are for dual numbers, whose tangents some kernels lose when they work in place.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from funcnet.compat import (
 def is_eager() -> bool:
     """Whether torch runs eagerly: not inside torch.func, torch.compile, torch.export or a trace.
 
-    Nor on dual numbers, which forward-mode autograd makes.
+    Inside forward-mode autograd, which makes dual numbers, it does not count as eager either.
     """
-    # Asked some times a layer: each call of Python's counts.
+    # This runs several times a layer: every Python call counts.
     if torch.compiler.is_compiling() or is_jit_tracing():
         return False
     return innermost_transformation() is None and dual_level(forward_ad) < 0
 
 
 def is_transforming() -> bool:
-    """Whether torch.func transforms what torch.compile compiles here."""
+    """Whether what torch.compile compiles here runs inside a transformation of torch.func."""
     from funcnet.compiling import constant
 
     is_one: bool = constant(lambda: innermost_transformation() is not None)
@@ -41,7 +41,7 @@ def is_transforming() -> bool:
 
 
 def is_mapped_alone() -> bool:
-    """Whether nothing but torch.func.vmap, if that, is between an operation and its kernel."""
+    """Whether torch runs eagerly, or with torch.func.vmap as its only transformation."""
     if torch.compiler.is_compiling() or is_jit_tracing():
         return False
     return none_but_vmap() and dual_level(forward_ad) < 0
@@ -53,12 +53,12 @@ def is_tracing() -> bool:
 
 
 def has_open_sizes(x: Tensor) -> bool:
-    """Whether a graph is being made that is to hold for other sizes of x.
+    """Whether a graph is being made that has to work for other sizes of x.
 
-    What Python decides by a size there, or counts in a loop, holds for one size alone.
+    If Python branches on a size there, or loops over it, the graph works for one size alone.
     """
     if torch.compiler.is_compiling():
-        # The import takes half a second; who compiles has made it already.
+        # The import takes half a second, unless torch compiles: then it has been made already.
         from torch.fx.experimental.symbolic_shapes import has_static_value
 
         is_exporting = torch.compiler.is_exporting()
@@ -89,7 +89,7 @@ def in_layout_of(like: Tensor, x: Tensor) -> Tensor:
 
 
 def is_expanded(x: Tensor) -> bool:
-    """Whether several entries lie in one place in memory, which nobody can write over.
+    """Whether several entries share one place in memory, so that x cannot be written over.
 
     The stride of an axis of size 1 may be anything.
     """

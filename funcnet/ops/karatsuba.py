@@ -66,7 +66,7 @@ def fits(scale: Pair, window: Window) -> bool:
 
 
 def is_faster(x: Tensor, weight: Tensor, scale: Pair, window: Window) -> bool:
-    """Whether this is such a convolution, of images of even height and width, and faster so."""
+    """Whether `fits` holds, height and width are even, and this is faster."""
     batch, channels, height, width = x.shape
     pixels = batch * height * width
     return (
@@ -133,9 +133,10 @@ def _sums_like(weight: Tensor) -> list[Tensor]:
 
 
 def _kernels(weight: Tensor, sums: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """Kw for each factor along the height: (e, k, O, C) for those along the width, e kernels each.
+    """Yield Kw for each factor along the height, when it is asked for.
 
-    Made as they are asked for.
+    It is a kernel (e, k, O, C) for each factor along the width, with e entries there and k along
+    the height.
     """
     taps = weight.permute(2, 3, 0, 1).flatten(2).flatten(0, 1)
     for matrix in sums:

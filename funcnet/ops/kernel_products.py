@@ -5,8 +5,9 @@ kernel see there, a convolution is a product, and so is the gradient of its weig
 
     dweightₙ = grad·windows(x)               (O, K · C/groups) = (O, L)·(L, K · C/groups)
 
-of every group apart. In a transposed convolution x and grad change their roles. Behind nearest
-upsampling by s, all that sees one small pixel is added up first, so that L counts small pixels:
+for each group separately. In a transposed convolution x and grad change their roles. After nearest
+upsampling by s, all entries of grad that see one source pixel are added up first, so that L is the
+number of source pixels:
 
     dweightₙ[o, c, t] = Σ_a x[c, a] · Σ_{v<s} grad[o, s·a + v − t + p]
 
@@ -66,6 +67,7 @@ def _windows(x: Tensor, window: Window, size: Ints) -> Tensor:
 
 
 def _as(shape: torch.Size) -> Callable[[Tensor], Tensor]:
-    """Weights of a shape (A, B/groups, …) of products (N, groups, A/groups, K · B/groups)."""
+    """The function from products (N, groups, A/groups, K · B/groups) to weights (N, *shape),
+    for a shape (A, B/groups, …)."""
     first, second, *taps = shape
     return lambda product: product.reshape(len(product), first, *taps, second).movedim(-1, 2)

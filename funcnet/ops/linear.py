@@ -1,4 +1,4 @@
-"""The product of rows with a matrix, as PyTorch compiles it under torch.func.vmap, too."""
+"""The product of rows with a matrix, in a form that compiles under torch.func.vmap, too."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ source pixel i + q_at, q_at = ⌊(a − p + t)/s⌋:
     y[s·i + a] = Σ_t w_t · x[i + q_at].
 
 A product of a tap with a source pixel thus serves every phase. So the products are made first, one
-for each tap and source pixel, and the upsampled signal's are shifted copies of them to add up:
+for each tap and source pixel, and y is a sum of shifted copies of them:
 
     z_t[i] = w_t · x[i],    y[s·i + a] = Σ_t z_t[i + q_at],
 
@@ -20,9 +20,9 @@ two gradients of the matrix product:
 
     gather     dz_t[i] = Σ_a dy[s·(i − q_at) + a]
 
-The upsampled image is never made. In half precision the sums are taken in float32, since each is
-rounded to the dtype at hand, where the library's kernels would accumulate in float32; the products
-too, where the processor has none in bfloat16.
+The upsampled image is never made. In half precision the sums are taken in float32, as PyTorch's
+kernels take theirs: here every addition would round to 16 bits. The products are in float32, too,
+where the processor does not multiply in bfloat16.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def gradients(
         z = empty(dy, (len(dy), kh, *half.shape[1:3], height, width))  # (n, kh, kw, O, H, W)
         _gather(half, z, _shifts(0, scale, tile.window), dim=-2)
         dk, d = pixelwise.gradients(pixels, kernel, z.flatten(1, 3).to(x.dtype), need)
-        dk = native.cast(dk, z.dtype)  # its sum over the tiles is one in float32
+        dk = native.cast(dk, z.dtype)  # to add up the tiles' in float32
         dkernel = dk if dkernel is None or dk is None else dkernel.add_(dk)
         dx = tiles.put(d, dx, tile, x)
     dx = native.cast(dx, dtype)
@@ -155,7 +155,7 @@ def _gather(y: Tensor, z: Tensor, shifts: Shifts, dim: int) -> None:
 
 
 def _merged(phases: list[Tensor], shifts: Shifts) -> list[tuple[Tensor, list[int]]]:
-    """The phases with their shifts; of those that see the same pixels, the sum."""
+    """The phases with their shifts, where phases that see the same pixels are added up."""
     merged: list[tuple[Tensor, list[int]]] = []
     for dy, q in zip(phases, shifts, strict=True):
         if merged and merged[-1][1] == q and merged[-1][0].shape == dy.shape:
@@ -196,7 +196,7 @@ def _add_up(out: Tensor, terms: list[Term], dim: int) -> None:
 
 
 def _reach(source: Tensor, shift: int, length: int, dim: int) -> tuple[int, int]:
-    """From where to where i, below `length`, has a source[i + shift] along `dim`."""
+    """(first, last): source[i + shift] exists along `dim` for first ≤ i < last, i < length."""
     return min(max(0, -shift), length), max(0, min(length, source.shape[dim] - shift))
 
 
@@ -213,9 +213,9 @@ def _write_sum(out: Tensor, sources: list[Tensor]) -> None:
 
 
 def _tiles(x: Tensor, weight: Tensor, scale: Pair, window: Window) -> Iterator[tiles.Tile]:
-    """The tiles of x whose z has about `_CHUNK_ENTRIES` entries, or a quarter of what u and y have.
+    """The tiles of x, whose z have about `_CHUNK_ENTRIES` entries, or a quarter of u's and y's.
 
-    u is the upsampled image: no more memory is needed than for making it.
+    u is the upsampled image: tiles take no more memory than making it would.
     """
     (batch, channels, height, width), out_channels = x.shape, len(weight)
     u_and_y = scale[0] * scale[1] * (channels + out_channels) * batch * height * width

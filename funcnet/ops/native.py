@@ -3,10 +3,10 @@
 On the CPU, images are laid out in channels_last, which makes those kernels about twice as fast, and
 volumes in channels_last_3d, which makes them up to 1.5 times as fast. Images of one row or column,
 and depthwise kernels, gain as well. Images of one channel have no memory format of their own: the
-kernels take them for row-major, make such a y, and lay grad out anew. A second channel, of zeros,
-makes them up to ten times as fast: measured on an AMD EPYC (Zen 4), from 1 to 8, 32 and 64
-channels. It costs more than to lay y out where that has few channels, and layers behind it, pooling
-above all, are faster in channels_last: measured on an Intel Xeon, from 1 to 2 up to 32 channels.
+kernels take them for row-major, make a row-major y, and copy grad to that format. A second channel,
+of zeros, makes them up to ten times as fast: measured on an AMD EPYC (Zen 4), from 1 to 8, 32 and
+64 channels. Where y has few channels, it is cheaper to copy y to channels_last, in which the layers
+behind, pooling above all, are faster: measured on an Intel Xeon, from 1 to 2 up to 32 channels.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def is_laid_out(x: Tensor) -> bool:
 
 
 def _canonical(x: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
-    """Return x with the strides of a new tensor, row-major or in channels_last, if it has not.
+    """Return x with the strides of a new tensor, row-major or in channels_last, if it has others.
 
     The stride of an axis of size 1 can be any number. Some of PyTorch's kernels use it all the
     same: they read past the end of one-channel images and kernels in channels_last, and return
@@ -98,7 +98,7 @@ def _canonical(x: Tensor, memory_format: torch.memory_format = torch.contiguous_
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """channels_last for images or volumes that are laid out so, else row-major."""
+    """x's memory format: channels_last for images or volumes that have it, else row-major."""
     # torch.func.vmap knows no memory formats.
     if x.ndim in _CHANNELS_LAST and inplace.is_eager() and not x.is_contiguous():
         last = _CHANNELS_LAST[x.ndim]
@@ -216,7 +216,7 @@ def _starts_far_before(x: Tensor, window: Window) -> bool:
     """Whether windows over a volume start in the padding, more than a stride > 1 before it.
 
     oneDNN 3.x has then read and written past the end of x, for the gradient of the weight: where
-    its depth is small, in float32. It does not with the padding in x.
+    its depth is small, in float32. Padding x beforehand prevents this.
     """
     return x.is_cpu and x.element_size() <= 4 and 1 < window.stride[0] < window.before[0]
 
@@ -270,7 +270,7 @@ def run_backward(
 
 
 def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """x in another dtype, where it is there."""
+    """x in another dtype; None for None."""
     return None if x is None else x.to(dtype)
 
 
@@ -280,7 +280,7 @@ def like(weight: Tensor, dweight: Tensor) -> Tensor:
 
 
 def pad(x: Tensor, sides: Sequence[int]) -> Tensor:
-    """x with entries added, and then taken where a side is negative; F.pad takes them first."""
+    """x padded, then cropped where a side is negative; F.pad alone would crop first."""
     grown = F.pad(x, [max(side, 0) for side in sides])
     return F.pad(grown, [min(side, 0) for side in sides]) if min(sides) < 0 else grown
 

@@ -1,4 +1,4 @@
-"""The negative log-likelihood of classes, −Σ log_p[n, classes[n], …], by the library's kernels.
+"""The negative log-likelihood of classes, −Σ log_p[n, classes[n], …], by PyTorch's kernels.
 
 Shapes: log_p (N, C, …); classes (N, …). Places whose class is `ignored` do not count.
 """
@@ -36,7 +36,7 @@ def backward(grad: Tensor, log_p: Tensor, classes: Tensor, ignored: int) -> Tens
 
 
 def _as_images(log_p: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with 2 or 4 axes of log_p, for which PyTorch has kernels."""
+    """Both in shapes where log_p has 2 or 4 axes, for which PyTorch has kernels."""
     if log_p.ndim == 2:
         return log_p, classes
     if log_p.ndim == 3:

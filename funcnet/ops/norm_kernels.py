@@ -40,12 +40,12 @@ def in_float32(x: Tensor, weight: Tensor | None, ones: torch.Size | None = None)
 
 
 def like_weights(x: Tensor) -> Tensor:
-    """x, in float32 as the weights are: under torch.func, the kernels take no two dtypes."""
+    """x in the dtype of the weights: under torch.func, the kernels refuse two dtypes."""
     return x.float() if x.is_cpu and is_half(x) and not inplace.is_eager() else x
 
 
 def exact(x: Tensor, entries: int) -> Tensor:
-    """x; for sets of one entry zeros, which is x − μ, and which the kernels would round."""
+    """x; zeros for sets of one entry, since there x − μ is 0, which the kernels would round."""
     return x - x if entries == 1 else x
 
 

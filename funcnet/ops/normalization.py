@@ -39,7 +39,7 @@ _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 def layer_norm(
     x: Tensor, num_dims: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Normalised:
-    """Over the last `num_dims` axes."""
+    """Normalise over the last `num_dims` axes."""
     shape = x.shape[-num_dims:]
     x = exact(x, math.prod(shape))
     if _is_by_formula(x):
@@ -75,7 +75,7 @@ def layer_norm_gradients(
     dx: Tensor | None
     if not (is_half(x) and x.is_cpu and any(mask[1:])):
         dx, *others = by_kernel(*sets, mask)
-    # A graph would hold the number of chunks for that of any x.
+    # A graph would use this number of chunks for every x.
     elif inplace.has_open_sizes(x) or x.numel() <= _CHUNK_ENTRIES:
         dx, *others = by_kernel(dy.float(), x.float(), mean, rstd, mask)
     else:
@@ -172,7 +172,7 @@ def rms_normalised(x: Tensor, rstd: Tensor, num_dims: int) -> Tensor:
 
 
 def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Normalised:
-    """A channel at a time, over the batch and what stands behind the channels."""
+    """Normalise each channel over the batch and all positions."""
     if _is_transformed() or not x.numel():  # the kernel refuses an empty x
         weight, bias = (None if t is None else spatial(t, x) for t in (weight, bias))
         y, mean, rstd = _scaled(_standardised(x, _of_channel(x), eps), weight, bias, x.dtype)
@@ -218,19 +218,19 @@ def channel_affine_gradients(dy: Tensor, x: Tensor, weight: Tensor, need: Need) 
 
 # --- The formulas at the head of `layers/normalization.py`, for derivatives of derivatives
 #
-# PyTorch's rules for its kernels under torch.func and in forward mode count the mean and rstd that
-# these return as constants: hessians were wrong.
+# PyTorch's rules for its kernels under torch.func and in forward mode take the mean and rstd that
+# these return for constants, which makes hessians wrong.
 
 
 def _is_transformed() -> bool:
-    """Whether torch.func or forward-mode autograd may differentiate, or torch.compile in which
-    they may."""
+    """Whether torch.func or forward-mode autograd may differentiate, as inside torch.compile, which
+    does not tell."""
     return not (inplace.is_eager() or inplace.is_tracing() or is_exporting())
 
 
 def _is_by_formula(x: Tensor) -> bool:
-    """Whether LayerNorm is by formula. Under torch.func.vmap alone its kernels take 0.4 to 0.7 of
-    the time; those of BatchNorm take longer there, and neither serves half precision."""
+    """Whether LayerNorm is computed by formula. Under torch.func.vmap alone, its kernels take 0.4
+    to 0.7 of the time; those of BatchNorm take longer, and neither are for half precision."""
     return _is_transformed() and (is_half(x) or not inplace.is_mapped_alone())
 
 

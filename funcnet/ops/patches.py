@@ -1,8 +1,8 @@
 """Convolution with the stride of the kernel's size: products of matrices over patches.
 
 Such windows do not overlap: they cut the image into patches. With the kh·kw·C numbers of a patch
-as the channels of one pixel, the convolution is pixelwise, and so are its gradients; dx is the
-patches back in their places.
+as the channels of one pixel, the convolution is pixelwise, and so are its gradients. The gradients
+of the patches, put back in their places, are dx.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _TINY = 20480
 
 
 def are_faster(x: Tensor, weight: Tensor, window: Window, backward: bool) -> bool:
-    """Whether all is faster over patches, which the windows cut."""
+    """Whether y, or dweight and dx together, are faster over patches."""
     if not x.is_cpu or inplace.has_open_sizes(x):
         return False
     if x.element_size() < 4:

@@ -9,9 +9,9 @@ from each other, plane by plane.
 
 PyTorch's convolution kernels do the same, but lay K out anew at every call, which takes most of the
 time of a small product. Large products are left to them where `torch.mm`, done by MKL, is slower:
-on processors that are not Intel's. In bfloat16, products of matrices are right on every processor,
-where those kernels are not for windows with a stride (`native.py`): they add up in float32, and
-round what they return.
+on processors that are not Intel's. In bfloat16, products of matrices are right on every processor:
+they add up in float32, and round what they return. Those kernels are not, for windows with a stride
+(`native.py`).
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def count(window: Window, size: Ints, ceil_mode: bool) -> Ints:
 
 
 def some_see_nothing(window: Window, size: Ints) -> bool:
-    """Whether all taps of some window are beside x, as may be where they are dilated.
+    """Whether all taps of some window are outside x, which is possible with dilation.
 
     Such a window starts in the padding before x, and steps over all of x. With padding of at most
     half the kernel, some tap is not before x.
@@ -94,7 +94,7 @@ def maximum_backward(
 
 
 def average(x: Tensor, window: Window, ceil_mode: bool, count_include_pad: bool) -> Tensor:
-    """The mean of each window, of its entries that are padding too, if these count."""
+    """The mean of each window; with `count_include_pad`, the entries of padding count."""
     if window.of_height_1 is not None:
         whole = x.unsqueeze(2), window.of_height_1, ceil_mode, count_include_pad
         return average(*whole).squeeze(2)
@@ -188,7 +188,7 @@ def _layout(x: Tensor) -> Tensor:
 
 
 def _for_averages(x: Tensor) -> Tensor:
-    """x as the kernels for averages want it: of volumes, the CPU has none in half precision."""
+    """x as the kernels for averages want it: the CPU has none for volumes in half precision."""
     return _layout(x) if x.ndim == 4 else native.upcast(x)
 
 
@@ -200,7 +200,7 @@ def _for_averages_of_any_size(x: Tensor) -> Tensor:
 
 def _like(dy: Tensor, shape: Ints) -> Tensor:
     """A tensor of x's shape, in dy's memory format, for a kernel that will not read it."""
-    # One pixel has no format of its own, and dx shall have that of the layers below.
+    # One pixel has no format of its own; dx gets the format that the layers below want.
     format_of = native.memory_format_of_new if _is_pixel(dy) else native.memory_format
     return dy.new_empty_strided(shape, native.strides(shape, format_of(dy)))
 

@@ -1,4 +1,4 @@
-"""The gradient of a weight for each example apart, in the factors of a product.
+"""The gradient of a weight for each example, as the factors of a product.
 
 A layer that multiplies L rows an example by a weight (the steps of a sequence, the windows of an
 image) has for example n, with left for the rows of dy, (L, A), and right for the rows of x, (L, B),

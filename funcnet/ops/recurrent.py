@@ -13,7 +13,7 @@ the gradient of h₋₁. Then dx = da·W_ih, dW_ih = daᵀ·x and dW_hh = duᵀ�
 all steps.
 
 Tensors have the steps first, (T, N, …). In the reversed direction, the step before t is t + 1.
-Half precision is computed in float32, but where PyTorch's kernel for the LSTM takes it.
+Half precision is computed in float32, except where PyTorch's kernel for the LSTM takes it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ Layers: TypeAlias = Sequence[Sequence[Weights]]
 
 
 class Run(NamedTuple):
-    """One direction of one layer as it went: x (T, N, C), h (T, N, H), what else was kept."""
+    """A forward pass of one layer in one direction: x (T, N, C), h (T, N, H), other residuals."""
 
     x: Tensor
     h: Tensor
@@ -76,7 +76,7 @@ class Cell(Protocol):
         return False
 
     def is_for_kernel(self, x: Tensor, *others: Tensor | None) -> bool:
-        """Whether that is called, for these tensors: then x of 16 bits is not widened."""
+        """Whether the kernel is called for these tensors; then x of 16 bits stays as it is."""
         return False
 
     def forward(self, x: Tensor, weights: Weights, reverse: bool, keep: bool) -> Any:
@@ -84,7 +84,7 @@ class Cell(Protocol):
         return self.steps(x, weights, reverse, keep)
 
     def steps(self, x: Tensor, weights: Weights, reverse: bool, keep: bool) -> Any:
-        """The same, step after step."""
+        """`forward`, step after step, without a kernel."""
 
     def backward(self, run: Run, dh: Tensor, weights: Weights, reverse: bool, need: Need) -> Any:
         """(the weights' gradients, dx), None where they are not needed."""
@@ -146,7 +146,7 @@ def gradients(
 
 
 def _is_one_operation(*tensors: Tensor | None) -> bool:
-    """Whether torch.compile compiles what no rule for vmap or derivative is needed for."""
+    """Whether torch.compile compiles this, and needs no rule for vmap or a derivative of it."""
     return (
         torch.compiler.is_compiling()
         and not torch.compiler.is_exporting()
@@ -229,7 +229,7 @@ class LSTM(Cell):
         )
 
     def is_for_kernel(self, x: Tensor, *others: Tensor | None) -> bool:
-        # It has no rule for vmap nor a second derivative.
+        # The kernel has no rule for vmap and no second derivative.
         return self.has_kernel(x) and is_untracked(x, *others) and kernel_is_there()
 
     def forward(self, x: Tensor, weights: Weights, reverse: bool, keep: bool) -> Any:
@@ -289,7 +289,7 @@ class LSTM(Cell):
 
 @dataclass(frozen=True)
 class GRU(Cell):
-    """Gates r, z, n with h = (1 − z)∘n + z∘h₋₁; dh₋₁ has z∘dh beside du·W_hh. da and du are
+    """Gates r, z, n with h = (1 − z)∘n + z∘h₋₁; dh₋₁ gets z∘dh + du·W_hh. da and du are
 
     r: r(1 − r)∘u_n∘dn,    z: z(1 − z)∘(h₋₁ − n)∘dh,
     n: dn = (1 − z)(1 − n²)∘dh in da, and r∘dn in du.
@@ -360,7 +360,7 @@ _KIND = 2  # the kernel's number for an LSTM
 
 
 class Workspace(NamedTuple):
-    """The kernel's residuals, in a form of its own."""
+    """The kernel's residuals, which nothing else can read."""
 
     entries: Tensor
     last_c: Tensor

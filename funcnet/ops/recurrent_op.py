@@ -1,8 +1,8 @@
 """One direction of a recurrent layer as one operation of torch.compile, for any number of steps.
 
-torch.compile takes a loop apart: each number of steps would be a graph of its own, and take it a
-second a step. The operation runs the cell as it runs eagerly. Import this where torch compiles, and
-only there: it is of no use elsewhere.
+torch.compile unrolls a loop: each number of steps would need a graph of its own, and a second of
+compilation for each step. The operation runs the cell as it runs eagerly. Import this only while
+torch compiles: it is of no use elsewhere.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ pixel ⌊(e − p + t)/s⌋. The outputs a … b − 1 thus see the pixels from 
     ⌊(e − p + t)/s⌋ = r + ⌊(e′ − p′ + t)/s⌋,    p′ = p − a + s·r:
 
 a tile of y is the same convolution of a tile of x, with p′ for p. The tiles of y lie side by side,
-while those of x overlap by the reach of a kernel. So dweight is the sum of the tiles', and dx is
-the sum of theirs in their places. Where p′ is negative, pixels are cropped. With a stride, its
-multiples stand for a and b − 1, and with dilation, the kernel's reach for k.
+while those of x overlap by the reach of a kernel. So dweight is the sum of the tiles' dweight, and
+dx the sum of the tiles' dx, each in its place. Where p′ is negative, pixels are cropped. With a
+stride, its multiples stand for a and b − 1, and with dilation, the kernel's reach for k.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from funcnet.ops.window import Pair, Window
 
 
 class Tile(NamedTuple):
-    """A part of x, the part of y that sees no other, and the window by which it does."""
+    """A part of x, the part of y that sees no more of x, and the window from one to the other."""
 
     source: tuple[slice, ...]
     target: tuple[slice, ...]
@@ -105,7 +105,8 @@ def put(dtile: Tensor | None, dx: Tensor | None, tile: Tile, x: Tensor) -> Tenso
 _SLACK = 4
 """The multiple of `most` entries up to which an image is not cut.
 
-The denoiser's images of 256×256 pixels are faster whole: measured on an AMD EPYC (Zen 4)."""
+In `examples/denoise.py`, images of 256×256 pixels are faster whole: measured on an AMD EPYC
+(Zen 4)."""
 
 
 def _spans(
@@ -121,7 +122,7 @@ def _spans(
 
 
 def _seen(axis: int, target: slice, n: int, window: Window, s: int) -> _Span:
-    """The span of outputs on an axis with n pixels."""
+    """The span of the outputs `target`, on an axis where x has n pixels."""
     start = window.stride[axis] * target.start - window.sides[axis][0]
     stop = window.stride[axis] * (target.stop - 1) - window.sides[axis][0] + window.reach[axis]
     first = min(max(0, start // s), n - 1)

@@ -5,8 +5,8 @@ With padding p before, source pixel i reaches output e through all taps that see
     y[e] = Σ_i E[e − s·i + k − 1 − p] · x[i],    E[u] = Σ_{t : 0 ≤ u − (k−1) + t < s} w_t,
 
 a transposed convolution of stride s whose kernel E, the taps convolved with a block of s ones, has
-k + s − 1 entries: few calls, which accumulate in the library's own precision, float32 for
-half-precision inputs. The gradients are those of `conv_transpose.py`: PyTorch's own kernel for them
+k + s − 1 entries: few calls, which add up in PyTorch's own precision, float32 for half
+precision. The gradients are those of `conv_transpose.py`: PyTorch's own kernel for them
 reads beyond a grad of one channel.
 """
 

@@ -1,7 +1,7 @@
 """Trees by optree, in ways that torch.compile can follow.
 
 It cannot follow a dict without leaves: `{"act": ()}`, the parameters of layers that have none.
-While it compiles, what has no leaves counts as one, which is kept as it is.
+While it compiles, a container without leaves counts as a leaf, which is kept as it is.
 """
 
 from __future__ import annotations

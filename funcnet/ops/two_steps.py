@@ -62,7 +62,7 @@ def upsample(x: Tensor, scale: Pair) -> Tensor:
     rows, columns = scale
     x = native.layout(x)
     if not rows & (rows - 1) and not columns & (columns - 1) and all(x.shape[1:]):
-        # Of other scales, PyTorch's kernel rounds 1/s, and may take a neighbour.
+        # Powers of 2: for others, PyTorch's kernel rounds 1/s, and may take a neighbour.
         return F.interpolate(x, scale_factor=(float(rows), float(columns)))
     pixels = x.permute(0, 2, 3, 1).unsqueeze(2).unsqueeze(4)  # (N, H, 1, W, 1, C)
     blocks = pixels.expand(-1, -1, rows, -1, columns, -1)

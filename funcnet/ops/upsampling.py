@@ -57,14 +57,14 @@ def implementation(
 
 
 class _Costs(NamedTuple):
-    """What the steps of the two ways take, in products of a large matrix product."""
+    """Times of the steps of both implementations, in multiplications of a large matrix product."""
 
     z: float
     """To write and read an entry of z."""
     half: float
-    """The same of z summed along one axis."""
+    """The same for z summed along one axis."""
     u: float
-    """The same of the upsampled image, and of its gradient."""
+    """The same for the upsampled image, and for its gradient."""
     product: float
     """A product of PyTorch's convolution."""
     lanes: int
@@ -74,9 +74,9 @@ class _Costs(NamedTuple):
 _FORWARD = _Costs(z=50, half=300, u=350, product=0.7, lanes=10)
 _BACKWARD = _Costs(z=80, half=0, u=300, product=0.4, lanes=8)
 """Measured on an Intel Xeon with AVX-512, one thread, over scales 2 to 5, kernels of 2 to 9 taps,
-1 to 128 channels of x and y, 16 images of 12×12 pixels to one of 128×128. The way that is chosen
-takes more than 1.25 times as long as the other in 89 of 5872 cases forward, at most 2.0 times, and
-in 147 backward, at most 2.6 times."""
+1 to 128 channels of x and y, 16 images of 12×12 pixels to one of 128×128. The implementation that
+is chosen takes more than 1.25 times as long as the other in 89 of 5872 cases forward, at most 2.0
+times, and in 147 backward, at most 2.6 times."""
 
 
 def _saves_time(weight: Tensor, scale: Pair, backward: bool) -> bool:
@@ -107,7 +107,7 @@ def _waste(channels: int, others: int, lanes: int) -> float:
 
 
 def _is_finite(dweight: Tensor | None, dx: Tensor | None) -> bool:
-    """Whether the gradients are finite, by the smaller one: ∞ and NaN in a sum of grad reach both.
+    """Whether the gradients are finite. One tells: ∞ and NaN in a sum of grad reach both.
 
     A sum that overflows makes the answer False where it might be True.
     """

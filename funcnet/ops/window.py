@@ -95,7 +95,7 @@ class Window:
         return tuple(n + padding for n, padding in zip(size, self._padding, strict=True))
 
     def count(self, size: Sequence[int]) -> Ints:
-        """The number of windows that fit on each axis; less than 1 where none does."""
+        """The number of windows that fit on each axis; less than 1 where none fits."""
         counts = []  # a loop, which costs no Python call: this runs in a training step
         for n, padding, reach, stride in zip(
             size, self._padding, self.reach, self.stride, strict=True
@@ -105,9 +105,9 @@ class Window:
 
 
 def padding_sides(padding: Any, kernel_size: Ints, dilation: Ints = ()) -> tuple[Pair, ...]:
-    """(before, after) on each axis, for an int an axis, "same" or "valid".
+    """(before, after) on each axis, for a padding of one int an axis, "same" or "valid".
 
-    "same" halves d(k−1); of an odd one, the larger half goes after, as in PyTorch.
+    "same" halves d(k−1); if it is odd, the larger half goes after, as in PyTorch.
     """
     if padding == "same":
         dilation = dilation or (1,) * len(kernel_size)

@@ -26,15 +26,15 @@ by hand, and property tests compare it with autograd. By family:
                  schedules, global_norm, clip_by_global_norm, average; Optimizer for your own
     trees        save load save_model load_model inspect Checkpoints CheckpointError register_node
                  summary
-    own layers   Layer Param initializers; check_vjp verifies them, of funcnet.testing, which is
-                 imported by itself: from funcnet.testing import check_vjp
+    own layers   Layer Param initializers; check_vjp verifies a layer. It is imported separately:
+                 from funcnet.testing import check_vjp
 
     net = fn.Sequential(fn.Linear(64), fn.ReLU(), fn.Linear(10))
     params = net.init(fn.key(0), (784,))
     loss, grads = fn.value_and_grad(net, fn.CrossEntropy())(params, x, target)
 """
 
-import torch  # noqa: F401  (the code that a repr is may say torch.bfloat16)
+import torch  # noqa: F401  (a repr is code, which may name torch.bfloat16)
 
 from funcnet import distributed, initializers, interop, schedules
 from funcnet.batch_statistics import for_inference, merge_moments, moments

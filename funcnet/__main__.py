@@ -12,7 +12,7 @@ from funcnet.checkpoint import CheckpointError, inspect
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; 0 if all went well, 1 for a file that cannot be read."""
+    """Run the command. Returns 0, or 1 for a file that cannot be read."""
     parser = argparse.ArgumentParser(prog="python -m funcnet", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("inspect", help="print names, dtypes, shapes, network, metadata")
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def show(text: str) -> None:
-    """Print a str at once. What the output's encoding lacks, as that of a file may, is escaped."""
+    """Print a str and flush. Characters that the output's encoding lacks are escaped."""
     encoding = sys.stdout.encoding or "utf-8"
     try:
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)

@@ -6,8 +6,8 @@ variance σ² of a channel,
 
     weight · (x − μ)/√(σ² + ε) + bias = s·x + t,   s = weight/√(σ² + ε),  t = bias − s·μ.
 
-That is a `ChannelAffine`; or nothing at all behind a layer that is linear in its parameters, whose
-weight and bias become s·weight and s·bias + t.
+That is a `ChannelAffine`. Behind a layer that is linear in its parameters it can be left out: the
+weight and bias of that layer become s·weight and s·bias + t.
 
 The moments of a channel are (count, mean, M2), M2 = Σ (x − mean)². Moments of two sets A and B of
 examples merge without the examples (Chan, Golub and LeVeque, "Updating formulae and a pairwise
@@ -106,7 +106,7 @@ def for_inference(net: Layer, params: Tree, m: Tree, fold: bool = True) -> tuple
 
     A `BatchNorm` becomes a `ChannelAffine`. With `fold`, one that follows directly on a Conv, a
     ConvTranspose or an UpsampleConv2d in a Sequential is folded into that layer, and is gone:
-    later positions move, names stay. Into a Linear it is folded where x was (N, C). A layer that
+    later positions move, names stay. Behind a Linear it is folded where x was (N, C). A layer that
     had no bias gets one. Applied to x, the result is what `net` computes from x in training, if m
     was measured on x. New parameters have the dtype and device of params, of m if there are none.
     Layers that stay as they were keep their tensors, which are not copied.
@@ -339,7 +339,7 @@ def _absorbs(layer: Layer, m: Tree) -> bool:
 def _folded(
     layer: Any, params: Tree, scale: Tensor, shift: Tensor, path: str
 ) -> tuple[Layer, Tree]:
-    """(layer, params) whose y is scale · y + shift, a number of each for a channel.
+    """(layer, params) whose y is scale · y + shift, with one scale and one shift a channel.
 
     Weights are (O, C/groups, …), of a transposed convolution (C, O/groups, …), with an axis for
     the copies of a layer in front; scale and shift are (…, O).
@@ -382,7 +382,7 @@ def _has_names(tree: Tree, names: list[str]) -> bool:
 
 
 def _beside(params: Tree, names: list[str]) -> dict[str, Tree]:
-    """The entries of a layer of layers in a dict of parameters, beside those of its children."""
+    """A combinator's own entries in a dict of parameters, beside those of its children."""
     if names == [""] or not isinstance(params, Mapping):
         return {}
     return {name: own for name, own in params.items() if name not in names}
@@ -396,7 +396,7 @@ def _parts(tree: Tree, names: list[str]) -> list[Tree]:
 
 
 def _whole(like: Tree, names: list[str], parts: Sequence[Tree]) -> Tree:
-    """The tree of these parts, in the container of another."""
+    """The tree of these parts, in a container like that of `like`."""
     if names == [""]:
         return parts[0]
     if isinstance(like, Mapping):

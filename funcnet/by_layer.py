@@ -37,9 +37,9 @@ def gradients_by_layer(net: Layer, loss: Loss) -> GradientsByLayer:
     of one layer, not of all. The network's forward pass has run when the function returns. The
     backward pass stops after each layer until the next is asked for, and ends with the iterator.
 
-    A `Loop` or `Repeat`, whose gradients are sums or stacks over its turns, is done as a whole, and
-    its layers follow one another; a combinator of one's own is one layer. `Frozen` layers give
-    zeros.
+    The gradients in a `Loop` or `Repeat` are sums or stacks over its turns: its backward pass runs
+    as a whole, and then its layers' gradients follow one another. A combinator of your own counts
+    as one layer. `Frozen` layers give zeros.
 
     Raises TypeError unless net is a Layer and loss a loss; otherwise what `value_and_grad` raises.
     Lv et al., "Full parameter fine-tuning for large language models with limited resources", 2024.
@@ -113,8 +113,8 @@ class Passes:
 class _Gradients:
     """The gradients of a network's layers, of which each is handed over once.
 
-    It is a value of its own, which holds no layer that holds it: a cycle would keep gradients, and
-    the group that `put` sends them to, until the garbage collector comes.
+    This object holds no layer that holds it: a cycle of references would keep the gradients, and
+    the process group that `put` sends them to, until the garbage collector runs.
     """
 
     _put: Put
@@ -135,8 +135,8 @@ class _Gradients:
     def hand_over(self, path: str, dparams: Tree) -> None:
         """Put the gradient of a layer, or of each layer in it, in the dtype of its parameters.
 
-        Backward passes go from the last layer to the first: zeros are for those left out on the
-        way.
+        Backward passes go from the last layer to the first: layers left out on the way get
+        zeros.
         """
         while (last := next(reversed(self.left))) != path:
             self.hand_over(last, zeros_like(self.left[last][1]))
@@ -163,7 +163,7 @@ class _Handing(Watched):
 
 
 def _as_iterator(run: Callable[[Put], None], like: Tensor) -> Iterator[Any]:
-    """Yield what `run(put)` puts. It waits at each until the next is asked for.
+    """Yield what `run(put)` puts. `run` waits after each value until the next is asked for.
 
     A backward pass is a recursion through all combinators, the user's too. So that it may wait in
     the middle, it runs in a thread of its own, in turn with the caller's: never both at a time.
@@ -195,7 +195,7 @@ def _as_iterator(run: Callable[[Put], None], like: Tensor) -> Iterator[Any]:
         finally:
             given.put([])
 
-    # A program may end in the middle.
+    # A daemon, since a program may end in the middle.
     thread = Thread(target=copy_context().run, args=(work,), daemon=True)
     thread.start()
     try:
@@ -206,7 +206,7 @@ def _as_iterator(run: Callable[[Put], None], like: Tensor) -> Iterator[Any]:
         asked.put(False)
         thread.join()
     if errors:
-        raise errors.pop()  # its traceback holds this frame: kept in it, it would hold itself
+        raise errors.pop()  # popped: its traceback holds this frame, which must not hold it
 
 
 class _GivenUpError(BaseException):
@@ -220,7 +220,7 @@ def _modes(like: Tensor) -> Callable[[], ExitStack]:
     stream = torch.cuda.current_stream(like.device) if like.is_cuda else None
 
     def enter() -> ExitStack:
-        torch.set_num_threads(threads)  # for OpenMP, whose number is each thread's own
+        torch.set_num_threads(threads)  # for OpenMP, which has a number for each thread
         stack = ExitStack()
         stack.enter_context(torch.inference_mode(inference))
         stack.enter_context(torch.set_grad_enabled(grad))

@@ -19,7 +19,7 @@ def name_of(who: Any) -> str:
 
 
 class PromiseError(ValueError):
-    """A layer has made something else than it says of itself: what, and y if that is wrong."""
+    """A layer has returned something else than it declares: `what`, and `y` if y is wrong."""
 
     what: str = ""
     y: Any = None
@@ -33,7 +33,7 @@ def broken_promise(who: object, what: str, y: Any = None) -> PromiseError:
 
 
 def is_pair(made: Any) -> TypeGuard[tuple[Any, Any]]:
-    """Whether an author's function has returned two things; a Tensor may be unpacked, too."""
+    """Whether an author's function has returned a pair. A Tensor of two rows is not one."""
     return isinstance(made, (tuple, list)) and len(made) == 2
 
 
@@ -45,7 +45,7 @@ def as_pair(who: object, name: str, made: Any) -> tuple[Any, Any]:
 
 
 def returned(name: str) -> str:
-    """The result of a layer's function, as its author knows it."""
+    """What a layer's function has to return, as messages say it."""
     return "(y, residuals)" if name.endswith("fwd") else "(dparams, dx)"
 
 
@@ -74,7 +74,7 @@ def count_of(layers: Sized) -> str:
 
 
 def some(names: Iterable[str]) -> str:
-    """The first of the names in a message, not a screenful."""
+    """The first few of the names, for a message."""
     first = [*islice(names, _MOST_NAMED + 1)]
     return ", ".join([*first[:_MOST_NAMED], *["…"] * (len(first) > _MOST_NAMED)])
 
@@ -86,7 +86,7 @@ def as_index(who: object, name: str, value: Any) -> int:
     """`value` as an int. Raises TypeError for anything that is not one, bools included."""
     try:
         number = operator.index(value)
-    except (TypeError, RuntimeError):  # that of a tensor that torch.func maps over
+    except (TypeError, RuntimeError):  # RuntimeError: a tensor that torch.func maps over
         number = None
     if number is None or isinstance(value, bool):
         raise TypeError(f"{name_of(who)}: expected {name} to be an int, got {shown(value)}")
@@ -142,7 +142,7 @@ def as_shape(who: object, shape: Any) -> tuple[int, ...]:
 
 
 def as_axis(who: object, name: str, dim: int, shape: tuple[int, ...]) -> int:
-    """The axis, from 1 on, of a batch of examples of `shape` that `dim` means, -1 being the last.
+    """The axis ≥ 1 that `dim` means in a batch of examples of `shape`; -1 is the last.
 
     Raises ValueError where there is none, or where it is the batch.
     """

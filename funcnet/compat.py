@@ -1,7 +1,7 @@
 """The private names of torch that funcnet uses, and the public fallback of each.
 
 Any release of torch may drop a private name. Each is looked up here, once, when funcnet is
-imported. If it is gone, the public fallback beside it is used, which gives the same numbers to
+imported. If it is gone, the public fallback beside it is used, which gives the same numbers up to
 rounding but may be slower. Where there is none, the name is None, and the module that uses it has
 formulas of its own.
 
@@ -46,7 +46,7 @@ def _together(*paths: str) -> Sequence[Any]:
 
 
 def _attributes(*names: str, of: Any, fallback: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return what reads attributes that `of` has, or the fallback if it lacks one."""
+    """Return a function that reads these attributes, or the fallback if `of` lacks one."""
     return fallback if None in [named(name, of=of) for name in names] else attrgetter(*names)
 
 
@@ -175,7 +175,7 @@ foreach_norm: Callable[..., Sequence[Tensor]] = named("_foreach_norm", norms_in_
 
 
 class _Untransformed(torch.autograd.Function):
-    """Nothing, which torch.func refuses to transform: it has no setup_context."""
+    """A function that torch.func refuses to transform, since it has no setup_context."""
 
     @staticmethod
     def forward(ctx: Any) -> None:
@@ -218,7 +218,7 @@ is_jit_tracing: Callable[[], bool] = named("_C._is_tracing", torch.jit.is_tracin
 innermost_transformation: Callable[[], Any] = named(
     "_C._functorch.peek_interpreter_stack", _innermost
 )
-"""Returns the innermost one that is running, or None."""
+"""Returns the innermost transformation that is running, or None."""
 
 _transformations, _kinds = _together(
     "_C._functorch.get_interpreter_stack", "_C._functorch.TransformType"
@@ -240,7 +240,7 @@ dispatch_modes: Callable[[], Sequence[Any]] = named(
 dual_level: Callable[[Any], int] = _attributes(
     "_current_level", of=torch.autograd.forward_ad, fallback=_dual_level
 )
-"""Returns the level of torch.autograd.forward_ad, which it takes; below 0 outside of every one."""
+"""Takes torch.autograd.forward_ad and returns its current level; below 0 where there is none."""
 
 is_transformed: Callable[[Tensor], bool] = named(
     "_C._functorch.is_functorch_wrapped_tensor", _has_no_memory
@@ -273,7 +273,7 @@ def over_batched(
     return [_batched(result, 0, level) for result in results]
 
 
-# --- What a tensor was written to, and where it lies
+# --- Writes to a tensor, and its place in memory
 
 
 def _digest(x: Tensor) -> int:

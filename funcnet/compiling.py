@@ -1,6 +1,6 @@
 """Calls that torch.compile does not look into.
 
-Import this where it compiles, and only there: it imports the compiler, which takes a second.
+Import this only while torch compiles: it imports the compiler, which takes a second.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def constant(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a function does while it is compiled, the same whenever the graph runs."""
+    """Call a function at compile time. Its result is a constant of the graph."""
     return function(*arguments)
 
 
@@ -23,5 +23,5 @@ def constant(function: Callable[..., Any], *arguments: Any) -> Any:
     reason="no graph holds a function of funcnet.distributed: compile what is between them",
 )
 def as_it_is(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """Return what a function does that runs between graphs."""
+    """Call a function between graphs, as it is, whenever the compiled code runs."""
     return function(*arguments, **named)

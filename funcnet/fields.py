@@ -51,7 +51,7 @@ class Kind(Protocol):
     """A kind of hyperparameter: what it converts to, and what it refuses."""
 
     def convert(self, owner: type, name: str, value: Any) -> Any:
-        """`value` in its one form. Raises ValueError or TypeError, naming the owner and field."""
+        """`value` in canonical form. Raises ValueError or TypeError, naming the owner and field."""
 
 
 class _OfInit:
@@ -148,9 +148,9 @@ def _find_kinds(cls: Any) -> None:
     given = [field for field in fields(cls) if field.init]
     hints = {field.name: _hint(cls, field.name) for field in given}
     parameters = signature_of(cls).parameters.values()
-    # The name of the constructor's `*arguments`, if it has such.
+    # The name of the constructor's `*arguments`, if it has any.
     cls._various = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
-    # torch.compile knows no MISSING.
+    # torch.compile cannot handle MISSING.
     cls._defaults = {field.name: field.default for field in given if field.default is not MISSING}
     cls._kinds = {
         name: extra
@@ -179,7 +179,7 @@ def _hint(cls: type, name: str) -> Any:
 def source(value: Any, in_lines: bool = False) -> str:
     """The code that builds a value of hyperparameters, defaults left out.
 
-    `in_lines` is for what is made of layers: if it is too long for a line, each gets its own.
+    With `in_lines`, which is for layers made of layers, long code gets a line for each argument.
 
     A first argument without a default has no name, `Conv2d(8, kernel_size=3)`. A constructor with a
     variable number of arguments gets them all: `Sequential(ReLU(), Sigmoid())`.
@@ -266,7 +266,7 @@ class IntTuple:
 class PerAxis:
     """An int, or one for each axis after the channels; some also take None, or a word.
 
-    `entries_may_be_none` is for None in the place of any int.
+    With `entries_may_be_none`, any of the ints may be None.
     """
 
     least: int
@@ -324,7 +324,7 @@ class OneOf:
 
 
 READ_OFF = "sizes of x are read off the shape that init is given"
-"""What messages say to torch.nn's sizes of x, which come where another argument is expected."""
+"""What messages say where one of torch.nn's sizes of x came instead of another argument."""
 
 
 _SIZES_OF_X = (
@@ -343,9 +343,9 @@ _ADVICE = {
     "use_bias": "it is called bias",
     "key": "init, apply, vjp and fwd take the key",
 }
-"""What messages say to arguments of torch.nn's layers, and of others', that these lack, by name."""
+"""What messages say, by name, to arguments of torch.nn and others that our layers lack."""
 
-_TORCH_NAMES = frozenset(_ADVICE)  # torch.compile knows no keys() of a global
+_TORCH_NAMES = frozenset(_ADVICE)  # torch.compile cannot call keys() of a global
 
 
 def _refuse_torch_names(cls: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -360,7 +360,7 @@ def _refuse_torch_names(cls: Any, arguments: tuple[Any, ...], named: dict[str, A
 
 @dataclass(frozen=True)
 class BehindSizes(OneOf):
-    """A bool where torch.nn's order of arguments has a size, whose message tells of the order."""
+    """A bool at a position where torch.nn has a size: the message for an int says so."""
 
     choices: tuple[bool, ...] = (True, False)
 
@@ -374,7 +374,7 @@ class BehindSizes(OneOf):
 
 @dataclass(frozen=True)
 class Number:
-    """A finite number that is at least `least`, and at most `most`; or None, where that may be."""
+    """A finite number in [least, most]; or None, if `may_be_none`."""
 
     least: float = float("-inf")
     most: float = float("inf")
@@ -421,7 +421,7 @@ class NumberButZero(Number):
 
 @dataclass(frozen=True)
 class InstanceOf:
-    """An instance of a class; or None, where that may be."""
+    """An instance of a class; or None, if `may_be_none`."""
 
     cls: type
     expected: str
@@ -458,7 +458,7 @@ SizesOrNone: TypeAlias = Annotated[int | tuple[int, ...] | None, PerAxis(1, may_
 SizesWithNone: TypeAlias = Annotated[
     int | tuple[int | None, ...] | None, PerAxis(1, entries_may_be_none=True)
 ]
-"""An int ≥ 1 or None, or such for each axis; kept as a tuple."""
+"""An int ≥ 1 or None, or one of these for each axis; kept as a tuple."""
 
 Margins: TypeAlias = Annotated[int | tuple[int, ...], PerAxis(0)]
 """An int ≥ 0, or one for each axis; kept as a tuple."""

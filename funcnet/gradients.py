@@ -1,4 +1,4 @@
-"""The gradient of a loss of a network: forward and backward once."""
+"""The gradient of a network's loss: forward and backward once."""
 
 from __future__ import annotations
 
@@ -22,10 +22,7 @@ from funcnet.ops.summation import summed
 
 @dataclass(frozen=True)
 class ValueAndGrad:
-    """The function (params, x, target, key=None) ↦ (loss(net(x), target), its gradient by params).
-
-    A value that `value_and_grad` makes.
-    """
+    """The function (params, x, target, key=None) ↦ (value, grads) of `value_and_grad`."""
 
     net: Layer
     loss: Any
@@ -63,7 +60,7 @@ def terms(loss: Loss, x: Tensor, target: Any) -> int | Tensor:
 
 
 def contribution(value: Tensor, count: Any, whole: Any) -> tuple[Tensor, Any]:
-    """A mean over `count` terms as its part of the mean over `whole`, and the share of that."""
+    """(share · value, share): a mean over `count` terms as its part of that over `whole`."""
     if isinstance(count, Tensor):
         value = torch.where(count == 0, torch.zeros_like(value), value)  # no term: NaN
         share = (count.to(accumulator_dtype(value.dtype)) / whole).to(value.dtype)
@@ -75,7 +72,7 @@ def contribution(value: Tensor, count: Any, whole: Any) -> tuple[Tensor, Any]:
 
 @dataclass(frozen=True, repr=False)
 class MicroBatched(ValueAndGrad):
-    """The same numbers, `micro_batch` examples at a time: residuals take that much less memory.
+    """`ValueAndGrad` of `micro_batch` examples at a time: residuals take less memory.
 
     A value that `value_and_grad` makes.
     """
@@ -107,10 +104,11 @@ class MicroBatched(ValueAndGrad):
 
 
 def value_and_grad(net: Layer, loss: Loss, micro_batch: int | None = None) -> ValueAndGrad:
-    """The function (params, x, target, key=None) ↦ (loss(net(x), target), its gradient by params).
+    """The function (params, x, target, key=None) ↦ (value, grads): a loss and its gradient.
 
-    The gradient has the tree of params. Each residual is freed as soon as it has been used, and
-    the gradient with respect to x is never formed. `key` is for layers that draw numbers.
+    value is loss(net(x), target), and grads its gradient with respect to params, in the tree of
+    params. Each residual is freed as soon as it has been used, and the gradient with respect to x
+    is never formed. `key` is for layers that draw numbers.
 
     Where params or x require a gradient, autograd records the pass as it does any other, which is
     what second derivatives need. Where you do not want that, as for `nn.Parameter`s, call it under
@@ -118,13 +116,13 @@ def value_and_grad(net: Layer, loss: Loss, micro_batch: int | None = None) -> Va
 
     `micro_batch=n` computes the same numbers n examples at a time, in less memory: x and all of
     target are cut along axis 0, and gradients are added up. A mean is that of the whole batch, also
-    where `CrossEntropy` ignores other numbers of places in each part. Micro-batch j, from 0, draws
-    from `fold_in(key, j)`.
+    where `CrossEntropy` ignores different numbers of places in the parts. Micro-batch j, from 0,
+    draws from `fold_in(key, j)`.
 
     Raises TypeError if net is not a Layer, or if loss is a Layer or a class, or lacks `fwd` or
     `bwd`. For micro_batch, raises ValueError if it is below 1, if a layer couples examples
-    (BatchNorm), or if the loss is not a `Loss` with a reduction "mean" or "sum". Errors of the two
-    pass through.
+    (BatchNorm), or if the loss is not a `Loss` with a reduction "mean" or "sum". Errors of net and
+    loss pass through.
 
     >>> import funcnet as fn
     >>> net = fn.Sequential(fn.Conv2d(3, 3, padding="same"), fn.Sigmoid())
@@ -175,7 +173,7 @@ def check_uncoupled(who: str, net: Layer, purpose: str = "") -> None:
 
 
 def check_batch(who: str, x: Any, target: Any) -> None:
-    """Raise unless x and target are of the same examples."""
+    """Raise unless x and target are batches of the same number of examples."""
     for name, leaf in (("x", x), *(("target", leaf) for leaf in optree.tree_leaves(target))):
         if not isinstance(leaf, Tensor) or not leaf.ndim:
             got = type(leaf).__name__ if not isinstance(leaf, Tensor) else "shape ()"

@@ -71,7 +71,7 @@ class Initializer(Hyperparameters):
     _first_axes: ClassVar[str] = ""
 
     def __repr__(self) -> str:
-        """The code that builds it where funcnet's names are known, as they are for a layer's."""
+        """The code that builds it; funcnet's own start with `initializers.`."""
         prefix = "initializers." if type(self).__module__ == __name__ else ""
         return prefix + source(self)
 
@@ -144,7 +144,7 @@ class Ones(Constant):
 
 @dataclass(frozen=True)
 class Uniform(Initializer):
-    """Numbers drawn evenly from [low, high).
+    """Numbers drawn uniformly from [low, high).
 
     Raises ValueError unless both are finite and low ≤ high, and for a range beyond the dtype.
 
@@ -184,11 +184,11 @@ class Normal(Initializer):
         return normal(key, shape, self.mean, self.std, dtype, device)
 
 
-# --- Cut off
+# --- Truncated
 
 
 def _check_range(who: Initializer, most: float, dtype: torch.dtype) -> None:
-    """Raise ValueError if numbers of this size would be infinite."""
+    """Raise ValueError if numbers of this size would be infinite in the dtype."""
     if not most <= torch.finfo(dtype).max:
         raise ValueError(f"{who}: expected numbers up to {most} to be within {dtype}")
 
@@ -417,7 +417,7 @@ class Orthogonal(Initializer):
 
 @dataclass(frozen=True)
 class _InitializerKind(InstanceOf):
-    """An initialiser or None, whose message says what a function should be instead."""
+    """An initialiser or None. The message for a plain function says what to write instead."""
 
     def convert(self, owner: type, name: str, value: Any) -> Any:
         try:

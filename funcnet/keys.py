@@ -43,8 +43,9 @@ class Key:
     _halves: Tensor = field(init=False, repr=False, compare=False)
     """The low and the high 64 bits of data, a tensor of int64.
 
-    torch.compile takes a tensor for an input, where it would compile again for another int. It
-    takes an array, too, but neither in torch.inference_mode nor inside of torch.func.grad.
+    torch.compile takes a tensor for an input of the graph; for an int, it would compile again when
+    the int changes. It takes an array of NumPy for an input, too, but neither in
+    torch.inference_mode nor inside of torch.func.grad.
     """
 
     def __post_init__(self) -> None:
@@ -126,7 +127,7 @@ def uniform(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Numbers drawn evenly from [low, high); float32 on the CPU unless told otherwise.
+    """Numbers drawn uniformly from [low, high); float32 on the CPU unless told otherwise.
 
     Raises ValueError unless low ≤ high, both are within the range of the dtype, and high − low is
     within that of float32 (of float64, if that is the dtype), in which numbers are drawn. Raises
@@ -387,7 +388,7 @@ def _number(who: str, name: str, value: Any) -> float:
 
 
 def _uint64(who: str, name: str, value: int) -> int:
-    # as_index() would hold a graph of torch.compile to an int of many, such as a step's.
+    # as_index() would make a graph of torch.compile for this int alone, such as a step's.
     number = value if type(value) is int else as_index(who, name, value)
     if not 0 <= number < 2**64:
         raise ValueError(f"{who}: expected {name} in [0, 2**64), got {number}")

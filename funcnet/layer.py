@@ -1,7 +1,7 @@
 """The layer: a frozen dataclass of hyperparameters with pure functions on parameter trees.
 
 Callers call `init`, `out_shape`, `apply`, `vjp`, `fwd` and `bwd`, which check their arguments.
-Authors write the mathematics, and are handed nothing unchecked:
+Authors write the mathematics; their functions are handed checked arguments only:
 
     >>> from dataclasses import dataclass
     >>> import funcnet as fn
@@ -31,10 +31,10 @@ Authors write the mathematics, and are handed nothing unchecked:
     ValueError: Scale(): expected x of shape (N, 3, H, W), got (2, 5, 4, 4)
 
 A layer may also write the public four (`init`, `out_shape`, `fwd`, `bwd`) and nothing else. Then it
-checks for itself, and its `bwd` need not know of `param_grad`.
+checks its own arguments, and its `bwd` need not know of `param_grad`.
 
 What a layer returns shares no memory with what it was handed: where an operation may return a view
-of x, as `flatten` does, it has to be cloned.
+of x, as `flatten` does, the view has to be cloned.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Spec(NamedTuple):
 
 
 class _TrueOfChildren:
-    """A class attribute that is False, and True for an instance with a child for which it is."""
+    """The value of `couples_examples`: True for a layer with a child for which it is True."""
 
     def __get__(self, layer: Layer | None, cls: type) -> bool:
         children = () if layer is None else layer._children()
@@ -139,15 +139,15 @@ class Layer(Hyperparameters):
     _fresh: ClassVar[bool] = False
     """The promise that y shares no memory with the residuals, nor dx with residuals or dparams.
 
-    Nor do the entries of either share memory, as those of an expanded tensor.
+    Nor do the entries of y or of dx share memory with each other, as in an expanded tensor.
     What follows such a layer in a Sequential may write over its results, and does so where it has
-    `_fwd_` and `_bwd_`, which do in place what `_fwd` and `_bwd` do. `check_vjp` verifies it.
+    `_fwd_` and `_bwd_`, which do in place what `_fwd` and `_bwd` do. `check_vjp` verifies this.
     """
 
     _views: ClassVar[bool] = False
     """Whether `_fwd_` and `_bwd_` write nothing: y is a view of x and dx one of dy, or new.
 
-    A combinator that copies its layers' results calls these.
+    A combinator that copies its layers' results calls `_fwd_` and `_bwd_` of such a layer.
     """
 
     _joins: ClassVar[Joins | None] = None
@@ -165,10 +165,10 @@ class Layer(Hyperparameters):
         if cls.fwd is Layer.fwd and cls._fwd is Layer._fwd:
             raise TypeError(f"{cls.__name__}: expected a layer that writes _fwd, or fwd")
 
-    # --- What authors write. The names of the arguments are theirs
+    # --- What authors write. They may rename the arguments
 
     def _params(self, shape: Shape, /) -> Mapping[str, Any]:
-        """The parameters for examples of `shape`: a `Param`, or a dict of such, by name."""
+        """The parameters for examples of `shape`, by name: each a `Param`, or such a dict again."""
         return {}
 
     def _layout(self, name: str, /) -> Layout | None:
@@ -186,7 +186,7 @@ class Layer(Hyperparameters):
     def _bwd(self, params: Any, residuals: Any, grad: Tensor, need: Need, /) -> tuple[Any, Any]:
         """(dparams, dx); what is not needed may be None.
 
-        A layer without parameters is asked for dx, or not at all.
+        It is called only if dx is needed, or dparams of a layer that has parameters.
         """
         raise NotImplementedError(f"{name_of(self)} writes neither _bwd nor bwd")
 
@@ -196,8 +196,7 @@ class Layer(Hyperparameters):
         """(each, dx): what `_bwd` returns, but with gradients of the parameters for each example.
 
         A leaf of `each` is a tensor (N, …), or a form of `ops/products.py` that stands for one.
-        `check_vjp` verifies it. A layer need not write it: then examples go through `_bwd` one by
-        one.
+        `check_vjp` verifies it. A layer need not write it: then it runs once for each example.
         """
         raise NotImplementedError
 
@@ -205,8 +204,8 @@ class Layer(Hyperparameters):
         """(source, layer): a part of y is what `layer` makes of a part of x, its source.
 
         `shape` is the shape of one example of x. None where the part may depend on all of x.
-        `combinators/tiling.py` works through large images so. A layer that draws numbers does not
-        write it: parts get no key.
+        `combinators/tiling.py` works through large images by it. A layer that draws numbers does
+        not write it: parts get no key.
         """
         return None
 
@@ -319,9 +318,9 @@ class Layer(Hyperparameters):
         return source(self, in_lines=bool(self._children()))
 
     def _children(self) -> tuple[tuple[str, Layer], ...]:
-        """(name, layer) of each layer among the fields, as paths name it; an only one has no name.
+        """(name, layer) of each layer among the fields, as paths name it.
 
-        Layers in a tuple, or in several fields, are named by their positions.
+        An only child has the name "". Others are named by their positions.
         """
         found = _layer_fields(self)
         if len(found) == 1 and isinstance(only := found[0][1], Layer):
@@ -330,7 +329,7 @@ class Layer(Hyperparameters):
         return tuple((str(i), layer) for i, layer in enumerate(layers))
 
     def _path_step(self, name: str) -> str:
-        """A child on the path to a layer, as errors name it: `layer 1: `; "" for an only one."""
+        """A child on the path to a layer, as errors name it: `layer 1: `; "" for an only child."""
         return f"layer {name}: " if name else ""
 
     def _copy_axes(self) -> Shape:
@@ -342,7 +341,7 @@ class Layer(Hyperparameters):
         return (shape,) * len(self._children())
 
     def _child_params(self, params: Tree) -> tuple[Tree, ...]:
-        """The parameters of each child; all of params for an only one without a name."""
+        """The parameters of each child; all of params for an only child without a name."""
         names = self._param_names(params)
         if names == [""]:
             return (params,)
@@ -384,7 +383,7 @@ class Layer(Hyperparameters):
         return of_fields if is_beside and field not in only._param_names(params) else names
 
     def _with_children(self, children: Sequence[Layer]) -> Layer:
-        """The same combinator of other layers, as many as it has."""
+        """The same combinator with other layers, one for each of its children."""
         rest = iter(children)
         return replace(
             self,
@@ -395,7 +394,7 @@ class Layer(Hyperparameters):
         )
 
     def _frozen_params(self, params: Tree) -> list[tuple[Tensor, Any]]:
-        """(leaf, index) of the entries of params whose gradient is 0 by intention."""
+        """(leaf, index) of the entries of params whose gradient is 0 on purpose."""
         children = self._children()
         owns = self._child_params(params) if children else ()
         pairs = zip(children, owns, strict=False)
@@ -429,13 +428,13 @@ class Layer(Hyperparameters):
     def _admit(
         self, params: Tree, x: Any, shape: Shape, key: Key | None = None
     ) -> tuple[Spec, bool]:
-        """(the spec of y, whether it is new): what has been accepted is remembered.
+        """(the spec of y, whether it is new). Raises unless params and x fit.
 
-        Anything else is checked, params as well as x.
+        Shapes, dtypes and devices that have been accepted are remembered, and not checked again.
         """
         if key is not None:
             check_key(self, key)
-        # Open sizes would be held to those that they are compared with.
+        # Open sizes that are compared with others would be fixed to them.
         if not is_eager() or (type(x) not in TENSORS and are_open(shape)):
             check = self._check_traced if is_tracing() else self._check
             return check(params, _spec(self, x, shape)), False
@@ -459,13 +458,13 @@ class Layer(Hyperparameters):
     def _expect_promised(self, y: Any, promised: Spec, made: Callable[[], Any]) -> None:
         """Raise unless y has the shape that `_out_shape` promises, and x's dtype.
 
-        Then the next call checks again. `made` returns what `_fwd` does.
+        After an error, the next call checks again. `made` returns the result of `_fwd`.
         """
         expected, is_one = (*promised.batch, *promised.shape), not self._children()
         shape = tuple(y.shape) if isinstance(y, Tensor) else None
-        # A combinator runs with what its layers make, if it is of the same examples.
+        # A combinator passes on what its layers make, if the number of examples is the same.
         fits = shape == expected or (shape and not is_one and shape[:1] == promised.batch)
-        # Of integers, a layer without parameters may make numbers.
+        # From integers, a layer without parameters may make floats.
         if fits and (y.dtype == promised.dtype or not promised.dtype.is_floating_point):
             return
         self.__dict__.pop("_accepted", None)
@@ -566,15 +565,16 @@ _FACTS = attrgetter("shape", "dtype", "device")
 
 
 def checks_itself(layer: Layer) -> bool:
-    """Whether a layer writes `fwd` or `bwd`: these check for themselves, and are not passed by."""
+    """Whether a layer writes `fwd` or `bwd`. Then these are called, and check their arguments."""
     cls = type(layer)
     return cls.fwd is not Layer.fwd or cls.bwd is not Layer.bwd
 
 
 def writes(layer: Layer, name: str) -> bool:
-    """Whether the class that defines an attribute is no older than those of `_fwd` and `_bwd`.
+    """Whether an attribute of a layer holds for its `_fwd` and `_bwd`.
 
-    A subclass that writes one of these anew has to write the attribute, too.
+    It does if its class is, or derives from, the classes that define these two: a subclass that
+    writes one of them anew has to write the attribute, too.
     """
     look = _is_youngest if torch.compiler.is_compiling() else _remembered_youngest
     return not checks_itself(layer) and look(type(layer), name)

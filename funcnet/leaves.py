@@ -1,7 +1,7 @@
 """The layers at the leaves of a network, by their paths; and networks with others in their places.
 
 The path of a layer joins the names that lead to it by dots: `2`, `stem.0`. A dot in a name is
-escaped. The only layer of a combinator has its path; a network's is "".
+escaped. The only layer of a combinator has the path of the combinator. The path of a network is "".
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def joins(layer: Layer) -> Joins | None:
 
 
 def has_children(layer: Layer) -> bool:
-    """Whether a layer is a combinator, of no layers perhaps."""
+    """Whether a layer is a combinator, perhaps of no layers."""
     return bool(layer._children()) or joins(layer) is not None
 
 
@@ -86,7 +86,7 @@ def declares_none(layer: Layer) -> bool:
 
 @dataclass(frozen=True)
 class Watched(Wrapper):
-    """A layer in its place that looks on at its passes."""
+    """A layer that stands in the place of another, and watches its passes."""
 
     path: str
 
@@ -107,7 +107,7 @@ class Watched(Wrapper):
 
 
 def shaped(net: Layer, shape: Sequence[int]) -> Tree:
-    """Parameters whose shapes alone count. No number is drawn if `init` allows it."""
+    """Parameters of which only the shapes matter: on "meta", undrawn, if `init` allows it."""
     try:
         return net.init(key(0), shape, device="meta")
     except RuntimeError:  # the `init` of a layer of one's own may look at its numbers

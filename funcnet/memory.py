@@ -4,9 +4,9 @@ The C library of Linux hands freed memory back to the system once a threshold of
 the top of its heap (mallopt(3), M_TRIM_THRESHOLD). A training step frees and takes back the same
 tens of megabytes, and fetching them from the system page by page takes up to half as long again as
 the arithmetic. Importing the package sets the threshold to 256 MiB, with blocks of up to 32 MiB on
-the heap. It does not where the user has tuned the C library by its own variables (GLIBC_TUNABLES,
-MALLOC_…), or says no by FUNCNET_KEEP_MEMORY=0. It serves the whole process. Other systems are left
-alone.
+the heap. The setting is for the whole process. It is left alone where the user has tuned the C
+library by its own variables (GLIBC_TUNABLES, MALLOC_…) or sets FUNCNET_KEEP_MEMORY=0, and on other
+systems.
 """
 
 import ctypes

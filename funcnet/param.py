@@ -24,7 +24,7 @@ class Param:
 
     `initializer` is an `Initializer`, or another function (key, shape, dtype, device) -> tensor.
     Raises TypeError for a shape that is not a tuple or a list. The layer's `init` raises TypeError
-    for what cannot be called so, and ValueError for a tensor of another shape.
+    for an initialiser that cannot be called so, and ValueError if it returns another shape.
 
     >>> import funcnet as fn
     >>> {"weight": fn.Param((8, 3), fn.initializers.Ones())}  # what a layer's `_params` returns
@@ -41,7 +41,7 @@ class Param:
 
 
 Declared: TypeAlias = Mapping[str, Any]
-"""What a layer declares: a `Param`, or a dict of such, by name."""
+"""What a layer declares by name: each a `Param`, or such a dict again."""
 
 
 def check_declared(who: object, declared: Any, prefix: str = "") -> None:
@@ -80,7 +80,7 @@ def draw(
 ) -> dict[str, Any]:
     """The parameters, each from a key of its own and in the memory format that its name wants.
 
-    Raises TypeError or ValueError for an initialiser that is called, or returns, otherwise.
+    Raises TypeError for an initialiser with other arguments, ValueError for another result.
     """
     keys = iter(split(key, max(1, len(_flat(declared, declared)))))
     return _drawn(who, declared, "", keys, (dtype, device), layout_of)
@@ -113,7 +113,7 @@ def _drawn_by(who: object, name: str, param: Param, arguments: tuple[Any, ...]) 
         value = param.initializer(*arguments)
     except TypeError as error:
         if error.__traceback__ is None or error.__traceback__.tb_next is not None:
-            raise  # by the function, not by calling it
+            raise  # raised inside the function, not by the call
         raise TypeError(
             f"{name_of(who)}: expected the initializer of {name} to be a function "
             f"(key, shape, dtype, device) -> tensor, got {shown(param.initializer)}: {error}"
@@ -132,7 +132,8 @@ def misshapen(
 ) -> tuple[str, Param, tuple[int, ...]] | None:
     """(name, what was declared, the shape that came) of the first parameter of another shape.
 
-    Raises for another structure, or another dtype or device than `like` has, called `of`.
+    Raises for another structure, and for another dtype or device than `like` has. Messages call
+    `like` by the name `of`.
     """
     where = f"{prefix.rstrip('.')} " if prefix else "params "
     if not isinstance(params, dict):
@@ -161,9 +162,9 @@ def size_that_fits(
     shape: tuple[int, ...],
     factors: Sequence[int],
 ) -> tuple[int, int] | None:
-    """(axis, size) of the one size of an example with which all of params fit, if there is one.
+    """(axis, size): the shape of an example with this one size changed fits all of params.
 
-    What is tried are the sizes of params, and these times each of `factors`.
+    None if there is no such size among those of params, and those times each of `factors`.
     """
     got = [value.shape for value in _flat(declare(shape), params)]
     candidates = sorted({n * factor for shape in got for n in shape for factor in (1, *factors)})

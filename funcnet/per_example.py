@@ -1,8 +1,8 @@
-"""Gradients of each example apart: themselves, their norms, and their sum clipped one by one.
+"""The gradient of each example: the gradients, their norms, and the sum of clipped ones.
 
 A network whose layers treat every example alone is, for a batch, as many networks of one example
-each. Its backward pass hands every layer dy of all examples at once, from which the layer finds its
-gradients for each, dWₙ, or for ‖dWₙ‖² less than that (`Layer._bwd_each`, `ops/products.py`). The
+each. Its backward pass hands every layer dy of all examples at once. From that, the layer finds its
+gradient for each, dWₙ, or only ‖dWₙ‖², which takes less (`Layer._bwd_each`, `ops/products.py`). The
 squared norms of all parameters add up, and
 
     Σₙ gₙ·min(1, C/‖gₙ‖)
@@ -10,8 +10,8 @@ squared norms of all parameters add up, and
 is one more backward pass, from dyₙ·min(1, C/‖gₙ‖). Lee and Kifer, "Scaling up differentially
 private deep learning with fast per-example gradient clipping", PoPETs 2021.
 
-Parameters that run several times (`Loop`) have the sum of several gradients: its square is not the
-sum of theirs, so the gradients are formed and added up before the norm is taken.
+Parameters that are used several times (`Loop`) have a sum of gradients. The squared norm of a sum
+is not the sum of squared norms, so these are formed and added up before the norm is taken.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def per_example(net: Layer, loss: Loss) -> PerExample:
 
     The gradients are (N, …), in the tree of params. Entry i, of the values too, is what
     `value_and_grad` gives for `x[i:i+1]` and `target[i:i+1]`: with reduction "mean" a mean over
-    that example alone. But with a key, masks are those that `value_and_grad` draws for the whole
-    batch. A layer of one's own without `_bwd_each` runs once an example, through
-    `torch.func.vmap` where it can; with a key, N times backward.
+    that example alone. But with a key, dropout masks are those that `value_and_grad` draws for the
+    whole batch. A layer of your own without `_bwd_each` runs once for each example, through
+    `torch.func.vmap` where it can; with a key, its backward pass runs N times.
 
     Raises TypeError unless net is a Layer, loss a loss, and x and target are batches; ValueError,
     naming it, for a layer that couples examples (BatchNorm), and for another number of targets.
@@ -62,11 +62,11 @@ def gradient_norms(net: Layer, loss: Loss) -> GradientNorms:
     """The function (params, x, target, key=None) ↦ (values, norms) of each example, both (N,).
 
     Entry i of the norms is √(Σ g²) over all numbers of the gradient of example i, as `per_example`
-    gives it; in float32 where that is in half precision. A layer that knows how finds the norm of
-    its part from factors of the gradient, or forms the gradients of a few examples at a time, by
-    what takes fewer multiplications. Those of the whole batch are formed for scales, biases and
-    positions, in a `Loop`, whose gradients are sums over its turns, and for a layer that does not
-    know how.
+    gives it; in float32 where that is in half precision. A layer with `_bwd_each` finds the norm of
+    its part from factors of the gradient, or forms the gradients of a few examples at a time,
+    whichever takes fewer multiplications. The gradients of the whole batch are formed at once for
+    scales, biases and positional embeddings, for a `Loop`, whose gradients are sums over its turns,
+    and for a layer without `_bwd_each`.
 
     Raises what `per_example` raises.
 
@@ -192,7 +192,7 @@ class _Found:
 
 @dataclass
 class _Passes:
-    """A forward pass that has been, and the backward passes that may follow."""
+    """A finished forward pass, and the backward passes that may follow."""
 
     net: Layer
     params: Tree
@@ -239,8 +239,8 @@ class _Passes:
 
 
 def _values_and_dy(loss: Any, y: Tensor, target: Any) -> tuple[Tensor, Tensor]:
-    """The loss of each example, and its gradient by y."""
-    loss.fwd(y, target)  # to refuse what does not fit, before values are hidden
+    """The loss of each example, and its gradient with respect to y."""
+    loss.fwd(y, target)  # to refuse what does not fit, before vmap hides values
     if not len(y):
         return y.new_zeros(0), torch.zeros_like(y)
     leaves, structure = optree.tree_flatten(target)
@@ -261,7 +261,7 @@ def _values_and_dy(loss: Any, y: Tensor, target: Any) -> tuple[Tensor, Tensor]:
 class _Apart(Watched):
     """A layer whose backward pass finds what is wanted of each example.
 
-    Gradients have the axis N last, where adding and stacking (`Loop`, `Repeat`) let it be.
+    Gradients have the axis N last, where adding and stacking (`Loop`, `Repeat`) do not touch it.
     """
 
     knows_how: bool
@@ -282,7 +282,7 @@ class _Apart(Watched):
         else:
             _, x, key = residuals
             dparams = _one_by_one(self.layer, params, kept, x, key, dy)
-            dx = dx_alone(self.layer, params, kept, dy, need)  # at last: it may use residuals up
+            dx = dx_alone(self.layer, params, kept, dy, need)  # last, since it may free residuals
         leaves, structure = optree.tree_flatten(params)
         each: list[Any] = structure.flatten_up_to(dparams)
         if wanted == "squares" and not self.is_tied:

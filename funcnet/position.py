@@ -6,7 +6,7 @@ import torch
 
 
 class Position:
-    """A block that works on one child after another: what is raised in it names child `i`."""
+    """A block that works on one child after another: errors raised in it name child `i`."""
 
     i: int
 

@@ -29,7 +29,7 @@ def run_apply(layer: Layer, params: Tree, x: Tensor, key: Key | None) -> Tensor:
         # Most layers end here, without another call: small ones would take longer.
         if cls._apply is Layer._apply:
             made = layer._fwd(params, x, key)
-            # By its type: y alone, of two examples, would be taken apart like a pair.
+            # By type: a tensor y of two examples would be unpacked like a pair.
             y: Tensor = (made if type(made) is tuple else as_pair(layer, "_fwd", made))[0]
             return y
         return y_alone(layer, params, x, key)
@@ -98,5 +98,5 @@ def makes_views(layer: Layer) -> bool:
 
 
 def added(layer: Layer, made: Tensor, given: Tensor) -> Tensor:
-    """The sum of what a layer has made and what was handed in, written over the former if new."""
+    """made + given, written over `made`, a layer's y or dx, if the layer makes new tensors."""
     return add_over(made, given) if is_fresh(layer) else made + given

@@ -89,7 +89,7 @@ class linear(Schedule):
 
     def _at(self, t: Any) -> Any:
         lr = self.first + (self.last - self.first) * _min(t, self.steps) / self.steps
-        return _max(lr, 0.0)  # which a rounding may pass
+        return _max(lr, 0.0)  # rounding may go below 0
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class cosine(Schedule):
 
 
 _FOREVER = 2**63
-"""A step behind which the power of any rate but 1 is 0 or infinite."""
+"""A step after which rateᵗ is 0 or infinite for any rate but 1."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class exponential(Schedule):
 
     def _at(self, t: Any) -> Any:
         if self.first == 0:
-            return _fill(t, 0.0)  # where rateᵗ overflows, too
+            return _fill(t, 0.0)  # also where rateᵗ overflows
         try:
             if isinstance(t, Tensor):
                 return self.first * self.rate**t

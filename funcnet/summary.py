@@ -1,4 +1,4 @@
-"""A network as a table: what each layer gives out, has to learn and keeps for its backward pass."""
+"""A network as a table: each layer's output shape, number of parameters and residual bytes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Row(NamedTuple):
 
 
 def summary(net: Layer, shape: Sequence[int]) -> str:
-    """A table of `net` for examples of `shape`, with a line for each layer, inside others too.
+    """A table of `net` for examples of `shape`, with a line for each layer, also inside others.
 
     path            the layer's place in params; the only layer of a combinator has its path
     layer           the layer, indented by how many others it is in; a combinator by kind and size
@@ -43,9 +43,10 @@ def summary(net: Layer, shape: Sequence[int]) -> str:
     residual bytes  the memory that the layer's `fwd` with a key keeps for `bwd`, for one float32
                     example: what is kept twice counts once, parameters do not count
 
-    A number is `?` for what a wrapped module keeps, and for a layer to which a combinator of one's
-    own hands something else than x, without `_child_shapes(shape)` to say so. Nothing is computed,
-    unless a layer's `init` looks at its numbers: all is found out on the device "meta".
+    A number is `?` for what a wrapped module keeps, and for a layer whose x has another shape than
+    x of the combinator around it, if that is your own and has no `_child_shapes(shape)` to say so.
+    Nothing is computed, unless a layer's `init` looks at its numbers: all is found out on the
+    device "meta".
 
     Raises ValueError, as `net.init` does, where a layer does not fit its input; TypeError unless
     net is a Layer.
@@ -143,7 +144,7 @@ def _residual_bytes(layer: Layer, params: Tree, shape: Shape) -> int | None:
 
 
 def _holds_tensors(leaf: Any) -> bool:
-    """Whether tensors are out of sight in an object that is not a node, as a graph of autograd."""
+    """Whether an object that is not a node hides tensors, as a graph of autograd does."""
     attributes: Any = {} if isinstance(leaf, Key) else getattr(leaf, "__dict__", {})
     return any(isinstance(each, Tensor) for each in optree.tree_leaves(attributes))
 

@@ -33,8 +33,8 @@ def trace(
     The layers are those that hold no others; `path` is their place in params, `stem.0`. One that
     runs several times, as in `Loop` or `Repeat`, has a record for each run. `params`, `x` and `y`
     are what the layer was handed and returned: of another dtype within `Cast`, of one copy within
-    `Repeat`. Given `grad`, the gradient by the network's y, a backward pass follows, and each
-    record has the gradient by its own y; without it, None.
+    `Repeat`. Given `grad`, the gradient with respect to the network's y, a backward pass follows,
+    and each record has the gradient with respect to its own y; without it, None.
 
     Raises what `apply` and `vjp` raise; TypeError if net is not a Layer.
 
@@ -72,7 +72,7 @@ class _Notes:
 
     def traced(self, path: str, layer: Layer, ancestors: Ancestors) -> Layer:
         """The layer, whose runs are noted here."""
-        if joins(layer) == "zeros":  # y is its layer's, whose backward pass it might leave out
+        if joins(layer) == "zeros":  # not itself: it may leave out the backward pass of its layer
             return mapped(layer._children()[0][1], self.traced, _enters, path)
         return _Traced(layer, path, self)
 

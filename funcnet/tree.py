@@ -28,7 +28,7 @@ PathKey: TypeAlias = "str | int"
 """A key of a dict, an index of a tuple or list, or a field's name."""
 
 ROOT = "%"
-"""The name of the tensor in a tree that is nothing else. No other is like it: names escape %."""
+"""The name of the tensor in a tree that is one tensor. No other leaf has it: names escape %."""
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -114,7 +114,7 @@ def field_names(cls: type) -> list[str]:
 def fields_of(node: Any) -> dict[str, Any]:
     """Return the fields that rebuild an instance of a known class.
 
-    A layer may keep a field in another form than files do, and says so by `_stored(name)`.
+    A layer may keep a field in another form than files do; `_stored(name)` returns theirs.
     """
     stored = getattr(type(node), "_stored", getattr)
     return {name: stored(node, name) for name in field_names(type(node))}

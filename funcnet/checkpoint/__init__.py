@@ -1,4 +1,4 @@
-"""Trees on disk: complete or refused, the same bits back, readable by others.
+"""Trees on disk: files are complete or refused, keep every bit, and can be read by others.
 
     >>> import funcnet as fn, tempfile, os, torch
     >>> path = os.path.join(tempfile.mkdtemp(), "model.safetensors")

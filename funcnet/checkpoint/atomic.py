@@ -4,7 +4,7 @@ The new file is written beside the old one as `.NAME.0123456789abcdef.tmp`, made
 renamed. It is locked (flock) while it is written. A lock ends with its process, so a temporary file
 without a lock was left by a killed process, and the next save removes it. Two processes that save
 to one path write two files; the last rename wins. On Windows, which has no such locks, a temporary
-file is taken for left an hour after it was written.
+file counts as left by a killed process an hour after it was written.
 
 Some file systems, on networks above all, lack locks, permissions, or a way to flush a folder. What
 they lack is left out, and never costs the old file or the new one.
@@ -49,7 +49,7 @@ _ATTEMPTS = 10
 """The most temporary files to make until one can be locked."""
 
 _HOUR = 3600.0
-"""Seconds after which a temporary file that nobody can lock was left by a killed process."""
+"""Seconds after which a temporary file, where none can be locked, counts as left behind."""
 
 _PAUSES = (0.01, 0.02, 0.05, 0.12, 0.3)
 """Seconds to wait for a file that Windows refuses: half a second together."""
@@ -61,9 +61,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     The new file gets the old one's mode, or else the umask's. A symbolic link stays, and the file
     that it points to is replaced. If anything is raised, the old file is unchanged and the new one
-    removed. Only if the disk fails while the renaming is made durable, the new one is in place. In
+    removed; but if the disk fails while the renaming is made durable, the new one is in place. In
     a folder that may be written but not listed, or cannot be flushed, a power cut may undo the
-    renaming. On a file system without permissions, the new file has those that it gives.
+    renaming. On a file system without permissions, the new file has the file system's.
 
     Raises OSError (FileNotFoundError, PermissionError, IsADirectoryError, …) with the path.
     """
@@ -76,7 +76,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         clear_abandoned(target.parent, re.escape(_head(target)))
         temporary, file = _create(target, mode)
         try:
-            # The folder is opened first: what fails from the renaming on comes too late.
+            # The folder is opened first: a failure after the renaming would come too late.
             with file, _opened(target.parent) as folder:
                 yield file
                 if mode is not None:
@@ -121,12 +121,12 @@ def clear_abandoned(folder: str | os.PathLike[str], names: str) -> None:
 
 
 def on_windows() -> bool:
-    """Whether no file can be locked, and none that is open or mapped can be replaced."""
+    """Whether this is Windows: files cannot be locked, nor replaced while open or mapped."""
     return fcntl is None
 
 
 def patiently(call: Callable[[], _Result]) -> _Result:
-    """Call a function, on Windows again for a while where it is refused.
+    """Call a function; on Windows, try again for a while if it is refused.
 
     Windows refuses to replace a file that somebody reads, and to open one that is being removed.
     """
@@ -164,7 +164,7 @@ def _mode_to_keep(target: Path) -> int | None:
 
 
 def _head(target: Path) -> str:
-    """Return the part of a file's name that its temporary files bear: all of it may be too long."""
+    """Return the beginning of a file's name, for its temporary files: all of it may be too long."""
     return target.name[:32]
 
 
@@ -200,7 +200,7 @@ def _rename(temporary: Path, target: Path) -> None:
 
 def _remove_unless_locked(path: Path) -> None:
     if on_windows():
-        # Another save closes a younger one to rename it.
+        # A younger one may be another save's, which closes it to rename it.
         if time.time() - path.stat().st_mtime > _HOUR:
             path.unlink()
         return

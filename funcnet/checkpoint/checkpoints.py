@@ -1,4 +1,4 @@
-"""A folder of the newest few checkpoints. Reading passes over damaged ones."""
+"""A folder of the newest few checkpoints. Reading skips damaged ones."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ class Checkpoints(Hyperparameters):
     keep: Size = 3
 
     def save(self, step: int, tree: Tree) -> None:
-        """Write the checkpoint of a step, durably, then remove the earlier ones but `keep` − 1.
+        """Write the checkpoint of a step, durably; then keep `keep` − 1 earlier ones, not more.
 
         The folder is made if there is none. A checkpoint of the same step is replaced. Damaged
-        files and those of later steps are neither counted nor removed: a run that has resumed
-        before them keeps its last `keep` as well. Files that have not been verified yet are read
-        for that, every bit of them. What killed saves have left is cleared.
+        files and those of later steps are neither counted nor removed: a run that has resumed from
+        an earlier step keeps its own last `keep`. Files that have not been verified yet are read
+        completely to verify them. Temporary files that killed saves have left are removed.
 
         Raises ValueError unless 0 ≤ step < 2⁶³, and what `funcnet.save` raises. Then nothing is
         removed. Warns with a RuntimeWarning if an earlier file cannot be removed.
@@ -102,7 +102,7 @@ class Checkpoints(Hyperparameters):
     ) -> tuple[int, Tree] | None:
         """(step, tree) of the last checkpoint, or None if there is none.
 
-        A damaged file, or one that the disk fails to read, is passed over with a RuntimeWarning
+        A damaged file, or one that the disk fails to read, is skipped with a RuntimeWarning
         that names it and says what is wrong. `like` and `device` mean what they mean to
         `funcnet.load`: the tree must equal `like`, if given, in structure, shapes and dtypes, and
         its tensors get the memory format of those of `like`. They go to `device`, by default the
@@ -149,7 +149,7 @@ class Checkpoints(Hyperparameters):
 
     def _remember(self, path: Path, fingerprint: tuple[int, ...], whole: bool) -> None:
         """Remember, outside of ==, hash, repr and pickle, whether a file was whole."""
-        # A file that was written a moment ago may change once more at the same time of its clock.
+        # A file that was written a moment ago may change again without a later time stamp.
         modified, *_ = fingerprint
         if time.time_ns() - modified > _TICK:
             self._verified[path] = (fingerprint, whole)

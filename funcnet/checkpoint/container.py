@@ -25,7 +25,7 @@ of these starts at a multiple of 64. The others follow. Both groups are sorted b
 elements, the largest first, then by the order of the tree.
 
 A CRC-32 finds every flipped bit and all damage within 32 consecutive bits. It misses other damage
-once in four thousand million times.
+with a probability of 2⁻³².
 """
 
 from __future__ import annotations

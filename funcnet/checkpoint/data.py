@@ -1,7 +1,7 @@
 """The tensors' data, written and read, with one CRC-32 for each block.
 
-Up to eight threads compute the checksums while the file is written or read. A block is copied
-before it is written, and the copy is what is summed: another thread may go on training meanwhile.
+Up to eight threads compute the checksums while the file is written or read. A block is copied, and
+the copy is both written and summed: another thread may change the tensor meanwhile.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _map(file: BinaryIO) -> memoryview | None:
     """Return a private memory map of the file, or None if it must be read instead."""
     try:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
-    except (OSError, ValueError):  # no file system has to have maps; no empty file has one
+    except (OSError, ValueError):  # a file system may lack maps; an empty file has none
         return None
 
 

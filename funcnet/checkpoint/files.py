@@ -52,9 +52,9 @@ def save(path: _Path, tree: Tree, metadata: dict[str, Any] | None = None) -> Non
     Raises TypeError or ValueError, naming the path, before anything is written, if something could
     not come back exactly: an unknown class, a key of another type, or a tensor that shares memory,
     is sparse, quantized, on the meta device, of a subclass, part of an autograd graph, or of a
-    dtype that safetensors lacks. Raises OSError with the path if the file cannot be written; the
-    old file is then unchanged. The new one is in place only if the disk fails while the renaming is
-    made durable.
+    dtype that safetensors lacks. Raises OSError with the path if the file cannot be written. Then
+    the old file is unchanged, unless it was the disk that failed after the renaming, while that was
+    made durable: then the new file is in place.
 
     >>> import tempfile, torch
     >>> path = tempfile.mkdtemp() + "/tree.safetensors"
@@ -116,7 +116,7 @@ def load(
     *,
     mmap: bool | None = None,
 ) -> Any:
-    """Return the tree in a file of `save` or `save_model`: containers, names, dtypes, bits.
+    """Return the tree in a file of `save` or `save_model`: same containers, names, dtypes, bits.
 
     The tree must equal `like`, if given, in structure, shapes and dtypes. The tensors of `like` may
     lie on the meta device. The tensors go to `device`, by default the CPU. `dtype` converts
@@ -126,10 +126,10 @@ def load(
     channels_last.
 
     Every bit of the file is checked, and no code from it runs. A field that a file lacks takes its
-    default. Files with 64 MiB of data and more are mapped into memory privately; `mmap` maps all or
-    none. Windows refuses to replace a mapped file, so none is mapped there unless `mmap` says so.
-    This is fast, but a program that overwrites such a file in place, as `save` never does,
-    changes the tensors or ends the process.
+    default. Files with 64 MiB of data and more are mapped into memory privately; `mmap=True` maps
+    any file, `mmap=False` none. Mapping is fast, but a program that overwrites a mapped file in
+    place, as `save` never does, changes the tensors or ends the process. Windows refuses to replace
+    a mapped file, so none is mapped there without `mmap=True`.
 
     Raises CheckpointError, a ValueError that names the entry, for a file that is damaged, truncated
     or foreign. Raises CheckpointError that names every difference if the converted tree differs
@@ -175,7 +175,7 @@ def load_model(
     """Return the network and the parameters in a file of `save_model`.
 
     The network is built from classes known by name, whose constructors check their arguments.
-    `dtype` converts floating-point parameters. They are laid out in memory as `net.init` does.
+    `dtype` converts floating-point parameters. They are laid out in memory as by `net.init`.
 
     Raises what `load` raises, CheckpointError for a file without a network, and TypeError for
     another dtype than float16, bfloat16, float32 and float64.
@@ -337,7 +337,7 @@ def _open(path: _Path) -> int:
     """Return the descriptor of a file opened for reading."""
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
     try:
-        # To open a named pipe would wait for its writer without O_NONBLOCK.
+        # Without O_NONBLOCK, opening a named pipe would wait for its writer.
         return patiently(lambda: os.open(path, flags | getattr(os, "O_NONBLOCK", 0)))
     except OSError:
         if not os.path.isfile(path):

@@ -1,6 +1,6 @@
-"""The memory format of what is loaded. Files hold every tensor row-major, kernels want others.
+"""The memory format of loaded parameters. Files are row-major, but kernels want other formats.
 
-The values of a tensor do not depend on it, but their rounding in a product may, and so may speed.
+A tensor's values do not depend on the format, but the rounding of products may, and so may speed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from funcnet.param import Layout
 
 
 def lay_out_as_init(net: Layer, params: Tree) -> None:
-    """Lay parameters that nobody else holds out as the network's `init` does.
+    """Lay out parameters in memory as the network's `init` does. Nobody else may hold them.
 
     Parameters that do not fit the network stay as they are.
     """

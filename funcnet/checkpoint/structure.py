@@ -140,7 +140,7 @@ def walk(root: Node) -> Iterator[Node]:
 def decode(
     node: Node, tensors: Mapping[str, Tensor], leaves: Mapping[Path, Any] | None = None
 ) -> Any:
-    """Return the tree again, with `leaves` in place of its own at their paths.
+    """Return the tree of a structure, with `leaves` instead of its own at their paths.
 
     Raises CheckpointError.
     """

@@ -6,10 +6,10 @@
     value, grads = grads_of(params, x.tensor_split(size)[rank], target.tensor_split(size)[rank])
     params, state = optimizer.step_(params, grads, state)
 
-The law: k ranks on parts of a batch, some of them empty perhaps, compute what one process computes
+The law: k ranks on parts of a batch, some of them perhaps empty, compute what one process computes
 on the whole, up to rounding; and every rank gets the same bits. All ranks of a group call the same
-functions in the same order. `group` is a process group of `torch.distributed`, None the default
-one.
+functions in the same order. `group` is a process group of `torch.distributed`; None is the default
+group.
 
 A rank that raises in one of these functions, or that is lost, ends the others. They raise a
 RuntimeError that names it, at once where the connection breaks, and within the group's timeout

@@ -5,7 +5,7 @@ group's timeout, half an hour, and does not say which. Three things are done abo
 
 * A rank that raises writes why into the group's store, where the others look while they wait. The
   first error that is written is the one that all ranks raise.
-* Where a connection breaks, each other rank is tried: the connection to a lost one is closed.
+* Where a connection breaks, a rank tries those to all others: the lost ones' are closed.
 * Where time runs out, the ranks that have not noted in the store that they wait are missing.
 """
 
@@ -31,8 +31,8 @@ _GLANCE = timedelta(seconds=0.5)
 of a few numbers, so that a healthy group hardly ever looks."""
 
 _calls: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
-"""The number of calls so far by group. They tell errors of this call from older ones, as
-`torch.distributed` numbers its collectives."""
+"""The number of calls so far by group. It tells errors of this call from older ones, as the numbers
+of collectives do in `torch.distributed`."""
 
 
 _Arguments = ParamSpec("_Arguments")
@@ -98,7 +98,7 @@ class Call:
         """This rank as torchrun counts it, in the default group."""
         return self._names[self.rank]
 
-    # --- Collectives, in the background; a function that waits comes back
+    # --- Collectives, which run in the background. Each returns a function that waits for it
 
     def all_reduce(self, tensor: Tensor) -> Callable[[], None]:
         """Add up a tensor over all ranks, in place."""
@@ -122,10 +122,10 @@ class Call:
         return wait
 
     def agree(self, what: object, number: Tensor | float = 0.0) -> Callable[[], list[float]]:
-        """The numbers of all ranks, if all ask for the same.
+        """The numbers of all ranks, if all make the same call.
 
-        The function that comes back raises ValueError unless `what` has the same repr on all ranks,
-        which have called the same functions in the same order.
+        The function that waits raises ValueError unless `what` has the same repr on all ranks, and
+        all have called the same functions in the same order.
         """
         device = "cpu" if "cpu" in self._backends else torch.device("cuda")
         signature = crc32(repr((self.who, self._number, what)).encode())
@@ -167,7 +167,7 @@ class Call:
                 work.wait(_GLANCE)
                 return
             except RuntimeError as error:
-                if is_over:  # so it is not that the glance is due
+                if is_over:  # then the error is not the timeout after _GLANCE
                     raise RuntimeError(self._reason(error)) from None
             if (told := self._told()) is not None:
                 raise RuntimeError(told)
@@ -183,7 +183,7 @@ class Call:
         return self.tell(f"{self.who}: lost {lost}: {error}")
 
     def _is_closed(self, rank: int) -> bool:
-        """Whether the connection to a rank is known to be closed, by sending it a number."""
+        """Send a number to a rank, and return whether this fails: its connection is closed."""
         if rank == self.rank:
             return False
         try:

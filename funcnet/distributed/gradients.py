@@ -36,21 +36,21 @@ buckets would leave later, and less of them would be hidden behind the backward 
 def value_and_grad(
     net: Layer, loss: Loss, group: Any = None, *, bucket_bytes: int = BUCKET_BYTES
 ) -> ValueAndGrad:
-    """The function (params, x, target, key=None) ↦ (loss, its gradient by params) of all ranks'
-    examples together, as `fn.value_and_grad` gives them for the union of the batches.
+    """The function (params, x, target, key=None) ↦ (value, grads) of all ranks' examples together,
+    as `fn.value_and_grad` gives them for the union of the batches.
 
     Each rank hands over its part of the batch, which may be empty, and the same params. A mean is
     over the whole batch: a part weighs as much as it has examples, or terms that count where
     `CrossEntropy` ignores some. Every rank gets the same bits, in new tensors.
 
-    Gradients are added up while the backward pass runs. The last layer's is sent as soon as it is
-    there, the others in buckets of `bucket_bytes`; zeros of `Frozen` layers are not sent. Gradients
-    within a `Loop` or `Repeat` are sent when all its turns are done.
+    Gradients are added up while the backward pass runs. The last layer's are sent as soon as they
+    are there, the others in buckets of `bucket_bytes`; zeros of `Frozen` layers are not sent.
+    Gradients within a `Loop` or `Repeat` are sent when all its turns are done.
 
     All ranks hand over the same key. Rank r of the group draws from `fold_in(key, r)`, as
     micro-batch r does: k ranks with equal parts draw the masks of k micro-batches.
 
-    Autograd does not record it.
+    Autograd does not record the call.
 
     Raises TypeError if net is not a Layer or loss not a loss; ValueError if a layer couples
     examples (BatchNorm), if the loss is not a `Loss` with a reduction "mean" or "sum", and for

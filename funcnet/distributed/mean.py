@@ -43,7 +43,7 @@ def mean(tree: Tree, group: Any = None, weight: float | None = None) -> Tree:
         weights = call.agree(signature(structure, leaves), own)()
         if not any(weights):
             raise ValueError(f"mean: expected a weight above 0 on one of {call.size} ranks")
-        _, exponent = math.frexp(max(weights))  # by a power of 2, so that no sum overflows
+        _, exponent = math.frexp(max(weights))  # scaled by a power of 2, so that no sum overflows
         share = math.ldexp(own, -exponent) / sum(math.ldexp(w, -exponent) for w in weights)
         sums = Sums(call)
         for i, leaf in enumerate(leaves):

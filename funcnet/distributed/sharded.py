@@ -18,7 +18,7 @@ from funcnet.optimizers.optimizer import Optimizer, PreparedStep, State
 
 @dataclass(frozen=True)
 class Sharded(Optimizer[State]):
-    """The steps of another optimiser. Each rank does a part of them, and keeps that part's state.
+    """Another optimiser, whose steps the ranks share: each does a part, and keeps its state alone.
 
     Every leaf of params belongs to one rank, which alone keeps its moments, steps it, and then
     broadcasts it to the others. With k ranks the state takes about 1/k of the memory: the largest
@@ -27,13 +27,13 @@ class Sharded(Optimizer[State]):
 
     The state is the other optimiser's, of params with None for the leaves of other ranks. It can be
     saved, one file a rank, and loaded by the same rank of as many ranks. `step` and `step_` are
-    called by all ranks together. Leaves that a `Partition` freezes are broadcast all the same; they
-    are not in `Partition(label, {"learned": Sharded(Adam()), "frozen": None})`.
+    called by all ranks together. Leaves that a `Partition` inside freezes are broadcast all the
+    same; those of `Partition(label, {"learned": Sharded(Adam()), "frozen": None})` are not.
 
-    Raises TypeError for what is not an optimiser. `step` raises ValueError for params that differ
-    in structure, shapes or dtypes between the ranks, RuntimeError if another rank raises or is
-    lost, and what the other optimiser raises. Nothing has been changed then, unless a rank was lost
-    in the middle of a step.
+    Raises TypeError unless `optimizer` is an optimiser. `step` raises ValueError for params that
+    differ in structure, shapes or dtypes between the ranks, RuntimeError if another rank raises or
+    is lost, and what the other optimiser raises. Nothing has been changed then, unless a rank was
+    lost in the middle of a step.
     Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter models",
     2020, stage 1.
 
@@ -94,7 +94,7 @@ class Sharded(Optimizer[State]):
 
 
 def _owners(leaves: list[Tensor], size: int) -> list[int]:
-    """The rank that each leaf belongs to: the largest leaves first, to whom has the least."""
+    """The rank of each leaf: the largest leaves first, each to the rank that has the least."""
     loads, owners = [0] * size, [0] * len(leaves)
     for i in sorted(range(len(leaves)), key=lambda i: -leaves[i].nbytes):
         owners[i] = loads.index(min(loads))

@@ -1,4 +1,4 @@
-"""Sums over all ranks, in few messages, on their way while others are still computed."""
+"""Sums over all ranks, in few messages, sent while others are still computed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Sums:
     def _send(self, dtype: torch.dtype) -> None:
         bucket = self._open.pop(dtype)
         del self._sizes[dtype]
-        # Ranks may differ in memory format: the order is by rows.
+        # Ranks may differ in memory format: entries are sent in row-major order.
         packed = torch.cat([x.to(dtype).reshape(-1) for x in bucket.values()])
         self._sent.append((self.call.all_reduce(packed), packed, bucket))
 

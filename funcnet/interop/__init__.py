@@ -1,4 +1,4 @@
-"""Beside torch.nn: networks from modules and back, one inside the other, and state dicts."""
+"""Working with torch.nn: modules to networks and back, one inside the other, state dicts."""
 
 from funcnet.interop.as_module import as_module
 from funcnet.interop.from_torch import from_torch

@@ -77,7 +77,7 @@ class NetworkModule(nn.Module):
         self._holders: dict[tuple[str, ...], list[tuple[int, str]]] = {}
         order = {name: i for i, name in enumerate(names_of(structure))}
         for name, leaf in state_dict(params).items():
-            # Row-major, as pruning, FSDP and torch.optim.LBFGS take them alone.
+            # Row-major: pruning, FSDP and torch.optim.LBFGS take no other format.
             own = leaf.detach().clone(memory_format=torch.contiguous_format)
             self._register(order[name], name, nn.Parameter(own))
 
@@ -166,7 +166,7 @@ class _Network(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         count = ctx.structure.num_leaves
-        saved = ctx.saved_tensors  # once: torch.utils.checkpoint computes them for one asking
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint computes them for one read
         leaves, tensors = saved[:count], iter(saved[count:])
         kept = [next(tensors).detach() if other is None else other[0] for other in ctx.kept]
         params, residuals = ctx.structure.unflatten(leaves), ctx.of_residuals.unflatten(kept)
@@ -189,9 +189,9 @@ class _Network(torch.autograd.Function):
 
 
 class _Once(torch.autograd.Function):
-    """Gradients that cannot be differentiated: without it they would pass for constants.
+    """Gradients that cannot be differentiated. Otherwise autograd would take them for constants.
 
-    Behind the number of tensors that they are functions of come these, then the gradients.
+    `tensors` are the `count` tensors on which they depend, then the gradients.
     """
 
     @staticmethod

@@ -129,7 +129,7 @@ class Select(nn.Module):
 class Cast(nn.Module):
     """y = f(x) computed in another dtype, which the parameters of f have.
 
-    `out` is y's dtype where x is of integers; x's own if None.
+    `out` is y's dtype if x is of integers. Otherwise it is None, and y has x's dtype.
     """
 
     def __init__(self, layer: nn.Module, dtype: torch.dtype, out: torch.dtype | None) -> None:

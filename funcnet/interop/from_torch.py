@@ -48,11 +48,11 @@ def from_torch(module: nn.Module, shape: Sequence[int]) -> tuple[Layer, Tree]:
     `wrap`. The outputs are the same in the mode that each module is in:
 
     - BatchNorm and InstanceNorm that evaluate by running statistics become `ChannelAffine`. Those
-      that normalise by x become `BatchNorm`, which wants a key, and `InstanceNorm`.
+      that normalise by x become `BatchNorm`, which needs a key, and `InstanceNorm`.
     - Dropout and attention's dropout keep their p: a key, not the mode, decides whether they drop.
       Kinds of dropout that have no twin are left out in eval mode, and refused in train mode.
-    - Of recurrent layers and attention y is the first output, with batch_first=True; attention is
-      that of x to itself.
+    - For recurrent layers and attention, y is the first output, and batch_first=True is expected;
+      attention is that of x to itself.
     - TransformerEncoder and its layers become the Sequential of `Residual`s that they compute.
 
     Parameters are copies, with dtype and device, and have the same names: what torch.nn calls
@@ -107,7 +107,7 @@ class _Translator:
         self.names: dict[int, str] = {id(part): name for name, part in module.named_modules()}
 
     def of(self, module: nn.Module, x: Spec | None, path: str) -> tuple[Layer, Tree, Spec | None]:
-        """Return (layer, params, the spec of y). Behind a problem none is known."""
+        """Return (layer, params, the spec of y); after a problem, the spec is None."""
         try:
             kind = _kind_of(module)
             if kind in UNROLLED:
@@ -148,7 +148,7 @@ class _Translator:
         return net, params, check(net, params, x) if x is not None and None not in outs else None
 
     def _path(self, module: nn.Module, path: str, name: str) -> str:
-        """Return the path of a child in the caller's module, which lacks an unrolled one."""
+        """Return a child's path in the caller's module, even if unrolling made its parent."""
         if id(module) in self.names:
             return joined(path, name)
         return self.names.get(id(compat.children(module)[name]), path)
@@ -248,7 +248,7 @@ _RANKS: dict[type[nn.Module], tuple[int, ...]] = {
     nn.InstanceNorm3d: (4,),
     nn.Softmax2d: (3,),
 }
-"""The number of axes that one example has. Of fewer, some take the batch for the channels."""
+"""The number of axes of an example. With fewer, some modules take the batch for the channels."""
 
 
 def _check_axes(module: nn.Module, kind: type[nn.Module], shape: Shape | None) -> None:
@@ -277,7 +277,7 @@ _UNSAID = object()
 
 
 def _setting(module: nn.Module, name: str) -> Any:
-    """Return what a module says of a field of its layer, `_UNSAID` for nothing."""
+    """Return a module's setting for a field of its layer, or `_UNSAID` if it has none."""
     if name == "num_dims":
         return len(module.normalized_shape)  # type: ignore[arg-type]
     if name == "bias":
@@ -333,7 +333,7 @@ def _affine(module: Any) -> dict[str, Tensor]:
 
 def _upsample(module: Any, shape: Shape | None) -> Translation:
     name = type(module).__name__
-    if module.mode not in ("nearest", "nearest-exact"):  # the same by whole numbers
+    if module.mode not in ("nearest", "nearest-exact"):  # equal for whole numbers
         raise ValueError(f"{name}: expected mode='nearest', got {module.mode!r}")
     if shape is None:
         return Identity(), ()
@@ -367,7 +367,7 @@ def _unflatten(module: Any, shape: Shape | None) -> Translation:
 
 
 def _dropout(module: nn.Module, shape: Shape | None) -> Translation:
-    """Return nothing for a kind of dropout that has no twin, which drops nothing in eval mode."""
+    """Return Identity for a dropout without a twin, since it drops nothing in eval mode."""
     if module.training:
         raise ValueError(f"{type(module).__name__} has no twin in train mode")
     return Identity(), ()

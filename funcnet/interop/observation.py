@@ -29,7 +29,7 @@ class Traits(NamedTuple):
 
 
 _BATCH = 3
-"""Examples in a batch: its parts, 1 and 2, are of other sizes than it and than each other."""
+"""Examples in a batch. Its parts have 1 and 2: three sizes, all different."""
 
 _Draw: TypeAlias = Callable[[int], Tensor]
 """Returns a batch of examples that the module takes, for a seed."""
@@ -121,7 +121,7 @@ def _check_gradient(module: nn.Module, x: Tensor) -> None:
 
 
 def _first_run(module: nn.Module, shape: Shape, like: Tensor) -> tuple[_Draw, Any, bool]:
-    """Return (what draws x, y, whether x was written to): x of numbers if it may be, else ints."""
+    """Return (the draw of x, y, whether x was written to): x of floats if taken, else of ints."""
     first: Exception | None = None
     for draw in _draws(module, shape, like):
         x = draw(0)
@@ -147,7 +147,7 @@ def _run(module: nn.Module, x: Tensor) -> Any:
 
 
 def _draws(module: nn.Module, shape: Shape, like: Tensor) -> Iterator[_Draw]:
-    """Yield what draws numbers, integers that index all tables in the module, and zeros alone."""
+    """Yield the draws of floats, of integers that index every table in the module, and of zeros."""
     size = (_BATCH, *shape)
     tables = [m for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
     rows = min((table.num_embeddings for table in tables), default=2)

@@ -1,4 +1,4 @@
-"""The watch over a torch.nn.Module that has to be a function of its parameters and x."""
+"""Checking that a torch.nn.Module is a function of its parameters and x."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from funcnet.compat import version
 
 @contextmanager
 def purity(module: nn.Module) -> Iterator[None]:
-    """Raise ValueError for a module that has drawn numbers or written to its tensors in between."""
+    """Raise ValueError if, in this block, the module draws numbers or writes to its tensors."""
     drawing: list[str] = []
     before = {name: (t, t.clone(), version(t)) for name, t in _tensors(module)}
     watched = module.named_modules()
@@ -59,7 +59,7 @@ def _owners(module: nn.Module, names: Iterable[str]) -> str:
 
 
 def _is_changed(tensor: Tensor, same: Tensor, values: Tensor, before: int) -> bool:
-    """Whether a tensor is another one, or was written to; not every write is counted."""
+    """Whether a tensor was replaced or written to; not every write changes its version."""
     if tensor is not same or version(tensor) != before or tensor.shape != values.shape:
         return True
     return not bool(((tensor == values) | tensor.isnan()).all())

@@ -36,7 +36,7 @@ def state_dict(params: Tree) -> dict[str, Tensor]:
 
 
 def tensors_of(who: str, params: Tree) -> dict[str, Tensor]:
-    """Return the tensors by name. `who` speaks in errors."""
+    """Return the tensors by name. Errors begin with `who`."""
     if isinstance(params, Layer):  # which would be taken for a tree of its hyperparameters
         raise TypeError(f"{who}: expected params, as init makes them, got {shown(params)}")
     return dict(_named(who, params, ""))
@@ -46,7 +46,7 @@ def load_state_dict(net: Layer, shape: Sequence[int], state: Mapping[str, Tensor
     """Return the parameters of `net`, for examples of `shape`, with the values of a state dict.
 
     The names are those of `state_dict`. The tensors are copies, in the dtype and on the device that
-    they have in `state`. They are laid out in memory as `net.init` does.
+    they have in `state`. They are laid out in memory as by `net.init`.
 
     Raises one ValueError that names all that is wrong: tensors that are missing, that the network
     does not have, of another shape, sparse, not floating-point, or of a dtype or device other than

@@ -68,7 +68,7 @@ def to_torch(net: Layer, params: Tree, shape: Sequence[int] | None = None) -> nn
     left out. What torch.nn lacks, such as `Residual` and `Concat`, becomes a small module of this
     package. The gradients are autograd's. Parameters are copies. Those in `Frozen` require no
     gradient, and those in `Cast` have the dtype in which it computes. The module is in eval mode,
-    which is what no key means here; a wrapped module keeps its own.
+    as networks evaluate without a key; a wrapped module keeps its mode.
 
     `shape` is the shape of one example. It is needed where no parameter tells the sizes that a
     module wants, as for `LayerNorm(elementwise_affine=False)`; params and shape are then checked.
@@ -113,7 +113,7 @@ def to_torch(net: Layer, params: Tree, shape: Sequence[int] | None = None) -> nn
 
 
 def _takes_integers(layer: Layer) -> bool:
-    """Return whether x is of integers. Only embeddings take them, and all results are numbers."""
+    """Return whether x is of integers. Only embeddings take them, and every y is of floats."""
     if isinstance(layer, Wrapped):
         return layer.traits.takes_integers
     children = (child for _, child in layer._children())
@@ -279,7 +279,7 @@ def _instance_norm(layer: Any, params: Tree, shape: Shape | None) -> nn.Module:
 
 
 def _adaptive_1d(layer: Any, params: Tree, shape: Shape | None) -> nn.Module:
-    """Return the pooling; where it keeps its only axis, which torch.nn cannot say, nothing."""
+    """Return the pooling, or Identity if it keeps its only axis: torch.nn cannot express that."""
     return nn.Identity() if layer.output_size == (None,) else _twin(layer, params, shape)
 
 

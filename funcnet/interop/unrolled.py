@@ -1,4 +1,4 @@
-"""Modules that only compose others: as the sequence that they compute."""
+"""Modules that only compose others, turned into the sequence that they compute."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ACTIVATIONS: dict[Any, type[nn.Module]] = {F.relu: nn.ReLU, F.gelu: nn.GELU}
 
 
 def _encoder_layer(module: nn.TransformerEncoderLayer) -> nn.Module:
-    """Attention and a network of two linear layers, each with its norm and a way around it."""
+    """Attention and a network of two linear layers, each with a norm and a skip connection."""
     function: Any = module.activation
     cls = _ACTIVATIONS.get(function)
     if cls is None and not isinstance(function, nn.Module):
@@ -47,4 +47,4 @@ UNROLLED: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     nn.TransformerEncoder: _encoder,
     nn.TransformerEncoderLayer: _encoder_layer,
 }
-"""The function that unrolls a module, without a mask."""
+"""The function that unrolls a module, as it computes without a mask."""

@@ -47,7 +47,7 @@ def wrap(module: nn.Module, shape: Sequence[int]) -> tuple[Layer, Tree]:
 
     Raises ValueError for such modules, for those that cannot be copied, that do not take such
     examples or that fail in their backward pass, and for parameters that cannot be handed over:
-    complex ones, of several dtypes, on meta, those of TorchScript and DataParallel. So it does
+    complex ones, of several dtypes, on meta, those of TorchScript and DataParallel. Raises it, too,
     unless y is one tensor (N, …) with the dtype of x and the parameters. Raises TypeError unless
     `module` is a torch.nn.Module.
 
@@ -82,7 +82,7 @@ def wrap(module: nn.Module, shape: Sequence[int]) -> tuple[Layer, Tree]:
 
 
 def _check_parts(module: nn.Module) -> None:
-    """Raise ValueError for modules and parameters that others cannot be put in the place of."""
+    """Raise ValueError for modules and parameters that cannot be replaced by others."""
     wrong = [
         f"{name or 'the module itself'} ({type(part).__name__})"
         for name, part in module.named_modules()
@@ -171,7 +171,7 @@ class Wrapped(Layer):
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Any]:
         leaves, structure = optree.tree_flatten(params)
-        if not is_untracked(x, *leaves):  # no derivative passes a graph of one's own
+        if not is_untracked(x, *leaves):  # derivatives do not pass through a graph made here
             return self._apply(params, x, key), x
         with torch.inference_mode(False), torch.enable_grad():
             starts = [_start(tensor) for tensor in (*leaves, x)]
@@ -206,7 +206,7 @@ class Wrapped(Layer):
         return y
 
     def tensors(self, params: Any, x: Tensor) -> dict[str, Tensor]:
-        """Return what the module is to compute with, by its names: tied parameters by all of them.
+        """Return the tensors for the module to compute with, tied parameters under each name.
 
         functional_call ties them itself, but where one module is in two places it would leave them
         in the module.
@@ -237,7 +237,7 @@ class _Graph:
     tensors: dict[str, Tensor]
 
     def gradients(self, wanted: list[Tensor], dy: Tensor, need: Need) -> Sequence[Tensor]:
-        """Return the gradients of Σ dy ∘ y by some of the starts."""
+        """Return the gradients of Σ dy ∘ y with respect to some of the starts."""
         if not self.y.requires_grad:
             return [torch.zeros_like(start) for start in wanted]
         run = partial(
@@ -298,7 +298,7 @@ def _start(tensor: Tensor) -> Tensor:
 
 
 def _row_major(parameter: Tensor) -> Tensor:
-    """A vector without gaps: PyTorch's batch_norm differentiates wrongly by one with gaps."""
+    """A vector without gaps, for which alone PyTorch's batch_norm differentiates rightly."""
     return parameter.contiguous() if parameter.ndim == 1 else parameter
 
 

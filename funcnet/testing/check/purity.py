@@ -127,7 +127,7 @@ def expect_unshared(name: str, result: Tensor, others: Mapping[str, Any], why: s
 
 def expect_no_overlap(name: str, result: Tensor, why: str) -> None:
     """Raise GradientMismatch if several entries of a result lie in one place in memory."""
-    places = torch.arange(reach(result)).as_strided(result.shape, result.stride())
+    places = torch.arange(reach(result), device="cpu").as_strided(result.shape, result.stride())
     if int(places.flatten().bincount(minlength=1).max()) > 1:
         raise GradientMismatch(
             f"{name} has several entries in one place in memory{why}, as an expanded tensor has: "

@@ -38,15 +38,14 @@ def summary(net: Layer, shape: Sequence[int]) -> str:
     path            the layer's place in params; the only layer of a combinator has its path
     layer           the layer, indented by how many others it is in; a combinator by kind and size
     output          the shape of one example of y
-    parameters      how many numbers the layer has to learn, with the layers in it; a layer inside
-                    Repeat is counted once
+    parameters      how many numbers the layer's parameters have, with those of the layers in it,
+                    learned or frozen; a layer inside Repeat is counted once
     residual bytes  the memory that the layer's `fwd` with a key keeps for `bwd`, for one float32
                     example: what is kept twice counts once, parameters do not count
 
-    A number is `?` for what a wrapped module keeps, and for a layer whose x has another shape than
-    x of the combinator around it, if that is your own and has no `_child_shapes(shape)` to say so.
-    Nothing is computed, unless a layer's `init` looks at its numbers: all is found out on the
-    device "meta".
+    A number is `?` for what a wrapped module keeps, and for a layer in a combinator of your own,
+    if that hands it another shape than x's and no `_child_shapes(shape)` says so. Nothing is
+    computed, unless a layer's `init` looks at its numbers: all is found out on the device "meta".
 
     Raises ValueError, as `net.init` does, where a layer does not fit its input; TypeError unless
     net is a Layer.
@@ -103,7 +102,7 @@ def _rows(
             else:
                 output = None
         except (ValueError, TypeError, IndexError):
-            # A combinator of one's own may hand something else to its layers than x.
+            # A user's combinator may hand something else to its layers than x.
             if not depth:
                 raise
     yield Row(path, depth, name_of(layer), output, count, kept)
@@ -117,7 +116,7 @@ def _below(layer: Layer, params: Tree, shape: Shape) -> list[_Known]:
     try:
         owns = [_shapes(own, copies) for own in layer._child_params(params)]
         return [*zip(shapes, owns, strict=True)]
-    except (ValueError, TypeError, LookupError):  # a combinator of one's own may hold any tree
+    except (ValueError, TypeError, LookupError):  # a user's combinator may hold any tree
         return [(own, None) for own in shapes]
 
 

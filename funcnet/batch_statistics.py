@@ -53,7 +53,7 @@ Moments: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 They are on x's device, on the CPU where that has no float64 (MPS).
 
-count has as many axes, of size 1, as x has behind the channels: it remembers the rank of x. Within
+count has as many axes, of size 1, as x has after the channels: it remembers the rank of x. Within
 `Repeat` all three have an axis for the copies in front.
 """
 

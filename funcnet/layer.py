@@ -90,7 +90,7 @@ Shape: TypeAlias = tuple[int, ...]
 
 Joins: TypeAlias = Literal["apart", "stacked", "added", "zeros"]
 Part: TypeAlias = tuple[slice, ...]
-"""A part of an image, as a slice for each axis behind the channels."""
+"""A part of an image, as a slice for each axis after the channels."""
 
 
 class Spec(NamedTuple):
@@ -168,7 +168,7 @@ class Layer(Hyperparameters):
     # --- What authors write. They may rename the arguments
 
     def _params(self, shape: Shape, /) -> Mapping[str, Any]:
-        """The parameters for examples of `shape`, by name: each a `Param`, or such a dict again."""
+        """The parameters for examples of `shape` by name: each a `Param`, or a dict of them."""
         return {}
 
     def _layout(self, name: str, /) -> Layout | None:
@@ -196,7 +196,7 @@ class Layer(Hyperparameters):
         """(each, dx): what `_bwd` returns, but with gradients of the parameters for each example.
 
         A leaf of `each` is a tensor (N, …), or a form of `ops/products.py` that stands for one.
-        `check_vjp` verifies it. A layer need not write it: then it runs once for each example.
+        `check_vjp` verifies it. A layer without it runs once for each example.
         """
         raise NotImplementedError
 
@@ -219,7 +219,7 @@ class Layer(Hyperparameters):
         dtype: torch.dtype | None = None,
         device: Device = None,
     ) -> Tree:
-        """Parameters for examples of `shape`, drawn from `key`; () if there is nothing to learn."""
+        """Parameters for examples of `shape`, drawn from `key`; () for a layer without any."""
         shape = self._as_shape(shape)
         check_draw(self, key, dtype, device)
         self.out_shape(shape)
@@ -320,7 +320,8 @@ class Layer(Hyperparameters):
     def _children(self) -> tuple[tuple[str, Layer], ...]:
         """(name, layer) of each layer among the fields, as paths name it.
 
-        An only child has the name "". Others are named by their positions.
+        A layer in the only such field has the name "". Layers in a tuple, or in several fields, are
+        named by their positions.
         """
         found = _layer_fields(self)
         if len(found) == 1 and isinstance(only := found[0][1], Layer):
@@ -379,7 +380,7 @@ class Layer(Hyperparameters):
             return of_fields
         (field,), ((_, only),) = of_fields, self._children()
         is_beside = field in params and checks_itself(self)
-        # Otherwise all of params are the only one's, of which a part may have that name.
+        # Otherwise all of params are the only child's, and may have an entry of that name.
         return of_fields if is_beside and field not in only._param_names(params) else names
 
     def _with_children(self, children: Sequence[Layer]) -> Layer:

@@ -110,7 +110,7 @@ def shaped(net: Layer, shape: Sequence[int]) -> Tree:
     """Parameters of which only the shapes matter: on "meta", undrawn, if `init` allows it."""
     try:
         return net.init(key(0), shape, device="meta")
-    except RuntimeError:  # the `init` of a layer of one's own may look at its numbers
+    except RuntimeError:  # the `init` of a user's layer may look at its numbers
         return net.init(key(0), shape)
 
 

@@ -41,7 +41,7 @@ class Param:
 
 
 Declared: TypeAlias = Mapping[str, Any]
-"""What a layer declares by name: each a `Param`, or such a dict again."""
+"""What a layer declares by name: each a `Param`, or a dict of `Param`s."""
 
 
 def check_declared(who: object, declared: Any, prefix: str = "") -> None:

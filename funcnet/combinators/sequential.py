@@ -52,9 +52,9 @@ class Sequential(Several):
     _composes = True
 
     _over_x: tuple[bool, ...] = field(init=False, repr=False, compare=False)
-    """Whether each layer may write over its x, which the layer before has made for it alone."""
+    """Whether each layer may write over its x, made for it alone by the layer before it."""
     _over_grad: tuple[bool, ...] = field(init=False, repr=False, compare=False)
-    """Whether each layer may write over its grad, which the layer behind has made for it alone."""
+    """Whether each layer may write over its grad, made for it alone by the layer after it."""
     _checks_itself: tuple[bool, ...] = field(init=False, repr=False, compare=False)
     """Whether each layer checks for itself. The others are called without their checks."""
 
@@ -155,7 +155,7 @@ class Sequential(Several):
     def _as_promised(self, at: Position, params: tuple[Tree, ...], x: Tensor, y: Tensor) -> Tensor:
         """Return y of a layer that checks for itself.
 
-        If y is not what the layer's `out_shape` promised, check the layers behind it for this y.
+        If y is not what the layer's `out_shape` promised, check the layers after it for this y.
         """
         expected = (*x.shape[:1], *self.layers[at.i].out_shape(tuple(x.shape[1:])))
         if (y.shape, y.dtype, y.device) != (expected, x.dtype, x.device):

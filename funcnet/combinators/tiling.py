@@ -103,7 +103,7 @@ def bwd(params: Tree, kept: Tiles, dy: Tensor, need: Need) -> tuple[Tree, Tensor
 def _joined(
     net: Sequential, params: Tree, x: Tensor, make: Callable[[Tile, Tensor], Tensor]
 ) -> Tensor | None:
-    """y, put together from what `make` makes of the tiles of x; None as `apply`."""
+    """y, put together from the results of `make` for the tiles of x; None as `apply`."""
     if not is_untracked(x, *optree.tree_leaves(params)):
         return None
     tiles = _tiles(net, x)

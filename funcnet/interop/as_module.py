@@ -159,7 +159,7 @@ class _Network(torch.autograd.Function):
         ctx.net, ctx.structure = net, structure
         ctx.x = x if x.requires_grad else None
         ctx.save_for_backward(*leaves, *(leaf for leaf in kept if isinstance(leaf, Tensor)))
-        # Autograd lets nobody write to a view made in here, and has to know if y is a view of x.
+        # Autograd forbids writing to a view made in here, and has to know if y is a view of x.
         is_of_x = storage_id(y.untyped_storage()) == storage_id(x.untyped_storage())
         return y if is_of_x else y.detach()
 

@@ -19,7 +19,7 @@ from funcnet.compat import children
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """nn.BatchNorm1d, 2d and 3d in one: any number of axes behind the channels, or none."""
+    """nn.BatchNorm1d, 2d and 3d in one: any number of axes after the channels, or none."""
 
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002
         pass

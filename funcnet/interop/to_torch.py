@@ -306,7 +306,7 @@ def _wrapped(layer: Any, params: Tree, shape: Shape | None) -> nn.Module:
 
 
 def _without_gaps(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-    """Return x in row-major order; convolutions with such weights as ours return channels_last."""
+    """Return x in row-major order; convolutions with weights like ours return channels_last."""
     return (args[0].contiguous(),)
 
 

@@ -42,8 +42,8 @@ def wrap(module: nn.Module, shape: Sequence[int]) -> tuple[Layer, Tree]:
     from params and x alone. A module in it that changes its buffers, as BatchNorm does in train
     mode, or draws numbers, as Dropout does, is refused by name, since keys decide nothing there.
     Call `module.eval()`, or use `BatchNorm` and `Dropout` of this package in its place. A module
-    that writes to its parameters is refused, too. One that calls `x.view`, which works for a
-    contiguous x alone, gets such an x.
+    that writes to its parameters is refused, too. One that calls `x.view`, which needs a contiguous
+    x, gets one.
 
     Raises ValueError for such modules, for those that cannot be copied, that do not take such
     examples or that fail in their backward pass, and for parameters that cannot be handed over:

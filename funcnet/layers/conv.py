@@ -40,7 +40,7 @@ OnlyAuto: TypeAlias = Annotated[Literal["auto"], OneOf(("auto",))]
 
 @dataclass(frozen=True)
 class Convolution(Kernels):
-    """A convolution along every axis behind the channels; `Conv2d` explains it."""
+    """A convolution along every axis after the channels; `Conv2d` explains it."""
 
     _: KW_ONLY
     stride: Sizes = 1
@@ -132,8 +132,8 @@ class Conv2d(Convolution):
     Shapes: x (N, C, H, W); y (N, O, H′, W′) with H′ = ⌊(H + 2p − d(k−1) − 1)/s⌋ + 1.
     Parameters: {"weight": (O, C/groups, kh, kw), "bias": (O,)}, drawn from U(−√q, √q) with
     q = 1/(C/groups · kh · kw) where no initialiser is given; without "bias" if bias=False. On the
-    CPU, `init` lays the weight out in channels_last, which is faster; `.contiguous()` gives what
-    tools need that do not know this format.
+    CPU, `init` lays the weight out in channels_last, which its kernels prefer; call `.contiguous()`
+    for tools that need a contiguous weight.
 
     Raises ValueError or TypeError for hyperparameters, shapes, dtypes and devices that do not fit.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv2d.html

@@ -35,7 +35,7 @@ from funcnet.param import Layout, Param
 
 @dataclass(frozen=True)
 class ConvTranspose(Kernels):
-    """A transposed convolution along every axis behind the channels; see `ConvTranspose2d`."""
+    """A transposed convolution along every axis after the channels; see `ConvTranspose2d`."""
 
     _: KW_ONLY
     stride: Sizes = 1

@@ -25,7 +25,7 @@ _Kernels = TypeVar("_Kernels", bound="Kernels")
 
 @dataclass(frozen=True)
 class Kernels(Layer):
-    """A layer that learns a kernel for each channel of y. Its other fields are keyword-only.
+    """A layer that learns a kernel for each channel of y. Fields of subclasses are keyword-only.
 
     `self` is `Any` in methods that use fields of the subclasses.
     """
@@ -138,7 +138,7 @@ _EXAMPLES = {1: "signals", 2: "images", 3: "volumes"}
 def _has_channels_of_x(
     cls: type[Kernels], arguments: tuple[Any, ...], named: dict[str, Any]
 ) -> bool:
-    """Whether x's channels are given: as in_channels, or by position before out_channels=8, say."""
+    """Whether x's channels are given: as in_channels, or by position with out_channels by name."""
     first = ("out_channels", "kernel_size")[: len(arguments)]
     is_named = any(name in named for name in ("in_channels", *first))
     return is_named and not takes(cls, arguments, named)

@@ -227,7 +227,7 @@ class GroupNorm(OverGroups):
     The C channels are cut into `num_groups` groups of neighbours. The gradients stand at the head
     of `funcnet.layers.normalization`. `eps` is ε.
 
-    Shapes: x (N, C, …), with any number of axes behind the channels, or none; y has x's shape.
+    Shapes: x (N, C, …), with any number of axes after the channels, or none; y has x's shape.
     Parameters: {"weight": (C,), "bias": (C,)}, ones and zeros; () if affine=False.
 
     Raises ValueError unless num_groups divides C, or for params that do not fit.
@@ -259,7 +259,7 @@ class InstanceNorm(OverGroups):
 
     It is `GroupNorm` with a group for each channel. `eps` is ε.
 
-    Shapes: x (N, C, …), with at least two positions behind the channels; y has x's shape.
+    Shapes: x (N, C, …), with at least two positions after the channels; y has x's shape.
     Parameters: (), or if affine=True {"weight": (C,), "bias": (C,)}, ones and zeros.
 
     Raises ValueError for a single value per channel, or params that do not fit.
@@ -297,7 +297,7 @@ class BatchNorm(Layer):
     since nothing is drawn. The gradients stand at the head of `funcnet.layers.normalization`. `eps`
     is ε.
 
-    Shapes: x (N, C, …), with any number of axes behind the channels, or none; y has x's shape.
+    Shapes: x (N, C, …), with any number of axes after the channels, or none; y has x's shape.
     Parameters: {"weight": (C,), "bias": (C,)}, ones and zeros; () if affine=False.
 
     Raises ValueError without a key, for a single value per channel (one example of one position),
@@ -356,7 +356,7 @@ class ChannelAffine(Layer):
 
     `for_inference` puts it in the place of a `BatchNorm`.
 
-    Shapes: x (N, C, …), with any number of axes behind the channels, or none; y has x's shape.
+    Shapes: x (N, C, …), with any number of axes after the channels, or none; y has x's shape.
     Parameters: {"weight": (C,), "bias": (C,)}, ones and zeros.
 
     Raises ValueError or TypeError for params that do not fit.

@@ -44,7 +44,7 @@ def _tile_of_windows(layer: Any, shape: Shape, part: Part) -> tuple[Part, Layer]
 
 @dataclass(frozen=True)
 class MaxPool(Layer):
-    """The largest entry of each window, along every axis behind the channels; see `MaxPool2d`."""
+    """The largest entry of each window, along every axis after the channels; see `MaxPool2d`."""
 
     kernel_size: Sizes
     stride: SizesOrNone = None
@@ -140,7 +140,7 @@ class MaxPool3d(MaxPool):
 
 @dataclass(frozen=True)
 class AvgPool(Layer):
-    """The mean of each window, along every axis behind the channels; see `AvgPool2d`."""
+    """The mean of each window, along every axis after the channels; see `AvgPool2d`."""
 
     kernel_size: Sizes
     stride: SizesOrNone = None
@@ -253,7 +253,7 @@ class Adaptive(Layer):
 
 @dataclass(frozen=True)
 class AdaptiveAvgPool(Adaptive):
-    """The means of windows that cut every axis behind the channels; see `AdaptiveAvgPool2d`."""
+    """The means of windows that cut every axis after the channels; see `AdaptiveAvgPool2d`."""
 
     def _fwd(self, params: Any, x: Tensor, key: Key | None) -> tuple[Tensor, Tensor]:
         return pooling.adaptive_average(x, self._size(x.shape[2:])), without_entries(x)

@@ -61,7 +61,7 @@ class Rearranged(Layer):
 class Reshaped(Rearranged):
     """y has x's entries in row-major order, so y can be a view of x only if x is in that order.
 
-    dx gets x's memory format: where x is in channels_last, so are the layers before this one.
+    dx gets x's memory format, in which the layers before this one compute.
     """
 
     def _view_back(self, shape: Shape, dy: Tensor) -> Tensor:

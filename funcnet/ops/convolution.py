@@ -4,7 +4,7 @@ unfold        the derivation by matrix products, for images and method "unfold"
 patches       products of matrices over patches of images, where windows lie side by side
 few_channels  products with each tap, then their sums, from many channels of images to few
 bfloat16      images in bfloat16, by products of matrices where PyTorch's kernels are wrong
-native        PyTorch's convolution kernels, for all else
+native        PyTorch's convolution kernels, for everything else
 
 A signal (N, C, L) is convolved as an image (N, C, 1, L), whose kernels are faster.
 """

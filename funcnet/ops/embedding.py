@@ -1,4 +1,4 @@
-"""The gradient of an embedding: a table whose rows are selected by integers x.
+"""The gradient of an embedding, a table whose rows are selected by integers x:
 
     dweight[i] = Σ dy[n, …] over x[n, …] = i, and 0 for i = `padding`.
 
@@ -22,7 +22,7 @@ _backward: Callable[..., Tensor] = torch.ops.aten.embedding_dense_backward
 def gradient(dy: Tensor, x: Tensor, rows: int, padding: int | None) -> Tensor:
     """dweight (rows, E), of dy (N, …, E) and x (N, …)."""
     wide, ignored = native.upcast(dy), -1 if padding is None else padding
-    # Where x is a quarter of the rows or fewer, sorting it saves time.
+    # Sorting x saves time if it names at most a quarter as many rows as there are.
     if wide is dy or 4 * x.numel() > rows or not has_values(x):
         return _backward(wide, x, rows, ignored, False).to(dy.dtype)
     named, place = torch.unique(x, return_inverse=True)

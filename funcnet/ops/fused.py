@@ -23,7 +23,7 @@ _MANY = 2**12
 
 
 def fits_adam(each: Each, lr: Scalar, p: Tensors, g: Tensors, *state: Tensors) -> bool:
-    """Whether the kernel may be called: it knows no autograd, and reads p's memory as it lies."""
+    """Whether the kernel may be called: it has no gradient, and reads p's memory as it lies."""
     if fused_adam is None:
         return False
     if not (each.eager and isinstance(lr, float) and _DTYPES.issuperset([x.dtype for x in p])):

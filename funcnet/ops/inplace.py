@@ -24,7 +24,7 @@ from funcnet.compat import (
 def is_eager() -> bool:
     """Whether torch runs eagerly: not inside torch.func, torch.compile, torch.export or a trace.
 
-    Inside forward-mode autograd, which makes dual numbers, it does not count as eager either.
+    Nor inside forward-mode autograd, which makes dual numbers.
     """
     # This runs several times a layer: every Python call counts.
     if torch.compiler.is_compiling() or is_jit_tracing():

@@ -196,7 +196,7 @@ def _add_up(out: Tensor, terms: list[Term], dim: int) -> None:
 
 
 def _reach(source: Tensor, shift: int, length: int, dim: int) -> tuple[int, int]:
-    """(first, last): source[i + shift] exists along `dim` for first ≤ i < last, i < length."""
+    """(first, last): source[i + shift] exists along `dim` for first ≤ i < last ≤ length."""
     return min(max(0, -shift), length), max(0, min(length, source.shape[dim] - shift))
 
 
@@ -235,6 +235,6 @@ def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     *channels, height, width = shape[1:]
     pixel = math.prod(channels)
     inner = (math.prod(channels[i + 1 :]) for i in range(len(channels)))
-    # Not a permuted view: autograd lets nobody write over one that was filled part by part.
+    # Not a permuted view: autograd forbids writing over one that was filled part by part.
     strides = (height * width * pixel, *inner, width * pixel, pixel)
     return like.new_empty_strided(tuple(shape), strides)

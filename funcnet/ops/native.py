@@ -99,7 +99,7 @@ def _canonical(x: Tensor, memory_format: torch.memory_format = torch.contiguous_
 
 def memory_format(x: Tensor) -> torch.memory_format:
     """x's memory format: channels_last for images or volumes that have it, else row-major."""
-    # torch.func.vmap knows no memory formats.
+    # torch.func.vmap does not support memory formats.
     if x.ndim in _CHANNELS_LAST and inplace.is_eager() and not x.is_contiguous():
         last = _CHANNELS_LAST[x.ndim]
         if x.is_contiguous(memory_format=last):

@@ -65,7 +65,7 @@ def as_asked(
 
 
 def spatial(channels: Tensor, x: Tensor) -> Tensor:
-    """(…, C) with an axis of size 1 for each axis of x that stands behind the channels."""
+    """(…, C) with an axis of size 1 for each axis of x that stands after the channels."""
     return channels.reshape((*channels.shape, *(1,) * (x.ndim - 2)))
 
 

@@ -223,8 +223,8 @@ def channel_affine_gradients(dy: Tensor, x: Tensor, weight: Tensor, need: Need) 
 
 
 def _is_transformed() -> bool:
-    """Whether torch.func or forward-mode autograd may differentiate, as inside torch.compile, which
-    does not tell."""
+    """Whether torch.func or forward-mode autograd may differentiate: always inside torch.compile,
+    eagerly if one is running."""
     return not (inplace.is_eager() or inplace.is_tracing() or is_exporting())
 
 

@@ -99,7 +99,7 @@ def product_of_rows(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def over_positions(x: Tensor) -> Tensor:
-    """Σ x (N, C, …) over all axes behind the channels, (N, C)."""
+    """Σ x (N, C, …) over all axes after the channels, (N, C)."""
     return x.unsqueeze(2).flatten(2).sum(2)
 
 

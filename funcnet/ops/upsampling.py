@@ -107,7 +107,7 @@ def _waste(channels: int, others: int, lanes: int) -> float:
 
 
 def _is_finite(dweight: Tensor | None, dx: Tensor | None) -> bool:
-    """Whether the gradients are finite. One tells: ∞ and NaN in a sum of grad reach both.
+    """Whether the gradients are finite. One of them tells: ∞ and NaN in a sum of grad reach both.
 
     A sum that overflows makes the answer False where it might be True.
     """

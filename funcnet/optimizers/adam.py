@@ -47,7 +47,7 @@ class Adam(Elementwise[AdamState]):
     without gaps in memory, and no autograd, torch.func or torch.compile. Elsewhere the numbers are
     those of `fused=False`.
 
-    Raises ValueError or TypeError for numbers out of range (NaN is one), and, before anything is
+    Raises ValueError or TypeError for numbers out of range (NaN included), and, before anything is
     changed, for trees that do not match.
     Kingma and Ba, "Adam: a method for stochastic optimization", 2015;
     https://docs.pytorch.org/docs/stable/generated/torch.optim.Adam.html
@@ -115,7 +115,7 @@ class Adam(Elementwise[AdamState]):
 
 @dataclass(frozen=True)
 class AdamW(Adam):
-    """Adam with decoupled weight decay, with the numbers of `torch.optim.AdamW` in every step.
+    """Adam with decoupled weight decay: the numbers of `torch.optim.AdamW` in every step.
 
     As `Adam`, but g stays as it is, and p ← (1 − lr · weight_decay) · p before the step.
 

@@ -61,7 +61,7 @@ def leaf_names_of(structure: Any) -> list[str]:
         return structure.of_leaves(leaf_names(structure.spec))
     try:
         return _remembered_names(structure)
-    except TypeError:  # a user's node may hold what has no hash
+    except TypeError:  # a user's node may hold something without a hash
         return leaf_names(structure)
 
 

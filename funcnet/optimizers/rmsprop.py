@@ -28,7 +28,7 @@ class RMSpropState(NamedTuple):
 
 @dataclass(frozen=True)
 class RMSprop(Elementwise[RMSpropState]):
-    """RMSprop, bit for bit with the numbers of `torch.optim.RMSprop` in every step:
+    """RMSprop, with the numbers of `torch.optim.RMSprop` in every step, bit for bit:
 
         g ← g + weight_decay · p
         s ← alpha · s + (1 − alpha) · g²
@@ -43,7 +43,7 @@ class RMSprop(Elementwise[RMSpropState]):
     differentiable; `step_` writes into the tensors of params and of the state instead, and returns
     them.
 
-    Raises ValueError or TypeError for numbers out of range (NaN is one), and, before anything is
+    Raises ValueError or TypeError for numbers out of range (NaN included), and, before anything is
     changed, for trees that do not match.
     https://docs.pytorch.org/docs/stable/generated/torch.optim.RMSprop.html
 

@@ -38,7 +38,7 @@ class SGD(Elementwise[SGDState]):
     under `torch.no_grad()`. `step_` writes into the tensors of params and of the velocities
     instead, and returns them.
 
-    Raises ValueError or TypeError for numbers out of range (NaN is one), and, before anything is
+    Raises ValueError or TypeError for numbers out of range (NaN included), and, before anything is
     changed, for trees that do not match.
     https://docs.pytorch.org/docs/stable/generated/torch.optim.SGD.html
 

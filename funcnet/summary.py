@@ -43,8 +43,8 @@ def summary(net: Layer, shape: Sequence[int]) -> str:
     residual bytes  the memory that the layer's `fwd` with a key keeps for `bwd`, for one float32
                     example: what is kept twice counts once, parameters do not count
 
-    A number is `?` for what a wrapped module keeps, and for a layer in a combinator of your own,
-    if that hands it another shape than x's and no `_child_shapes(shape)` says so. Nothing is
+    A number is `?` for what a wrapped module keeps. So it is for a layer in a combinator of your
+    own that hands it another shape than x's, if no `_child_shapes(shape)` says so. Nothing is
     computed, unless a layer's `init` looks at its numbers: all is found out on the device "meta".
 
     Raises ValueError, as `net.init` does, where a layer does not fit its input; TypeError unless

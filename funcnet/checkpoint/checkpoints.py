@@ -68,7 +68,7 @@ class Checkpoints(Hyperparameters):
     keep: Size = 3
 
     def save(self, step: int, tree: Tree) -> None:
-        """Write the checkpoint of a step, durably; then keep `keep` − 1 earlier ones, not more.
+        """Write the checkpoint of a step, durably, then remove all but `keep` − 1 earlier ones.
 
         The folder is made if there is none. A checkpoint of the same step is replaced. Damaged
         files and those of later steps are neither counted nor removed: a run that has resumed from

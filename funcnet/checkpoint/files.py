@@ -52,9 +52,9 @@ def save(path: _Path, tree: Tree, metadata: dict[str, Any] | None = None) -> Non
     Raises TypeError or ValueError, naming the path, before anything is written, if something could
     not come back exactly: an unknown class, a key of another type, or a tensor that shares memory,
     is sparse, quantized, on the meta device, of a subclass, part of an autograd graph, or of a
-    dtype that safetensors lacks. Raises OSError with the path if the file cannot be written. Then
-    the old file is unchanged, unless it was the disk that failed after the renaming, while that was
-    made durable: then the new file is in place.
+    dtype that safetensors lacks. Raises OSError with the path if the file cannot be written. The
+    old file is then unchanged, with one exception: if the disk fails while the finished renaming is
+    made durable, the new file is in place.
 
     >>> import tempfile, torch
     >>> path = tempfile.mkdtemp() + "/tree.safetensors"

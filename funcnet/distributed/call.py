@@ -5,7 +5,8 @@ group's timeout, half an hour, and does not say which. Three things are done abo
 
 * A rank that raises writes why into the group's store, where the others look while they wait. The
   first error that is written is the one that all ranks raise.
-* Where a connection breaks, a rank tries those to all others: the lost ones' are closed.
+* Where a connection breaks, a rank tries its connections to all others: one that is closed tells
+  which rank is lost.
 * Where time runs out, the ranks that have not noted in the store that they wait are missing.
 """
 

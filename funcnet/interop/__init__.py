@@ -1,4 +1,4 @@
-"""Working with torch.nn: modules to networks and back, one inside the other, state dicts."""
+"""Work with torch.nn: modules to networks and back, one inside the other, state dicts."""
 
 from funcnet.interop.as_module import as_module
 from funcnet.interop.from_torch import from_torch

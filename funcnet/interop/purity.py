@@ -1,4 +1,4 @@
-"""Checking that a torch.nn.Module is a function of its parameters and x."""
+"""Check that a torch.nn.Module is a function of its parameters and x."""
 
 from __future__ import annotations
 

@@ -298,7 +298,7 @@ def _start(tensor: Tensor) -> Tensor:
 
 
 def _row_major(parameter: Tensor) -> Tensor:
-    """A vector without gaps, for which alone PyTorch's batch_norm differentiates rightly."""
+    """A vector without gaps: with gaps, PyTorch's batch_norm computes a wrong gradient."""
     return parameter.contiguous() if parameter.ndim == 1 else parameter
 
 

@@ -1,7 +1,7 @@
 """Recurrent layers: a state h that goes from step to step, starting from 0.
 
 With x_t (C,) for step t of an example, h₋ for h of the step before, a = W_ih·x_t + b_ih and
-u = W_hh·h₋ + b_hh, where the gates of a and u lie one after another,
+u = W_hh·h₋ + b_hh, in both of which the gates lie one after another,
 
     RNN     h = tanh(a + u), or max(a + u, 0)
     LSTM    i = σ(a_i + u_i),    f = σ(a_f + u_f),    g = tanh(a_g + u_g),    o = σ(a_o + u_o),

@@ -12,9 +12,9 @@ of even i can be made of the products in those of odd i, and one more:
     i even    v_i = S·(x_i + x_{i+1}) − b·x_i − a·x_{i+1}.
 
 That is 5 products for two source pixels, where `low_resolution.py` makes 6 and the upsampled signal
-would take 12; in two dimensions, along both axes, 25 for four pixels instead of 36 and 144. With F
-for the map from pixels to the factors x_i, x_i + x_{i+1} and x_{i+1} (i even), K for that from taps
-to the kernels b, S and a, and V for the sums above, the gradients are the adjoints:
+would take 12; in two dimensions, along both axes, 25 for four pixels instead of 36 and 144. Let F
+be the map from pixels to the factors x_i, x_i + x_{i+1} and x_{i+1} (i even), K the map from taps
+to the kernels b, S and a, and V the sums above. The gradients are the adjoints:
 
     forward    z = Kw·Fx,  y = V·z
     backward   dz = Vᵀ·dy,  dx = Fᵀ·(Kw)ᵀ·dz,  dw = Kᵀ·(dz·(Fx)ᵀ).

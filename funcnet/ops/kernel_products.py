@@ -1,7 +1,7 @@
 """The gradients of convolutions' weights for each example, as products over windows.
 
-With a row for each of the L windows on an image, and the K · C/groups entries that the K taps of a
-kernel see there, a convolution is a product, and so is the gradient of its weight:
+Let windows(x) have a row for each of the L windows on an image, with the K · C/groups entries that
+the K taps of a kernel see there. Then a convolution is a product, and so is its weight's gradient:
 
     dweightₙ = grad·windows(x)               (O, K · C/groups) = (O, L)·(L, K · C/groups)
 

@@ -1,7 +1,7 @@
 """The gradient of a weight for each example, as the factors of a product.
 
-A layer that multiplies L rows an example by a weight (the steps of a sequence, the windows of an
-image) has for example n, with left for the rows of dy, (L, A), and right for the rows of x, (L, B),
+A layer may multiply L rows of each example by a weight: the steps of a sequence, the windows of an
+image. Let left (L, A) be the rows of dy of example number n, and right (L, B) its rows of x. Then
 
     dWₙ = leftᵀ·right                                      L·A·B multiplications
     ‖dWₙ‖² = Σ (left·leftᵀ) ∘ (right·rightᵀ)               L²·(A + B)

@@ -1,7 +1,7 @@
 """Convolution by matrix products: the derivation, with shapes.
 
 `unfold` lays the L windows of an image out as columns of a matrix of patches, (P, L) with
-P = C/groups · kh · kw entries a window, so that convolution is a product with the kernel as an
+P = C/groups · kh · kw entries a window. Then convolution is a product with the kernel as an
 (O/groups, P) matrix, for each image n and group g:
 
     y = kernel · patches                    (O/g, L) = (O/g, P) · (P, L)

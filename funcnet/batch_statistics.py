@@ -6,7 +6,7 @@ variance σ² of a channel,
 
     weight · (x − μ)/√(σ² + ε) + bias = s·x + t,   s = weight/√(σ² + ε),  t = bias − s·μ.
 
-That is a `ChannelAffine`. Behind a layer that is linear in its parameters it can be left out: the
+That is a `ChannelAffine`. After a layer that is linear in its parameters it can be left out: the
 weight and bias of that layer become s·weight and s·bias + t.
 
 The moments of a channel are (count, mean, M2), M2 = Σ (x − mean)². Moments of two sets A and B of
@@ -106,7 +106,7 @@ def for_inference(net: Layer, params: Tree, m: Tree, fold: bool = True) -> tuple
 
     A `BatchNorm` becomes a `ChannelAffine`. With `fold`, one that follows directly on a Conv, a
     ConvTranspose or an UpsampleConv2d in a Sequential is folded into that layer, and is gone:
-    later positions move, names stay. Behind a Linear it is folded where x was (N, C). A layer that
+    later positions move, names stay. After a Linear it is folded where x was (N, C). A layer that
     had no bias gets one. Applied to x, the result is what `net` computes from x in training, if m
     was measured on x. New parameters have the dtype and device of params, of m if there are none.
     Layers that stay as they were keep their tensors, which are not copied.
@@ -328,7 +328,7 @@ _ABSORBING = {Linear, Conv1d, Conv2d, Conv3d, UpsampleConv2d, *_TRANSPOSED}
 
 
 def _absorbs(layer: Layer, m: Tree) -> bool:
-    """Whether a `BatchNorm` with these moments, right behind the layer, may become part of it."""
+    """Whether a `BatchNorm` with these moments, right after the layer, may become part of it."""
     if type(layer) is Linear and _is_moments(m):
         count, mean, _ = m
         # With positions, axis 1 does not count Linear's features.

@@ -31,7 +31,7 @@ def gradients_by_layer(net: Layer, loss: Loss) -> GradientsByLayer:
     """The function (params, x, target, key=None) ↦ an iterator of (path, dparams), layer by layer.
 
     It goes through the layers with parameters that hold no others, from the last to the first. Each
-    gradient comes as soon as it is there, the same that `value_and_grad` gives; the path is the
+    gradient comes as soon as it is computed, and is what `value_and_grad` gives. The path is the
     layer's place in params, `stem.0`. By then all that depends on the layer's parameters has been
     computed, dx too, so that they may be written in place: an update needs memory for the gradient
     of one layer, not of all. The network's forward pass has run when the function returns. The

@@ -38,8 +38,8 @@ def summary(net: Layer, shape: Sequence[int]) -> str:
     path            the layer's place in params; the only layer of a combinator has its path
     layer           the layer, indented by how many others it is in; a combinator by kind and size
     output          the shape of one example of y
-    parameters      how many numbers the layer's parameters have, with those of the layers in it,
-                    learned or frozen; a layer inside Repeat is counted once
+    parameters      the number of entries of the layer's parameters, with those of the layers in it
+                    and with frozen ones; a layer inside Repeat is counted once
     residual bytes  the memory that the layer's `fwd` with a key keeps for `bwd`, for one float32
                     example: what is kept twice counts once, parameters do not count
 

@@ -74,7 +74,7 @@ class Expected:
         return decode(self.structure, self.tensors, leaves)
 
     def laid_out(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return tensors with the strides of those of the same names in this tree."""
+        """Return the tensors, each with the strides of this tree's tensor of the same name."""
         return {
             name: _laid_out_like(tensor, self.tensors[name]) if name in self.tensors else tensor
             for name, tensor in tensors.items()

@@ -53,7 +53,7 @@ class Turns(SameShape):
         return dparams, dx
 
     def _gathered(self, params: Tree, so_far: Any, dparams: Tree, i: int) -> Any:
-        """Add the gradient of turn i, `dparams`, to `so_far`, that of all later turns."""
+        """Add the gradient of turn i, `dparams`, to `so_far`, the gradient of all later turns."""
         raise NotImplementedError
 
     def _describe(self) -> str:

@@ -18,7 +18,7 @@ from funcnet.optimizers.optimizer import Optimizer, PreparedStep, State
 
 @dataclass(frozen=True)
 class Sharded(Optimizer[State]):
-    """Another optimiser, whose steps the ranks share: each does a part, and keeps that part's state.
+    """Another optimiser, whose steps the ranks share. Each does a part, and keeps its state.
 
     Every leaf of params belongs to one rank, which alone keeps its moments, steps it, and then
     broadcasts it to the others. With k ranks the state takes about 1/k of the memory: the largest

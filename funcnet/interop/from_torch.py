@@ -52,7 +52,7 @@ def from_torch(module: nn.Module, shape: Sequence[int]) -> tuple[Layer, Tree]:
     - Dropout and attention's dropout keep their p: a key, not the mode, decides whether they drop.
       Kinds of dropout that have no twin are left out in eval mode, and refused in train mode.
     - For recurrent layers and attention, y is the first output, and batch_first=True is expected;
-      attention is that of x to itself.
+      attention is self-attention.
     - TransformerEncoder and its layers become the Sequential of `Residual`s that they compute.
 
     Parameters are copies, with dtype and device, and have the same names: what torch.nn calls

@@ -38,8 +38,8 @@ _Draw: TypeAlias = Callable[[int], Tensor]
 def observe(module: nn.Module, shape: Shape) -> Traits:
     """Return the traits of a module. Raises ValueError unless y is a function of params and x.
 
-    The module also runs with random parameters: those of its own may hide what it does, as a last
-    layer of zeros hides all that comes before it.
+    The module also runs with random parameters: its own may hide what it does, as a last layer of
+    zeros hides all that comes before it.
     """
     like = tensor_like(module)
     cuda = [like.device] if like.is_cuda else []

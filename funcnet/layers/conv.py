@@ -100,7 +100,7 @@ class Conv1d(Convolution):
     Sizes are ints or tuples of one.
 
     Shapes: x (N, C, L); y (N, O, L′) with L′ = ⌊(L + 2p − d(k−1) − 1)/s⌋ + 1.
-    Parameters: {"weight": (O, C/groups, k), "bias": (O,)}, drawn as those of `Conv2d`.
+    Parameters: {"weight": (O, C/groups, k), "bias": (O,)}, drawn as for `Conv2d`.
 
     Raises ValueError or TypeError for hyperparameters, shapes, dtypes and devices that do not fit.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv1d.html
@@ -158,7 +158,7 @@ class Conv3d(Convolution):
     Sizes are ints or triples (depth, height, width).
 
     Shapes: x (N, C, D, H, W); y (N, O, D′, H′, W′) with D′ = ⌊(D + 2p − d(k−1) − 1)/s⌋ + 1.
-    Parameters: {"weight": (O, C/groups, kd, kh, kw), "bias": (O,)}, drawn as those of `Conv2d`; on
+    Parameters: {"weight": (O, C/groups, kd, kh, kw), "bias": (O,)}, drawn as for `Conv2d`; on
     the CPU, `init` lays the weight out in channels_last_3d.
 
     Raises ValueError or TypeError for hyperparameters, shapes, dtypes and devices that do not fit.

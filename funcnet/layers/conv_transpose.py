@@ -107,7 +107,7 @@ class ConvTranspose1d(ConvTranspose):
     Sizes are ints or tuples of one.
 
     Shapes: x (N, C, L); y (N, O, L′) with L′ = (L − 1)s − 2p + d(k−1) + output_padding + 1.
-    Parameters: {"weight": (C, O/groups, k), "bias": (O,)}, drawn as those of `ConvTranspose2d`.
+    Parameters: {"weight": (C, O/groups, k), "bias": (O,)}, drawn as for `ConvTranspose2d`.
 
     Raises ValueError or TypeError for hyperparameters, shapes, dtypes and devices that do not fit.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.ConvTranspose1d.html
@@ -162,7 +162,7 @@ class ConvTranspose3d(ConvTranspose):
 
     Shapes: x (N, C, D, H, W); y (N, O, D′, H′, W′) with
     D′ = (D − 1)s − 2p + d(k−1) + output_padding + 1.
-    Parameters: {"weight": (C, O/groups, kd, kh, kw), "bias": (O,)}, drawn as those of
+    Parameters: {"weight": (C, O/groups, kd, kh, kw), "bias": (O,)}, drawn as for
     `ConvTranspose2d`; on the CPU, `init` lays the weight out in channels_last_3d.
 
     Raises ValueError or TypeError for hyperparameters, shapes, dtypes and devices that do not fit.

@@ -826,7 +826,7 @@ REFUSED = {
     "kept shape": (
         init(fn.Residual(WRONG)),
         f"Residual({WRONG}): expected a layer that keeps the shape of an example, "
-        "got (2, 4, 4) before it and (3, 4, 4) behind it",
+        "got (2, 4, 4) before it and (3, 4, 4) after it",
     ),
     "kept shape of a loop": (init(fn.Loop(WRONG, 2)), f"Loop({WRONG}, 2): expected a layer that k"),
     "one shape": (

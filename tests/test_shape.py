@@ -139,7 +139,7 @@ def test_refused_settings(make, error, message):
         (fn.Flatten(-3), (2, 3), "expected start_dim to be an axis after the batch of x of shape"),
         (fn.Flatten(), (), "expected start_dim to be an axis after the batch of x of shape (N,), "),
         (fn.Flatten(1, 3), (2, 3), "expected end_dim to be an axis after the batch of x of shape"),
-        (fn.Flatten(2, 1), (2, 3), "expected start_dim not to lie behind end_dim, got the axes 2"),
+        (fn.Flatten(2, 1), (2, 3), "expected start_dim not to lie after end_dim, got the axes 2"),
         (
             fn.Select(-2, 0),
             (3,),

@@ -54,7 +54,7 @@ class Concat(Branches):
         axis = self.dim % rank if abs(self.dim) < rank else 0
         if axis == 0:
             raise ValueError(
-                f"{name_of(self)}: expected results with an axis {self.dim} behind the batch, "
+                f"{name_of(self)}: expected results with an axis {self.dim} after the batch, "
                 f"got {shapes[0]} without the batch"
             )
         first, *others = [(len(shape), *shape[: axis - 1], *shape[axis:]) for shape in shapes]

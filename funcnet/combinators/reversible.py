@@ -114,5 +114,5 @@ def _expect_kept(layer: Layer, half: Shape, out_shape: Shape) -> None:
     if out_shape != half:
         raise ValueError(
             f"{name_of(layer)}: expected a layer that keeps the shape of half the channels, "
-            f"got {half} before it and {out_shape} behind it"
+            f"got {half} before it and {out_shape} after it"
         )

@@ -74,7 +74,7 @@ class SameShape(Wrapper):
         if out_shape != shape:
             raise ValueError(
                 f"{name_of(self)}: expected a layer that keeps the shape of an example, "
-                f"got {shape} before it and {out_shape} behind it"
+                f"got {shape} before it and {out_shape} after it"
             )
 
     def _describe_last(self) -> str:

@@ -126,7 +126,7 @@ class Flatten(Reshaped):
         end = as_axis(self, "end_dim", self.end_dim, shape)
         if end <= start:
             raise ValueError(
-                f"{name_of(self)}: expected start_dim not to lie behind end_dim, got the axes "
+                f"{name_of(self)}: expected start_dim not to lie after end_dim, got the axes "
                 f"{start + 1} and {end}"
             )
         return (*shape[:start], math.prod(shape[start:end]), *shape[end:])

@@ -191,7 +191,9 @@ def test_gradients_of_many_rows_are_rounded_once(layer, shape, dtype):
         assert off <= torch.finfo(dtype).eps * theirs.abs().max()
 
 
-@pytest.mark.parametrize("layer", [fn.Linear(4), fn.Conv2d(4, 1), fn.ChannelAffine()], ids=repr)
+@pytest.mark.parametrize(
+    "layer", [fn.Linear(4), fn.Conv2d(4, 1), fn.ChannelAffine(), fn.PReLU(4)], ids=repr
+)
 def test_terms_that_float16_cannot_hold_cancel(layer):
     shape = (4, 1, 1) if isinstance(layer, fn.Conv2d) else (4,)
     params = layer.init(fn.key(0), shape, dtype=torch.float16)

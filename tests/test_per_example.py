@@ -371,6 +371,14 @@ def test_sums_and_squares_of_half_precision_are_taken_in_float32(dtype):
     assert fn.gradient_norms(fn.Linear(1), fn.MSE("sum"))(params, x, x)[1].tolist() == [1024.0]
 
 
+@pytest.mark.parametrize("layer", [fn.ChannelAffine(), fn.PReLU()], ids=repr)
+def test_terms_that_float16_cannot_hold_cancel(layer):
+    params = layer.init(fn.key(0), (1, 2), dtype=torch.float16)
+    x = torch.full((1, 1, 2), -256.0, dtype=torch.float16)
+    target = layer.apply(params, x) + torch.tensor([128.0, -128.0]).half()  # dy is ∓256
+    assert fn.gradient_norms(layer, fn.MSE("sum"))(params, x, target)[1].tolist() == [0.0]
+
+
 @pytest.mark.parametrize("batch", [0, 1])
 def test_small_batches(batch):
     net = fn.Sequential(fn.Embedding(5, 4), fn.LSTM(3), fn.Select(1, -1), fn.Linear(2))

@@ -625,7 +625,7 @@ class PReLU(Layer):
     def _bwd(self, params: Any, x: Tensor, dy: Tensor, need: Need) -> Any:
         weight = _along_channels(params["weight"], x)
         dx, terms = _prelu_gradients(dy, x, weight)
-        dweight = terms.sum_to_size(weight.shape).flatten() if need.params else None
+        dweight = terms.sum_to_size(weight.shape).flatten().to(x.dtype) if need.params else None
         return {"weight": dweight}, dx if need.input else None
 
     def _bwd_each(self, params: Any, x: Tensor, dy: Tensor, need: Need) -> Any:
@@ -635,9 +635,12 @@ class PReLU(Layer):
 
 
 def _prelu_gradients(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(dx, the terms of dweight), both in one pass."""
+    """(dx, the terms of dweight), both in one pass; the terms in float32 for half precision."""
     # Under torch.func.vmap over weights and over x, the kernel confuses their axes.
-    return (prelu_backward if is_eager() else plain_prelu_backward)(dy, x, weight)
+    kernel = prelu_backward if is_eager() else plain_prelu_backward
+    # Terms that 16 bits cannot hold may cancel.
+    dx, terms = kernel(widened(dy), widened(x), widened(weight))
+    return dx.to(x.dtype), terms
 
 
 def _along_channels(weight: Tensor, x: Tensor) -> Tensor:

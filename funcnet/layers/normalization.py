@@ -36,6 +36,7 @@ from funcnet.initializers import Ones, Zeros
 from funcnet.keys import Key
 from funcnet.layer import Layer, Shape, Spec, same_part
 from funcnet.ops import normalization
+from funcnet.ops.accumulation import widened
 from funcnet.ops.group_norm import group_norm, group_norm_gradients, group_normalised
 from funcnet.ops.need import Need
 from funcnet.ops.products import over_positions, rows
@@ -382,7 +383,7 @@ class ChannelAffine(Layer):
         return _gradients(params, dweight, dbias), dx
 
     def _bwd_each(self, params: Any, x: Tensor, dy: Tensor, need: Need) -> Any:
-        dweight, dbias = over_positions(dy * x), over_positions(dy)
+        dweight, dbias = over_positions(dy * widened(x)), over_positions(dy)
         return _gradients(params, dweight, dbias), dx_alone(self, params, x, dy, need)
 
 

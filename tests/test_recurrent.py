@@ -259,6 +259,16 @@ def test_what_the_kernel_has_kept_serves_vmap_in_bfloat16():
         assert (found[0] - kernels).norm() <= 0.02 * kernels.norm()
 
 
+@pytest.mark.skipif(not MULTIPLIES, reason="the processor does not multiply in bfloat16")
+def test_what_the_kernel_has_kept_serves_autograd_in_bfloat16():
+    layer, params, x, grad = lstm_case(torch.bfloat16)
+    _, residuals = layer.fwd(params, x)
+    _, expected = layer.bwd(params, residuals, grad)
+    _, dx = layer.bwd(params, residuals, grad.clone().requires_grad_())
+    assert dx.dtype == torch.bfloat16
+    assert (dx - expected).norm() <= 0.02 * expected.norm()
+
+
 @pytest.mark.parametrize(("num_layers", "bidirectional"), [(2, False), (1, True)])
 def test_as_exact_as_autocast(num_layers, bidirectional):
     layer = fn.LSTM(16, num_layers, bidirectional=bidirectional)

@@ -13,6 +13,7 @@ from test_upsample_conv import two_steps as layers_of
 import funcnet as fn
 from funcnet.ops import low_resolution, tiles, two_steps, upsampling
 from funcnet.ops.need import Need
+from funcnet.ops.window import Window
 from funcnet.testing import strategies
 
 LAYERS = strategies.layers(fn.UpsampleConv2d)
@@ -62,6 +63,31 @@ def test_outputs_are_in_one_tile_each(case, most, slack):
             sizes = tile.window.count((scale[0] * height, scale[1] * width))
             assert sizes == count[tile.target].shape[2:]
     assert (count == 1).all()
+
+
+@pytest.mark.parametrize("way", [low_resolution, two_steps], ids=["low", "two_steps"])
+def test_tiles_that_see_nothing_but_padding(way):
+    x, weight = fn.normal(fn.key(0), (2, 3, 4, 5)), fn.normal(fn.key(1), (2, 3, 1, 1))
+    window = Window((1, 1), sides=((3, 3), (3, 3)))
+    whole = way.convolve(x, weight, None, (2, 2), window)
+    gradients = way.gradients(x, weight, whole, (2, 2), window, Need())
+    with small_tiles(1, 0):
+        torch.testing.assert_close(way.convolve(x, weight, None, (2, 2), window), whole)
+        found = way.gradients(x, weight, whole, (2, 2), window, Need())
+    torch.testing.assert_close(found, gradients)
+
+
+@pytest.mark.parametrize("way", [low_resolution, two_steps], ids=["low", "two_steps"])
+def test_tiles_lie_in_memory_as_the_whole_does(way):
+    x, window = fn.normal(fn.key(0), (2, 3, 6, 7)), fn.UpsampleConv2d(20)._window
+    weight = fn.normal(fn.key(1), (20, 3, 3, 3))
+    whole = way.convolve(x, weight, None, (2, 2), window)
+    _, dx = way.gradients(x, weight, whole, (2, 2), window, Need())
+    assert whole.is_contiguous(memory_format=torch.channels_last)
+    with small_tiles(300, 0):
+        y = way.convolve(x, weight, None, (2, 2), window)
+        _, found = way.gradients(x, weight, whole, (2, 2), window, Need())
+    assert (y.stride(), found.stride()) == (whole.stride(), dx.stride())
 
 
 @pytest.mark.parametrize("is_low", [True, False], ids=["low", "two_steps"])

@@ -243,6 +243,15 @@ def test_gradients_of_parameters_are_those_of_tensors():
     assert torch.equal(other, dx)
 
 
+def test_sums_of_grad_that_overflow_are_found_in_dweight_alone():
+    weight, x = torch.ones(16, 64, 3, 3), torch.full((1, 64, 4, 4), 1e-20)
+    grad, window = torch.full((1, 16, 8, 8), 3e38), fn.UpsampleConv2d(16)._window
+    assert upsampling.implementation(x, weight, (2, 2), window, "auto", True) is low_resolution
+    need = Need(params=True, input=False)
+    dweight, _ = upsampling.gradients(x, weight, grad, (2, 2), window, "auto", need)
+    assert dweight.isfinite().all()
+
+
 def test_unfold_is_the_derivations_products_alone(monkeypatch):
     """By no way that "auto" would choose, nor by PyTorch's convolutions."""
     layer = fn.UpsampleConv2d(3, method="unfold")

@@ -304,6 +304,26 @@ def test_strides_of_axes_of_size_1_may_be_anything():
     assert torch.equal(odd, params["weight"])
     torch.testing.assert_close(layer.apply({"weight": odd}, x), layer.apply(params, x))
 
+    layer = fn.Conv2d(1, 3, bias=False)
+    params = layer.init(fn.key(0), (2, 4, 4), dtype=torch.float64)
+    odd = as_channels_last(params["weight"]).as_strided((1, 2, 3, 3), (7, 1, 6, 2))
+    assert torch.equal(odd, params["weight"])
+    x = fn.normal(fn.key(1), (2, 2, 4, 4), dtype=torch.float64)
+    grad = layer.apply(params, x)
+    torch.testing.assert_close(layer.vjp({"weight": odd}, x, grad), layer.vjp(params, x, grad))
+
+
+@pytest.mark.parametrize(
+    "layer", [fn.Conv2d(4, 3), fn.Conv2d(4, 2, stride=2), fn.Conv2d(4, 1)], ids=str
+)
+def test_the_gradient_of_a_row_major_weight_is_row_major(layer, monkeypatch):
+    """An update runs through both alike."""
+    monkeypatch.setattr(patches, "_TINY", 0)
+    params, x = layer.init(fn.key(0), (3, 8, 8)), fn.normal(fn.key(1), (2, 3, 8, 8))
+    params["weight"] = params["weight"].contiguous()
+    dparams, _ = layer.vjp(params, x, layer.apply(params, x))
+    assert dparams["weight"].is_contiguous()
+
 
 @pytest.mark.parametrize(
     ("layer", "shape"),

@@ -205,6 +205,16 @@ def test_one_channel_with_the_strides_of_channels_last(cls):
     torch.testing.assert_close(results(layer, params, x, grad), expected)
 
 
+def test_large_volumes_of_one_channel():
+    """Images of so many pixels are given a second channel."""
+    layer, x = fn.Conv3d(8, 3), fn.normal(fn.key(0), (1, 1, 11, 10, 11))
+    params = layer.init(fn.key(1), x.shape[1:])
+    y = layer.apply(params, x)
+    exact = results(layer, optree.tree_map(torch.Tensor.double, params), x.double(), y.double())
+    for ours, expected in zip(results(layer, params, x, y), exact, strict=True):
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-4)
+
+
 def as_last(x):
     """The strides of a new tensor of x's shape whose channels come last."""
     return torch.empty(x.movedim(1, -1).shape).movedim(-1, 1).stride()

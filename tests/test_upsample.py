@@ -1,5 +1,6 @@
 """Upsample2d: copies forward, sums of copies backward."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
@@ -49,17 +50,27 @@ def test_height_and_width_are_not_mistaken():
     assert dx.tolist() == [[[[4, 6]]]]
 
 
-def test_the_result_of_a_single_pixel_is_new_memory():
+@pytest.mark.parametrize("scale", [(1, 41), (41, 1)])
+def test_copies_by_a_scale_that_float32_cannot_divide_by(scale):
+    """41 · (1/41) is below 1 in float32: PyTorch's kernel takes the pixel before."""
+    x = fn.normal(fn.key(0), (1, 2, 3, 3))
+    y = fn.Upsample2d(scale).apply((), x)
+    assert torch.equal(y, x.repeat_interleave(scale[0], 2).repeat_interleave(scale[1], 3))
+
+
+@pytest.mark.parametrize("scale", [2, 3])
+def test_the_result_of_a_single_pixel_is_new_memory(scale):
     x = torch.ones(1, 1, 1, 1)
-    y = fn.Upsample2d(2).apply((), x)
+    y = fn.Upsample2d(scale).apply((), x)
     y.zero_()
     assert x.item() == 1
 
 
-def test_a_rectifier_that_follows_leaves_x_alone():
+@pytest.mark.parametrize("scale", [2, 3])
+def test_a_rectifier_that_follows_leaves_x_alone(scale):
     """In a Sequential the rectifier writes over what the layer before hands on."""
     x = -torch.ones(1, 1, 1, 1)
-    y = fn.Sequential(fn.Upsample2d(2), fn.ReLU()).apply(((), ()), x)
+    y = fn.Sequential(fn.Upsample2d(scale), fn.ReLU()).apply(((), ()), x)
     assert y.sum() == 0
     assert x.item() == -1
 

@@ -12,6 +12,7 @@ from test_properties import close
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import funcnet as fn
+from funcnet.ops import bfloat16, pixelwise
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -64,6 +65,18 @@ def test_exported_for_any_batch(layer, shape):
     batch = {0: torch.export.Dim("batch", min=2, max=64)}
     program = torch.export.export(Module(layer, params), (x,), dynamic_shapes=(batch,))
     check(program.module(), layer, params, shape)
+
+
+def test_a_convolution_in_bfloat16_exported_for_any_batch(monkeypatch):
+    """Eagerly, it is done in parts, whose number depends on the batch."""
+    monkeypatch.setattr(pixelwise, "_HAS_BFLOAT16", True)
+    monkeypatch.setattr(bfloat16, "_IS_STRIDED_RIGHT", False)
+    layer = fn.Conv2d(32, 3, stride=2)
+    params = layer.init(fn.key(0), (32, 9, 9), dtype=torch.bfloat16)
+    x, y = (fn.normal(fn.key(n), (n, 32, 9, 9), dtype=torch.bfloat16) for n in (3, 7))
+    batch = {0: torch.export.Dim("batch", min=2, max=64)}
+    program = torch.export.export(Module(layer, params), (x,), dynamic_shapes=(batch,))
+    close(program.module()(y), layer.apply(params, y), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("layer", [fn.MaxPool2d(2), fn.MaxPool2d(3, stride=2, padding=1)], ids=repr)

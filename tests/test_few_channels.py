@@ -59,6 +59,17 @@ def test_gradient(layer):
         check_vjp(layer, params, fn.normal(fn.key(1), (2, *shape), dtype=torch.float64))
 
 
+@pytest.mark.parametrize("options", [{"groups": 2}, {"stride": 2}, {"dilation": 2}], ids=str)
+def test_what_this_does_not_serve(options):
+    layer, x = fn.Conv2d(4, 3, **options), fn.normal(fn.key(0), (2, 4, 7, 7), dtype=torch.float64)
+    params = layer.init(fn.key(1), (4, 7, 7), dtype=torch.float64)
+    unfold = with_method(layer, "unfold")
+    y = unfold.apply(params, x)
+    with EVERY:
+        torch.testing.assert_close(layer.apply(params, x), y)
+        torch.testing.assert_close(layer.vjp(params, x, y), unfold.vjp(params, x, y))
+
+
 @pytest.mark.parametrize("channels", [(64, 1), (1, 64)], ids=["to few", "from few"])
 def test_gradients_have_gradients(channels):
     """Of a network's gradient by x: twice through each way."""

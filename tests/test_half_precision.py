@@ -161,6 +161,18 @@ def test_sums_of_many_parts_go_on_growing():
     assert (dparams["weight"][:, :, 1, 1] == torch.tensor(600).bfloat16()).all()
 
 
+def test_parts_lie_in_memory_as_the_whole_does():
+    layer = fn.Conv2d(32, 3, stride=2)
+    params = layer.init(fn.key(0), (32, 7, 7), dtype=torch.bfloat16)
+    params["weight"] = params["weight"].contiguous()
+    x = fn.normal(fn.key(1), (3, 32, 7, 7), dtype=torch.bfloat16)
+    with both(True), from_the_first_channel(chunk=1):
+        y = layer.apply(params, x)
+        dparams, _ = layer.vjp(params, x, y)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert dparams["weight"].is_contiguous()
+
+
 MANY_ROWS = [
     (fn.Linear(4), (4,)),
     (fn.Conv2d(4, 1), (4, 8, 8)),

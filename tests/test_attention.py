@@ -112,6 +112,21 @@ def test_half_precision(dtype, products, monkeypatch):
         assert (ours.double() - exact).abs().max() <= bound
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_in_half_precision_are_as_exact_as_the_kernel(dtype, monkeypatch):
+    layer = fn.MultiheadAttention(2, causal=True)
+    params = layer.init(fn.key(0), (64, 16), dtype=dtype)
+    x, grad = 4 * fn.normal(fn.key(1), (4, 64, 16), dtype=dtype), fn.normal(fn.key(2), (4, 64, 16))
+    case = params, x, grad.to(dtype)
+    double = optree.tree_map(torch.Tensor.double, case)
+    exact = layer.apply(*double[:2]), layer.vjp(*double)
+    kernels = layer.apply(*case[:2]), layer.vjp(*case)
+    with_products(monkeypatch)
+    found = layer.apply(*case[:2]), layer.vjp(*case)
+    for ours, theirs, right in zip(*map(optree.tree_leaves, (found, kernels, exact)), strict=True):
+        assert (ours - right).norm() <= 1.1 * (theirs - right).norm()
+
+
 def test_a_step_does_not_see_later_ones():
     layer = fn.MultiheadAttention(2, causal=True)
     params = layer.init(fn.key(0), (6, 4), dtype=torch.float64)

@@ -42,6 +42,12 @@ def test_sums_in_half_precision_go_on_growing(cls, dtype):
     assert torch.equal(y, torch.ones_like(y))
 
 
+@every(ADAPTIVE_AVG)
+def test_the_mean_of_a_sum_that_float16_cannot_hold(cls):
+    x = torch.full((1, 1, *(16,) * axes(cls)), 60000.0, dtype=torch.float16)
+    assert cls(1).apply((), x).flatten().tolist() == [60000.0]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients_of_volumes_in_half_precision_go_on_growing(dtype):
     dy = torch.ones(1, 1, 16, 16, 16, dtype=dtype)

@@ -179,6 +179,26 @@ def test_means_are_large_beside_the_deviation_whatever_their_sign(means, deviati
     assert (y - exact).abs().max() < 3 * rounding
 
 
+def test_a_nan_costs_other_examples_no_digit():
+    x = fn.normal(KEY, (2, 32, 8, 8))
+    x[0, 0, 0, 0], x[1] = torch.nan, x[1] + 1e3
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = fn.GroupNorm(2, affine=False).apply((), x)
+    exact = F.group_norm(x[1:].double(), 2)
+    assert (y[1:] - exact).abs().max() < 3e3 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_sums_that_float16_cannot_hold_under_vmap_and_in_a_trace():
+    layer, x = fn.GroupNorm(1), fn.normal(KEY, (2, 2, 32, 32), dtype=torch.float16)
+    params, grad = layer.init(KEY, (2, 32, 32), dtype=torch.float16), x.flip(0) + 100
+    mapped = torch.func.vmap(layer.vjp, (None, 0, 0))(params, x[:, None], grad[:, None])[1]
+    expected = layer.vjp(params, x, grad)[1]
+    torch.testing.assert_close(mapped[:, 0], expected, rtol=1e-3, atol=4e-3)
+    traced = torch.jit.trace(lambda x: layer.apply(params, x), grad)
+    torch.testing.assert_close(traced(grad), layer.apply(params, grad), rtol=1e-3, atol=4e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layer", [fn.LayerNorm(), fn.BatchNorm()], ids=repr)
 def test_in_half_precision_dx_is_rounded_once_under_vmap(layer, dtype):
@@ -196,10 +216,11 @@ def test_in_half_precision_dx_is_rounded_once_under_vmap(layer, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("offset", [0.5, 3.0, 20.0, 100.0])
+@pytest.mark.parametrize("offset", [(0.5,), (3.0,), (20.0,), (100.0,), (100.0, 0.2)])
 def test_in_half_precision_y_is_rounded_once(dtype, offset):
     """Beside a mean of 1000 standard deviations, too."""
-    x = (fn.normal(KEY, (2, 64, 9, 9)) / 10 + offset).to(dtype)
+    of_examples = torch.tensor(offset)[:, None, None, None]
+    x = (fn.normal(KEY, (2, 64, 9, 9)) / 10 + of_examples).to(dtype)
     x = x.contiguous(memory_format=torch.channels_last)
     y, exact = fn.GroupNorm(2, affine=False).apply((), x), F.group_norm(x.double(), 2)
     assert y.dtype == dtype

@@ -211,7 +211,9 @@ def test_terms_that_float16_cannot_hold_cancel(layer):
     params = layer.init(fn.key(0), shape, dtype=torch.float16)
     x = torch.full((2, *shape), -256.0, dtype=torch.float16)
     grad = x * torch.tensor([1.0, -1.0]).half().reshape(2, *(1,) * len(shape))
-    assert not layer.vjp(params, x, grad)[0]["weight"].any()
+    dparams, dx = layer.vjp(params, x, grad)
+    assert dparams["weight"].dtype == dx.dtype == torch.float16
+    assert not dparams["weight"].any()
 
 
 def test_as_exact_as_autocast():

@@ -49,6 +49,7 @@ _WRITTEN = {
     "_bwd_each": "test_per_example.py",
     "_bwd_(": "test_sequential.py",
     " as_pair(": "test_layer.py",
+    "widened(": "test_half_precision.py::test_terms_that_float16_cannot_hold_cancel",
     "coupling(": "test_gradients.py::test_what_micro_batches_refuse test_batch_statistics.py",
     "def _laid_out(": ("test_transforms.py::test_compiled_gradients_of_activations_in_two_layouts"),
 }

@@ -259,6 +259,20 @@ def test_what_the_kernel_has_kept_serves_vmap_in_bfloat16():
         assert (found[0] - kernels).norm() <= 0.02 * kernels.norm()
 
 
+def test_second_derivatives_by_the_weights_of_one_direction():
+    """The other direction's h is a part of a tensor that autograd tracks."""
+    layer, params, x, grad = lstm_case(bidirectional=True)
+    name = "weight_hh_l0_reverse"
+
+    def second(*tracked):
+        own = {**params, **{name: params[name].clone().requires_grad_() for name in tracked}}
+        dparams, dx = layer.vjp(own, x, grad)
+        penalty = sum(d.square().sum() for d in (*dparams.values(), dx))
+        return torch.autograd.grad(penalty, own[name])
+
+    close(second(name), second(*params))
+
+
 @pytest.mark.skipif(not MULTIPLIES, reason="the processor does not multiply in bfloat16")
 def test_what_the_kernel_has_kept_serves_autograd_in_bfloat16():
     layer, params, x, grad = lstm_case(torch.bfloat16)

@@ -434,6 +434,7 @@ def test_signatures_of_layers_are_their_fields():
     assert inspect.signature(New) == inspect.signature(fn.Linear)
     with pytest.raises(TypeError, match="callable"):
         inspect.signature(New(3))
+    assert next(iter(inspect.signature(fn.initializers.Zeros()).parameters)) == "key"
 
 
 def test_a_dataclass_that_is_forgotten():
@@ -453,6 +454,8 @@ def test_a_dataclass_that_is_forgotten():
     assert Convolution(8, 3).kernel_size == (3, 3)
     with pytest.raises(TypeError, match="missing 2 required"):
         Convolution()
+    with pytest.raises(TypeError, match="takes 1 positional argument but 2 were given"):
+        type("Undeclared", (fn.ReLU,), {})(1)
 
 
 def test_names_of_torch_among_others():

@@ -12,7 +12,7 @@ from test_properties import close
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import funcnet as fn
-from funcnet.ops import bfloat16, pixelwise
+from funcnet.ops import bfloat16, processor
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -69,8 +69,8 @@ def test_exported_for_any_batch(layer, shape):
 
 def test_a_convolution_in_bfloat16_exported_for_any_batch(monkeypatch):
     """Eagerly, it is done in parts, whose number depends on the batch."""
-    monkeypatch.setattr(pixelwise, "_HAS_BFLOAT16", True)
-    monkeypatch.setattr(bfloat16, "_IS_STRIDED_RIGHT", False)
+    monkeypatch.setattr(processor, "HAS_BFLOAT16", True)
+    monkeypatch.setattr(bfloat16, "_IS_SMALL_RIGHT", False)
     layer = fn.Conv2d(32, 3, stride=2)
     params = layer.init(fn.key(0), (32, 9, 9), dtype=torch.bfloat16)
     x, y = (fn.normal(fn.key(n), (n, 32, 9, 9), dtype=torch.bfloat16) for n in (3, 7))

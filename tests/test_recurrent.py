@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import funcnet as fn
 from funcnet import compat
 from funcnet.gradients import value_and_grad
-from funcnet.ops import pixelwise, recurrent
+from funcnet.ops import pixelwise, processor, recurrent
 from funcnet.testing import check_vjp, strategies
 
 CLASSES = (fn.RNN, fn.LSTM, fn.GRU)
@@ -237,7 +237,7 @@ def test_tensors_that_are_not_contiguous(dtype, reverse):
 
 def test_a_processor_without_bfloat16(monkeypatch):
     """Its kernel is asked for float32."""
-    monkeypatch.setattr(pixelwise, "_HAS_BFLOAT16", False)
+    monkeypatch.setattr(processor, "HAS_BFLOAT16", False)
     layer, params, x, _ = lstm_case(torch.bfloat16)
     _, (_, residuals) = layer.fwd(params, x)
     assert residuals[0][0].dtype == torch.float32

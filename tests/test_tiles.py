@@ -11,7 +11,7 @@ from test_upsample_conv import arguments, reference
 from test_upsample_conv import two_steps as layers_of
 
 import funcnet as fn
-from funcnet.ops import low_resolution, pixelwise, tiles, two_steps, upsampling
+from funcnet.ops import low_resolution, processor, tiles, two_steps, upsampling
 from funcnet.ops.need import Need
 from funcnet.ops.window import Window
 from funcnet.testing import strategies
@@ -92,7 +92,7 @@ def test_tiles_lie_in_memory_as_the_whole_does(way):
 
 def test_the_sum_over_tiles_is_in_float32(monkeypatch):
     """In bfloat16 it would stop growing at 256."""
-    monkeypatch.setattr(pixelwise, "_HAS_BFLOAT16", True)
+    monkeypatch.setattr(processor, "HAS_BFLOAT16", True)
     x = grad = torch.ones(300, 1, 1, 1, dtype=torch.bfloat16)
     with small_tiles(1, 1):
         case = x, x[:1], grad, (1, 1), Window((1, 1)), Need()

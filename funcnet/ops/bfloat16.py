@@ -1,10 +1,10 @@
 """Convolutions of images in bfloat16, by kernels that are right in it on every processor.
 
 PyTorch's convolutions in bfloat16 return wrong numbers for some images with a dilation, on
-processors with AMX with a stride, and for gradients of images of few columns (`native.py`).
-Convolutions without dilation or stride are right, so are their gradients for larger images, and so
-are products of matrices. With the kh·kw·C numbers that a window sees as a row of X, the kernel as K
-(O, kh·kw·C), and y's and grad's O numbers there as rows of Y and dY,
+processors with AMX for images of few columns with a stride and for some kernels (`native.py`), and
+for gradients of images of few columns. The others are right, and so are products of matrices. With
+the kh·kw·C numbers that a window sees as a row of X, the kernel as K (O, kh·kw·C), and y's and
+grad's O numbers there as rows of Y and dY,
 
     Y = X·Kᵀ + bias,    dK = dYᵀ·X.
 
@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from funcnet.ops import inplace, native, patches, pixelwise
+from funcnet.ops import inplace, native, patches, pixelwise, processor
 from funcnet.ops.accumulation import widened
 from funcnet.ops.need import Need
 from funcnet.ops.window import Pair, Window
@@ -48,10 +48,11 @@ _MUCH, _MUCH_STRIDED = 2**22, 2**25
 """Multiplications from which dx by convolutions in bfloat16 is faster. All of these numbers were
 measured on an AMD EPYC (Zen 4), which multiplies 2.4 times as fast in bfloat16."""
 
-_IS_STRIDED_RIGHT = not pixelwise.HAS_AMX
-"""Whether PyTorch's kernels are as right with a stride as without one. On an AMD EPYC (Zen 4)
-194,000 random ones agree with float64, and the gradients of the 35,000 among them that have at
-least `_LARGE` rows and columns; there they take 0.4 to 0.8 times as long as ours."""
+_IS_SMALL_RIGHT = not processor.HAS_AMX
+"""Whether PyTorch's kernels are right with a stride for images that are not `_LARGE`, too. On an
+AMD EPYC (Zen 4) 194,000 random ones agree with float64; there they take 0.4 to 0.8 times as long as
+ours. On an Intel Xeon with AMX some of a single column in y are wrong; of `_LARGE` ones 30,000
+agree, and their gradients."""
 
 
 def serves(x: Tensor, window: Window) -> bool:
@@ -69,7 +70,7 @@ def serves(x: Tensor, window: Window) -> bool:
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
     """y (N, O, H′, W′) of x (N, C, H, W) and weight (O, C, kh, kw)."""
-    if window.is_strided and _IS_STRIDED_RIGHT:
+    if window.is_strided and _is_strided_right(x, weight, window):
         return native.run_forward(x, weight, bias, window)
     if not (window.is_strided and _has_many(weight)):
         return native.convolve(x, weight, bias, window)
@@ -98,10 +99,17 @@ def gradients(
     return dweight, _dx(x, weight, grad, window) if own.input else dx
 
 
+def _is_strided_right(x: Tensor, weight: Tensor, window: Window) -> bool:
+    """Whether PyTorch's y in bfloat16 is right with a stride."""
+    if _IS_SMALL_RIGHT:
+        return True
+    sizes = *x.shape[2:], *window.count(x.shape[2:])
+    is_large = window.sees_entries and min(sizes) >= _LARGE
+    return is_large and not native.overruns_tiles(x, weight, window)
+
+
 def _has_right_kernels(x: Tensor, weight: Tensor, grad: Tensor, window: Window) -> bool:
     """Whether PyTorch's gradients in bfloat16 are right."""
-    if window.is_strided and not _IS_STRIDED_RIGHT:
-        return False
     return (
         window.sees_entries
         and window.is_even

@@ -16,34 +16,15 @@ they add up in float32, and round what they return. Those kernels are not, for w
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcnet.ops import native
+from funcnet.ops import native, processor
 from funcnet.ops.need import Need
 
-
-def _processor() -> str:
-    """Linux's description of the processor; "" on other systems."""
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return ""
-
-
-_PROCESSOR = _processor()
-
-_FEW = 1_000_000_000 if "GenuineIntel" in _PROCESSOR else 20_000_000
+_FEW = 1_000_000_000 if processor.IS_INTEL else 20_000_000
 """Up to how many multiplications `torch.mm` is as fast: measured."""
-
-_HAS_BFLOAT16 = not {"avx512_bf16", "amx_bf16"}.isdisjoint(_PROCESSOR.split())
-"""Whether the processor multiplies in bfloat16: 2.4 times as fast as in float32 on an AMD EPYC."""
-
-HAS_AMX = "amx_bf16" in _PROCESSOR.split()
-"""Whether it multiplies tiles of matrices in bfloat16, for which PyTorch has kernels of its own."""
 
 _MUCH_BIAS = 2**16
 """Entries of y in bfloat16 from which PyTorch's convolution, which adds bias as it multiplies,
@@ -63,7 +44,7 @@ def upcast(x: Tensor) -> Tensor:
 
 def multiplies_bfloat16(x: Tensor) -> bool:
     """Whether x is bfloat16 on a CPU that multiplies matrices in it."""
-    return _HAS_BFLOAT16 and x.dtype == torch.bfloat16 and x.is_cpu
+    return processor.HAS_BFLOAT16 and x.dtype == torch.bfloat16 and x.is_cpu
 
 
 def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -159,7 +159,9 @@ def test_dweight_of_large_images_is_faster_over_patches(shape, out_channels, dty
 )
 def test_dx_of_few_channels_is_faster_over_patches(shape, kernel_size, dtype, faster):
     layer = fn.Conv2d(4, kernel_size, stride=kernel_size)
-    assert patches.dx_is_faster(torch.empty(shape, dtype=dtype), layer._window) == faster
+    x = torch.empty(shape, dtype=dtype)
+    weight = torch.empty(layer._params(shape[1:])["weight"].shape)
+    assert patches.dx_is_faster(x, weight) == faster
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import funcnet as fn
-from funcnet.ops import bfloat16, native, processor
+from funcnet.ops import bfloat16, native, patches, processor
 from funcnet.testing import strategies
 
 
@@ -172,6 +172,37 @@ def test_torchs_kernels_in_bfloat16_serve_where_they_are_right(has_amx, layer, s
     dtypes = [call.args[0].dtype for call in run_forward.call_args_list]
     expected = not has_amx if is_right == "without AMX" else is_right
     assert (torch.bfloat16 in dtypes) == expected
+
+
+@pytest.mark.parametrize("has_amx", [False, True])
+@pytest.mark.parametrize(
+    ("layer", "shape", "forward", "backward"),
+    [
+        (fn.Conv2d(16, 2, stride=2), (16, 32, 32), "without AMX", "without AMX"),
+        (fn.Conv2d(16, 2, stride=2), (16, 32, 14), True, True),
+        (fn.Conv2d(16, 2, stride=2), (129, 32, 32), True, "without AMX"),
+        (fn.Conv2d(255, 2, stride=2), (128, 16, 16), "without AMX", "without AMX"),
+        (fn.Conv2d(256, 2, stride=2), (128, 16, 16), "without AMX", True),
+        (fn.Conv2d(16, 4, stride=4), (8, 32, 32), "without AMX", True),
+        (fn.Conv2d(16, 4, stride=4), (9, 32, 32), "without AMX", "without AMX"),
+        (fn.Conv2d(16, 1), (16, 32, 32), True, True),
+    ],
+    ids=str,
+)
+def test_patches_serve_in_bfloat16_where_kernels_are_slower(
+    has_amx, layer, shape, forward, backward
+):
+    params = layer.init(fn.key(0), shape, dtype=torch.bfloat16)
+    x = fn.normal(fn.key(1), (2, *shape), dtype=torch.bfloat16)
+    amx = mock.patch.object(processor, "HAS_AMX", has_amx)
+    convolve = mock.patch.object(patches, "convolve", wraps=patches.convolve)
+    gradients = mock.patch.object(patches, "gradients", wraps=patches.gradients)
+    with both(True), amx, convolve as in_forward, gradients as in_backward:
+        y, residuals = layer.fwd(params, x)
+        layer.bwd(params, residuals, y)
+    for expected, called in ((forward, in_forward), (backward, in_backward)):
+        expected = not has_amx if expected == "without AMX" else expected
+        assert called.called == expected
 
 
 @given(

@@ -71,12 +71,12 @@ def _implementations(
     """(the module for y or dweight, the module for dx): the fastest, or those of the method."""
     if method == "unfold":
         return unfold, unfold
-    if window.cuts_patches and x.ndim == 4 and patches.are_faster(x, weight, window, backward):
-        return patches, patches
     if x.dtype == torch.bfloat16 and bfloat16.serves(x, window):
         return bfloat16, bfloat16
+    if window.cuts_patches and x.ndim == 4 and patches.are_faster(x, weight, window, backward):
+        return patches, patches
     if window.cuts_patches and backward:
         of_weight = patches if patches.dweight_is_faster(x, weight) else native
-        return of_weight, patches if patches.dx_is_faster(x, window) else native
+        return of_weight, patches if patches.dx_is_faster(x, weight) else native
     to_few, from_few = few_channels.which_are_faster(x, weight, window)
     return few_channels if to_few else native, few_channels if from_few else native

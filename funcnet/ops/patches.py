@@ -43,9 +43,7 @@ def are_faster(x: Tensor, weight: Tensor, window: Window, backward: bool) -> boo
     """Whether y, or dweight and dx together, are faster over patches."""
     if not x.is_cpu or inplace.has_open_sizes(x):
         return False
-    if x.element_size() < 4:
-        return pixelwise.multiplies_bfloat16(x)
-    if _is_tiny(x):
+    if x.element_size() < 4 or _is_tiny(x):
         return False
     rows, columns = window.count(x.shape[2:])
     windows = x.shape[0] * rows * columns
@@ -58,14 +56,14 @@ def dweight_is_faster(x: Tensor, weight: Tensor) -> bool:
     return _are_in_float32(x) and math.prod(x.shape[1:]) > _LARGE and weight.numel() >= _WIDE
 
 
-def dx_is_faster(x: Tensor, window: Window) -> bool:
+def dx_is_faster(x: Tensor, weight: Tensor) -> bool:
     """Whether dx alone is faster over patches."""
-    return (
-        _are_in_float32(x)
-        and x.shape[1] <= _FEW_CHANNELS
-        and math.prod(window.kernel_size) >= _MANY_TAPS
-        and not _is_tiny(x)
-    )
+    return _are_in_float32(x) and have_few_channels(weight) and not _is_tiny(x)
+
+
+def have_few_channels(weight: Tensor) -> bool:
+    """Whether patches have few channels and many pixels."""
+    return weight.shape[1] <= _FEW_CHANNELS and math.prod(weight.shape[2:]) >= _MANY_TAPS
 
 
 def _are_in_float32(x: Tensor) -> bool:

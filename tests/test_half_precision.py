@@ -174,6 +174,34 @@ def test_torchs_kernels_in_bfloat16_serve_where_they_are_right(has_amx, layer, s
     assert (torch.bfloat16 in dtypes) == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("layer", "shape", "returns"),
+    [
+        (fn.Conv2d(4, (2, 14), groups=4), (4, 3, 60), True),
+        (fn.Conv2d(4, (2, 15), groups=4), (4, 3, 60), False),
+        (fn.Conv2d(4, (15, 2), groups=4), (4, 60, 3), True),
+        (fn.Conv2d(4, (1, 15), groups=2), (4, 3, 60), True),
+        (fn.Conv2d(4, (1, 15)), (1, 3, 60), True),
+        (fn.Conv1d(4, 31, groups=4, padding="same"), (4, 60), False),
+    ],
+    ids=str,
+)
+def test_depthwise_kernels_that_never_return(layer, shape, returns, dtype):
+    """PyTorch's kernel is not run: where it does not return, this test would not either."""
+    params = layer.init(fn.key(0), shape, dtype=dtype)
+    x = fn.normal(fn.key(1), (2, *shape), dtype=dtype)
+
+    def convolve(x, weight, bias, window):
+        size = len(x), len(weight), *window.count(x.shape[2:])
+        return x.new_zeros(size)
+
+    with mock.patch.object(native, "run_forward", side_effect=convolve) as run_forward:
+        layer.apply(params, x)
+    (call,) = run_forward.call_args_list
+    assert call.args[0].dtype == (dtype if returns else torch.float32)
+
+
 @pytest.mark.parametrize("has_amx", [False, True])
 @pytest.mark.parametrize(
     ("layer", "shape", "forward", "backward"),

@@ -2,7 +2,7 @@
 
 python examples/denoise.py                                 # on scikit-image's photographs
 python examples/denoise.py --pairs SHOTS OTHER_SHOTS       # on your own noisy pairs
-python examples/denoise.py --resume                        # after a kill: on to the same bits
+python examples/denoise.py --resume                        # go on after a kill, to the same bits
 python examples/denoise.py apply runs/denoise/denoiser.safetensors IN.png OUT.png
 """
 
@@ -26,7 +26,7 @@ def conv(channels: int) -> tuple[fn.Layer, ...]:
 
 
 def level(inside: int, outside: int, *inner: fn.Layer) -> fn.Layer:
-    """x beside what `inner` makes of it at half the size."""
+    """A layer that puts x beside what `inner` makes of it at half the size."""
     down, up = fn.Conv2d(inside, 2, stride=2), fn.UpsampleConv2d(outside)
     return fn.Concat(fn.Identity(), fn.Sequential(down, fn.ReLU(), *inner, up, fn.ReLU()))
 
@@ -40,7 +40,7 @@ UNET = fn.Residual(fn.Sequential(*conv(24), level(48, 24, LOWER, *conv(48)), *co
 def train_epoch(
     net: fn.Layer, optimizer: Any, data: Data, batch_size: int, p: Progress
 ) -> Iterator[Progress]:
-    """Steps from where `p` stands to the end of the epoch, or the goal; the progress after each."""
+    """Take the steps from `p` to the end of the epoch or the goal. Yields progress after each."""
     loss_and_grads = fn.value_and_grad(net, fn.MSE())
     key, device = fn.fold_in(p.key, p.epoch), device_of(p.params)
     order = fn.permutation(key, len(data.noisy))
@@ -55,7 +55,7 @@ def train_epoch(
 
 
 def train(options: argparse.Namespace) -> None:
-    """Epochs to the goal, with a checkpoint now and then, and the best model after each."""
+    """Train to the goal, with a checkpoint now and then, and the best model after each epoch."""
     run, p = Run.begin(options, RECIPES[options.network], train_epoch)
     optimizer = run.optimizer(p.ends)
     while p.is_under_way:

@@ -1,7 +1,7 @@
-"""Train the denoiser by several processes, each on its part of every batch (docs/distributed.md).
+"""Train the denoiser with several processes, each on a part of every batch (docs/distributed.md).
 
-torchrun --nproc-per-node 2 examples/distributed.py    # by two
-python examples/distributed.py                         # by one
+torchrun --nproc-per-node 2 examples/distributed.py    # with two
+python examples/distributed.py                         # with one
 
 However many processes there are, they see the same batches, and train to the same parameters up to
 rounding. Rank 0 writes checkpoints to --out. A run goes on from the newest one that it finds there,
@@ -45,7 +45,7 @@ def choose_device() -> torch.device:
 
 
 def newest(checkpoints: fn.Checkpoints, new: Any) -> tuple[int, Any]:
-    """(steps done, the tree) of the newest checkpoint, as rank 0 finds it; 0 and `new` of none.
+    """(steps done, the tree) of the newest checkpoint that rank 0 finds; (0, `new`) if it has none.
 
     The other ranks may be on machines that do not see its disk. The tensors have the memory formats
     of `new`, in which sums are rounded alike, and are on its devices.
@@ -59,7 +59,7 @@ def newest(checkpoints: fn.Checkpoints, new: Any) -> tuple[int, Any]:
 
 
 def train(data: Data, steps: int, batch_size: int, every: int, out: Path) -> Any:
-    """Parameters after `steps` steps, on batches that are dealt out to all ranks."""
+    """Parameters after `steps` steps, on batches of which each rank takes a part."""
     rank, size = dist.get_rank(), dist.get_world_size()
     device, key = choose_device(), fn.key(1)
     grads_of = fn.distributed.value_and_grad(UNET, fn.MSE())
@@ -89,12 +89,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=1000, help="to train (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, help="of all ranks (%(default)s)")
-    parser.add_argument("--patches", type=int, default=10_000, help="to cut out (%(default)s)")
-    parser.add_argument("--checkpoint-every", type=int, default=100, help="steps (%(default)s)")
+    parser.add_argument("--steps", type=int, default=1000, help="steps to train (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="over all ranks (%(default)s)")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/distributed"), help="folder (%(default)s)"
+        "--patches", type=int, default=10_000, help="patches to cut out (%(default)s)"
+    )
+    parser.add_argument(
+        "--checkpoint-every", type=int, default=100, help="steps between checkpoints (%(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/distributed"), help="output folder (%(default)s)"
     )
     options = parser.parse_args(arguments)
     rank, _ = join_group()

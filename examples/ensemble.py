@@ -2,9 +2,10 @@
 
     python examples/ensemble.py         under a minute on two cores
 
-A single network is as sure where it has seen no data as where it has. An ensemble disagrees there;
-its spread is a hint, not a bound: in the gap between the data the truth leaves the band.
-`runs/ensemble.png` shows its mean and spread, and whether its intervals hold what they promise.
+A single network is as sure where it has seen no data as where it has. The networks of an ensemble
+disagree there. Their spread is a hint, not a bound: in the gap between the data the truth leaves
+the band. `runs/ensemble.png` shows their mean and spread, and whether the intervals hold as many
+points as they promise.
 """
 
 import argparse

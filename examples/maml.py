@@ -2,7 +2,7 @@
 
     python examples/maml.py             under a minute on two cores
 
-The gradient by the start goes through the step itself, `fn.SGD.step`, which is a pure function
+The gradient with respect to the start goes through the step, `fn.SGD.step`, a pure function
 (Finn et al., "Model-agnostic meta-learning for fast adaptation of deep networks", 2017).
 `runs/maml.png` shows the network before and after one step on ten points of a new wave.
 """

@@ -8,9 +8,9 @@ to the sum, and divides by B:
 
     g = (Σᵢ gᵢ·min(1, C/‖gᵢ‖) + σ·C·N(0, 1)) / B
 
-No example moves the sum by more than C, so the noise hides whether it was there. How well, is said
-by ε: (ε, δ)-differential privacy with δ = 10⁻⁵. Prints the held-out accuracy for several C and σ,
-and writes it as `runs/private.png`.
+No example moves the sum by more than C, so the noise hides whether it was there. ε says how well:
+(ε, δ)-differential privacy with δ = 10⁻⁵. Prints the held-out accuracy for several C and σ, and
+draws `runs/private.png`.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def with_noise(tree, key, std):
 
 
 def epsilon(noise, q, steps):
-    """ε of so many steps, for examples that are added or removed.
+    """ε after `steps` steps, for examples that are added or removed.
 
     Rényi differential privacy of order α, of the sampled Gaussian mechanism, adds up over steps:
     (α − 1)·ρ(α) = log Σ_k C(α, k)·(1 − q)^(α−k)·q^k·exp(k(k − 1)/2σ²), and ε is the least of

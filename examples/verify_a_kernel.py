@@ -1,4 +1,4 @@
-"""Find the mistake in the gradient of a kernel that knows nothing of funcnet, and mend it.
+"""Find the mistake in the gradient of a kernel that does not use funcnet, and mend it.
 
     python examples/verify_a_kernel.py
 
@@ -20,7 +20,7 @@ EPS = 1e-5
 
 
 class Hasty(torch.autograd.Function):
-    """The normalisation with a mistake, which shows in the first layer of a network alone."""
+    """The normalisation with a mistake that shows only in the first layer of a network."""
 
     @staticmethod
     def forward(x, weight):

@@ -57,7 +57,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--only", nargs="+", choices=PARTS, help="only these parts")
     parser.add_argument("--tf32", action="store_true", help="let GPUs round float32 to TF32")
-    parser.add_argument("--batch", nargs="+", type=int, help="in the place of each network's own")
+    parser.add_argument("--batch", nargs="+", type=int, help="instead of each network's own")
     parser.add_argument("--networks", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     parser.add_argument("--no-jax", action="store_true", help="without JAX")

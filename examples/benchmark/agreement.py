@@ -42,7 +42,7 @@ def observed(contender: Contender) -> list[Tensor]:
 
 
 def check(problem: Problem, seen: Mapping[str, list[Tensor]], tolerance: float) -> None:
-    """Hold what was observed of each contender to torch.nn and autograd in float64.
+    """Compare what was observed of each contender with torch.nn and autograd in float64.
 
     Raises DisagreementError, with the contender and the size of the difference.
     """
@@ -64,7 +64,7 @@ def check(problem: Problem, seen: Mapping[str, list[Tensor]], tolerance: float) 
 def check_large(
     problem: Problem, ours: list[Tensor], theirs: list[Tensor], trained: bool, tolerance: float
 ) -> None:
-    """Hold funcnet to torch.nn in the same dtype, where float64 would take too much memory.
+    """Compare funcnet with torch.nn in one dtype, where float64 would take too much memory.
 
     Their tensors are the parameters of a network that was trained, or its output.
     """

@@ -112,7 +112,7 @@ def _funcnet_layer(problem: Problem, compiler: Callable[[Any], Any]) -> Contende
 
 
 def laid_out(tensor: Tensor, layout: torch.memory_format) -> Tensor:
-    """Images and volumes in a memory format; other tensors know none."""
+    """Images and volumes in a memory format; other tensors have none."""
     return tensor.to(memory_format=_format_of(tensor, layout))
 
 

@@ -2,7 +2,7 @@
 
 Two figures: the bytes of live tensors, at most, counted by PyTorch's allocator; and the memory of
 the whole process, as the operating system counts it, before the contender is made and at its peak
-over a few steps (for torch.compile that holds the compiler too).
+over a few steps (for torch.compile this includes the compiler).
 """
 
 from __future__ import annotations

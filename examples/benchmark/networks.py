@@ -111,7 +111,7 @@ def denoiser() -> fn.Sequential:
 
 
 def vgg() -> fn.Sequential:
-    """3×3 convolutions with no upsampling, some of stride 2 in the place of pooling."""
+    """3×3 convolutions with no upsampling, some of stride 2 instead of pooling."""
     layers: list[fn.Layer] = []
     for channels, stride in ((64, 1), (64, 1), (128, 2), (128, 1), (256, 2), (256, 1)):
         layers += [fn.Conv2d(channels, 3, stride=stride, padding=1), fn.ReLU()]

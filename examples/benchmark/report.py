@@ -15,8 +15,8 @@ _METHOD = """\
 Times are medians in milliseconds, ± half the distance between the quartiles. Each contender has a
 process of its own, and in every round runs for a slice of time in turn. The ratio is the fastest
 other contender's time over funcnet's. Before a network is timed, outputs, losses and updated
-parameters of all contenders are held to those of torch.nn in float64. Beside the ratio stand the
-least, the median and the greatest of the rounds' ratios. Whole networks are timed
+parameters of all contenders are compared with those of torch.nn in float64. Beside the ratio are
+the least, the median and the greatest of the rounds' ratios. Whole networks are timed
 forward, loss, backward and update; layers on their own forward and backward, the gradient of x
 included."""
 

@@ -2,7 +2,7 @@
 
 The network has n residual blocks. `Recompute` on √n segments of √n blocks keeps the segments'
 inputs, and in the backward pass the residuals of one segment. `Reversible` makes as many blocks
-into couplings of two halves of the channels, and keeps its last y alone.
+into couplings of two halves of the channels, and keeps only its last y.
 """
 
 from __future__ import annotations

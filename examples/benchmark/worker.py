@@ -68,7 +68,7 @@ class Worker:
     def enter(self, problem: Problem) -> tuple[list[torch.Tensor], float]:
         """Make the contender for a problem: what `agreement.observed` sees, and the seconds until.
 
-        These hold what compiling costs.
+        These include the time of compiling.
         """
         seen, seconds = self._ask("enter", problem)
         return [torch.from_numpy(array) for array in seen], seconds

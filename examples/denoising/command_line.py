@@ -75,7 +75,7 @@ def add_data(add: Add) -> None:
         "--images",
         type=Path,
         metavar="DIR",
-        help="the images in a folder, but every tenth, which is held out",
+        help="images in a folder; every tenth is held out",
     )
     add(
         "--pairs",
@@ -107,7 +107,7 @@ def add_training(add: Add, networks: Sequence[str]) -> None:
     add(
         "--minutes",
         type=number(float, 0.01, 10_000),
-        help="train for so long, as the first steps' speed predicts, in the place of --epochs",
+        help="train for about this long, by the first steps' speed, instead of --epochs",
     )
     add("--batch-size", type=count, default=16, help="patches a step (%(default)s)")
     add(
@@ -119,7 +119,7 @@ def add_training(add: Add, networks: Sequence[str]) -> None:
         "--momentum",
         type=number(float, 0, 0.9999),
         default=0.9,
-        help="of SGD; the first beta of Adam (%(default)s)",
+        help="momentum of SGD; first beta of Adam (%(default)s)",
     )
     add(
         "--seed",
@@ -145,7 +145,7 @@ def add_run(add: Add) -> None:
         metavar="STEPS",
         help="steps between checkpoints (%(default)s)",
     )
-    add("--keep", type=count, default=3, help="how many checkpoints stay (%(default)s)")
+    add("--keep", type=count, default=3, help="how many checkpoints to keep (%(default)s)")
     add(
         "--resume",
         action="store_true",

@@ -154,7 +154,7 @@ def read_tensors(path: Path, stride: int) -> tuple[Tensor, Tensor]:
         pair = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # unpickling what is no pickle may raise anything
+    except Exception as error:  # unpickling other bytes may raise anything
         raise InputError(
             f"{path}: expected a file that torch.load(weights_only=True) reads, "
             f"got {type(error).__name__}"

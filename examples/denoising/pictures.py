@@ -93,7 +93,7 @@ def read_by_pillow(path: Path, is_deep: bool) -> Picture:
     """An image of 8 bits, or a PNG of 16, of which Pillow reads all but the pixels."""
     with Image.open(path, formats=FORMATS) as image:
         pages = getattr(image, "n_frames", 1)
-        if pages > 1 and image.format != "MPO":  # cameras put previews behind a JPEG
+        if pages > 1 and image.format != "MPO":  # cameras append previews to a JPEG
             raise InputError(f"{path}: expected one image, got {pages} pages")
         if is_deep:
             pixels = imagecodecs.png_decode(path.read_bytes())

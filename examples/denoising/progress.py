@@ -58,7 +58,7 @@ class Progress(NamedTuple):
         return self.steps_left > 0 or self.step > 0
 
     def after_step(self, params: Tree, state: Tree, loss: float) -> Progress:
-        """Raise InputError where the loss is not a number any more."""
+        """Return the progress after a step. Raises InputError where the loss is not finite."""
         if not math.isfinite(loss):
             raise InputError(f"epoch {self.epoch + 1}: the loss is {loss}; try a smaller --lr")
         return self._replace(params=params, state=state, step=self.step + 1, loss=self.loss + loss)

@@ -16,7 +16,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import funcnet as fn
-from funcnet.ops import karatsuba, upsampling
+from funcnet.ops import karatsuba, low_resolution, phases, upsampling
+from funcnet.ops import two_steps as two_steps_of
 from funcnet.ops.window import padding_sides
 from funcnet.testing import strategies
 
@@ -82,12 +83,24 @@ def check(layer, shape, magnitude, seed):
         assert ((ours - theirs).abs() <= bound)[is_representable].all()
 
 
-@pytest.fixture(scope="module", autouse=True, params=[True, False], ids=["low", "two_steps"])
+@pytest.fixture(
+    scope="module",
+    autouse=True,
+    params=[
+        (low_resolution, low_resolution),
+        (phases, low_resolution),
+        (two_steps_of, two_steps_of),
+    ],
+    ids=["low", "phases", "two_steps"],
+)
 def of_any_size(request):
     """Let nothing depend on how large the images are, and take each way of upsampling."""
+    forward, backward = request.param
     with (
         mock.patch.multiple(karatsuba, _MANY_PIXELS=0, _MANY_PRODUCTS=0),
-        mock.patch.object(upsampling, "_saves_time", return_value=request.param),
+        mock.patch.object(
+            upsampling, "_fastest", side_effect=lambda *args: backward if args[-1] else forward
+        ),
     ):
         yield
 

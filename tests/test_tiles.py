@@ -1,6 +1,7 @@
 """Upsampling convolutions tile by tile: the same numbers as of the whole."""
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -11,7 +12,7 @@ from test_upsample_conv import arguments, reference
 from test_upsample_conv import two_steps as layers_of
 
 import funcnet as fn
-from funcnet.ops import low_resolution, processor, tiles, two_steps, upsampling
+from funcnet.ops import low_resolution, phases, processor, tiles, two_steps, upsampling
 from funcnet.ops.need import Need
 from funcnet.ops.window import Window
 from funcnet.testing import strategies
@@ -26,18 +27,30 @@ CASES = strategies.cases(
 )
 
 
+WAYS = pytest.mark.parametrize(
+    "way",
+    [
+        low_resolution,
+        SimpleNamespace(convolve=phases.convolve, gradients=low_resolution.gradients),
+        two_steps,
+    ],
+    ids=["low", "phases", "two_steps"],
+)
+
+
 @contextmanager
 def small_tiles(most, slack):
     """At most so many entries a tile, and images of `slack` tiles cut."""
     with (
         mock.patch.multiple(low_resolution, _CHUNK_ENTRIES=most, _FEW_ENTRIES=0),
+        mock.patch.multiple(phases, _CHUNK_ENTRIES=most),
         mock.patch.multiple(two_steps, _CHUNK_ENTRIES=most),
         mock.patch.multiple(tiles, _SLACK=slack),
     ):
         yield
 
 
-@pytest.mark.parametrize("way", [low_resolution, two_steps], ids=["low", "two_steps"])
+@WAYS
 @given(case=CASES, most=st.integers(1, 300), slack=st.integers(0, 2))
 def test_tiles_make_the_whole(way, case, most, slack):
     layer, params, x = case
@@ -65,7 +78,7 @@ def test_outputs_are_in_one_tile_each(case, most, slack):
     assert (count == 1).all()
 
 
-@pytest.mark.parametrize("way", [low_resolution, two_steps], ids=["low", "two_steps"])
+@WAYS
 def test_tiles_that_see_nothing_but_padding(way):
     x, weight = fn.normal(fn.key(0), (2, 3, 4, 5)), fn.normal(fn.key(1), (2, 3, 1, 1))
     window = Window((1, 1), sides=((3, 3), (3, 3)))
@@ -77,7 +90,7 @@ def test_tiles_that_see_nothing_but_padding(way):
     torch.testing.assert_close(found, gradients)
 
 
-@pytest.mark.parametrize("way", [low_resolution, two_steps], ids=["low", "two_steps"])
+@WAYS
 def test_tiles_lie_in_memory_as_the_whole_does(way):
     x, window = fn.normal(fn.key(0), (2, 3, 6, 7)), fn.UpsampleConv2d(20)._window
     weight = fn.normal(fn.key(1), (20, 3, 3, 3))
@@ -100,9 +113,9 @@ def test_the_sum_over_tiles_is_in_float32(monkeypatch):
     assert dweight.tolist() == [[[[300.0]]]]
 
 
-@pytest.mark.parametrize("is_low", [True, False], ids=["low", "two_steps"])
-def test_autograd_and_vmap_go_through_tiles(is_low, monkeypatch):
-    monkeypatch.setattr(upsampling, "_saves_time", lambda *_: is_low)
+@WAYS
+def test_autograd_and_vmap_go_through_tiles(way, monkeypatch):
+    monkeypatch.setattr(upsampling, "_fastest", lambda *_: way)
     layer = fn.UpsampleConv2d(17, bias=False)
     weight = layer.init(fn.key(0), (2, 6, 7), dtype=torch.float64)["weight"]
     xs = fn.normal(fn.key(1), (2, 2, 2, 6, 7), dtype=torch.float64)

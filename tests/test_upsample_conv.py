@@ -1,6 +1,8 @@
 """UpsampleConv2d: every way of doing it against the two steps that it stands for."""
 
 import dataclasses
+from types import SimpleNamespace
+from unittest import mock
 
 import optree
 import pytest
@@ -10,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import funcnet as fn
-from funcnet.ops import low_resolution, native, pixelwise, transposed, upsampling
+from funcnet.ops import (
+    low_resolution,
+    native,
+    phases,
+    pixelwise,
+    processor,
+    transposed,
+    upsampling,
+)
 from funcnet.ops import two_steps as two_steps_of
 from funcnet.ops.need import Need
 from funcnet.ops.window import Window, padding_sides
@@ -18,8 +28,11 @@ from funcnet.testing import strategies
 
 LAYERS = strategies.layers(fn.UpsampleConv2d)
 CASES = strategies.cases(LAYERS)
+BY_PHASES = SimpleNamespace(convolve=phases.convolve, gradients=low_resolution.gradients)
 WAYS = pytest.mark.parametrize(
-    "way", [low_resolution, transposed, two_steps_of], ids=["low", "transposed", "two_steps"]
+    "way",
+    [low_resolution, BY_PHASES, transposed, two_steps_of],
+    ids=["low", "phases", "transposed", "two_steps"],
 )
 
 
@@ -151,7 +164,7 @@ def test_both_methods_give_the_same_numbers(case):
 
 def test_many_channels_and_pictures(monkeypatch):
     """Enough of both for the batch to be done in parts, in either memory order."""
-    monkeypatch.setattr(upsampling, "_saves_time", lambda *_: True)
+    monkeypatch.setattr(upsampling, "_fastest", lambda *_: low_resolution)
     for out_channels in (3, 20):
         layer = fn.UpsampleConv2d(out_channels)
         params = layer.init(fn.key(0), (5, 40, 40), dtype=torch.float64)
@@ -177,7 +190,7 @@ def test_in_parts_and_by_large_products(monkeypatch, out_channels, module, limit
     params = layer.init(fn.key(0), (2, 4, 4), dtype=torch.float64)
     x = fn.normal(fn.key(1), (7, 2, 4, 4), dtype=torch.float64)
     grad = fn.normal(fn.key(2), (7, out_channels, 8, 8), dtype=torch.float64)
-    monkeypatch.setattr(upsampling, "_saves_time", lambda *_: True)
+    monkeypatch.setattr(upsampling, "_fastest", lambda *_: low_resolution)
     whole = layer.apply(params, x), layer.vjp(params, x, grad)
     monkeypatch.setattr(module, limit, value)
     torch.testing.assert_close((layer.apply(params, x), layer.vjp(params, x, grad)), whole)
@@ -206,27 +219,44 @@ def test_pictures_without_channels_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("layer", "channels", "forward", "backward"),
+    ("layer", "shape", "forward", "backward"),
     [
-        (fn.UpsampleConv2d(128), 256, low_resolution, low_resolution),
-        (fn.UpsampleConv2d(3), 128, low_resolution, low_resolution),
-        (fn.UpsampleConv2d(3, 9), 16, low_resolution, low_resolution),
-        (fn.UpsampleConv2d(32, 9), 32, two_steps_of, two_steps_of),
-        (fn.UpsampleConv2d(32, 9, scale=3), 32, low_resolution, low_resolution),
-        (fn.UpsampleConv2d(32), 1, two_steps_of, two_steps_of),
-        (fn.UpsampleConv2d(32, scale=(1, 2)), 4, two_steps_of, two_steps_of),
-        (fn.UpsampleConv2d(32, 1), 4, low_resolution, low_resolution),
-        (fn.UpsampleConv2d(128, scale=1), 128, two_steps_of, two_steps_of),
-        (fn.UpsampleConv2d(128, 1, scale=1), 128, two_steps_of, two_steps_of),
+        (fn.UpsampleConv2d(128), (64, 256, 8, 8), low_resolution, low_resolution),
+        (fn.UpsampleConv2d(3), (64, 128, 16, 16), low_resolution, low_resolution),
+        (fn.UpsampleConv2d(32), (1, 64, 128, 128), phases, low_resolution),
+        (fn.UpsampleConv2d(32, 5), (8, 32, 16, 16), phases, low_resolution),
+        (fn.UpsampleConv2d(16), (8, 3, 32, 32), two_steps_of, two_steps_of),
+        (fn.UpsampleConv2d(32, 1), (1, 4, 8, 8), low_resolution, low_resolution),
+        (fn.UpsampleConv2d(128, scale=1), (1, 128, 8, 8), two_steps_of, two_steps_of),
+        (fn.UpsampleConv2d(128, 1, scale=1), (1, 128, 8, 8), two_steps_of, two_steps_of),
     ],
     ids=str,
 )
-def test_low_resolution_where_it_saves_many_products(layer, channels, forward, backward):
-    x = torch.empty(1, channels, 4, 4)
-    weight = torch.empty(layer.out_channels, channels, *layer.kernel_size)
+def test_the_way_that_was_fastest(layer, shape, forward, backward):
+    assert ways(layer, torch.empty(shape)) == (forward, backward)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "forward", "backward"),
+    [
+        (fn.UpsampleConv2d(3), (64, 128, 16, 16), phases, low_resolution),
+        (fn.UpsampleConv2d(32, 5), (8, 32, 16, 16), two_steps_of, two_steps_of),
+        (fn.UpsampleConv2d(16), (8, 16, 32, 32), two_steps_of, two_steps_of),
+    ],
+    ids=str,
+)
+def test_the_way_that_was_fastest_in_tiles(layer, shape, forward, backward):
+    x = torch.empty(shape, dtype=torch.bfloat16)
+    with mock.patch.multiple(processor, HAS_BFLOAT16=True, HAS_AMX=True):
+        assert ways(layer, x) == (forward, backward)
+    with mock.patch.multiple(processor, HAS_BFLOAT16=True, HAS_AMX=False):
+        assert ways(layer, x) == ways(layer, x.float())
+
+
+def ways(layer, x):
+    weight = torch.empty(layer.out_channels, x.shape[1], *layer.kernel_size)
     arguments = x, weight, layer.scale, layer._window, "auto"
-    assert upsampling.implementation(*arguments) is forward
-    assert upsampling.implementation(*arguments, backward=True) is backward
+    return tuple(upsampling.implementation(*arguments, backward=way) for way in (False, True))
 
 
 def test_gradients_of_parameters_are_those_of_tensors():
@@ -241,6 +271,14 @@ def test_gradients_of_parameters_are_those_of_tensors():
         _, other = layer.bwd(params, residuals, grad)
     assert dx.isfinite().all()
     assert torch.equal(other, dx)
+
+
+def test_sums_of_taps_that_overflow():
+    weight, x = torch.full((4, 3, 3, 3), 3e38), torch.full((1, 3, 4, 4), 1e-20)
+    window = fn.UpsampleConv2d(4)._window
+    y = phases.convolve(x, weight, None, (2, 2), window)
+    torch.testing.assert_close(y, two_steps_of.convolve(x, weight, None, (2, 2), window))
+    assert y.isfinite().all()
 
 
 def test_sums_of_grad_that_overflow_are_found_in_dweight_alone():

@@ -71,11 +71,11 @@ class UpsampleConv2d(Kernels):
 
     `method="unfold"` does one after the other, by the derivation's matrix products. "auto" is the
     fastest. On the CPU that is a convolution at low resolution, with kh·kw products a source pixel
-    whatever the scale, added up in float32 for half precision. Where there are few channels, it is
-    one step after the other. On other devices, where the number of calls counts most, it is a
-    single transposed convolution. Each entry of y is as exact as the sum of its own products: off
-    by at most a multiple of ε · Σ |weight|·|x|, with ε for the dtype's rounding error. So are the
-    gradients.
+    whatever the scale, added up in float32 for half precision; or one by the sums of the taps that
+    see the same pixel; or, where there are few channels, one step after the other. On other
+    devices, where the number of calls counts most, it is a single transposed convolution. Each
+    entry of y is as exact as the sum of its own products: off by at most a multiple of
+    ε · Σ |weight|·|x|, with ε for the dtype's rounding error. So are the gradients.
 
     "karatsuba" is "auto" with up to 30 % fewer products on the CPU, where there are many pixels. It
     takes scale 2, 3×3 taps and padding 1 alone. Its errors are a multiple of ε times the largest

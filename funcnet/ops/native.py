@@ -194,9 +194,9 @@ _WIDE = 15
 def _fails_in_half(x: Tensor, weight: Tensor, window: Window) -> bool:
     """Whether oneDNN 3.x may return wrong numbers in half precision, or none at all.
 
-    It does so with a stride, for volumes with one channel a group, and where `overruns_tiles`. For
-    up to 16 groups of one channel and a row of 15 taps or more, it does not:
-    seen on an Intel Xeon with AVX-512, in bfloat16 and float16, not in float32.
+    They are wrong with a stride, for volumes with one channel a group, and where `overruns_tiles`.
+    With up to 16 groups of one channel and 15 taps or more in a row, it never returned on an Intel
+    Xeon with AVX-512, in bfloat16 and float16. In float32 it did.
     """
     if window.is_strided or x.ndim == 5 or overruns_tiles(x, weight, window):
         return True

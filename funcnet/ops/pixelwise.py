@@ -47,6 +47,11 @@ def multiplies_bfloat16(x: Tensor) -> bool:
     return processor.HAS_BFLOAT16 and x.dtype == torch.bfloat16 and x.is_cpu
 
 
+def multiplies_in_tiles(x: Tensor) -> bool:
+    """Whether x is bfloat16 on a CPU with AMX, where products take a fraction of what sums take."""
+    return processor.HAS_AMX and multiplies_bfloat16(x)
+
+
 def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
     """y (N, O, H, W) in channels_last, of x (N, C, H, W) and the kernel (O, C)."""
     if not are_faster(_pixels(x), kernel) or _copies_much_bias(x, kernel, bias):

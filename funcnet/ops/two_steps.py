@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcnet.ops import convolution, native, tiles
+from funcnet.ops import convolution, native, pixelwise, tiles
+from funcnet.ops.accumulation import widened
 from funcnet.ops.need import Need
 from funcnet.ops.window import Pair, Window
 
@@ -43,7 +44,9 @@ def gradients(
     x: Tensor, weight: Tensor, grad: Tensor, scale: Pair, window: Window, need: Need
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dx), None where it is not needed."""
-    dtype, x, weight, grad = x.dtype, native.upcast(x), native.upcast(weight), native.upcast(grad)
+    dtype = x.dtype
+    if not pixelwise.multiplies_in_tiles(x):
+        x, weight, grad = native.upcast(x), native.upcast(weight), native.upcast(grad)
     dweight: Tensor | None = None
     dx: Tensor | None = None
     x = native.layout(x)
@@ -51,7 +54,8 @@ def gradients(
         u = _upsampled(x[tile.source], scale)
         dy = grad[tile.target]
         dw, du = convolution.gradients(u, weight, dy, tile.window, "auto", need)
-        dweight = dw if dweight is None or dw is None else dweight + dw
+        if dw is not None:
+            dweight = dw if dweight is None else widened(dweight) + dw
         if du is not None:
             dx = tiles.put(sum_blocks(du, scale), dx, tile, x)
     return native.cast(dweight, dtype), native.cast(dx, dtype)

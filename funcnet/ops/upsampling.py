@@ -1,6 +1,7 @@
 """Nearest upsampling followed by a convolution: the choice between its implementations.
 
     low_resolution    products with the small image, whose shifted copies are added
+    phases            forward, one convolution of the small image for all phases
     transposed        a single transposed convolution, on devices where the number of calls counts,
                       and in graphs for any size, in which nothing may be decided by a size
     karatsuba         fewer products for many pixels, at scale 2 with 3×3 taps; method "karatsuba"
@@ -16,13 +17,16 @@ may give ∞ or NaN where no product is large. Then the gradients are computed i
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from funcnet.ops import few_channels, inplace, karatsuba, low_resolution, transposed, two_steps
+from funcnet.ops import inplace, karatsuba, low_resolution, phases, pixelwise, transposed, two_steps
 from funcnet.ops.need import Need
-from funcnet.ops.window import Pair, Window
+from funcnet.ops.upsampling_times import BACKWARD, BACKWARD_IN_TILES, FORWARD, FORWARD_IN_TILES
+from funcnet.ops.window import Ints, Pair, Window
 
 
 def convolve(
@@ -53,57 +57,36 @@ def implementation(
         return transposed
     if method == "karatsuba" and karatsuba.is_faster(x, weight, scale, window):
         return karatsuba
-    return low_resolution if _saves_time(weight, scale, backward) else two_steps
+    return _fastest(x, weight, scale, window, backward)
 
 
-class _Costs(NamedTuple):
-    """Times of the steps of both implementations, in multiplications of a large matrix product."""
-
-    z: float
-    """To write and read an entry of z."""
-    half: float
-    """The same for z summed along one axis."""
-    u: float
-    """The same for the upsampled image, and for its gradient."""
-    product: float
-    """A product of PyTorch's convolution."""
-    lanes: int
-    """A convolution of fewer channels takes as long as one of so many."""
+def _fastest(x: Tensor, weight: Tensor, scale: Pair, window: Window, backward: bool) -> Any:
+    """The module that takes the least time on the CPU."""
+    # torch.compile warns of a cache that it meets.
+    choose = _by_sizes if torch.compiler.is_compiling() else _remembered
+    pixels, in_tiles = len(x) * x.shape[2] * x.shape[3], pixelwise.multiplies_in_tiles(x)
+    return choose(pixels, tuple(weight.shape), scale, window, in_tiles, backward)
 
 
-_FORWARD = _Costs(z=50, half=300, u=350, product=0.7, lanes=10)
-_BACKWARD = _Costs(z=80, half=0, u=300, product=0.4, lanes=8)
-"""Measured on an Intel Xeon with AVX-512, one thread, over scales 2 to 5, kernels of 2 to 9 taps,
-1 to 128 channels of x and y, 16 images of 12×12 pixels to one of 128×128. The implementation that
-is chosen takes more than 1.25 times as long as the other in 89 of 5872 cases forward, at most 2.0
-times, and in 147 backward, at most 2.6 times."""
+def _by_sizes(
+    pixels: int, shape: Ints, scale: Pair, window: Window, in_tiles: bool, backward: bool
+) -> Any:
+    if scale == (1, 1):
+        return two_steps
+    if window.kernel_size == (1, 1):  # z is y, at low resolution
+        return low_resolution
+    if backward:
+        low, two = BACKWARD_IN_TILES if in_tiles else BACKWARD
+        times = {low_resolution: low.of(pixels, shape, scale)}
+    else:
+        low, all_at_once, two = FORWARD_IN_TILES if in_tiles else FORWARD
+        times = {low_resolution: low.of(pixels, shape, scale)}
+        times[phases] = all_at_once.of(pixels, shape, scale, phases.phases_of(scale, window))
+    times[two_steps] = two.of(pixels, shape, scale, backward)
+    return min(times, key=lambda module: times[module])
 
 
-def _saves_time(weight: Tensor, scale: Pair, backward: bool) -> bool:
-    """Whether low resolution is faster than two steps.
-
-    For each source pixel, tap and channel of y, with S = s_h·s_w, it makes C products where two
-    steps make S·C, twice as many backward. It writes and reads an entry of z, and s_h/kh of one
-    that is summed along one axis; two steps S·C/(kh·kw·O) of the upsampled image.
-    """
-    out_channels, channels, kh, kw = weight.shape
-    copies = scale[0] * scale[1]
-    if copies == 1:
-        return False
-    if kh == kw == 1:  # z is y, at low resolution
-        return True
-    costs = _BACKWARD if backward else _FORWARD
-    low = channels * (2 if backward else 1) + costs.z + costs.half * scale[0] / kh
-    products = channels * _waste(out_channels, channels, costs.lanes)
-    if backward:  # for dweight, and for dx
-        products += channels * _waste(channels, out_channels, costs.lanes)
-    entries = channels / (kh * kw * out_channels)
-    return low < copies * (costs.product * products + costs.u * entries)
-
-
-def _waste(channels: int, others: int, lanes: int) -> float:
-    """How many times as long a convolution of `others` to `channels` takes as its products."""
-    return 1.0 if few_channels.are_few(channels, others) else max(1.0, lanes / channels)
+_remembered = lru_cache(maxsize=4096)(_by_sizes)
 
 
 def _is_finite(dweight: Tensor | None, dx: Tensor | None) -> bool:

@@ -16,7 +16,7 @@ from .frame import FRAME
 from .interop import INTEROP
 from .karatsuba import KARATSUBA
 from .keys import KEYS
-from .low_resolution import LOW_RESOLUTION, TILES
+from .low_resolution import LOW_RESOLUTION, PHASES, TILES
 from .optimizers import OPTIMIZERS
 from .per_example import PER_EXAMPLE
 from .tiling import TILING
@@ -26,6 +26,7 @@ WRITTEN: tuple[Written, ...] = (
     *FRAME,
     *CONVOLUTION,
     *LOW_RESOLUTION,
+    *PHASES,
     *TILES,
     *KARATSUBA,
     *OPTIMIZERS,

@@ -27,14 +27,26 @@ LOW_RESOLUTION = in_file(
     ),
     Row(
         "tap-gradients-transposed",
-        "dtaps = dkernel.reshape(kh, kw, *weight.shape[:2])",
-        "dtaps = dkernel.reshape(kw, kh, *weight.shape[:2]).transpose(0, 1)",
+        "dtaps = dkernel.reshape(*window.kernel_size, *weight.shape[:2])",
+        "dtaps = dkernel.reshape(*window.kernel_size[::-1], *weight.shape[:2]).transpose(0, 1)",
         "dweight of square kernels has the right shape even when it is transposed",
     ),
     Row(
+        "neighbours-that-are-the-same",
+        "sums.narrow(dim, half, length)",
+        "sums.narrow(dim, 0, length)",
+        "b is a sum of s different entries of dy",
+    ),
+    Row(
+        "sums-padded-as-y",
+        "((k - 1 - before, k - 1 - after) for",
+        "((before, after) for",
+        "the first sum that a tap sees starts k − 1 − p before dy",
+    ),
+    Row(
         "kernel-gradient-of-the-last-chunk",
-        "dkernel = dk if dkernel is None or dk is None else dkernel.add_(dk)",
-        "dkernel = dk",
+        "dkernel = widened(dk) if dkernel is None else dkernel.add_(dk)",
+        "dkernel = widened(dk)",
         "dweight sums over all chunks",
     ),
     Row(
@@ -95,5 +107,28 @@ TILES = in_file(
         "dx[tile.source].add_(dtile)",
         "dx[tile.source].copy_(dtile)",
         "pixels that two tiles see have the sum of both gradients",
+    ),
+)
+
+PHASES = in_file(
+    "ops/phases.py",
+    "test_upsample_conv.py",
+    Row(
+        "phases-from-the-first-window",
+        "phases.starts[phase] - phases.starts[0]",
+        "0",
+        "a phase sees through its first window the pixels from q_a on",
+    ),
+    Row(
+        "phases-of-rows-by-one-kernel",
+        "rows.kernels[a], columns.kernels[b]",
+        "rows.kernels[0], columns.kernels[b]",
+        "phases see different sums of taps",
+    ),
+    Row(
+        "sums-of-taps-that-overflow",
+        "not math.isfinite(kernel.detach().sum().item())",
+        "False",
+        "y is finite where a sum of taps is not, if its products are",
     ),
 )

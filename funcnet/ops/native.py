@@ -175,7 +175,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> 
     gains = x.shape[1] == 1 and channels >= _SOME_CHANNELS and _gains_by_second_channel(x)
     if gains and channels >= _MANY_CHANNELS:
         x, weight = _with_second_channel(x), _with_second_channel(weight)
-    if not window.is_dilated and not (_is_narrow(x) and _fails_in_half(x, weight, window)):
+    if not window.is_dilated and not (x.element_size() < 4 and _fails_in_half(x, weight, window)):
         y = run_forward(x, weight, bias, window)
     else:
         # oneDNN 3.x has crashed where dilated windows see nothing but padding, with a bias or in
@@ -198,6 +198,8 @@ def _fails_in_half(x: Tensor, weight: Tensor, window: Window) -> bool:
     With up to 16 groups of one channel and 15 taps or more in a row, it never returned on an Intel
     Xeon with AVX-512, in bfloat16 and float16. In float32 it did.
     """
+    if not _is_narrow(x):
+        return False
     if window.is_strided or x.ndim == 5 or overruns_tiles(x, weight, window):
         return True
     return window.groups > 1 and weight.shape[1] == 1 and weight.shape[-1] >= _WIDE

@@ -50,8 +50,9 @@ from funcnet.ops.window import Pair, Window
 _CHUNK_ENTRIES = 2**21
 """Entries of z made at a time: what is written should still be in the cache when it is read."""
 
-_FEW_ENTRIES = 2**18
-"""Entries that are made at once, however small the images: a megabyte."""
+_FEW_ENTRIES = 2**20
+"""Entries that are made at once, however small the images: four megabytes in float32. With a
+quarter of them, 4 and 16 images of 256 channels take 1.05 to 1.5 times as long (Intel Xeon)."""
 
 _LANES = 16
 """With fewer channels than a vector register has lanes, planes are added faster than pixels."""

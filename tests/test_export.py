@@ -70,7 +70,7 @@ def test_exported_for_any_batch(layer, shape):
 def test_a_convolution_in_bfloat16_exported_for_any_batch(monkeypatch):
     """Eagerly, it is done in parts, whose number depends on the batch."""
     monkeypatch.setattr(processor, "HAS_BFLOAT16", True)
-    monkeypatch.setattr(bfloat16, "_IS_SMALL_RIGHT", False)
+    monkeypatch.setattr(bfloat16, "_IS_ANY_STRIDE_RIGHT", False)
     layer = fn.Conv2d(32, 3, stride=2)
     params = layer.init(fn.key(0), (32, 9, 9), dtype=torch.bfloat16)
     x, y = (fn.normal(fn.key(n), (n, 32, 9, 9), dtype=torch.bfloat16) for n in (3, 7))

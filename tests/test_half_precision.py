@@ -18,14 +18,14 @@ def both(multiplied):
     return mock.patch.object(processor, "HAS_BFLOAT16", multiplied)
 
 
-SMALL = [False, bfloat16._IS_SMALL_RIGHT]
-"""Whether PyTorch's kernels may be used for small images: never, and as on this processor."""
+STRIDES = [False, bfloat16._IS_ANY_STRIDE_RIGHT]
+"""Whether PyTorch's kernels may be used with any stride: no, and as on this processor."""
 
 
-def from_the_first_channel(chunk=2**20, large=2**20, small=False):
+def from_the_first_channel(chunk=2**20, large=2**20, any_stride=False):
     """Our own ways for all images that are not large, so many entries at a time."""
     numbers = {"_MANY": 1, "_MUCH": 0, "_MUCH_STRIDED": 0, "_CHUNK_ENTRIES": chunk, "_LARGE": large}
-    return mock.patch.multiple(bfloat16, **numbers, _IS_SMALL_RIGHT=small)
+    return mock.patch.multiple(bfloat16, **numbers, _IS_ANY_STRIDE_RIGHT=any_stride)
 
 
 def cases(cls):
@@ -52,13 +52,13 @@ def magnitudes(tree):
     data=st.data(),
     chunk=st.sampled_from([1, 2**9, 2**20]),
     large=st.sampled_from([bfloat16._LARGE, 2**20]),
-    small=st.sampled_from(SMALL),
+    any_stride=st.sampled_from(STRIDES),
 )
-def test_results_are_a_few_roundings_off(cls, multiplied, data, chunk, large, small):
+def test_results_are_a_few_roundings_off(cls, multiplied, data, chunk, large, any_stride):
     """Relative to the sum of the magnitudes of what is added up."""
     layer, params, x = data.draw(cases(cls))
     grad = fn.normal(fn.key(1), (len(x), *layer.out_shape(x.shape[1:])), dtype=x.dtype)
-    with both(multiplied), from_the_first_channel(chunk, large, small):
+    with both(multiplied), from_the_first_channel(chunk, large, any_stride):
         found = layer.apply(params, x), *layer.vjp(params, x, grad)
     everything = params, x, grad
     exact = layer.apply(*wide(everything[:2])), *layer.vjp(*wide(everything))
@@ -94,7 +94,7 @@ def test_many_channels(layer, size):
         {"chunk": 2**14},
         {},
         {"large": large},
-        {"large": large, "small": SMALL[-1]},
+        {"large": large, "any_stride": STRIDES[-1]},
     ):
         with both(True), from_the_first_channel(**sizes):
             assert bfloat16.serves(x, layer._window)
@@ -114,7 +114,8 @@ def test_many_channels(layer, size):
         (fn.Conv2d(4, 3), (2, 9, 10), False),
         (fn.Conv2d(4, 3), (2, 10, 9), False),
         (fn.Conv2d(4, 1, padding=1), (2, 8, 8), False),
-        (fn.Conv2d(4, 3, stride=(2, 1)), (2, 32, 32), True),
+        (fn.Conv2d(4, 3, stride=(2, 1)), (2, 32, 32), "without AMX"),
+        (fn.Conv2d(4, 2, stride=3), (2, 32, 32), "without AMX"),
         (fn.Conv2d(4, 3, stride=2, padding=1), (2, 15, 16), True),
         (fn.Conv2d(4, 3, stride=2, padding=1), (2, 32, 14), False),
         (fn.Conv2d(4, 3, stride=2, padding=3), (2, 32, 32), False),
@@ -127,15 +128,17 @@ def test_many_channels(layer, size):
     ],
     ids=str,
 )
-def test_torchs_gradients_in_bfloat16_serve_where_they_are_right(layer, shape, is_right):
+@pytest.mark.parametrize("has_amx", [False, True])
+def test_torchs_gradients_in_bfloat16_serve_where_they_are_right(has_amx, layer, shape, is_right):
     params = layer.init(fn.key(0), shape, dtype=torch.bfloat16)
     x = fn.normal(fn.key(1), (2, *shape), dtype=torch.bfloat16)
     y, residuals = layer.fwd(params, x)
     spy = mock.patch.object(native, "run_backward", wraps=native.run_backward)
-    with both(True), spy as run_backward:
+    any_stride = mock.patch.object(bfloat16, "_IS_ANY_STRIDE_RIGHT", not has_amx)
+    with both(True), any_stride, spy as run_backward:
         layer.bwd(params, residuals, y)
     dtypes = [call.args[0].dtype for call in run_backward.call_args_list]
-    assert (torch.bfloat16 in dtypes) == is_right
+    assert (torch.bfloat16 in dtypes) == (not has_amx if is_right == "without AMX" else is_right)
 
 
 @pytest.mark.parametrize("has_amx", [False, True])
@@ -152,9 +155,15 @@ def test_torchs_gradients_in_bfloat16_serve_where_they_are_right(layer, shape, i
         (fn.Conv2d(4, (8, 7)), (8, 12, 12), True),
         (fn.Conv2d(4, (3, 4)), (8, 12, 12), True),
         (fn.Conv2d(4, (3, 6)), (16, 12, 12), True),
-        (fn.Conv2d(4, 4, stride=(1, 4)), (16, 40, 40), "without AMX"),
-        (fn.Conv2d(4, 4, stride=(4, 1)), (16, 40, 40), True),
-        (fn.Conv2d(4, 2, stride=(3, 4)), (32, 40, 40), True),
+        (fn.Conv2d(4, (8, 1), padding=(7, 0)), (8, 12, 12), "without AMX"),
+        (fn.Conv2d(4, (7, 1)), (8, 12, 12), True),
+        (fn.Conv2d(4, 5, stride=4), (16, 40, 40), True),
+        (fn.Conv2d(4, 4, stride=4, padding=1), (16, 40, 40), "without AMX"),
+        (fn.Conv2d(4, (4, 5), stride=4), (16, 40, 40), True),
+        (fn.Conv2d(4, 4, stride=(4, 2)), (32, 40, 40), "without AMX"),
+        (fn.Conv2d(4, (4, 3), stride=4), (32, 40, 40), "without AMX"),
+        (fn.Conv2d(4, (3, 4), stride=4), (32, 40, 40), "without AMX"),
+        (fn.Conv2d(4, 1, stride=2), (32, 40, 40), "without AMX"),
         (fn.Conv2d(4, 8, groups=2), (16, 12, 12), "without AMX"),
         (fn.Conv1d(4, 8), (8, 40), "without AMX"),
         (fn.ConvTranspose2d(8, 8), (8, 9, 9), False),
@@ -165,9 +174,9 @@ def test_torchs_kernels_in_bfloat16_serve_where_they_are_right(has_amx, layer, s
     params = layer.init(fn.key(0), shape, dtype=torch.bfloat16)
     x = fn.normal(fn.key(1), (2, *shape), dtype=torch.bfloat16)
     amx = mock.patch.object(processor, "HAS_AMX", has_amx)
-    small = mock.patch.object(bfloat16, "_IS_SMALL_RIGHT", not has_amx)
+    any_stride = mock.patch.object(bfloat16, "_IS_ANY_STRIDE_RIGHT", not has_amx)
     spy = mock.patch.object(native, "run_forward", wraps=native.run_forward)
-    with both(True), amx, small, spy as run_forward:
+    with both(True), amx, any_stride, spy as run_forward:
         layer.apply(params, x)
     dtypes = [call.args[0].dtype for call in run_forward.call_args_list]
     expected = not has_amx if is_right == "without AMX" else is_right
@@ -238,11 +247,15 @@ def test_patches_serve_in_bfloat16_where_kernels_are_slower(
     taps=st.tuples(st.integers(1, 2), st.integers(1, 34)),
     stride=st.integers(1, 9),
     groups=st.sampled_from([1, 1, 2]),
+    turned=st.booleans(),
 )
-def test_rows_of_taps_that_fill_tiles(channels, taps, stride, groups):
+def test_rows_of_taps_that_fill_tiles(channels, taps, stride, groups, turned):
     """On processors with AMX, PyTorch's y is wrong by as much as y for some of these."""
-    layer = fn.Conv2d(2 * groups, taps, stride=(1, stride), groups=groups)
-    shape = groups * channels, 9, taps[1] + 8 * stride
+    strides, size = (1, stride), (60, taps[1] + 8 * stride)
+    if turned:
+        taps, strides, size = taps[::-1], strides[::-1], size[::-1]
+    layer = fn.Conv2d(2 * groups, taps, stride=strides, groups=groups)
+    shape = groups * channels, *size
     params = layer.init(fn.key(0), shape, dtype=torch.bfloat16)
     x = fn.normal(fn.key(1), (1, *shape), dtype=torch.bfloat16)
     exact, size = layer.apply(*wide((params, x))), layer.apply(*magnitudes((params, x)))

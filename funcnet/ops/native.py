@@ -208,16 +208,18 @@ def _fails_in_half(x: Tensor, weight: Tensor, window: Window) -> bool:
 def overruns_tiles(x: Tensor, weight: Tensor, window: Window) -> bool:
     """Whether oneDNN's kernel for bfloat16 on processors with AMX returns wrong numbers for y.
 
-    It does where a row of taps, of few channels each, fills several tiles of 32 numbers exactly.
-    Measured on an Intel Xeon (Sapphire Rapids) with 1 to 128 channels, 1 to 64 taps in a row and
-    strides of 1 to 8: of up to 15 channels, or 31 with a stride of 4 and more, nearly all are off
-    by as much as y; no other one is.
+    It does where a row of taps, of few channels each, fills several tiles of 32 numbers exactly; of
+    kernels with a single column, a column of taps. Measured on an Intel Xeon (Sapphire Rapids) with
+    1 to 128 channels, 1 to 64 taps in a row and strides of 1 to 8: of up to 15 channels, or 31 with
+    a stride of 4 and more, nearly all are off by as much as y; no other one is.
     """
     if not processor.HAS_AMX or x.dtype != torch.bfloat16:
         return False
-    channels, columns = weight.shape[1], weight.shape[-1]
-    row = channels * columns
-    return channels < (32 if window.stride[-1] >= 4 else 16) and row > 32 and row % 32 == 0
+    axis = -2 if weight.shape[-1] == 1 else -1
+    channels, taps = weight.shape[1], weight.shape[axis]
+    numbers = channels * taps
+    few = 32 if window.stride[axis] >= 4 else 16
+    return channels < few and numbers > 32 and numbers % 32 == 0
 
 
 def run_forward(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:

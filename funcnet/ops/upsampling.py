@@ -71,6 +71,7 @@ def _fastest(x: Tensor, weight: Tensor, scale: Pair, window: Window, backward: b
 def _by_sizes(
     pixels: int, shape: Ints, scale: Pair, window: Window, in_tiles: bool, backward: bool
 ) -> Any:
+    """The same, for images of so many pixels in all and a weight of this shape."""
     if scale == (1, 1):
         return two_steps
     if window.kernel_size == (1, 1):  # z is y, at low resolution

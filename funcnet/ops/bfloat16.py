@@ -68,7 +68,7 @@ def serves(x: Tensor, window: Window) -> bool:
     processor that multiplies in bfloat16."""
     return (
         x.ndim == 4
-        and pixelwise.multiplies_bfloat16(x)
+        and processor.multiplies_bfloat16(x)
         and window.groups == 1
         and not window.is_dilated
         and not inplace.has_open_sizes(x)

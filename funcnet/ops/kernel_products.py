@@ -11,8 +11,8 @@ number of source pixels:
 
     dweightₙ[o, c, t] = Σ_a x[c, a] · Σ_{v<s} grad[o, s·a + v − t + p]
 
-whose inner sums, over boxes of s entries, are those of an average pooling with stride 1, seen
-through windows with stride s and their taps in reverse. Signals and volumes likewise.
+whose inner sums, of s neighbours in grad, are seen through windows with stride s and their taps in
+reverse (`low_resolution.py`). Signals and volumes likewise.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from funcnet.ops import low_resolution
 from funcnet.ops.products import Products
 from funcnet.ops.window import Ints, Pair, Window
 
@@ -36,10 +37,8 @@ def convolution(x: Tensor, weight: Tensor, grad: Tensor, window: Window) -> Prod
 def upsampled(x: Tensor, weight: Tensor, grad: Tensor, scale: Pair, window: Window) -> Products:
     """dweight (O, C, kh, kw) of y = weight ∗ upsampled x, for each example."""
     taps = window.kernel_size
-    sides = [tap - 1 - side for tap, pair in zip(taps, window.sides, strict=True) for side in pair]
-    dy = F.pad(grad, (*sides[2:], *sides[:2]))
-    boxes = F.avg_pool2d(dy, scale, stride=1, divisor_override=1)
-    seen = _windows(boxes, Window(taps, scale), x.shape[2:])
+    sums = low_resolution.neighbour_sums(grad, scale, window).to(grad.dtype)
+    seen = _windows(sums, Window(taps, scale), x.shape[2:])
 
     def finish(product: Tensor) -> Tensor:  # (N, 1, kh·kw·O, C)
         by_tap = product.reshape(len(product), *taps, *weight.shape[:2])

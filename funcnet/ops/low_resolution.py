@@ -57,6 +57,10 @@ quarter of them, 4 and 16 images of 256 channels take 1.05 to 1.5 times as long 
 _LANES = 16
 """With fewer channels than a vector register has lanes, planes are added faster than pixels."""
 
+_MANY_TAPS = 25
+"""From how many taps windows over dy itself, at scale 1, are faster than sums tap by tap: with 3×3
+taps they take 1.1 to 1.6 times as long, with 5×5 and 9×9 0.4 to 1.0 times (Intel Xeon)."""
+
 Term: TypeAlias = tuple[Tensor, int]
 """(source, shift): source[i + shift], one term of the sum that gives entry i."""
 
@@ -90,8 +94,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Pair, window
         target = y[tile.target]
         out = target if target.dtype == z.dtype else empty(z, target.shape)
         half = empty(z, (len(z), *z.shape[2:4], out.shape[2], z.shape[-1]))  # (n, kw, O, H′, W)
-        _spread(z, half, _shifts(0, scale, tile.window), dim=-2)
-        _spread(half, out, _shifts(1, scale, tile.window), dim=-1)
+        _spread(z, half, shifts_of(0, scale, tile.window), dim=-2)
+        _spread(half, out, shifts_of(1, scale, tile.window), dim=-1)
         if bias is not None and at_once:  # while the tile is in the cache
             out.add_(bias[:, None, None])
         if out is not target:
@@ -107,14 +111,17 @@ def gradients(
     dtype, x, weight = x.dtype, pixelwise.upcast(x), pixelwise.upcast(weight)
     in_reverse = _sees_most_sums(scale, window)
     kernel = _kernel(weight.flip(2, 3) if in_reverse else weight)
-    gather = _by_windows if in_reverse else _by_taps
     dkernel: Tensor | None = None
     dx: Tensor | None = None
     x, grad = native.layout(x), _layout(grad, len(weight))
     for tile in _tiles(x, weight, scale, window):
         pixels, dy = native.layout(x[tile.source]), grad[tile.target]
-        dz = gather(dy, pixels, scale, tile.window).to(x.dtype)  # (n, kh·kw·O, H, W)
-        dk, d = pixelwise.gradients(pixels, kernel, dz, need)
+        if in_reverse:
+            seen = Window(window.kernel_size, scale)
+            dz = patches.windows(neighbour_sums(dy, scale, tile.window), seen)
+        else:
+            dz = _by_taps(dy, pixels.shape[2:], scale, tile.window)
+        dk, d = pixelwise.gradients(pixels, kernel, dz.to(x.dtype), need)
         if dk is not None:
             dkernel = widened(dk) if dkernel is None else dkernel.add_(dk)
         dx = tiles.put(d, dx, tile, x)
@@ -132,7 +139,7 @@ def _kernel(weight: Tensor) -> Tensor:
     return weight.permute(2, 3, 0, 1).flatten(0, 2)
 
 
-def _shifts(axis: int, scale: Pair, window: Window) -> Shifts:
+def shifts_of(axis: int, scale: Pair, window: Window) -> Shifts:
     """q_at of one axis."""
     s, (before, _) = scale[axis], window.sides[axis]
     return [
@@ -154,11 +161,6 @@ def _spread(z: Tensor, y: Tensor, shifts: Shifts, dim: int) -> None:
             _add_up(out, list(zip(taps, q, strict=True)), dim)
 
 
-_MANY_TAPS = 25
-"""From how many taps windows over dy itself, at scale 1, are faster than sums tap by tap: with 3×3
-taps they take 1.1 to 1.6 times as long, with 5×5 and 9×9 0.4 to 1.0 times (Intel Xeon)."""
-
-
 def _sees_most_sums(scale: Pair, window: Window) -> bool:
     """Whether most of b is seen, which is then faster to make than dz tap by tap."""
     taps = window.kernel_size
@@ -167,33 +169,34 @@ def _sees_most_sums(scale: Pair, window: Window) -> bool:
     return all(k >= s for k, s in zip(taps, scale, strict=True))
 
 
-def _by_windows(dy: Tensor, like: Tensor, scale: Pair, window: Window) -> Tensor:
-    """dz (n, kh·kw·O, H, W), taps in reverse, of dy (n, O, H′, W′): what windows see of b."""
+def neighbour_sums(dy: Tensor, scale: Pair, window: Window) -> Tensor:
+    """b of dy (n, O, H′, W′), from the first entry that a tap sees to the last, in float32 for half
+    precision."""
     axes = zip(window.kernel_size, window.sides, strict=True)
     (top, bottom), (left, right) = ((k - 1 - before, k - 1 - after) for k, (before, after) in axes)
     sums = widened(native.pad(dy, (left, right, top, bottom)))
     for dim, s in zip((2, 3), scale, strict=True):
-        sums = _neighbour_sums(sums, dim, s)
-    return patches.windows(sums, Window(window.kernel_size, scale))
+        sums = _along(sums, dim, s)
+    return sums
 
 
-def _neighbour_sums(x: Tensor, dim: int, count: int) -> Tensor:
+def _along(x: Tensor, dim: int, count: int) -> Tensor:
     """Σ_{v<count} x[e + v] along `dim`, made of the sums of half as many."""
     if count == 1:
         return x
     half, length = count // 2, x.shape[dim] - count + 1
-    sums = _neighbour_sums(x, dim, half)
+    sums = _along(x, dim, half)
     total = sums.narrow(dim, 0, length) + sums.narrow(dim, half, length)
     return total + x.narrow(dim, count - 1, length) if count % 2 else total
 
 
-def _by_taps(dy: Tensor, like: Tensor, scale: Pair, window: Window) -> Tensor:
-    """dz (n, kh·kw·O, H, W) of dy (n, O, H′, W′), tap by tap, for x like `like`."""
-    (kh, kw), (height, width), dy = window.kernel_size, like.shape[2:], native.upcast(dy)
+def _by_taps(dy: Tensor, size: torch.Size, scale: Pair, window: Window) -> Tensor:
+    """dz (n, kh·kw·O, H, W) of dy (n, O, H′, W′), tap by tap, for images x of a size (H, W)."""
+    (kh, kw), (height, width), dy = window.kernel_size, size, widened(dy)
     half = empty(dy, (len(dy), kw, *dy.shape[1:3], width))  # (n, kw, O, H′, W)
-    _gather(dy, half, _shifts(1, scale, window), dim=-1)
+    _gather(dy, half, shifts_of(1, scale, window), dim=-1)
     dz = empty(dy, (len(dy), kh, *half.shape[1:3], height, width))  # (n, kh, kw, O, H, W)
-    _gather(half, dz, _shifts(0, scale, window), dim=-2)
+    _gather(half, dz, shifts_of(0, scale, window), dim=-2)
     return dz.flatten(1, 3)
 
 

@@ -213,7 +213,7 @@ def overruns_tiles(x: Tensor, weight: Tensor, window: Window) -> bool:
     1 to 128 channels, 1 to 64 taps in a row and strides of 1 to 8: of up to 15 channels, or 31 with
     a stride of 4 and more, nearly all are off by as much as y; no other one is.
     """
-    if not processor.HAS_AMX or x.dtype != torch.bfloat16:
+    if not processor.multiplies_in_tiles(x):
         return False
     axis = -2 if weight.shape[-1] == 1 else -1
     channels, taps = weight.shape[1], weight.shape[axis]

@@ -74,8 +74,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Pair, window
 def phases_of(scale: Pair, window: Window) -> list[Phases]:
     """The phases of both axes."""
     axes = []
-    for s, taps, (before, _) in zip(scale, window.kernel_size, window.sides, strict=True):
-        seen = [[(phase - before + tap) // s for tap in range(taps)] for phase in range(s)]
+    for axis in (0, 1):
+        seen = low_resolution.shifts_of(axis, scale, window)
         sums = [tuple(q - pixels[0] for q in pixels) for pixels in seen]
         different = tuple(dict.fromkeys(sums))
         starts = tuple(pixels[0] for pixels in seen)

@@ -39,17 +39,7 @@ def are_faster(pixels: int, kernel: Tensor) -> bool:
 
 def upcast(x: Tensor) -> Tensor:
     """x, in float32 if the processor does not multiply matrices in its dtype."""
-    return x if multiplies_bfloat16(x) else native.upcast(x)
-
-
-def multiplies_bfloat16(x: Tensor) -> bool:
-    """Whether x is bfloat16 on a CPU that multiplies matrices in it."""
-    return processor.HAS_BFLOAT16 and x.dtype == torch.bfloat16 and x.is_cpu
-
-
-def multiplies_in_tiles(x: Tensor) -> bool:
-    """Whether x is bfloat16 on a CPU with AMX, where products take a fraction of what sums take."""
-    return processor.HAS_AMX and multiplies_bfloat16(x)
+    return x if processor.multiplies_bfloat16(x) else native.upcast(x)
 
 
 def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:

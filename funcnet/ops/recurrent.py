@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funcnet.compat import is_mkldnn_enabled, mkldnn_rnn, mkldnn_rnn_backward
-from funcnet.ops import pixelwise
+from funcnet.ops import processor
 from funcnet.ops.accumulation import accumulator_dtype, widened
 from funcnet.ops.inplace import has_no_tape, is_transforming, is_untracked
 from funcnet.ops.need import Need
@@ -224,7 +224,7 @@ class LSTM(Cell):
     def has_kernel(self, x: Tensor) -> bool:
         return (
             x.is_cpu
-            and (x.dtype == torch.float32 or pixelwise.multiplies_bfloat16(x))
+            and (x.dtype == torch.float32 or processor.multiplies_bfloat16(x))
             and x.numel() > 0
         )
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcnet.ops import convolution, native, pixelwise, tiles
+from funcnet.ops import convolution, native, processor, tiles
 from funcnet.ops.accumulation import widened
 from funcnet.ops.need import Need
 from funcnet.ops.window import Pair, Window
@@ -45,7 +45,7 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dx), None where it is not needed."""
     dtype = x.dtype
-    if not pixelwise.multiplies_in_tiles(x):
+    if not processor.multiplies_in_tiles(x):
         x, weight, grad = native.upcast(x), native.upcast(weight), native.upcast(grad)
     dweight: Tensor | None = None
     dx: Tensor | None = None

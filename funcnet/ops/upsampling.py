@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcnet.ops import inplace, karatsuba, low_resolution, phases, pixelwise, transposed, two_steps
+from funcnet.ops import inplace, karatsuba, low_resolution, phases, processor, transposed, two_steps
 from funcnet.ops.need import Need
 from funcnet.ops.upsampling_times import BACKWARD, BACKWARD_IN_TILES, FORWARD, FORWARD_IN_TILES
 from funcnet.ops.window import Ints, Pair, Window
@@ -64,7 +64,7 @@ def _fastest(x: Tensor, weight: Tensor, scale: Pair, window: Window, backward: b
     """The module that takes the least time on the CPU."""
     # torch.compile warns of a cache that it meets.
     choose = _by_sizes if torch.compiler.is_compiling() else _remembered
-    pixels, in_tiles = len(x) * x.shape[2] * x.shape[3], pixelwise.multiplies_in_tiles(x)
+    pixels, in_tiles = len(x) * x.shape[2] * x.shape[3], processor.multiplies_in_tiles(x)
     return choose(pixels, tuple(weight.shape), scale, window, in_tiles, backward)
 
 

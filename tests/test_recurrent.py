@@ -16,14 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import funcnet as fn
 from funcnet import compat
 from funcnet.gradients import value_and_grad
-from funcnet.ops import pixelwise, processor, recurrent
+from funcnet.ops import processor, recurrent
 from funcnet.testing import check_vjp, strategies
 
 CLASSES = (fn.RNN, fn.LSTM, fn.GRU)
 LAYERS = strategies.layers(*CLASSES)
 DOUBLE = strategies.cases(LAYERS, dtypes=st.just(torch.float64))
 SINGLE = strategies.cases(strategies.layers(fn.LSTM), dtypes=st.just(torch.float32))
-MULTIPLIES = pixelwise.multiplies_bfloat16(torch.empty(0, dtype=torch.bfloat16))
+MULTIPLIES = processor.multiplies_bfloat16(torch.empty(0, dtype=torch.bfloat16))
 each_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 
 

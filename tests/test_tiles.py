@@ -1,14 +1,13 @@
 """Upsampling convolutions tile by tile: the same numbers as of the whole."""
 
 from contextlib import contextmanager
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_upsample_conv import arguments, reference
+from test_upsample_conv import BY_PHASES, arguments, reference
 from test_upsample_conv import two_steps as layers_of
 
 import funcnet as fn
@@ -31,7 +30,7 @@ WAYS = pytest.mark.parametrize(
     "way",
     [
         low_resolution,
-        SimpleNamespace(convolve=phases.convolve, gradients=low_resolution.gradients),
+        BY_PHASES,
         two_steps,
     ],
     ids=["low", "phases", "two_steps"],

@@ -109,7 +109,7 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dx), None where it is not needed."""
     dtype, x, weight = x.dtype, pixelwise.upcast(x), pixelwise.upcast(weight)
-    in_reverse = _sees_most_sums(scale, window)
+    in_reverse, seen = _sees_most_sums(scale, window), Window(window.kernel_size, scale)
     kernel = _kernel(weight.flip(2, 3) if in_reverse else weight)
     dkernel: Tensor | None = None
     dx: Tensor | None = None
@@ -117,7 +117,6 @@ def gradients(
     for tile in _tiles(x, weight, scale, window):
         pixels, dy = native.layout(x[tile.source]), grad[tile.target]
         if in_reverse:
-            seen = Window(window.kernel_size, scale)
             dz = patches.windows(neighbour_sums(dy, scale, tile.window), seen)
         else:
             dz = _by_taps(dy, pixels.shape[2:], scale, tile.window)
